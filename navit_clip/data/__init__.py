@@ -1,0 +1,1 @@
+"""Data: shards to samples to decoded, sized, dropped, tokenised and packed batches."""

@@ -1,0 +1,58 @@
+"""Choosing one caption of a sample.
+
+A sample may carry several: members (``txt``) and JSON fields (``json.captions``, a string or a
+list), each source with a weight, as WebLI has alternative text, title and OCR.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from navit_clip.data.decode import SkipSampleError
+
+
+def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:
+    """All non-empty captions that one source offers.
+
+    Args:
+        members: Content by extension.
+        source: ``txt`` (any member), or ``json.FIELD`` for a field of a JSON member.
+
+    Raises:
+        SkipSampleError: If the bytes are not UTF-8, or not JSON.
+    """
+    extension, _, name = source.partition(".")
+    if extension not in members:
+        return []
+    try:
+        text = members[extension].decode("utf-8")
+        found = json.loads(text).get(name, []) if name else text
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise SkipSampleError("bad_caption", f"{source}: {error}") from error
+    candidates = found if isinstance(found, list) else [found]
+    return [c.strip() for c in candidates if isinstance(c, str) and c.strip()]
+
+
+def choose_caption(
+    members: Mapping[str, bytes], weights: Mapping[str, float], rng: np.random.Generator
+) -> str:
+    """Draws a source by weight among those present, then one of its captions uniformly.
+
+    Args:
+        members: Content by extension.
+        weights: Source to weight, see `find_captions`.
+        rng: The sample's generator.
+
+    Raises:
+        SkipSampleError: If no source has a caption, or one cannot be read.
+    """
+    found = {source: find_captions(members, source) for source in weights}
+    present = [source for source, captions in found.items() if captions]
+    if not present:
+        raise SkipSampleError("no_caption", f"none of {', '.join(weights)} has a caption")
+    share = np.array([weights[source] for source in present])
+    captions = found[present[rng.choice(len(present), p=share / share.sum())]]
+    return captions[rng.integers(len(captions))]

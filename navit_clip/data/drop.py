@@ -1,0 +1,138 @@
+"""Continuous token drop: how many patches of an image are left out, and which.
+
+After sizing, before packing (NaViT, section 2.2 and appendix B): the rate differs per image and
+may follow the image's length or the images seen so far. Nothing is dropped at inference.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from navit_clip.data.sizing import truncated_normal
+
+
+@dataclass(frozen=True)
+class DropConfig:
+    """How the share of dropped patches is drawn.
+
+    Attributes:
+        kind: ``none``; ``fixed``, the same rate for all; ``beta``, per image around the rate;
+            ``resolution``, more from larger images.
+        rate: Rate of ``fixed``, mean rate of ``beta``, as long as `schedule` is constant.
+        max_rate: Of ``beta``: no image loses more than this share.
+        low_rate: Of ``resolution``: mean rate at `low_tokens` patches.
+        high_rate: Of ``resolution``: mean rate at `high_tokens` patches.
+        low_tokens: Of ``resolution``: length at which the rate is `low_rate`.
+        high_tokens: Of ``resolution``: length at which the rate is `high_rate`.
+        schedule: ``constant``; or ``sigmoid``, the rate of ``fixed`` and ``beta`` moves over
+            training as ρ(n) = low + (high - low)·sigmoid((n - μ)/τ) between `schedule_low` and
+            `schedule_high`.
+        schedule_low: ρ_min.
+        schedule_high: ρ_max.
+        schedule_images: N, images over which the schedule runs.
+        schedule_midpoint: μ / N.
+        schedule_width: τ / N; negative for a falling rate. The paper's best falls slowly: -0.2
+            around 2/3.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    kind: Literal["none", "fixed", "beta", "resolution"] = "none"
+    rate: float = 0.5
+    max_rate: float = 0.9
+    low_rate: float = 0.2
+    high_rate: float = 0.8
+    low_tokens: int = 16
+    high_tokens: int = 256
+    schedule: Literal["constant", "sigmoid"] = "constant"
+    schedule_low: float = 0.2
+    schedule_high: float = 0.8
+    schedule_images: int = 0
+    schedule_midpoint: float = 2 / 3
+    schedule_width: float = -0.2
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "max_rate", "low_rate", "high_rate", "schedule_low", "schedule_high"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        highest = self.schedule_high if self.schedule == "sigmoid" else self.rate
+        if self.kind == "beta" and not 0 < highest < self.max_rate:
+            raise ValueError(
+                f"max_rate must exceed the mean rate, got max_rate={self.max_rate} rate={highest}"
+            )
+        if self.low_tokens >= self.high_tokens:
+            raise ValueError(
+                "low_tokens must be below high_tokens, got "
+                f"low_tokens={self.low_tokens} high_tokens={self.high_tokens}"
+            )
+        if self.schedule == "sigmoid":
+            if self.schedule_images < 1:
+                raise ValueError("schedule_images must be given for a sigmoid schedule")
+            if self.schedule_width == 0:
+                raise ValueError("schedule_width must not be 0")
+            if self.kind not in ("fixed", "beta"):
+                raise ValueError(f"schedule must be constant for kind {self.kind}")
+
+
+def mean_rate(config: DropConfig, images_seen: float) -> float:
+    """The rate of ``fixed`` and ``beta`` after so many images (NaViT, appendix B.2)."""
+    if config.schedule == "constant":
+        return config.rate
+    n = images_seen / config.schedule_images
+    step = _sigmoid((n - config.schedule_midpoint) / config.schedule_width)
+    return config.schedule_low + (config.schedule_high - config.schedule_low) * step
+
+
+def sample_rate(
+    config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
+) -> float:
+    """Draws the share of one image's patches to drop.
+
+    Args:
+        config: How it is drawn.
+        tokens: Patches of the image's grid.
+        images_seen: Images that all readers together have taken so far.
+        rng: The sample's generator.
+    """
+    if config.kind == "none":
+        return 0.0
+    if config.kind == "resolution":
+        # Normal with deviation 0.02 around a mean linear in the length, cut at two deviations.
+        span = config.high_tokens - config.low_tokens
+        place = min(max((tokens - config.low_tokens) / span, 0.0), 1.0)
+        mean = config.low_rate + (config.high_rate - config.low_rate) * place
+        rate = truncated_normal(rng, mean, 0.02, mean - 0.04, mean + 0.04)
+        return min(max(rate, 0.0), 1.0)
+    mean = mean_rate(config, images_seen)
+    if config.kind == "fixed":
+        return mean
+    # Mean u and variance 0.3·u(1 - u) of a Beta give α = 7u/3, β = 7(1 - u)/3.
+    u = mean / config.max_rate
+    return config.max_rate * rng.beta(7 / 3 * u, 7 / 3 * (1 - u))
+
+
+def keep_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Which patches stay: a uniform subset in rising order, never empty.
+
+    Args:
+        tokens: Patches of the grid.
+        rate: Share to drop, in [0, 1].
+        rng: The sample's generator.
+
+    Returns:
+        int64 [n] indices.
+    """
+    kept = max(1, round(tokens * (1 - rate)))
+    if kept == tokens:
+        return np.arange(tokens)
+    return np.sort(rng.permutation(tokens)[:kept])
+
+
+def _sigmoid(x: float) -> float:
+    # exp of a large positive number overflows, of a large negative one does not.
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,126 @@
+"""Packed batches for one rank: readers in worker processes behind a DataLoader.
+
+The last step of the data pipeline, and all that the trainer sees of it. Rank r with W workers
+holds readers r·W … r·W + W - 1; batches come from them in turn, and each carries the state of its
+reader, so that a checkpoint stores what was consumed, not what was prefetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from navit_clip.data.config import DataConfig
+from navit_clip.data.reader import Reader, ReaderState
+from navit_clip.data.sample import PairBuilder
+from navit_clip.data.shards import expand_shards
+from navit_clip.errors import UserError
+from navit_clip.packing import PackedBatch
+
+T = TypeVar("T")
+
+
+@dataclass
+class LoaderPosition:
+    """What one rank consumed so far.
+
+    Attributes:
+        batches: Batches consumed.
+        readers: State of each of the rank's readers, by number.
+    """
+
+    batches: int = 0
+    readers: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self, batch: PackedBatch) -> None:
+        """Counts a batch as consumed."""
+        self.batches += 1
+        self.readers.update(batch.position)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's mistake found in a worker, carried to the training process.
+
+    Raised there it would arrive inside a worker's traceback, as text.
+    """
+
+    message: str
+
+
+class _Readers(IterableDataset[PackedBatch | _Failure]):
+    """The readers of one rank; each worker process runs one of them."""
+
+    def __init__(
+        self,
+        shards: list[str],
+        build: PairBuilder,
+        rank: int,
+        world_size: int,
+        position: LoaderPosition,
+    ) -> None:
+        self.shards, self.build = shards, build
+        self.per_rank = max(1, build.config.workers)
+        self.first, self.total = rank * self.per_rank, world_size * self.per_rank
+        self.position = position
+
+    def __iter__(self) -> Iterator[PackedBatch | _Failure]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
+        number = self.first + (worker + self.position.batches) % self.per_rank
+        saved = self.position.readers.get(str(number))
+        reader = Reader(self.shards, self.build, number, self.total)
+        try:
+            yield from reader.batches(ReaderState.from_json(saved) if saved else None)
+        except UserError as error:
+            yield _Failure(str(error))
+
+
+def load_batches(
+    build: PairBuilder,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    position: LoaderPosition | None = None,
+    pin_memory: bool = False,
+) -> Iterator[PackedBatch]:
+    """Yields one rank's batches without end.
+
+    Args:
+        build: Makes pairs, and holds the configuration.
+        rank: This process.
+        world_size: Number of processes.
+        position: Where to go on, from the same configuration, ranks and workers; the caller
+            advances its own copy with each batch it consumes.
+        pin_memory: Hand out batches in page-locked memory.
+
+    Raises:
+        UserError: If the shards are missing, empty or unusable.
+    """
+    config = build.config
+    if not config.train:
+        raise UserError("data.train is empty: give the training shards, --data.train PATH")
+    position = position or LoaderPosition()
+    dataset = _Readers(
+        expand_shards(config.train),
+        build,
+        rank,
+        world_size,
+        LoaderPosition(position.batches, dict(position.readers)),
+    )
+    loader: DataLoader[PackedBatch | _Failure] = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, _Failure):
+            raise UserError(batch.message)
+        yield batch

@@ -1,0 +1,234 @@
+"""What a picture shows and where: the first step of the `shapes` data set.
+
+A `Scene` holds one to three objects on a background. Attributes are drawn first, as `Description`,
+because the splits accept or reject a scene by them alone; `lay_out` then chooses the image's size
+and places the objects so that none overlaps and neighbours have a clear left/right/above/below.
+`captions` and `render` read the result.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+SIZES = ("small", "large")
+BACKGROUNDS = ("white", "grey", "black", "beige", "mint", "lavender")
+CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+
+OBJECT_COUNT_WEIGHTS = (0.35, 0.40, 0.25)
+MIN_SIDE, MAX_SIDE = 48, 320
+MAX_ASPECT = 3.0
+NEAR_SQUARE_ASPECT = 1.2
+
+# Object side and gap as a fraction of sqrt(width * height). The empty range between small and large
+# is what makes the two words learnable; three large objects still fit most images.
+SIDE_RANGES = {"small": (0.28, 0.31), "large": (0.44, 0.48)}
+GAP = 0.025
+
+# A pair is "left of" or "above" only if one axis clearly dominates the other.
+DOMINANCE = 1.5
+
+HELD_OUT_BUCKETS = 16
+
+
+@dataclass(frozen=True, order=True)
+class Attributes:
+    """One object in words: each field is a member of the tuple of that name in this module."""
+
+    size: str
+    texture: str
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A scene in words.
+
+    Attributes:
+        background: Member of `BACKGROUNDS`.
+        objects: One to three objects in any order; no two share both colour and shape, so that
+            "the red circle" always names one of them.
+    """
+
+    background: str
+    objects: tuple[Attributes, ...]
+
+    def canonical(self) -> tuple[str, tuple[Attributes, ...]]:
+        """Returns the description with its objects in a fixed order, for comparing scenes."""
+        return self.background, tuple(sorted(self.objects))
+
+    def is_reserved(self) -> bool:
+        """Whether these objects are kept for held-out sets, on whatever background.
+
+        One in `HELD_OUT_BUCKETS` combinations of two or three objects is, by a hash that does not
+        change between processes or Python versions. One-object scenes are never reserved: there are
+        too few of them to keep any out of training.
+        """
+        if len(self.objects) == 1:
+            return False
+        text = ";".join(f"{o.size} {o.texture} {o.colour} {o.shape}" for o in sorted(self.objects))
+        return zlib.crc32(text.encode()) % HELD_OUT_BUCKETS == 0
+
+
+@dataclass(frozen=True)
+class PlacedObject:
+    """An object and the square around it: centre `x`, `y` and `side` in pixels."""
+
+    attributes: Attributes
+    x: float
+    y: float
+    side: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene as it will be drawn; `width` and `height` in pixels."""
+
+    width: int
+    height: int
+    background: str
+    objects: tuple[PlacedObject, ...]
+
+    @property
+    def description(self) -> Description:
+        """The scene in words."""
+        return Description(self.background, tuple(o.attributes for o in self.objects))
+
+
+def relation(a: PlacedObject, b: PlacedObject) -> str | None:
+    """Where `a` is as seen from `b`.
+
+    Returns:
+        "left", "right", "above" or "below", or None if the pair lies too diagonally to say.
+    """
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) >= DOMINANCE * abs(dy):
+        return "left" if dx < 0 else "right"
+    if abs(dy) >= DOMINANCE * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def sample_description(rng: np.random.Generator) -> Description:
+    """Draws a background and one to three objects, all attributes uniform."""
+    count = 1 + int(np.searchsorted(np.cumsum(OBJECT_COUNT_WEIGHTS)[:-1], rng.random(), "right"))
+    classes = rng.choice(len(CLASSES), size=count, replace=False)
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    return Description(background, tuple(_sample_attributes(rng, int(c)) for c in classes))
+
+
+def sample_class_description(rng: np.random.Generator, class_index: int) -> Description:
+    """Draws a one-object description of `CLASSES[class_index]`."""
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    return Description(background, (_sample_attributes(rng, class_index),))
+
+
+def _sample_attributes(rng: np.random.Generator, class_index: int) -> Attributes:
+    colour, shape = CLASSES[class_index]
+    texture, size = rng.integers(len(TEXTURES)), rng.integers(len(SIZES))
+    return Attributes(SIZES[size], TEXTURES[texture], colour, shape)
+
+
+def lay_out(description: Description, rng: np.random.Generator) -> Scene:
+    """Chooses an image size that holds the objects and places them.
+
+    Args:
+        description: What the scene shows.
+        rng: Source of size and position; the same state gives the same scene.
+
+    Returns:
+        A scene whose object boxes lie inside the image and do not overlap.
+    """
+    while True:
+        width, height = _sample_size(rng)
+        unit = math.sqrt(width * height)
+        sides = np.array([rng.uniform(*SIDE_RANGES[o.size]) for o in description.objects]) * unit
+        centres = _place(sides, width, height, GAP * unit, rng)
+        # Three large objects do not fit every aspect ratio; another image size will.
+        if centres is not None:
+            break
+    placed = tuple(
+        PlacedObject(attributes, float(x), float(y), float(side))
+        for attributes, (x, y), side in zip(description.objects, centres, sides, strict=True)
+    )
+    return Scene(width, height, description.background, placed)
+
+
+def _sample_size(rng: np.random.Generator) -> tuple[int, int]:
+    """Half of the images within 20% of square, half from there to 3:1, either way up."""
+    near_square, landscape = rng.random(2) < 0.5
+    low, high = (1.0, NEAR_SQUARE_ASPECT) if near_square else (NEAR_SQUARE_ASPECT, MAX_ASPECT)
+    aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
+    root = math.sqrt(aspect)
+    # The smallest images still give an object enough pixels for its texture.
+    smallest, largest = max(88.0, MIN_SIDE * root), min(224.0, MAX_SIDE / root)
+    unit = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+    long, short = round(unit * root), round(unit / root)
+    # Rounding must not push a thin image past 3:1.
+    long = min(long, int(MAX_ASPECT * short), MAX_SIDE)
+    return (long, short) if landscape else (short, long)
+
+
+def _place(
+    sides: np.ndarray, width: int, height: int, gap: float, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Returns centres [objects, 2] in pixels, or None if the objects do not fit."""
+    near_square = max(width, height) < NEAR_SQUARE_ASPECT * min(width, height)
+    along_x = bool(rng.random() < 0.5) if near_square else width > height
+    long, short = (width, height) if along_x else (height, width)
+    layouts = [_one_row, _two_rows] if len(sides) == 3 else [_one_row]
+    if near_square and rng.random() < 0.5:
+        layouts.reverse()
+    for layout in layouts:
+        centres = layout(sides, long, short, gap, rng)
+        if centres is not None:
+            return centres if along_x else centres[:, ::-1]
+    return None
+
+
+def _one_row(
+    sides: np.ndarray, long: int, short: int, gap: float, rng: np.random.Generator
+) -> np.ndarray | None:
+    """All objects one after the other on the long axis; centres [objects, 2] as (long, short)."""
+    along = _spread(sides, long, gap, rng)
+    room = short - 2 * gap - sides
+    if along is None or room.min() < 0:
+        return None
+    offset = rng.uniform(-0.5, 0.5, len(sides)) * room
+    if len(sides) > 1:
+        # Pulled to the middle line until neighbours are clearly beside each other.
+        steps = np.maximum(np.abs(np.diff(offset)), 1e-9)
+        offset *= min(1.0, 0.99 * float((np.diff(along) / steps).min()) / DOMINANCE)
+    return np.stack([along, short / 2 + offset], axis=1)
+
+
+def _two_rows(
+    sides: np.ndarray, long: int, short: int, gap: float, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Two of three objects in one row, the third in the other; centres [3, 2] as (long, short)."""
+    row_sides = np.array([sides[:2].max(), sides[2]])
+    order = np.array([0, 1]) if rng.random() < 0.5 else np.array([1, 0])
+    rows = _spread(row_sides[order], short, gap, rng)
+    pair, third = _spread(sides[:2], long, gap, rng), _spread(sides[2:], long, gap, rng)
+    if rows is None or pair is None or third is None:
+        return None
+    across = rows[order]
+    return np.array([[pair[0], across[0]], [pair[1], across[0]], [third[0], across[1]]])
+
+
+def _spread(
+    sides: np.ndarray, length: int, gap: float, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Centres of intervals `sides` long, in order, with at least `gap` around each."""
+    slack = length - sides.sum() - gap * (len(sides) + 1)
+    if slack < 0:
+        return None
+    before = np.diff(np.sort(rng.random(len(sides))), prepend=0.0) * slack
+    return np.cumsum(before + gap + sides) - sides / 2

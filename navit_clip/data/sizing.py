@@ -1,0 +1,179 @@
+"""Which patch grid an image gets.
+
+Between header and pixels: samples a target resolution per image (NaViT, section 3.3), then picks
+the grid of whole patches that keeps the aspect ratio best within the token limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ResolutionConfig:
+    """How large an image becomes. "Side R" means an area of R² at the image's aspect ratio.
+
+    Attributes:
+        mode: ``sampled`` per image from a distribution; ``native``, the image's own size, up to
+            `max_tokens`; ``square``, every image squashed to max_side × max_side as plain ViTs do.
+        min_side: Smallest side in pixels (``sampled``).
+        max_side: Largest side in pixels (``sampled``), or the side (``square``).
+        distribution: u on [-1, 1], mapped linearly to [min_side, max_side]: ``uniform``, or
+            ``truncated_normal``.
+        mean: Of the truncated normal; below 0 favours small images. The paper's best is -0.5.
+        std: Of the truncated normal.
+        by: Whether u maps linearly to the ``side`` or to the ``area``.
+        max_tokens: Most patches of one image, before any are dropped.
+        upscale: Allow images to be enlarged past their native size.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    mode: Literal["sampled", "native", "square"] = "sampled"
+    min_side: int = 64
+    max_side: int = 256
+    distribution: Literal["uniform", "truncated_normal"] = "uniform"
+    mean: float = -0.5
+    std: float = 1.0
+    by: Literal["side", "area"] = "side"
+    max_tokens: int = 1024
+    upscale: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_side <= self.max_side:
+            raise ValueError(
+                "min_side must be at least 1 and at most max_side, got "
+                f"min_side={self.min_side} max_side={self.max_side}"
+            )
+        if self.std <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if not -1 <= self.mean <= 1:
+            raise ValueError(f"mean must lie in [-1, 1], got {self.mean}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+def sample_side(config: ResolutionConfig, rng: np.random.Generator) -> float:
+    """Draws a side in pixels, uniform or truncated normal, linear in side or area."""
+    if config.distribution == "uniform":
+        u = rng.uniform(-1, 1)
+    else:
+        u = truncated_normal(rng, config.mean, config.std, -1, 1)
+    share = (u + 1) / 2
+    if config.by == "side":
+        return config.min_side + share * (config.max_side - config.min_side)
+    return math.sqrt(config.min_side**2 + share * (config.max_side**2 - config.min_side**2))
+
+
+def truncated_normal(
+    rng: np.random.Generator, mean: float, std: float, low: float, high: float
+) -> float:
+    """A normal draw, rejected until it lies in [low, high], which must hold some of its mass."""
+    while True:
+        value = rng.normal(mean, std)
+        if low <= value <= high:
+            return value
+
+
+def sample_grid(
+    config: ResolutionConfig,
+    height: int,
+    width: int,
+    patch_size: int,
+    max_grid_side: int,
+    rng: np.random.Generator,
+) -> tuple[int, int]:
+    """Rows and columns of patches for an image in training.
+
+    Args:
+        config: How sizes are drawn.
+        height: Native rows of pixels.
+        width: Native columns of pixels.
+        patch_size: P.
+        max_grid_side: Most rows or columns that the model's positions know.
+        rng: The sample's generator.
+    """
+    if config.mode == "square":
+        side = max(1, config.max_side // patch_size)
+        return side, side
+    side_px = sample_side(config, rng) if config.mode == "sampled" else math.inf
+    return fit_grid(
+        height,
+        width,
+        patch_size,
+        config.max_tokens,
+        max_grid_side,
+        side_px,
+        upscale=config.upscale,
+    )
+
+
+def fit_grid(
+    height: int,
+    width: int,
+    patch_size: int,
+    max_tokens: int,
+    max_grid_side: int,
+    side: float = math.inf,
+    *,
+    upscale: bool = False,
+) -> tuple[int, int]:
+    """The grid of whole patches that suits an image best, never of more than `max_tokens`.
+
+    Among the grids around the exact size, the one that distorts the aspect ratio and the area
+    least. Rounding up past the limit, as 20×29 = 580 for 576, cannot happen.
+
+    Args:
+        height: Native rows of pixels.
+        width: Native columns of pixels.
+        patch_size: P.
+        max_tokens: Most patches.
+        max_grid_side: Most rows or columns that the model's positions know.
+        side: Wanted √area in pixels; infinite for native.
+        upscale: Allow more pixels than the image has; an image smaller than one patch is always
+            enlarged to one. Only meaningful with a finite `side`.
+
+    Returns:
+        Rows and columns.
+    """
+    scale = side / math.sqrt(height * width)
+    if not upscale or not math.isfinite(scale):
+        scale = min(scale, 1.0)
+    # An image of a few pixels' height still becomes one whole row of patches.
+    rows = max(height * scale / patch_size, 1.0)
+    columns = max(width * scale / patch_size, 1.0)
+    shrink = max(
+        math.sqrt(rows * columns / max_tokens), rows / max_grid_side, columns / max_grid_side, 1.0
+    )
+    rows, columns = max(rows / shrink, 1.0), max(columns / shrink, 1.0)
+    # A strip one patch wide cannot become thinner, only shorter.
+    rows, columns = min(rows, max_tokens / columns), min(columns, max_tokens / rows)
+    native = (max(1, height // patch_size), max(1, width // patch_size))
+    limit_rows, limit_columns = (
+        (max_grid_side, max_grid_side)
+        if upscale
+        else (min(native[0], max_grid_side), min(native[1], max_grid_side))
+    )
+
+    def distortion(grid: tuple[int, int]) -> float:
+        aspect = math.log(grid[0] / grid[1]) - math.log(rows / columns)
+        area = math.log(grid[0] * grid[1]) - math.log(rows * columns)
+        return abs(aspect) + abs(area)
+
+    candidates = [
+        grid
+        for grid in itertools.product(
+            (math.floor(rows), math.ceil(rows)), (math.floor(columns), math.ceil(columns))
+        )
+        if grid[0] * grid[1] <= max_tokens
+        and grid[0] <= limit_rows
+        and grid[1] <= limit_columns
+    ]
+    # Rounding down always fits: rows and columns are at least 1 and within every limit.
+    return min(candidates, key=distortion)

@@ -1,0 +1,159 @@
+"""Captions to token ids, without padding.
+
+SentencePiece as the paper has it, or open_clip's byte-pair encoding. Every caption ends with an
+end-of-text token, which survives truncation, so that `last` pooling always reads it. A tokenizer
+saves itself beside the model, so that inference needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from navit_clip.errors import UserError
+
+_CONFIG_FILE = "tokenizer.json"
+_MODEL_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer captions go through.
+
+    Attributes:
+        kind: ``sentencepiece``, or ``open_clip`` for its lower-cased byte-pair encoding.
+        path: The SentencePiece model file, as `python -m navit_clip.data.train_tokenizer` writes.
+
+    Raises:
+        ValueError: If `path` is missing for SentencePiece.
+    """
+
+    kind: Literal["sentencepiece", "open_clip"] = "sentencepiece"
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "sentencepiece" and not self.path:
+            raise ValueError(
+                "path must name a SentencePiece model; train one with "
+                "python -m navit_clip.data.train_tokenizer"
+            )
+
+
+class Tokenizer(ABC):
+    """Turns captions into ids."""
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @abstractmethod
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Ids of one caption, at most `context_length`, the last one marking its end."""
+
+    def save(self, directory: Path) -> None:
+        """Writes what `load_tokenizer` needs into a model's directory."""
+        (directory / _CONFIG_FILE).write_text(json.dumps({"kind": self.kind}) + "\n")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; ids end with its end-of-sentence piece.
+
+    Args:
+        path: The model file.
+
+    Raises:
+        UserError: If the file is missing or no SentencePiece model.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._model = path.read_bytes()
+            self._processor = SentencePieceProcessor(model_proto=self._model)
+        except OSError as error:
+            raise UserError(
+                f"no tokenizer at {path}: {error.strerror}; train one with "
+                "python -m navit_clip.data.train_tokenizer"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a SentencePiece model") from error
+        self._end = self._processor.eos_id()
+        if self._end < 0:
+            raise UserError(f"{path} has no end-of-sentence piece; train it with one")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Pieces of the caption, cut to leave room for the end piece."""
+        return [*self._processor.encode(text)[: context_length - 1], self._end]
+
+    def save(self, directory: Path) -> None:
+        """Writes the SentencePiece model beside the kind."""
+        super().save(directory)
+        (directory / _MODEL_FILE).write_bytes(self._model)
+
+
+class OpenClipTokenizer(Tokenizer):
+    """open_clip's byte-pair encoding with its start and end tokens, without the padding."""
+
+    kind = "open_clip"
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # Imported on first use: open_clip takes seconds, and most runs do not need it.
+        from open_clip.tokenizer import SimpleTokenizer
+
+        return SimpleTokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._tokenizer.vocab_size
+
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Start, tokens, end; cut as open_clip cuts, keeping the end."""
+        tokenizer = self._tokenizer
+        ids = [tokenizer.sot_token_id, *tokenizer.encode(text)][: context_length - 1]
+        return [*ids, tokenizer.eot_token_id]
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer a configuration names.
+
+    Raises:
+        UserError: If its files cannot be read.
+    """
+    if config.kind == "open_clip":
+        return OpenClipTokenizer()
+    return SentencePieceTokenizer(Path(str(config.path)))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer saved in a model's directory.
+
+    Raises:
+        UserError: If its files are missing or damaged.
+    """
+    path = directory / _CONFIG_FILE
+    try:
+        kind = json.loads(path.read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; export the model again") from error
+    if kind == OpenClipTokenizer.kind:
+        return OpenClipTokenizer()
+    if kind == SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(directory / _MODEL_FILE)
+    raise UserError(f"{path} names an unknown tokenizer: {kind!r}")

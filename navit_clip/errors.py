@@ -1,0 +1,29 @@
+"""Mistakes of a user's that a command reports in one line, without a traceback.
+
+Raised anywhere in the library where the message alone says what is wrong and what to do; the
+command lines (`train`, `eval`, `navit_clip.data.*`) wrap their work in `one_line_errors`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something that the user can mend; its message names the thing and the fix."""
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turns a `UserError` into one line on standard error and exit code 2.
+
+    Args:
+        command: What the line begins with, such as ``train``.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

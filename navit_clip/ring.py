@@ -1,0 +1,151 @@
+"""Blocks of rows travelling around a ring of ranks.
+
+The contrastive loss (loss.py) needs every pair of an image row of this rank and a text row of any
+rank, but no rank may hold the text rows of all. Here each rank's block visits every rank in turn,
+followed by an accumulator that each host adds to and that ends at the rank the block came from.
+Nothing here knows what the rows or the accumulators mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The order is part of the handshake in `Ring.join`: a rank announces its dtype by position.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Point-to-point operations under way, and the tensors they read and write."""
+
+    works: list[dist.Work]
+    sent: tuple[Tensor, ...]  # kept alive: a backend may still be reading them
+    received: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The ranks of a process group in a circle, and how many rows each one brings.
+
+    Attributes:
+        rank: Position of this process in the group.
+        counts: Rows of each rank's block, by position; a count may be 0.
+        group: The process group, or None for a ring of one without communication.
+    """
+
+    rank: int
+    counts: tuple[int, ...]
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def join(cls, block_ED: Tensor, group: dist.ProcessGroup | None = None) -> Ring:
+        """Forms the ring; a collective call, and the only one that waits for the device.
+
+        Args:
+            block_ED: This rank's block [n, D], n >= 0, of one of DTYPES, on the group's device.
+            group: Any group this process belongs to; None is the default group, or this process
+                alone if `torch.distributed` is not initialised.
+
+        Raises:
+            ValueError: This process is not in `group`, or the ranks' blocks differ in width or
+                dtype (raised on every rank, in place of a transfer that would hang).
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(rank=0, counts=(len(block_ED),), group=None)
+        group = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError("group: this process is not a member of the process group")
+        size = dist.get_world_size(group)
+        if size == 1:
+            return cls(rank=0, counts=(len(block_ED),), group=None)
+
+        mine = (*block_ED.shape, DTYPES.index(block_ED.dtype))
+        announced = torch.empty(size * len(mine), dtype=torch.int64, device=block_ED.device)
+        dist.all_gather_into_tensor(
+            announced, torch.tensor(mine, dtype=torch.int64, device=block_ED.device), group=group
+        )
+        shapes: list[list[int]] = announced.view(size, len(mine)).tolist()
+        if any(shape[1:] != shapes[0][1:] for shape in shapes):
+            listed = ", ".join(f"{DTYPES[dtype]} [{n}, {width}]" for n, width, dtype in shapes)
+            raise ValueError(f"features must have one width and dtype on all ranks, got {listed}")
+        return cls(rank=rank, counts=tuple(shape[0] for shape in shapes), group=group)
+
+    @property
+    def total(self) -> int:
+        """Rows of all ranks."""
+        return sum(self.counts)
+
+    def circulate(
+        self,
+        blocks: tuple[Tensor, ...],
+        visit: Callable[[bool, tuple[Tensor, ...]], Tensor],
+        merge: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Shows every rank's blocks to every rank and brings home what they add up to.
+
+        While a rank works on the blocks that it holds, the next ones arrive, and so does the
+        accumulator, which is awaited only after the work: one step's transfers hide behind the
+        same step's arithmetic.
+
+        Args:
+            blocks: Tensors of this rank with `counts[rank]` rows each, contiguous; the same
+                trailing shapes and dtypes on all ranks. They are never written to.
+            visit: Called once per rank with (whether the blocks are this rank's own, the blocks);
+                returns this rank's contribution to them, a fresh contiguous tensor with as many
+                rows as the blocks.
+            merge: Combines (accumulator so far, contribution); may write to the accumulator.
+
+        Returns:
+            The contributions of all ranks to this rank's own blocks, merged.
+        """
+        size = len(self.counts)
+        if size == 1:
+            return visit(True, blocks)
+        coming: _Transfer | None = None
+        following: _Transfer | None = None
+        for step in range(size):
+            if following is not None:
+                blocks = following.wait()
+            following = self._pass_on(step, blocks) if step + 1 < size else None
+            accumulated = visit(step == 0, blocks)
+            if coming is not None:
+                accumulated = merge(coming.wait()[0], accumulated)
+            # After the last step the next rank in the ring is the owner: this sends it home.
+            coming = self._pass_on(step, (accumulated,))
+        assert coming is not None
+        return coming.wait()[0]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Adds a tensor up over the ring, in place; returns it."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def _pass_on(self, step: int, tensors: tuple[Tensor, ...]) -> _Transfer:
+        """Starts sending what is held at `step` to the next rank, receiving from the previous."""
+        assert self.group is not None
+        size = len(self.counts)
+        arriving = self.counts[(self.rank - step - 1) % size]
+        received = tuple(t.new_empty((arriving, *t.shape[1:])) for t in tensors)
+        # Point-to-point peers are ranks of the world, also within a smaller group.
+        to = dist.get_global_rank(self.group, (self.rank + 1) % size)
+        origin = dist.get_global_rank(self.group, (self.rank - 1) % size)
+        operations = [
+            dist.P2POp(call, tensor, peer, group=self.group)
+            for call, peer, side in ((dist.isend, to, tensors), (dist.irecv, origin, received))
+            for tensor in side
+            if tensor.numel()  # both ends know the counts, so both skip an empty block
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return _Transfer(works, tensors, received)

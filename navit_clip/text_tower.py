@@ -1,0 +1,76 @@
+"""The packed text tower: token ids of many captions in, one vector per caption out.
+
+The same encoder as for images (NaViT makes the same changes to both towers), with a token
+embedding and learned positions that start at 0 in each caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from navit_clip.packing import PackedTexts
+from navit_clip.pooling import Pooling, build_pooling
+from navit_clip.transformer import Encoder, EncoderConfig
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """Shape of the text tower.
+
+    Attributes:
+        vocab_size: Number of token ids; at least the tokenizer's.
+        context_length: Most tokens of one caption, special ones included; the paper cuts at 24.
+        encoder: The transformer over the tokens.
+        pooling: How one vector is made of a caption's tokens; ``cls`` reads the first token,
+            ``last`` the last, which is the end-of-text token.
+
+    Raises:
+        ValueError: If a size is below 1.
+    """
+
+    vocab_size: int = 32000
+    context_length: int = 24
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    pooling: Pooling = "map"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class TextTower(nn.Module):
+    """Encodes packed captions to one vector of the encoder's width each."""
+
+    def __init__(self, config: TextTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.encoder.width
+        self.token = nn.Parameter(torch.empty(config.vocab_size, width))
+        self.position = nn.Parameter(torch.empty(config.context_length, width))
+        nn.init.normal_(self.token, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+        self.encoder = Encoder(config.encoder)
+        self.pool = build_pooling(config.pooling, config.encoder)
+
+    def forward(self, texts: PackedTexts) -> Tensor:
+        """Encodes packed captions.
+
+        Args:
+            texts: Token ids on the tower's device.
+
+        Returns:
+            [E, C] one vector per caption, in the order in which the captions were packed.
+        """
+        segments = texts.segments
+        index_T = torch.arange(segments.num_tokens, device=texts.token_ids.device)
+        # Padding may run on past the context; what it embeds is never read.
+        index_T = (index_T - segments.offsets[segments.ids]).clamp(
+            max=self.config.context_length - 1
+        )
+        x_TC = F.embedding(texts.token_ids, self.token) + F.embedding(index_T, self.position)
+        return self.pool(self.encoder(x_TC, segments), segments)[texts.order]

@@ -1,0 +1,179 @@
+"""The packed pre-norm encoder that both towers share.
+
+Reads one stream of tokens [T, C] with its `Segments` and returns a stream of the same shape. With
+NaViT's switches (query-key norm, no bias in QKV projections and norms; section 2.1) it is the
+paper's encoder; with others it is a plain ViT or an open_clip text tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from navit_clip.attention import segment_attention
+from navit_clip.packing import Segments
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and switches of the encoder.
+
+    Attributes:
+        width: C, width of the token stream.
+        depth: Number of blocks.
+        heads: H, attention heads; must divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        qk_norm: Normalise queries and keys per head before attention.
+        qkv_bias: Biases in the QKV projection.
+        norm_bias: Biases in the LayerNorms.
+        mlp_bias: Biases in the MLP and the attention's output projection.
+        activation: Non-linearity of the MLP; ``quick_gelu`` is x·sigmoid(1.702x).
+        causal: Tokens see only what stands before them in their segment.
+
+    Raises:
+        ValueError: If a size is below 1 or `heads` does not divide `width`.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    norm_bias: bool = False
+    mlp_bias: bool = True
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, got heads={self.heads} width={self.width}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that the first CLIP models were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
+    """A LayerNorm over `width` with or without bias, as the encoder has it."""
+    return nn.LayerNorm(width, eps=1e-6, bias=config.norm_bias)
+
+
+def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> nn.Linear:
+    """A linear layer with Xavier-uniform weights and zero bias, as big_vision's ViT has.
+
+    Args:
+        in_width: Input features.
+        out_width: Output features.
+        bias: Whether there is a bias.
+        stacked: How many matrices the layer holds on top of each other (3 for QKV); each is
+            initialised alone, since the fan-out of the stack would make them too small.
+    """
+    layer = nn.Linear(in_width, out_width, bias=bias)
+    with torch.no_grad():
+        for weight in layer.weight.chunk(stacked):
+            nn.init.xavier_uniform_(weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SegmentAttention(nn.Module):
+    """Multi-head self-attention within each segment, with optional query-key norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.causal = config.causal
+        head_width = config.width // config.heads
+        self.qkv = linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
+        self.out = linear(config.width, config.width, bias=config.mlp_bias)
+        norm: Callable[[], nn.Module] = (
+            partial(layer_norm, head_width, config) if config.qk_norm else nn.Identity
+        )
+        self.q_norm = norm()
+        self.k_norm = norm()
+
+    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        """Attends within segments; [T, C] to [T, C]."""
+        q_THD, k_THD, v_THD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        # Under autocast a LayerNorm returns float32, which attention kernels would not accept
+        # beside half-precision values.
+        q_THD = self.q_norm(q_THD).to(v_THD.dtype)
+        k_THD = self.k_norm(k_THD).to(v_THD.dtype)
+        y_THD = segment_attention(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
+        return self.out(y_THD.flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a non-linearity, token by token."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up = linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        """[T, C] to [T, C]."""
+        return self.down(self.activation(self.up(x_TC)))
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = layer_norm(config.width, config)
+        self.attention = SegmentAttention(config)
+        self.mlp_norm = layer_norm(config.width, config)
+        self.mlp = Mlp(config)
+
+    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        """[T, C] to [T, C]."""
+        x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments)
+        return x_TC + self.mlp(self.mlp_norm(x_TC))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks and a final norm over one packed stream."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = layer_norm(config.width, config)
+
+    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        """Encodes a packed stream.
+
+        Args:
+            x_TC: [T, C] embedded tokens.
+            segments: Segments of the T tokens.
+
+        Returns:
+            [T, C] normalised outputs.
+        """
+        for block in self.blocks:
+            x_TC = block(x_TC, segments)
+        return self.norm(x_TC)

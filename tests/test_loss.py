@@ -1,0 +1,183 @@
+"""The contrastive losses in one process against a full float64 matrix."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive_reference import KINDS, assert_agree, chunked, random_features, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from navit_clip.loss import sigmoid_contrastive_loss, softmax_contrastive_loss
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 6, 11, 12, 13, 1024])
+def test_float64_equals_full_matrix_for_any_chunk(kind, chunk_size):
+    image, text = random_features(12, 7, seed=0)
+    expected = reference(kind, image, text, 20.0, -10.0)
+    assert_agree(chunked(kind, image, text, 20.0, -10.0, chunk_size=chunk_size), expected, 1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 14.3, 100.0])
+def test_float32_equals_full_matrix(kind, scale):
+    image, text = random_features(150, 32, seed=1, dtype=torch.float32)
+    expected = reference(kind, image, text, scale, -10.0)
+    actual = chunked(kind, image, text, scale, -10.0, chunk_size=64)
+    assert actual.loss.dtype == actual.image.dtype == torch.float32
+    assert_agree(actual, expected, 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 17),
+    width=st.integers(1, 9),
+    chunk_size=st.integers(1, 20),
+    scale=st.floats(-5, 100),
+    bias=st.floats(-20, 20),
+    seed=st.integers(0, 2**31),
+    normalise=st.booleans(),
+)
+def test_any_shape_and_scale(kind, n, width, chunk_size, scale, bias, seed, normalise):
+    image, text = random_features(n, width, seed, normalise=normalise)
+    expected = reference(kind, image, text, scale, bias)
+    actual = chunked(kind, image, text, scale, bias, chunk_size=chunk_size)
+    assert_agree(actual, expected, 1e-6)
+
+
+def test_one_pair(kind):
+    image, text = random_features(1, 5, seed=2)
+    actual = chunked(kind, image, text, 100.0, -10.0)
+    assert_agree(actual, reference(kind, image, text, 100.0, -10.0), 1e-9)
+    if kind == "softmax":
+        assert actual.loss == 0
+        assert not actual.image.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_large_logits_stay_finite(kind, dtype):
+    image, text = random_features(40, 64, seed=3, dtype=dtype, normalise=False)
+    expected = reference(kind, image, text, 100.0, -10.0)  # logits of thousands
+    actual = chunked(kind, image, text, 100.0, -10.0, chunk_size=16)
+    assert_agree(actual, expected, 1e-2 if dtype.itemsize == 2 else 1e-4)
+
+
+def test_row_maxima_far_apart(kind):
+    """Rows whose largest logit is hundreds below the tile's underflow under a shared shift."""
+    image, text = random_features(8, 4, seed=4, dtype=torch.float32)
+    image[::2] *= 1e-3
+    expected = reference(kind, image, text, 2000.0, 0.0)
+    assert_agree(chunked(kind, image, text, 2000.0, 0.0, chunk_size=8), expected, 1e-4)
+
+
+def test_duplicate_features(kind):
+    image = torch.ones(10, 4, dtype=torch.float64) / 2
+    actual = chunked(kind, image, image, 100.0, -10.0, chunk_size=3)
+    assert_agree(actual, reference(kind, image, image, 100.0, -10.0), 1e-9)
+    if kind == "softmax":
+        assert actual.loss.item() == pytest.approx(math.log(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_are_accumulated_in_float32(kind, dtype):
+    image, text = random_features(130, 48, seed=5, dtype=dtype)
+    expected = reference(kind, image, text, 30.0, -10.0)
+    actual = chunked(kind, image, text, 30.0, -10.0, chunk_size=50)
+    assert actual.loss.dtype == torch.float32
+    assert actual.image.dtype == actual.text.dtype == dtype
+    assert_agree(actual._replace(image=expected.image, text=expected.text), expected, 1e-5)
+    # What is left is the rounding of the gradients themselves to the features' dtype.
+    assert_agree(actual, expected, torch.finfo(dtype).eps)
+
+
+def test_autocast_changes_nothing(kind):
+    image, text = random_features(60, 32, seed=6, dtype=torch.float32)
+    expected = chunked(kind, image, text, 50.0, -10.0, chunk_size=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = chunked(kind, image, text, 50.0, -10.0, chunk_size=32)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_gradients_scale_with_the_loss(kind):
+    image, text = random_features(9, 5, seed=7)
+    expected = reference(kind, image, text, 10.0, -5.0)
+    expected = expected._replace(**{k: 3 * v for k, v in expected._asdict().items() if k != "loss"})
+    assert_agree(chunked(kind, image, text, 10.0, -5.0, factor=3.0), expected, 1e-9)
+
+
+def test_gradients_reach_through_normalisation_and_exp(kind):
+    """Leaves as a model has them: raw features, log scale of shape [1], strided text."""
+    raw_image = torch.randn(2, 6, 5, dtype=torch.float64)[:, :, :4].requires_grad_()
+    log_scale = torch.tensor([math.log(10.0)], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(raw_image_2ED, log_scale, bias):
+        image, text = F.normalize(raw_image_2ED, dim=-1)
+        if kind == "softmax":
+            return softmax_contrastive_loss(image, text, log_scale.exp(), chunk_size=4)
+        return sigmoid_contrastive_loss(image, text, log_scale.exp(), bias, chunk_size=4)
+
+    assert torch.autograd.gradcheck(loss, (raw_image, log_scale, bias))
+
+
+def test_features_that_need_no_gradient(kind):
+    image, text = random_features(6, 4, seed=8)
+    text.requires_grad_()
+    scale, bias = torch.tensor(10.0), torch.tensor(0.0)
+    if kind == "softmax":
+        softmax_contrastive_loss(image, text, scale).backward()
+    else:
+        sigmoid_contrastive_loss(image, text, scale, bias).backward()
+    assert_agree(
+        reference(kind, image, text, 10.0, 0.0)._replace(text=text.grad),
+        reference(kind, image, text, 10.0, 0.0),
+        1e-6,
+    )
+
+
+def test_never_holds_more_than_a_tile_of_logits(kind):
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    n, width, chunk_size = 128, 4, 16
+    image, text = random_features(n, width, seed=9)
+    with Watch():
+        chunked(kind, image, text, 10.0, 0.0, chunk_size=chunk_size)
+    # float64; both buffers are one allocation.
+    assert largest <= 8 * max(2 * chunk_size**2, 2 * n * width)
+    assert largest < 8 * n * n // 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": torch.zeros(4, 5)}, "must both be"),
+        ({"image": torch.zeros(3)}, "must both be"),
+        ({"image": torch.zeros(3, 5, dtype=torch.int64)}, "floating point"),
+        ({"image": torch.zeros(3, 5, device="meta")}, "one device"),
+        ({"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)}, "at least one pair"),
+        ({"scale": torch.ones(2)}, "logit_scale"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_mistakes_are_named(kind, change, message):
+    arguments = {"image": torch.zeros(3, 5), "text": torch.zeros(3, 5), "scale": torch.tensor(1.0)}
+    arguments |= {"chunk_size": 8} | change
+    tensors = [arguments[k] for k in ("image", "text", "scale")]
+    if kind == "sigmoid":
+        tensors.append(torch.tensor(0.0))
+    loss = softmax_contrastive_loss if kind == "softmax" else sigmoid_contrastive_loss
+    with pytest.raises(ValueError, match=message):
+        loss(*tensors, chunk_size=arguments["chunk_size"])
