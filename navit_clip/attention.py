@@ -61,7 +61,7 @@ def _varlen(
     # Imported here: the module asks for a flash-attention build, which a CPU wheel may lack.
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    out_THD = varlen_attn(
         q_THD,
         k_SHD,
         v_SHD,
@@ -71,6 +71,8 @@ def _varlen(
         segments_k.max_length,
         window_size=(-1, 0) if causal else (-1, -1),
     )
+    assert isinstance(out_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
+    return out_THD
 
 
 def _by_runs(

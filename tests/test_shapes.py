@@ -113,7 +113,7 @@ def test_training_captions_are_several_short_and_different():
         captions = training_captions(scene, rng)
         assert len(set(captions)) == len(captions) == 5
         for caption in captions:
-            assert 4 < len(caption.split()) <= 30, caption
+            assert 3 <= len(caption.split()) <= 30, caption
             assert caption == caption.lower()
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption), caption
 

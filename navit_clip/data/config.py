@@ -14,7 +14,7 @@ class DataConfig:
     """From shards to packed batches.
 
     Attributes:
-        train: Shards: paths, folders, globs or brace ranges.
+        train: Shards, one or a list: paths, folders, globs or brace ranges.
         captions: Caption source to sampling weight; ``txt`` or ``json.FIELD``.
         resolution: How large an image becomes.
         drop: Which patches are left out.
@@ -31,7 +31,7 @@ class DataConfig:
         ValueError: If a field is out of range or one image cannot fit the budget.
     """
 
-    train: list[str] = field(default_factory=list)
+    train: str | list[str] = field(default_factory=list)
     captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
@@ -42,6 +42,11 @@ class DataConfig:
     workers: int = 4
     prefetch: int = 4
     max_bad_samples: int = 10_000
+
+    @property
+    def train_patterns(self) -> list[str]:
+        """`train` as a list."""
+        return [self.train] if isinstance(self.train, str) else self.train
 
     def __post_init__(self) -> None:
         if not self.captions or any(weight <= 0 for weight in self.captions.values()):

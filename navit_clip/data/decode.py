@@ -64,12 +64,14 @@ class EncodedImage:
             width, height = height, width
         self.height, self.width = height, width
 
-    def pixels(self, height: int, width: int) -> np.ndarray:
+    def pixels(self, height: int, width: int, *, reduced: bool = True) -> np.ndarray:
         """Decodes, turns upright and resizes with antialiasing.
 
         Args:
             height: Rows wanted.
             width: Columns wanted.
+            reduced: Decode a JPEG no larger than needed. Evaluation decodes in full, once for all
+                sizes, so that the pixels of one size do not depend on which others were asked for.
 
         Returns:
             uint8 [height, width, 3].
@@ -79,8 +81,9 @@ class EncodedImage:
         """
         image = self._image
         try:
-            stored = (height, width) if self._orientation in _SIDEWAYS else (width, height)
-            image.draft("RGB", stored)
+            if reduced:
+                sideways = self._orientation in _SIDEWAYS
+                image.draft("RGB", (height, width) if sideways else (width, height))
             upright = ImageOps.exif_transpose(image)
             rgb = _to_rgb(upright)
             if rgb.size != (width, height):

@@ -7,14 +7,13 @@ reader, so that a checkpoint stores what was consumed, not what was prefetched.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from navit_clip.data.config import DataConfig
 from navit_clip.data.reader import Reader, ReaderState
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.shards import expand_shards
@@ -81,6 +80,15 @@ class _Readers(IterableDataset[PackedBatch | _Failure]):
             yield _Failure(str(error))
 
 
+def _leave_signals_to_trainer(worker: int) -> None:
+    """Workers outlive an interrupt until the trainer, which saves first, stops them.
+
+    A forked worker would also inherit the trainer's SIGTERM handler, and then never end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def load_batches(
     build: PairBuilder,
     *,
@@ -103,11 +111,11 @@ def load_batches(
         UserError: If the shards are missing, empty or unusable.
     """
     config = build.config
-    if not config.train:
+    if not config.train_patterns:
         raise UserError("data.train is empty: give the training shards, --data.train PATH")
     position = position or LoaderPosition()
     dataset = _Readers(
-        expand_shards(config.train),
+        expand_shards(config.train_patterns),
         build,
         rank,
         world_size,
@@ -118,7 +126,8 @@ def load_batches(
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_trainer,
     )
     for batch in loader:
         if isinstance(batch, _Failure):

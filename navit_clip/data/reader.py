@@ -120,9 +120,7 @@ class Reader:
             images_seen = position.drawn * self.readers
             position.drawn += 1
             drawn, origin = buffer.pop(), origins.pop()
-            pair = self._try(
-                drawn, Origin(origin.epoch, origin.shard, origin.index, images_seen)
-            )
+            pair = self._try(drawn, Origin(origin.epoch, origin.shard, origin.index, images_seen))
             if pair is not None:
                 packer.offer(pair)
                 yield from self._closed(packer, position, origins)

@@ -101,7 +101,7 @@ def read_shard(path: str, wanted: Container[int] | None = None) -> Iterator[RawS
                         raise tarfile.ReadError("unexpected end of data")
                     members[match[2].lower()] = content
                 # tarfile keeps every header it has seen; a long shard would grow without bound.
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ShardError(f"{path}: {error}") from error
     if members:

@@ -59,6 +59,13 @@ class ResolutionConfig:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
+def default_max_tokens(config: ResolutionConfig, patch_size: int) -> int:
+    """Patches of the largest images of a training run, a model's budget at inference."""
+    if config.mode == "native":
+        return config.max_tokens
+    return min(config.max_tokens, max(1, config.max_side // patch_size) ** 2)
+
+
 def sample_side(config: ResolutionConfig, rng: np.random.Generator) -> float:
     """Draws a side in pixels, uniform or truncated normal, linear in side or area."""
     if config.distribution == "uniform":
@@ -171,9 +178,7 @@ def fit_grid(
         for grid in itertools.product(
             (math.floor(rows), math.ceil(rows)), (math.floor(columns), math.ceil(columns))
         )
-        if grid[0] * grid[1] <= max_tokens
-        and grid[0] <= limit_rows
-        and grid[1] <= limit_columns
+        if grid[0] * grid[1] <= max_tokens and grid[0] <= limit_rows and grid[1] <= limit_columns
     ]
     # Rounding down always fits: rows and columns are at least 1 and within every limit.
     return min(candidates, key=distortion)

@@ -10,6 +10,7 @@ import argparse
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -34,15 +35,21 @@ def iterate_captions(shards: Sequence[str], sources: Sequence[str]) -> Iterator[
 
 
 def train_tokenizer(
-    shards: Sequence[str], sources: Sequence[str], vocab_size: int, output: Path
+    shards: Sequence[str],
+    sources: Sequence[str],
+    vocab_size: int,
+    output: Path,
+    model_type: Literal["unigram", "bpe"] = "unigram",
 ) -> int:
-    """Trains a unigram model and writes it.
+    """Trains a model and writes it.
 
     Args:
         shards: Tar files.
         sources: Caption sources, see `navit_clip.data.captions.find_captions`.
         vocab_size: Most pieces; fewer if the captions hold fewer.
         output: The file to write.
+        model_type: ``unigram``, the paper's; ``bpe`` keeps whole words of a small vocabulary, where
+            unigram falls apart into letters.
 
     Returns:
         How many pieces the model has.
@@ -61,6 +68,7 @@ def train_tokenizer(
             sentence_iterator=iter(captions),
             model_writer=model,
             vocab_size=vocab_size,
+            model_type=model_type,
             # Few distinct words, as in generated captions, allow fewer pieces than asked for.
             hard_vocab_limit=False,
             # More sentences teach a 32k vocabulary nothing, and cost memory.
@@ -91,13 +99,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--captions", nargs="+", default=["txt"], help="caption sources, such as txt json.captions"
     )
     parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     args = parser.parse_args(argv)
     with one_line_errors("train_tokenizer"):
         if args.vocab_size < 8:
             raise UserError(f"--vocab-size must be at least 8, got {args.vocab_size}")
         pieces = train_tokenizer(
-            expand_shards(args.shards), args.captions, args.vocab_size, args.output
+            expand_shards(args.shards),
+            args.captions,
+            args.vocab_size,
+            args.output,
+            args.model_type,
         )
         print(f"wrote {args.output}: {pieces} pieces")
 

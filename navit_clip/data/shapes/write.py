@@ -33,7 +33,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from navit_clip.data.shapes.captions import full_caption, training_captions
+from navit_clip.data.shapes.captions import (
+    FULL_CAPTIONS,
+    full_caption,
+    prompt_templates,
+    training_captions,
+)
 from navit_clip.data.shapes.render import encode, render
 from navit_clip.data.shapes.scene import (
     CLASSES,
@@ -46,7 +51,7 @@ from navit_clip.data.shapes.scene import (
 )
 
 # Raised when the same arguments give other files, so that an old output is not taken for a new one.
-VERSION = 1
+VERSION = 2
 DONE_FILE, PARTIAL_FILE = "shapes.json", "shapes.partial.json"
 SPLITS = ("train", "zeroshot", "retrieval")
 
@@ -199,6 +204,7 @@ def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
                 coco["annotations"].append(caption)
             bar.update(task.pictures)
     (output / "retrieval" / "captions.json").write_text(json.dumps(coco) + "\n")
+    (output / "templates.txt").write_text("\n".join(prompt_templates()) + "\n")
     (output / PARTIAL_FILE).replace(output / DONE_FILE)
     return True
 
@@ -274,7 +280,8 @@ def _write_shard(seed: int, first: int, last: int, path: Path) -> _CocoEntries:
         for index in range(first, last):
             sample = train_sample(seed, index)
             fields = {
-                "captions": sample.captions,
+                "captions": sample.captions[:FULL_CAPTIONS],
+                "short": sample.captions[FULL_CAPTIONS:],
                 "width": sample.width,
                 "height": sample.height,
             }

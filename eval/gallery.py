@@ -1,0 +1,83 @@
+"""A picture of sample images, each with the captions a model finds nearest."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from eval.encode import Embedded
+from eval.sources import Source
+
+_COLUMNS, _ROWS = 4, 3
+_CELL, _THUMB, _MARGIN = 330, 190, 14
+_CAPTIONS, _LINE, _WRAP = 3, 17, 46
+_RIGHT, _WRONG, _TEXT, _PAPER = "#1a7f37", "#b3261e", "#1f2328", "#ffffff"
+
+
+def draw_gallery(
+    data: Embedded,
+    images_ED: Tensor,
+    texts_TD: Tensor,
+    owner_T: Tensor,
+    source: Source,
+    output: Path,
+) -> None:
+    """Draws evenly spaced images of a source with their best captions and similarities.
+
+    Captions of the image itself are green, those of others red.
+
+    Args:
+        data: The embedded source, for names and captions.
+        images_ED: Image embeddings at one budget.
+        texts_TD: Caption embeddings.
+        owner_T: Index of each caption's image.
+        source: Read again for the pixels of the images shown.
+        output: PNG file to write.
+    """
+    count = min(_COLUMNS * _ROWS, len(data.names))
+    shown = torch.linspace(0, len(data.names) - 1, count).long().tolist()
+    texts = [caption for captions in data.captions for caption in captions]
+    names = {data.names[i] for i in shown}
+    pixels: dict[str, bytes] = {}
+    for item in source.read(0, 1):
+        if item.name in names and isinstance(item.data, bytes):
+            pixels[item.name] = item.data
+            if len(pixels) == len(names):
+                break
+    rows = -(-count // _COLUMNS)
+    cell_height = _THUMB + _MARGIN + _CAPTIONS * (2 * _LINE + 6) + _MARGIN
+    canvas = Image.new("RGB", (_COLUMNS * _CELL + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for place, index in enumerate(shown):
+        left = _MARGIN + place % _COLUMNS * _CELL
+        top = _MARGIN + place // _COLUMNS * cell_height
+        thumb = _open(pixels[data.names[index]])
+        thumb.thumbnail((_CELL - 2 * _MARGIN, _THUMB))
+        canvas.paste(thumb, (left, top + (_THUMB - thumb.height)))
+        scores = texts_TD @ images_ED[index]
+        best = scores.topk(min(_CAPTIONS, len(texts))).indices.tolist()
+        y = top + _THUMB + 8
+        for caption in best:
+            own = int(owner_T[caption]) == index
+            lines = _wrap(f"{scores[caption]:.2f}  {texts[caption]}")
+            draw.multiline_text(
+                (left, y), "\n".join(lines), fill=_RIGHT if own else _WRONG, font=font, spacing=3
+            )
+            y += _LINE * len(lines) + 6
+    output.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(output)
+
+
+def _open(data: bytes) -> Image.Image:
+    import io
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _wrap(text: str) -> Sequence[str]:
+    return textwrap.wrap(text, _WRAP, max_lines=2, placeholder=" …")

@@ -1,0 +1,1 @@
+"""Models in and out of files: this project's own format, and released checkpoints."""

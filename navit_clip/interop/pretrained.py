@@ -1,0 +1,134 @@
+"""A model's directory: all that inference needs, and nothing that runs code.
+
+``config.json`` (shape and preprocessing), ``model.safetensors`` (weights), and the tokenizer's own
+files. Written by the trainer at its end, read by the harnesses and by users.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from navit_clip.clip import CLIPConfig, NaViTCLIP
+from navit_clip.data.tokenizer import Tokenizer, load_tokenizer
+from navit_clip.errors import UserError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How images are sized for a model.
+
+    Attributes:
+        max_tokens: Most patches of one image, the model's default budget.
+        square: Squash images to a square, for models trained so.
+    """
+
+    max_tokens: int = 256
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with what it needs around it.
+
+    Attributes:
+        model: In evaluation mode.
+        tokenizer: The one it was trained with.
+        preprocess: How it wants its images.
+    """
+
+    model: NaViTCLIP
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+
+
+def save_pretrained(
+    directory: Path, model: NaViTCLIP, tokenizer: Tokenizer, preprocess: Preprocess
+) -> None:
+    """Writes a model's directory; each file appears whole or not at all.
+
+    Raises:
+        UserError: If the disk does not take it.
+    """
+    config = {
+        "format": FORMAT,
+        "model": asdict(model.config),
+        "preprocess": asdict(preprocess),
+    }
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(directory)
+        partial = directory / (WEIGHTS_FILE + ".partial")
+        save_file(weights, partial)
+        partial.replace(directory / WEIGHTS_FILE)
+        partial = directory / (CONFIG_FILE + ".partial")
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(directory / CONFIG_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the model to {directory}: {error}") from error
+
+
+def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pretrained:
+    """Reads a model's directory.
+
+    Args:
+        directory: As `save_pretrained` wrote it.
+        device: Where the model goes.
+
+    Raises:
+        UserError: If a file is missing, damaged, or does not fit the others.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}")
+        config = config_from_dict(CLIPConfig, values["model"])
+        preprocess = config_from_dict(Preprocess, values["preprocess"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    weights_path = directory / WEIGHTS_FILE
+    model = NaViTCLIP(config)
+    try:
+        model.load_state_dict(load_file(weights_path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read {weights_path}: {reason}") from error
+    return Pretrained(model.to(device).eval(), load_tokenizer(directory), preprocess)
+
+
+def config_from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Builds a tree of config dataclasses from plain values, as `asdict` and JSON leave them.
+
+    Raises:
+        TypeError: If a key is unknown or missing.
+        ValueError: If a field refuses its value.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := values.keys() - known:
+        raise TypeError(f"unknown key {sorted(unknown)[0]!r} for {kind.__name__}")
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = config_from_dict(hint, value)  # type: ignore[arg-type]
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**built)

@@ -1,0 +1,212 @@
+"""Configuration of a run: one dataclass tree, read from YAML and the command line.
+
+Parsed by jsonargparse, so every field is a flag of its own name (``--optim.lr 1e-3``), typed and
+documented by its docstring; `train.__main__` is the only reader of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from navit_clip.clip import CLIPConfig
+from navit_clip.data.config import DataConfig
+from navit_clip.data.tokenizer import TokenizerConfig
+from navit_clip.errors import UserError
+from train.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices and tables; norms, biases, probe and scale have
+            none.
+        clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
+        schedule: Course of the learning rate over the steps.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if self.clip_norm < 0:
+            raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss.
+
+    Attributes:
+        kind: ``softmax`` (CLIP), or ``sigmoid`` (SigLIP), which needs model.init_bias.
+        chunk_size: Side of the largest block of logits that ever exists.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    chunk_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"loss.chunk_size must be at least 1, got {self.chunk_size}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is saved.
+
+    Attributes:
+        every_steps: Steps between checkpoints; one is also written at the end and on SIGTERM or
+            SIGINT.
+        keep: How many of the latest are kept.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the run reports.
+
+    Attributes:
+        every_steps: Steps between lines of metrics.jsonl and points on the dashboard.
+        wandb: ``online``, ``offline`` (files for `wandb sync`), or ``disabled``.
+        wandb_project: Project on the dashboard.
+        wandb_name: Name of the run there; null takes the run directory's.
+    """
+
+    every_steps: int = 10
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    wandb_project: str = "navit-clip"
+    wandb_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+        run_dir: Where config, metrics, checkpoints and the exported model go; the same directory
+            again continues the run.
+        steps: Optimiser steps of the whole run.
+        tokenizer: How captions become token ids.
+        model: Shape of both towers.
+        data: What is read and how it is packed.
+        optim: Optimiser and learning rate.
+        loss: The contrastive loss.
+        checkpoint: When the state is saved.
+        log: What is reported.
+        seed: Of initialisation and of everything random about the data.
+        precision: ``bf16`` runs matrix products under autocast; parameters stay float32.
+        device: ``auto`` takes CUDA if there is one.
+    """
+
+    run_dir: str
+    steps: int
+    tokenizer: TokenizerConfig
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        schedule = self.optim.schedule
+        if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
+            raise ValueError(
+                f"steps={self.steps} cannot hold {schedule.warmup_steps} warm-up and "
+                f"{schedule.cooldown_steps} cool-down steps: lower optim.schedule's or raise steps"
+            )
+        if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
+            raise ValueError(
+                "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10); got "
+                f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
+            )
+        text = self.model.text.context_length
+        if text > self.data.budget.text_tokens:
+            raise ValueError(
+                f"data.budget.text_tokens={self.data.budget.text_tokens} cannot hold one caption "
+                f"of model.text.context_length={text}: raise the first or lower the second"
+            )
+        resolution = self.data.resolution
+        square = max(1, resolution.max_side // self.model.image.patch_size)
+        if resolution.mode == "square" and (
+            square**2 > resolution.max_tokens or square > self.model.image.position.max_grid_side
+        ):
+            raise ValueError(
+                f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
+                f"past data.resolution.max_tokens={resolution.max_tokens} or "
+                f"model.image.position.max_side={self.model.image.position.max_side}"
+            )
+
+
+def parse_config(argv: Sequence[str]) -> tuple[TrainConfig, str]:
+    """Reads ``--config FILE`` and flags.
+
+    Args:
+        argv: Words after ``python -m train``.
+
+    Returns:
+        The configuration, and its resolved form as YAML.
+
+    Raises:
+        UserError: For an unknown key, a bad value or a missing file; names it.
+        SystemExit: After ``--help`` and ``--print_config``.
+    """
+    parser = ArgumentParser(
+        prog="python -m train", description="Train a packed NaViT CLIP.", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="a YAML file; later flags override it")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        namespace = parser.parse_args(list(argv))
+        values = parser.instantiate(namespace)
+        config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_plain(str(error))) from error
+    return config, parser.dump(namespace)
+
+
+def write_config(run_dir: Path, resolved: str) -> None:
+    """Writes config.yaml, the run's configuration with every default spelt out."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(resolved)
+    except OSError as error:
+        raise UserError(f"cannot write run_dir {run_dir}: {error.strerror}") from error
+
+
+def _plain(message: str) -> str:
+    return message.replace("Parser key ", "").replace("<class '", "").replace("'>", "")

@@ -1,0 +1,219 @@
+"""What a run reports: metrics.jsonl, the wandb dashboard, and the line the user watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from navit_clip.errors import UserError
+from navit_clip.packing import PackedBatch
+from navit_clip.ranks import Ranks
+from train.config import LogConfig
+
+
+@dataclass
+class Window:
+    """Counts since the last logged step on one rank.
+
+    Attributes:
+        pairs: Pairs trained on.
+        tokens: Real tokens of both towers.
+        tokens_before_drop: Image tokens before drop, plus text tokens.
+        slots: Tokens the towers computed, padding included.
+        wait: Seconds spent waiting for data.
+        skipped: Samples passed over.
+        since: When the window began.
+    """
+
+    pairs: int = 0
+    tokens: int = 0
+    tokens_before_drop: int = 0
+    slots: int = 0
+    wait: float = 0.0
+    skipped: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, batch: PackedBatch, wait: float) -> None:
+        """Counts one batch."""
+        counts = batch.counts
+        self.pairs += counts.pairs
+        self.tokens += counts.image_tokens + counts.text_tokens
+        self.tokens_before_drop += counts.image_tokens_before_drop + counts.text_tokens
+        self.slots += batch.images.segments.num_tokens + batch.texts.segments.num_tokens
+        self.wait += wait
+        self.skipped += sum(counts.skipped.values())
+
+    def rates(self, ranks: Ranks) -> dict[str, float]:
+        """Figures of the window over all ranks; every rank calls it."""
+        seconds = time.perf_counter() - self.since
+        pairs, tokens, before, slots, wait, skipped = ranks.sum(
+            [
+                self.pairs,
+                self.tokens,
+                self.tokens_before_drop,
+                self.slots,
+                self.wait,
+                self.skipped,
+            ]
+        )
+        return {
+            "pairs": pairs,
+            "images_per_s": pairs / seconds,
+            "tokens_per_s": tokens / seconds,
+            "padding": 1 - tokens / slots,
+            "token_drop": 1 - tokens / before,
+            "data_wait": wait / ranks.world_size / seconds,
+            "skipped": skipped,
+        }
+
+
+class MetricsLog:
+    """metrics.jsonl and wandb, written by the first rank.
+
+    Args:
+        run_dir: Where metrics.jsonl lies.
+        config: Whether and where wandb reports.
+        resolved: The run's configuration as plain values, for the dashboard.
+        step: The step the run goes on from; lines past it, from before a restart, are removed.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
+    ) -> None:
+        path = run_dir / "metrics.jsonl"
+        _truncate(path, step)
+        self._file = path.open("a")
+        self._wandb: Any = None
+        if config.wandb != "disabled":
+            self._wandb = _start_wandb(run_dir, config, resolved)
+
+    def write(self, values: dict[str, float]) -> None:
+        """Appends one line; visible at once to whoever follows the file."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(values["step"]))
+
+    def close(self) -> None:
+        """Ends the file and the dashboard."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops lines past `step` and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
+    import wandb
+
+    # The same id after a restart continues the same curve.
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
+    id_file.write_text(run_id + "\n")
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=config.wandb,
+            dir=str(run_dir),
+            config=resolved,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
+
+
+class Progress:
+    """The bar on a terminal; plain lines at each logged step elsewhere.
+
+    Args:
+        steps: Steps of the whole run.
+        step: Steps done before.
+        visible: False on all ranks but the first.
+    """
+
+    def __init__(self, steps: int, step: int, *, visible: bool) -> None:
+        self.steps, self.first, self.visible = steps, step, visible
+        self.since = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        if visible and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=steps, initial=step, desc="train", unit="step", dynamic_ncols=True
+            )
+
+    def advance(self) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, values: dict[str, float]) -> None:
+        """Shows the figures of a logged step."""
+        text = (
+            f"loss {values['loss']:.3f}, {values['images_per_s']:,.0f} images/s, "
+            f"{values['tokens_per_s']:,.0f} tokens/s, padding {values['padding']:.1%}, "
+            f"data wait {values['data_wait']:.1%}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self.visible:
+            step = int(values["step"])
+            elapsed = time.perf_counter() - self.since
+            left = elapsed / max(1, step - self.first) * (self.steps - step)
+            print(f"step {step}/{self.steps}: {text}, {left / 60:.1f} min left", flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self.visible:
+            tqdm.write(line) if self._bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SkipReport:
+    """Names skipped samples: the first few of each reason, then ever more rarely.
+
+    A source of a million broken images would otherwise drown everything else.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._next = 1
+
+    def lines(self, batch: PackedBatch) -> list[str]:
+        """What to print after a batch, usually nothing."""
+        self.counts += batch.counts.skipped
+        total = sum(self.counts.values())
+        if total < self._next:
+            return []
+        self._next = max(2 * self._next, total + 1)
+        summary = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common())
+        return [f"skipped {line}" for line in batch.counts.skip_log] + [
+            f"skipped so far: {summary}"
+        ]
