@@ -103,7 +103,7 @@ class _SizedItems(IterableDataset[Sized | SkipSampleError | _Failure]):
                 for budget in self.budgets
             ]
         except SkipSampleError as error:
-            return SkipSampleError(error.reason, f"{item.name}: {error}")
+            return SkipSampleError(error.reason, f"{item.name}: {error.detail}")
         return Sized(item.key, item.name, item.label, item.captions, images)
 
 
@@ -165,8 +165,9 @@ def embed_source(
     if failures:
         raise UserError(failures[0])
     # Not reported sample by sample from workers: that would tear the bar.
-    local = torch.cat(parts) if parts else torch.zeros(0, len(budgets), 1)
-    gathered = ranks.gather(list(zip(rows, local.unbind(), strict=True)))
+    local = torch.cat(parts or [torch.zeros(0, len(budgets), pretrained.model.config.embed_dim)])
+    # One tensor per rank: each row on its own would be sent with the memory of all.
+    gathered = list(zip(ranks.gather(rows), torch.cat(ranks.gather([local])), strict=True))
     reasons = ranks.gather([(error.reason, str(error)) for error in skipped])
     if ranks.is_first:
         for _, line in reasons[:5]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from eval.encode import Embedded
 from eval.sources import Source
+from navit_clip.data.decode import EncodedImage
+from navit_clip.errors import UserError
 
 _COLUMNS, _ROWS = 4, 3
 _CELL, _THUMB, _MARGIN = 330, 190, 14
@@ -38,6 +40,9 @@ def draw_gallery(
         owner_T: Index of each caption's image.
         source: Read again for the pixels of the images shown.
         output: PNG file to write.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     count = min(_COLUMNS * _ROWS, len(data.names))
     shown = torch.linspace(0, len(data.names) - 1, count).long().tolist()
@@ -56,8 +61,7 @@ def draw_gallery(
     for place, index in enumerate(shown):
         left = _MARGIN + place % _COLUMNS * _CELL
         top = _MARGIN + place // _COLUMNS * cell_height
-        thumb = _open(pixels[data.names[index]])
-        thumb.thumbnail((_CELL - 2 * _MARGIN, _THUMB))
+        thumb = _thumbnail(EncodedImage(pixels[data.names[index]]))
         canvas.paste(thumb, (left, top + (_THUMB - thumb.height)))
         scores = texts_TD @ images_ED[index]
         best = scores.topk(min(_CAPTIONS, len(texts))).indices.tolist()
@@ -69,14 +73,17 @@ def draw_gallery(
                 (left, y), "\n".join(lines), fill=_RIGHT if own else _WRONG, font=font, spacing=3
             )
             y += _LINE * len(lines) + 6
-    output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(output, format="PNG")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
 
 
-def _open(data: bytes) -> Image.Image:
-    import io
-
-    return Image.open(io.BytesIO(data)).convert("RGB")
+def _thumbnail(image: EncodedImage) -> Image.Image:
+    scale = min((_CELL - 2 * _MARGIN) / image.width, _THUMB / image.height, 1.0)
+    height, width = round(image.height * scale), round(image.width * scale)
+    return Image.fromarray(image.pixels(max(1, height), max(1, width)))
 
 
 def _wrap(text: str) -> Sequence[str]:

@@ -1,7 +1,8 @@
 """Image–text retrieval: recall at 1, 5 and 10, both ways, all captions of an image used.
 
 COCO's convention: every caption is a query for its image; an image finds a hit if any of its
-captions is among the nearest. Ties go against the model, and the similarity matrix is never whole.
+captions is among the nearest. Ties, and scores that are not numbers, go against the model. The
+similarity matrix is never whole.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def text_to_image_ranks(texts_TD: Tensor, images_ED: Tensor, owner_T: Tensor) ->
     for texts, owner in zip(texts_TD.split(_BLOCK), owner_T.split(_BLOCK), strict=True):
         scores = texts @ images_ED.T
         own = scores.gather(1, owner[:, None])
-        ranks.append((scores >= own).sum(1) - 1)
+        ranks.append((~(scores < own)).sum(1) - 1)
     return torch.cat(ranks)
 
 
@@ -59,7 +60,7 @@ def image_to_text_ranks(images_ED: Tensor, texts_TD: Tensor, owner_T: Tensor) ->
         index = torch.arange(start, start + len(images))
         own = owner_T[None, :] == index[:, None]
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((scores >= best) & ~own).sum(1))
+        ranks.append((~(scores < best) & ~own).sum(1))
     return torch.cat(ranks)
 
 

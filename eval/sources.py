@@ -73,7 +73,7 @@ class FileSource(Source):
             try:
                 data = path.read_bytes()
             except OSError as error:
-                data = SkipSampleError("missing_image", f"{path}: {error.strerror}")
+                data = SkipSampleError("missing_image", error.strerror or str(error))
             yield Item(
                 (0, index),
                 str(path),
@@ -196,9 +196,9 @@ def open_captioned(
         raise UserError(f"cannot read {captions}: {error}") from error
     try:
         found = _karpathy(content, split) if _is_karpathy(content) else _coco(content)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{captions} is neither COCO's captions format nor Karpathy's: missing {error}"
+            f"{captions} is neither COCO's captions format nor Karpathy's: {error!r}"
         ) from error
     if not found:
         raise UserError(f"no captioned image in {captions}")
@@ -230,7 +230,7 @@ def _karpathy(content: Any, split: str | None) -> dict[str, tuple[str, ...]]:
             sentence["raw"].strip() for sentence in image["sentences"]
         )
         for image in content["images"]
-        if split is None or image.get("split") == split
+        if image["sentences"] and (split is None or image.get("split") == split)
     }
 
 

@@ -105,14 +105,15 @@ def class_vectors(
 def topk_hits(embeddings_ED: Tensor, classes_CD: Tensor, labels_E: Tensor, k: int) -> Tensor:
     """Whether each image's class is among its k nearest.
 
-    Ties go against the model: a class as near as the right one counts as nearer.
+    Ties go against the model: a class as near as the right one counts as nearer, and so does one
+    whose score is not a number.
 
     Returns:
         bool [E].
     """
     scores_EC = embeddings_ED @ classes_CD.T
     own_E1 = scores_EC.gather(1, labels_E[:, None])
-    return (scores_EC >= own_E1).sum(1) <= k
+    return (~(scores_EC < own_E1)).sum(1) <= k
 
 
 def judge(
@@ -132,8 +133,8 @@ def judge(
     Raises:
         UserError: If a label has no name.
     """
-    if (highest := max(data.labels)) >= len(names) or min(data.labels) < 0:
-        raise UserError(f"label {highest} has no name: there are {len(names)} class names")
+    if unnamed := set(data.labels) - set(range(len(names))):
+        raise UserError(f"label {max(unnamed)} has no name: there are {len(names)} class names")
     classes_CD = class_vectors(pretrained, names, templates)
     labels_E = torch.tensor(data.labels)
     config, default = pretrained.model.config, pretrained.preprocess.max_tokens

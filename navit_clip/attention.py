@@ -31,7 +31,8 @@ def segment_attention(
         k_SHD: [S, H, D] keys.
         v_SHD: [S, H, D] values.
         segments_q: Segments of the T query tokens.
-        segments_k: Segments of the S key tokens, as many examples as `segments_q`.
+        segments_k: Segments of the S key tokens, as many examples as `segments_q`, and padding
+            if and only if `segments_q` has some.
         causal: Each token sees itself and what stands before it in its segment; query and key
             segments must then be the same.
 
@@ -39,11 +40,18 @@ def segment_attention(
         [T, H, D]; what it holds on padding is finite, and of no meaning.
 
     Raises:
-        ValueError: If the two sides hold different numbers of examples.
+        ValueError: If the two sides hold different numbers of examples, or one alone is padded.
     """
     if segments_q.num_examples != segments_k.num_examples:
         raise ValueError(
             f"{segments_q.num_examples} query segments against {segments_k.num_examples} key ones"
+        )
+    if len(segments_q.lengths) != len(segments_k.lengths):
+        # The variable-length kernel counts segments by the queries' offsets: it would read past
+        # the keys' offsets, or leave the gradient of padded keys unwritten.
+        raise ValueError(
+            f"padding on one side only: {segments_q.padding} tokens of queries against "
+            f"{segments_k.padding} of keys; see Segments.without_padding"
         )
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)

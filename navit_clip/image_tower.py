@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from navit_clip.choices import check_choices
 from navit_clip.packing import PackedImages, Segments
 from navit_clip.pooling import Pooling, build_pooling
 from navit_clip.position import PositionConfig, build_position
@@ -31,8 +32,8 @@ class ImageTowerConfig:
         pixel_std: Standard deviation per channel on [0, 1], which pixels are divided by.
 
     Raises:
-        ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, or the encoder is
-            causal.
+        ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
+            causal, or `pooling` is unknown.
     """
 
     patch_size: int = 16
@@ -43,6 +44,7 @@ class ImageTowerConfig:
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if min(self.pixel_std) <= 0:

@@ -5,7 +5,7 @@ comes out that is the same on every rank. Text blocks travel around the ring of 
 rank multiplies its own images with each block in tiles of at most `chunk_size` × `chunk_size`
 logits. The forward pass keeps, besides the features, two numbers per pair (softmax: the
 log-sum-exp of the pair's row and column); the backward pass recomputes the tiles. This is the
-chunked loss of NaViT (arXiv 2307.06304, section 2.2) in an exact form.
+chunked loss of NaViT (arXiv 2307.06304) in an exact form.
 
 Gradients: a feature's gradient is that of the global loss. `logit_scale` and `logit_bias` get
 this rank's share, so that their full gradient is the SUM over the ranks. Both facts together mean

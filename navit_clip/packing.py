@@ -3,7 +3,7 @@
 Stands between the data pipeline, which yields pairs of any size, and the towers, which read one
 long stream of tokens. `FirstFitPacker` decides which pairs share a batch; `pack_images` and
 `pack_texts` lay their tokens end to end; `Segments` says where each example begins and ends. No
-mask over tokens is ever built (NaViT, section 2.1, packs into rows with a mask; a single stream
+mask over tokens is ever built (NaViT packs into rows with a mask; a single stream
 with variable-length attention needs neither).
 """
 
@@ -363,7 +363,7 @@ Item = TypeVar("Item", bound=Packable)
 
 
 class FirstFitPacker(Generic[Item]):
-    """Greedy first-fit with look-ahead over both token budgets (NaViT, appendix A.3).
+    """Greedy first-fit with look-ahead over both token budgets (NaViT packs by greedy first-fit).
 
     A pair joins the open batch if it fits, else it waits. Once `look_ahead` pairs wait, or the
     batch is full, the batch closes, and those who waited are offered to the next one first, in

@@ -1,8 +1,8 @@
 """Position embeddings of patches at any resolution and aspect ratio.
 
 Added to the embedded patches at the entry of the image tower. All kinds of NaViT's ablation
-(section 3.4): factorised over rows and columns, each absolute or fractional, from a learned
-table, sinusoids or learned Fourier features, summed, multiplied or stacked; and the two it
+(positional embeddings): factorised over rows and columns, each absolute or fractional, from a
+learned table, sinusoids or learned Fourier features, summed, multiplied or stacked; and the two it
 compares with, Pix2Struct's learned 2D table and ViT's learned 1D table interpolated in 2D. Every
 kind is a gather by coordinate over all patches at once.
 """
@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from navit_clip.choices import check_choices
 
 ANY_SIDE = 1 << 20  # of positions relative to the side, which know every length
 TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
@@ -35,7 +37,7 @@ class PositionConfig:
         max_side: Longest side in patches (maxLen); for ``learned_1d`` the side of its square.
 
     Raises:
-        ValueError: If `max_side` is below 2.
+        ValueError: If `max_side` is below 2 or a choice is unknown.
     """
 
     kind: Literal["factorised", "learned_2d", "learned_1d"] = "factorised"
@@ -45,6 +47,7 @@ class PositionConfig:
     max_side: int = 64
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.max_side < 2:
             raise ValueError(f"max_side must be at least 2 patches, got {self.max_side}")
 
@@ -67,7 +70,7 @@ def build_position(config: PositionConfig, width: int) -> nn.Module:
 
 
 class Factorised(nn.Module):
-    """φ_y(row) and φ_x(column), combined (NaViT, section 3.4)."""
+    """φ_y(row) and φ_x(column), combined (NaViT, factorised positional embeddings)."""
 
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
@@ -119,6 +122,14 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
 
 
+def _exact(index: Tensor, like: Tensor) -> Tensor:
+    """Integers as floats of `like`'s precision, float32 at least.
+
+    bfloat16 rounds index 299 up to a side of 300, and the upper neighbour is past the table.
+    """
+    return index.to(torch.promote_types(like.dtype, torch.float32))
+
+
 class TableAxis(nn.Module):
     """One axis from a table: by index if absolute, by linear interpolation if fractional."""
 
@@ -134,9 +145,9 @@ class TableAxis(nn.Module):
         """[T] integers to [T, C]."""
         if not self.fractional:
             return F.embedding(index_T, self.table)
-        position_T = index_T.to(self.table.dtype) / side_T * (len(self.table) - 1)
+        position_T = _exact(index_T, self.table) / side_T * (len(self.table) - 1)
         below = position_T.long()
-        weight = (position_T - below)[:, None]
+        weight = (position_T - below)[:, None].to(self.table.dtype)
         # The highest fraction is below one, so the upper neighbour exists.
         return torch.lerp(
             F.embedding(below, self.table), F.embedding(below + 1, self.table), weight
@@ -161,9 +172,10 @@ class FourierAxis(nn.Module):
 
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""
-        fraction_T = index_T / (side_T if self.max_side is None else self.max_side)
+        side = side_T if self.max_side is None else self.max_side
+        fraction_T = _exact(index_T, self.frequency) / side
         angle = 2 * math.pi * fraction_T[:, None] * self.frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.frequency.dtype)
 
 
 class Learned2D(nn.Module):
@@ -195,11 +207,11 @@ class Interpolated1D(nn.Module):
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """[T, 2] integers to [T, C]."""
-        centre_T2 = (coords_T2.to(self.table.dtype) + 0.5) / sides_T2
+        centre_T2 = (_exact(coords_T2, self.table) + 0.5) / sides_T2
         position = (centre_T2 * self.side - 0.5).clamp(0, self.side - 1)
         below = position.long()
         above = (below + 1).clamp(max=self.side - 1)
-        weight_above = position - below
+        weight_above = (position - below).to(self.table.dtype)
         result: Tensor | int = 0
         for row, row_weight in ((below, 1 - weight_above), (above, weight_above)):
             for column, column_weight in ((below, 1 - weight_above), (above, weight_above)):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from navit_clip.choices import check_choices
 from navit_clip.packing import PackedTexts
 from navit_clip.pooling import Pooling, build_pooling
 from navit_clip.transformer import Encoder, EncoderConfig
@@ -29,7 +30,7 @@ class TextTowerConfig:
             ``last`` the last, which is the end-of-text token.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1 or `pooling` is unknown.
     """
 
     vocab_size: int = 32000
@@ -38,6 +39,7 @@ class TextTowerConfig:
     pooling: Pooling = "map"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("vocab_size", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

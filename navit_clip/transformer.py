@@ -1,12 +1,13 @@
 """The packed pre-norm encoder that both towers share.
 
 Reads one stream of tokens [T, C] with its `Segments` and returns a stream of the same shape. With
-NaViT's switches (query-key norm, no bias in QKV projections and norms; section 2.1) it is the
+NaViT's switches (query-key norm, no bias in QKV projections and norms) it is the
 paper's encoder; with others it is a plain ViT or an open_clip text tower.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from navit_clip.attention import segment_attention
+from navit_clip.choices import check_choices
 from navit_clip.packing import Segments
 
 
@@ -37,7 +39,7 @@ class EncoderConfig:
         causal: Tokens see only what stands before them in their segment.
 
     Raises:
-        ValueError: If a size is below 1 or `heads` does not divide `width`.
+        ValueError: If a size is below 1, `heads` does not divide `width`, or a choice is unknown.
     """
 
     width: int = 768
@@ -52,13 +54,17 @@ class EncoderConfig:
     causal: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width, got heads={self.heads} width={self.width}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(
+                "mlp_ratio must give the MLP a width of at least 1, got "
+                f"mlp_ratio={self.mlp_ratio} width={self.width}"
+            )
 
     @property
     def mlp_width(self) -> int:

@@ -22,7 +22,7 @@ def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:
         source: ``txt`` (any member), or ``json.FIELD`` for a field of a JSON member.
 
     Raises:
-        SkipSampleError: If the bytes are not UTF-8, or not JSON.
+        SkipSampleError: If the bytes are not UTF-8, or not JSON, or escape half a character.
     """
     extension, _, name = source.partition(".")
     if extension not in members:
@@ -30,10 +30,14 @@ def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:
     try:
         text = members[extension].decode("utf-8")
         found = json.loads(text).get(name, []) if name else text
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        candidates = found if isinstance(found, list) else [found]
+        captions = [c.strip() for c in candidates if isinstance(c, str) and c.strip()]
+        # JSON may escape a lone surrogate, on which every tokenizer fails.
+        "".join(captions).encode("utf-8")
+    # ValueError: not UTF-8, not JSON, or a number of thousands of digits.
+    except (ValueError, AttributeError, RecursionError) as error:
         raise SkipSampleError("bad_caption", f"{source}: {error}") from error
-    candidates = found if isinstance(found, list) else [found]
-    return [c.strip() for c in candidates if isinstance(c, str) and c.strip()]
+    return captions
 
 
 def choose_caption(

@@ -11,12 +11,14 @@ import io
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
 MAX_BYTES = 64 << 20
 
+# Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -25,11 +27,17 @@ class SkipSampleError(Exception):
 
     Attributes:
         reason: A short name that skipped samples are counted under.
+        detail: What is wrong with this one.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        # Both, because an error from a worker process is made again from its arguments.
+        super().__init__(reason, detail)
         self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class EncodedImage:
@@ -50,16 +58,24 @@ class EncodedImage:
             with warnings.catch_warnings():
                 # Pillow warns of large images by its own measure; the cap below is ours.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                self._image = Image.open(io.BytesIO(data))
+                self._image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = self._image.size
+            if width * height > MAX_PIXELS:
+                raise SkipSampleError("too_large", f"{width}×{height} pixels exceed {MAX_PIXELS:,}")
+            # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
             self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except SkipSampleError:
+            raise
+        except UnidentifiedImageError as error:
+            # Pillow's message names the address of the buffer.
+            raise SkipSampleError(
+                "unreadable_image", f"no known format begins with {data[:12]!r}"
+            ) from error
         except Image.DecompressionBombError as error:
             raise SkipSampleError("too_large", str(error)) from error
         # Decoders of damaged files raise whatever they stumble over.
         except Exception as error:
             raise SkipSampleError("unreadable_image", str(error)) from error
-        if width * height > MAX_PIXELS:
-            raise SkipSampleError("too_large", f"{width}×{height} pixels exceed {MAX_PIXELS:,}")
         if self._orientation in _SIDEWAYS:
             width, height = height, width
         self.height, self.width = height, width

@@ -1,6 +1,6 @@
 """Continuous token drop: how many patches of an image are left out, and which.
 
-After sizing, before packing (NaViT, section 2.2 and appendix B): the rate differs per image and
+After sizing, before packing (NaViT, continuous token dropping): the rate differs per image and
 may follow the image's length or the images seen so far. Nothing is dropped at inference.
 """
 
@@ -60,8 +60,18 @@ class DropConfig:
         for name in ("rate", "max_rate", "low_rate", "high_rate", "schedule_low", "schedule_high"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        highest = self.schedule_high if self.schedule == "sigmoid" else self.rate
-        if self.kind == "beta" and not 0 < highest < self.max_rate:
+        lowest = highest = self.rate
+        if self.schedule == "sigmoid":
+            lowest, highest = self.schedule_low, self.schedule_high
+        if lowest > highest:
+            raise ValueError(
+                "schedule_low must not exceed schedule_high (schedule_width < 0 makes it fall), "
+                f"got schedule_low={lowest} schedule_high={highest}"
+            )
+        if self.kind == "beta" and lowest == 0:
+            name = "rate" if self.schedule == "constant" else "schedule_low"
+            raise ValueError(f"{name} must be positive for kind beta, got 0")
+        if self.kind == "beta" and highest >= self.max_rate:
             raise ValueError(
                 f"max_rate must exceed the mean rate, got max_rate={self.max_rate} rate={highest}"
             )
@@ -80,7 +90,7 @@ class DropConfig:
 
 
 def mean_rate(config: DropConfig, images_seen: float) -> float:
-    """The rate of ``fixed`` and ``beta`` after so many images (NaViT, appendix B.2)."""
+    """The rate of ``fixed`` and ``beta`` after so many images (NaViT, sigmoid schedule)."""
     if config.schedule == "constant":
         return config.rate
     n = images_seen / config.schedule_images

@@ -171,7 +171,8 @@ class Reader:
         """All samples of the share from `position` on, which it moves along."""
         while True:
             share = self._share(position.epoch)
-            found = False
+            # A walk that resumes late in a pass may find nothing more in it.
+            found = position.shard > 0 or position.sample > 0
             while position.shard < len(share):
                 index = share[position.shard]
                 for sample in self._samples(index, position.sample):

@@ -54,13 +54,17 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if re.match(r"^[a-z][a-z0-9+]*:", pattern):
             raise UserError(f"{pattern}: only local paths are supported, copy the shards first")
-        for path in braceexpand(pattern):
+        try:
+            paths = list(braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
+        for path in paths:
             if os.path.isdir(path):
                 found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-            elif glob.has_magic(path):
-                found = sorted(glob.glob(path))
+            elif os.path.isfile(path):
+                found = [path]
             else:
-                found = [path] if os.path.isfile(path) else []
+                found = sorted(glob.glob(path))
             if not found:
                 raise UserError(f"no shard found at {path}: check the path (expected .tar files)")
             shards += found
@@ -102,6 +106,11 @@ def read_shard(path: str, wanted: Container[int] | None = None) -> Iterator[RawS
                     members[match[2].lower()] = content
                 # tarfile keeps every header it has seen; a long shard would grow without bound.
                 tar.members = []  # type: ignore[attr-defined]
+            # tarfile takes a damaged header for the archive's end, which is a block of zeros.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ShardError(f"{path}: {error}") from error
     if members:

@@ -1,6 +1,6 @@
 """Which patch grid an image gets.
 
-Between header and pixels: samples a target resolution per image (NaViT, section 3.3), then picks
+Between header and pixels: samples a target resolution per image (NaViT, resolution sampling), then picks
 the grid of whole patches that keeps the aspect ratio best within the token limit.
 """
 
@@ -160,7 +160,7 @@ def fit_grid(
     )
     rows, columns = max(rows / shrink, 1.0), max(columns / shrink, 1.0)
     # A strip one patch wide cannot become thinner, only shorter.
-    rows, columns = min(rows, max_tokens / columns), min(columns, max_tokens / rows)
+    rows, columns = min(rows, max_tokens), min(columns, max_tokens)
     native = (max(1, height // patch_size), max(1, width // patch_size))
     limit_rows, limit_columns = (
         (max_grid_side, max_grid_side)
@@ -173,12 +173,21 @@ def fit_grid(
         area = math.log(grid[0] * grid[1]) - math.log(rows * columns)
         return abs(aspect) + abs(area)
 
+    near_rows = (math.floor(rows), math.ceil(rows))
+    near_columns = (math.floor(columns), math.ceil(columns))
+    # Long strips: 1.9×20.1 in 39 tokens is better as 2×19, the most that go with 2 rows, than 1×20.
+    grids = itertools.chain(
+        itertools.product(near_rows, near_columns),
+        ((row, max_tokens // row) for row in near_rows),
+        ((max_tokens // column, column) for column in near_columns),
+    )
     candidates = [
         grid
-        for grid in itertools.product(
-            (math.floor(rows), math.ceil(rows)), (math.floor(columns), math.ceil(columns))
-        )
-        if grid[0] * grid[1] <= max_tokens and grid[0] <= limit_rows and grid[1] <= limit_columns
+        for grid in grids
+        if min(grid) >= 1
+        and grid[0] * grid[1] <= max_tokens
+        and grid[0] <= limit_rows
+        and grid[1] <= limit_columns
     ]
     # Rounding down always fits: rows and columns are at least 1 and within every limit.
     return min(candidates, key=distortion)

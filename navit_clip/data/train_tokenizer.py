@@ -55,7 +55,8 @@ def train_tokenizer(
         How many pieces the model has.
 
     Raises:
-        UserError: If there is no caption, or SentencePiece refuses the size.
+        UserError: If there is no caption, SentencePiece refuses the size, or the file cannot be
+            written.
     """
     import sentencepiece
 
@@ -83,8 +84,11 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(f"SentencePiece cannot train {vocab_size} pieces: {error}") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(model.getvalue())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(model.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return processor.vocab_size()
 

@@ -7,6 +7,7 @@ files. Written by the trainer at its end, read by the harnesses and by users.
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -22,6 +23,8 @@ from navit_clip.errors import UserError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
+# What JSON may hold for a field of each type; any other leaves the class to check.
+_PLAIN: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 
 Config = TypeVar("Config")
 
@@ -33,10 +36,17 @@ class Preprocess:
     Attributes:
         max_tokens: Most patches of one image, the model's default budget.
         square: Squash images to a square, for models trained so.
+
+    Raises:
+        ValueError: If `max_tokens` is below 1.
     """
 
     max_tokens: int = 256
     square: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
 @dataclass(frozen=True)
@@ -102,25 +112,34 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
             raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}")
         config = config_from_dict(CLIPConfig, values["model"])
         preprocess = config_from_dict(Preprocess, values["preprocess"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        # Some values are refused only here: a width that the positions cannot have, say.
+        model = NaViTCLIP(config)
+    except KeyError as error:
+        raise UserError(f"cannot read {path}: {error} is missing") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {_brief(error)}") from error
     weights_path = directory / WEIGHTS_FILE
-    model = NaViTCLIP(config)
     try:
         model.load_state_dict(load_file(weights_path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read {weights_path}: {reason}") from error
+        raise UserError(f"cannot read {weights_path}: {_brief(error)}") from error
     return Pretrained(model.to(device).eval(), load_tokenizer(directory), preprocess)
 
 
-def config_from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+def _brief(error: Exception) -> str:
+    """One line; weights of another model would otherwise list every tensor."""
+    return textwrap.shorten(str(error), 300)
+
+
+def config_from_dict(kind: type[Config], values: Any) -> Config:
     """Builds a tree of config dataclasses from plain values, as `asdict` and JSON leave them.
 
     Raises:
-        TypeError: If a key is unknown or missing.
+        TypeError: If a key is unknown or missing, or a plain value stands where keys belong.
         ValueError: If a field refuses its value.
     """
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} needs keys and values, got {values!r}")
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := values.keys() - known:
@@ -130,5 +149,7 @@ def config_from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
         hint = hints[name]
         if is_dataclass(hint):
             value = config_from_dict(hint, value)  # type: ignore[arg-type]
+        elif hint in _PLAIN and not isinstance(value, _PLAIN[hint]):
+            raise TypeError(f"{name} of {kind.__name__} must be {hint.__name__}, got {value!r}")
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)

@@ -1,0 +1,64 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from loader_cases import pair_builder
+from shard_factory import CAPTIONS, write_shard
+
+from navit_clip.clip import CLIPConfig, NaViTCLIP
+from navit_clip.data.sample import PairBuilder
+from navit_clip.data.tokenizer import SentencePieceTokenizer
+from navit_clip.data.train_tokenizer import train_tokenizer
+from navit_clip.image_tower import ImageTowerConfig
+from navit_clip.interop.pretrained import Preprocess, save_pretrained
+from navit_clip.position import PositionConfig
+from navit_clip.text_tower import TextTowerConfig
+from navit_clip.transformer import EncoderConfig
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model trained on the captions of `shard_factory`."""
+    root = tmp_path_factory.mktemp("tokenizer")
+    shard = write_shard(
+        root / "captions.tar", {str(i): {"txt": text.encode()} for i, text in enumerate(CAPTIONS)}
+    )
+    train_tokenizer([str(shard)], ["txt"], 64, root / "tokenizer.model")
+    return root / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: SentencePieceTokenizer) -> Path:
+    """A tiny model of random weights, exported: patches of 8 pixels, at most 12 of them."""
+    torch.manual_seed(0)
+    encoder = EncoderConfig(width=16, depth=2, heads=2)
+    config = CLIPConfig(
+        embed_dim=8,
+        image=ImageTowerConfig(patch_size=8, encoder=encoder, position=PositionConfig(max_side=16)),
+        text=TextTowerConfig(vocab_size=tokenizer.vocab_size, context_length=16, encoder=encoder),
+    )
+    model = NaViTCLIP(config)
+    with torch.no_grad():
+        # At their first values all images of such a small model lie almost in one point.
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    directory = tmp_path_factory.mktemp("model")
+    save_pretrained(directory, model, tokenizer, Preprocess(max_tokens=12))
+    return directory
+
+
+@pytest.fixture
+def builder(tokenizer: SentencePieceTokenizer) -> Callable[..., PairBuilder]:
+    """Makes pair builders: ``builder(shards, seed=…, field=…)``, see `loader_cases`."""
+    return partial(pair_builder, tokenizer=tokenizer)

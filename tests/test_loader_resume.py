@@ -1,0 +1,108 @@
+"""A resume changes nothing: the same batches, bit for bit, from wherever a run was stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from loader_cases import ONE_BY_ONE, content, take
+from shard_factory import HTML, make_shards, sample, write_shard
+
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.loader import LoaderPosition
+from navit_clip.errors import UserError
+
+
+def messy_shards(root):
+    """Good samples, bad ones in between, and a shard cut off in the middle."""
+    shards = make_shards(root, [7, 5, 6])
+    write_shard(
+        shards[1],
+        {
+            "0": sample(1),
+            "1": {"png": HTML, "txt": b"not an image"},
+            "2": sample(2),
+            "3": {"png": sample(3)["png"], "txt": b"\xff"},
+            "4": sample(4),
+        },
+    )
+    cut = shards[2].read_bytes()
+    shards[2].write_bytes(cut[: len(cut) // 2])
+    return shards
+
+
+def advance(position, batches):
+    for batch in batches:
+        position.advance(batch)
+    return LoaderPosition(**json.loads(json.dumps(vars(position))))
+
+
+SCHEDULED = DropConfig(
+    kind="beta", schedule="sigmoid", schedule_images=60, schedule_midpoint=0.5, schedule_low=0.1
+)
+
+
+def test_a_resume_after_any_batch_goes_on_as_if_nothing_had_happened(builder, tmp_path):
+    build = builder(messy_shards(tmp_path), drop=SCHEDULED)
+    whole = [content(batch) for batch in take(build, 26)]
+    assert whole[-1]["position"]["0"]["epoch"] > 3
+    position = LoaderPosition()
+    for done in range(22):
+        batches = take(build, 4, position=position)
+        assert [content(batch) for batch in batches] == whole[done : done + 4]
+        position = advance(position, batches[:1])  # and again from there
+
+
+@pytest.mark.parametrize("fields", [{}, {"shuffle_buffer": 3}, {"look_ahead": 5}])
+def test_a_resume_at_the_very_end_of_an_epoch(fields, builder, tmp_path):
+    build = builder(make_shards(tmp_path, [3, 2]), **{**ONE_BY_ONE, **fields})
+    whole = [content(batch) for batch in take(build, 15)]
+    position = LoaderPosition()
+    for expected in whole:
+        (batch,) = take(build, 1, position=position)
+        assert content(batch) == expected
+        position = advance(position, [batch])
+
+
+# Torch thinks that so many are slow on few cores; these do next to nothing.
+MANY_WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+
+
+@MANY_WORKERS
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_resume_too_twice_in_a_row(workers, builder, tmp_path):
+    build = builder(messy_shards(tmp_path), workers=workers)
+    options = {"rank": 1, "world_size": 2}  # 2, 2 or 6 readers for 3 shards
+    whole = [content(batch) for batch in take(build, 12, **options)]
+    position, found = LoaderPosition(), []
+    for steps in (4, 3, 5):
+        batches = take(build, steps, position=position, **options)
+        found += [content(batch) for batch in batches]
+        position = advance(position, batches)
+    assert found == whole
+    assert position.batches == 12
+    assert len(position.readers) == max(1, workers)
+
+
+@MANY_WORKERS
+def test_a_resume_before_every_worker_had_a_turn(builder, tmp_path):
+    build = builder(make_shards(tmp_path, [6, 6, 6]), workers=3)
+    whole = take(build, 7)
+    rest = take(build, 5, position=advance(LoaderPosition(), whole[:2]))
+    assert [content(batch) for batch in rest] == [content(batch) for batch in whole[2:]]
+
+
+def test_the_callers_position_is_its_own(builder, tmp_path):
+    build = builder(make_shards(tmp_path, [6]))
+    position = advance(LoaderPosition(), take(build, 1))
+    before = json.dumps(vars(position))
+    take(build, 3, position=position)
+    assert json.dumps(vars(position)) == before
+
+
+def test_a_resume_on_other_shards_is_refused(builder, tmp_path):
+    shards = make_shards(tmp_path, [9])
+    position = advance(LoaderPosition(), take(builder(shards), 1))
+    make_shards(tmp_path, [1])
+    with pytest.raises(UserError, match=r"00000\.tar no longer holds sample"):
+        take(builder(shards), 1, position=position)

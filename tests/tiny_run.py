@@ -1,0 +1,60 @@
+"""A tiny but real training run for the trainer's tests: shapes shards, a tokenizer, a small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from navit_clip.data.shapes.write import ShapesConfig, write_shapes
+from navit_clip.data.shards import expand_shards
+from navit_clip.data.train_tokenizer import train_tokenizer
+
+
+def write_tiny_data(root: Path) -> None:
+    """Writes shards, held-out sets and a tokenizer under `root`."""
+    config = ShapesConfig(seed=0, train=96, shard_size=24, zeroshot_per_class=1, retrieval=24)
+    write_shapes(config, root / "shapes", workers=1)
+    train_tokenizer(
+        expand_shards([str(root / "shapes/train")]),
+        ["json.captions"],
+        128,
+        root / "tok.model",
+        "bpe",
+    )
+
+
+def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> list[str]:
+    """Flags of ``python -m train`` for a run of a second or two.
+
+    Args:
+        root: Where `write_tiny_data` wrote.
+        run_dir: Of the run.
+        steps: Of the run.
+        overrides: More flags; a double underscore stands for the dot.
+    """
+    encoder = {"width": 32, "depth": 2, "heads": 2}
+    flags: dict[str, object] = {
+        "run_dir": run_dir,
+        "steps": steps,
+        "tokenizer.path": root / "tok.model",
+        "model.embed_dim": 16,
+        "model.text.vocab_size": 128,
+        "model.text.context_length": 32,
+        "data.train": root / "shapes/train",
+        "data.workers": 0,
+        "data.shuffle_buffer": 16,
+        "data.look_ahead": 4,
+        "data.resolution.min_side": 32,
+        "data.resolution.max_side": 64,
+        "data.resolution.max_tokens": 16,
+        "data.budget.image_tokens": 96,
+        "data.budget.text_tokens": 512,
+        "data.budget.max_pairs": 32,
+        "optim.schedule.warmup_steps": 2,
+        "log.every_steps": 1,
+        "device": "cpu",
+    }
+    for tower in ("image", "text"):
+        for name, value in encoder.items():
+            flags[f"model.{tower}.encoder.{name}"] = value
+    flags.update({name.replace("__", "."): value for name, value in overrides.items()})
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
