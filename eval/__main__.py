@@ -14,6 +14,7 @@ from eval.gallery import draw_gallery
 from eval.sources import Source, open_captioned, open_labelled
 from eval.summary import retrieval_table, summarise, zeroshot_table
 from navit_clip.errors import UserError, one_line_errors
+from navit_clip.files import write_whole
 from navit_clip.interop.pretrained import Pretrained, load_pretrained
 from navit_clip.ranks import Ranks, join_ranks
 
@@ -136,7 +137,7 @@ def _retrieval(args: argparse.Namespace, ranks: Ranks) -> None:
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -40,7 +40,8 @@ def segment_attention(
         [T, H, D]; what it holds on padding is finite, and of no meaning.
 
     Raises:
-        ValueError: If the two sides hold different numbers of examples, or one alone is padded.
+        ValueError: If the two sides hold different numbers of examples, one alone is padded, or
+            causal attention is asked for across different segments.
     """
     if segments_q.num_examples != segments_k.num_examples:
         raise ValueError(
@@ -53,6 +54,9 @@ def segment_attention(
             f"padding on one side only: {segments_q.padding} tokens of queries against "
             f"{segments_k.padding} of keys; see Segments.without_padding"
         )
+    if causal and segments_q.lengths != segments_k.lengths:
+        # The backends would align the triangle at different corners.
+        raise ValueError("causal attention needs the same segments for queries and keys")
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
     return _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)

@@ -67,8 +67,17 @@ class TextTower(nn.Module):
 
         Returns:
             [E, C] one vector per caption, in the order in which the captions were packed.
+
+        Raises:
+            ValueError: If a caption is longer than the context.
         """
         segments = texts.segments
+        longest = max(segments.lengths[: segments.num_examples], default=0)
+        if longest > self.config.context_length:
+            raise ValueError(
+                f"a caption of {longest} tokens exceeds context_length="
+                f"{self.config.context_length}: the tokenizer must cut it"
+            )
         index_T = torch.arange(segments.num_tokens, device=texts.token_ids.device)
         # Padding may run on past the context; what it embeds is never read.
         index_T = (index_T - segments.offsets[segments.ids]).clamp(

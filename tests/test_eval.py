@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,7 @@ def embed_cases(model_dir: Path, root: Path, cases):
 def test_embeddings_are_the_same_on_any_number_of_ranks_and_workers(model_dir, data):
     alone = embed_cases(model_dir, data, [(name, 0) for name in SOURCES])
     with_workers = embed_cases(model_dir, data, [(name, n) for name in SOURCES for n in (1, 2)])
+    assert multiprocessing.active_children() == []
     # A worker of a rank takes seconds to start, since it imports everything anew.
     cases = [*((name, 0) for name in SOURCES), ("mixed", 1)]
     for results in (with_workers, *run_ranks(embed_cases, 2, model_dir, data, cases)):
@@ -234,8 +236,8 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
     embedded = embed_cases(model_dir, data, [("classes", 0)])["classes", 0]
     vectors = []
     for name in sorted(CLASSES):
-        lines = [line.replace("{}", name.replace("_", " ")) for line in templates.open()]
-        vectors.append(torch.cat([embed_texts(pretrained, [text.strip()]) for text in lines]))
+        lines = templates.read_text().replace("{}", name.replace("_", " ")).splitlines()
+        vectors.append(torch.cat([embed_texts(pretrained, [line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
     common_figures(result, pretrained, embedded.lengths)
     for entry in result["budgets"]:

@@ -56,7 +56,7 @@ def random_pairs(seed, count, *, values, shuffled=False):
     return draw(count), draw(len(owner)), owner
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(1, 12),
@@ -126,7 +126,7 @@ def test_one_vector_that_is_no_number_spoils_no_one_elses_rank_for_the_better():
     assert image_to_text_ranks(images, texts, owner).tolist() == [0, 0, 3, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     classes=st.integers(1, 9),

@@ -6,11 +6,13 @@ import json
 
 import pytest
 from loader_cases import ONE_BY_ONE, content, take
-from shard_factory import HTML, make_shards, sample, write_shard
+from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import LoaderPosition
+from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import UserError
+from navit_clip.packing import Budgets
 
 
 def messy_shards(root):
@@ -62,6 +64,28 @@ def test_a_resume_at_the_very_end_of_an_epoch(fields, builder, tmp_path):
         (batch,) = take(build, 1, position=position)
         assert content(batch) == expected
         position = advance(position, [batch])
+
+
+def test_a_resume_between_two_batches_that_closed_at_once(builder, tmp_path):
+    # 20 and 24 patches by turns: the second does not fit with the first, and is a batch by itself.
+    sizes = [(32, 40), (32, 48)] * 4
+    shard = write_shard(
+        tmp_path / "0.tar",
+        {str(i): {**sample(i), "png": encode(photo(i, *size))} for i, size in enumerate(sizes)},
+    )
+    build = builder(
+        [shard],
+        resolution=ResolutionConfig(mode="native", max_tokens=24),
+        drop=DropConfig(kind="none"),
+        budget=Budgets(image_tokens=24, text_tokens=96, max_pairs=4),
+        look_ahead=1,
+        shuffle_buffer=1,
+    )
+    whole = take(build, 12)
+    assert sum(not batch.position["0"]["pending"] for batch in whole) == 6
+    for done in range(9):
+        rest = take(build, 3, position=advance(LoaderPosition(), whole[:done]))
+        assert [content(b) for b in rest] == [content(b) for b in whole[done : done + 3]]
 
 
 # Torch thinks that so many are slow on few cores; these do next to nothing.

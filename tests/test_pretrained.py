@@ -32,9 +32,10 @@ from navit_clip.position import PositionConfig
 from navit_clip.text_tower import TextTowerConfig
 from navit_clip.transformer import EncoderConfig
 
+VOCAB = 49408  # open_clip's, the larger of the two tokenizers used here
 ENCODER = EncoderConfig(width=16, depth=1, heads=2)
 CONFIGS = {
-    "navit": CLIPConfig(6, ImageTowerConfig(2, ENCODER), TextTowerConfig(60, 8, ENCODER)),
+    "navit": CLIPConfig(6, ImageTowerConfig(2, ENCODER), TextTowerConfig(VOCAB, 8, ENCODER)),
     "other": CLIPConfig(
         6,
         ImageTowerConfig(
@@ -46,7 +47,7 @@ CONFIGS = {
             pixel_std=(0.26862954, 0.26130258, 0.27577711),
         ),
         TextTowerConfig(
-            60,
+            VOCAB,
             8,
             EncoderConfig(width=12, depth=1, heads=3, activation="quick_gelu", causal=True),
             "last",
@@ -110,6 +111,13 @@ def test_a_round_trip_is_exact(tmp_path, config):
     assert loaded.model.state_dict().keys() == expected_state.keys()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, expected_state[name]), name
+
+
+def test_a_tokenizer_that_the_model_cannot_embed_is_refused(tmp_path):
+    config = CLIPConfig(6, ImageTowerConfig(2, ENCODER), TextTowerConfig(60, 8, ENCODER))
+    save_pretrained(tmp_path, build(config), OpenClipTokenizer(), Preprocess())
+    with pytest.raises(UserError, match=r"49408 ids, its model embeds 60"):
+        load_pretrained(tmp_path)
 
 
 def test_saving_again_writes_the_same_files(directory, tmp_path):

@@ -107,7 +107,7 @@ def errors_of_all_grids(height, width, patch, max_tokens, max_grid_side, side, u
     return np.where(allowed, np.abs(aspect) + np.abs(area), np.inf)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     height=st.integers(1, 3000),
     width=st.integers(1, 3000),

@@ -46,9 +46,7 @@ def unpack(batch):
     texts = batch.texts.token_ids.split(batch.texts.segments.lengths)
     return [
         (
-            ImagePatches(
-                patches[i].numpy(), coords[i].numpy(), tuple(images.grids[i].tolist())
-            ),
+            ImagePatches(patches[i].numpy(), coords[i].numpy(), tuple(images.grids[i].tolist())),
             texts[t].tolist(),
         )
         for i, t in zip(images.order.tolist(), batch.texts.order.tolist(), strict=True)

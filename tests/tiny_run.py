@@ -1,4 +1,4 @@
-"""A tiny but real training run for the trainer's tests: shapes shards, a tokenizer, a small model."""
+"""A tiny but real training run for the trainer's tests: shards, a tokenizer, a small model."""
 
 from __future__ import annotations
 

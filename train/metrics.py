@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from navit_clip.errors import UserError
+from navit_clip.files import write_whole
 from navit_clip.packing import PackedBatch
 from navit_clip.ranks import Ranks
 from train.config import LogConfig
@@ -120,9 +121,7 @@ def _truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Which patch grid an image gets.
 
-Between header and pixels: samples a target resolution per image (NaViT, resolution sampling), then picks
-the grid of whole patches that keeps the aspect ratio best within the token limit.
+Between header and pixels: samples a target resolution per image (NaViT, resolution sampling), then
+picks the grid of whole patches that keeps the aspect ratio best within the token limit.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from navit_clip.errors import UserError
+from navit_clip.files import write_whole
 
 _CONFIG_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
@@ -59,7 +60,7 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""
-        (directory / _CONFIG_FILE).write_text(json.dumps({"kind": self.kind}) + "\n")
+        write_whole(directory / _CONFIG_FILE, json.dumps({"kind": self.kind}) + "\n")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -103,7 +104,7 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Writes the SentencePiece model beside the kind."""
         super().save(directory)
-        (directory / _MODEL_FILE).write_bytes(self._model)
+        write_whole(directory / _MODEL_FILE, self._model)
 
 
 class OpenClipTokenizer(Tokenizer):

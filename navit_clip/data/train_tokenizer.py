@@ -18,6 +18,7 @@ from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.shards import ShardError, expand_shards, read_shard
 from navit_clip.errors import UserError, one_line_errors
+from navit_clip.files import write_whole
 
 
 def iterate_captions(shards: Sequence[str], sources: Sequence[str]) -> Iterator[str]:
@@ -86,7 +87,7 @@ def train_tokenizer(
         raise UserError(f"SentencePiece cannot train {vocab_size} pieces: {error}") from error
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(model.getvalue())
+        write_whole(output, model.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from navit_clip.clip import CLIPConfig, NaViTCLIP
 from navit_clip.data.tokenizer import Tokenizer, load_tokenizer
 from navit_clip.errors import UserError
+from navit_clip.files import write_whole
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -86,9 +87,7 @@ def save_pretrained(
         partial = directory / (WEIGHTS_FILE + ".partial")
         save_file(weights, partial)
         partial.replace(directory / WEIGHTS_FILE)
-        partial = directory / (CONFIG_FILE + ".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(directory / CONFIG_FILE)
+        write_whole(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model to {directory}: {error}") from error
 
@@ -123,7 +122,13 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
         model.load_state_dict(load_file(weights_path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read {weights_path}: {_brief(error)}") from error
-    return Pretrained(model.to(device).eval(), load_tokenizer(directory), preprocess)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, its model embeds "
+            f"{config.text.vocab_size}: the files belong to different models"
+        )
+    return Pretrained(model.to(device).eval(), tokenizer, preprocess)
 
 
 def _brief(error: Exception) -> str:

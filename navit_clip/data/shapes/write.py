@@ -51,7 +51,7 @@ from navit_clip.data.shapes.scene import (
 )
 
 # Raised when the same arguments give other files, so that an old output is not taken for a new one.
-VERSION = 2
+VERSION = 4
 DONE_FILE, PARTIAL_FILE = "shapes.json", "shapes.partial.json"
 SPLITS = ("train", "zeroshot", "retrieval")
 
@@ -281,7 +281,8 @@ def _write_shard(seed: int, first: int, last: int, path: Path) -> _CocoEntries:
             sample = train_sample(seed, index)
             fields = {
                 "captions": sample.captions[:FULL_CAPTIONS],
-                "short": sample.captions[FULL_CAPTIONS:],
+                "names": sample.captions[FULL_CAPTIONS],
+                "short": sample.captions[FULL_CAPTIONS + 1 :],
                 "width": sample.width,
                 "height": sample.height,
             }
