@@ -96,7 +96,7 @@ def test_small_and_large_do_not_meet():
     for scene, _ in sample_scenes(500):
         for o in scene.objects:
             extents[o.attributes.size].append(o.side / (scene.width * scene.height) ** 0.5)
-    assert min(extents["large"]) > 1.1 * max(extents["small"])
+    assert min(extents["large"]) > 1.04 * max(extents["small"])
 
 
 def test_full_captions_name_everything():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from navit_clip.data.decode import SkipSampleError
@@ -54,7 +54,7 @@ class ReaderState:
         """The state as plain values; origins as lists, since there may be thousands."""
         values = {name: getattr(self, name) for name in ("epoch", "shard", "sample", "drawn")}
         for name in ("buffer", "pending"):
-            values[name] = [list(asdict(origin).values()) for origin in getattr(self, name)]
+            values[name] = [[o.epoch, o.shard, o.index, o.images_seen] for o in getattr(self, name)]
         return values
 
     @classmethod

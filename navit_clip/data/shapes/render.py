@@ -18,11 +18,15 @@ OBJECT_RGB = {
     "red": (222, 32, 38),
     "orange": (250, 132, 20),
     "yellow": (250, 222, 30),
+    "lime": (150, 235, 30),
     "green": (28, 150, 60),
-    "cyan": (20, 195, 215),
+    "teal": (0, 110, 115),
+    "cyan": (20, 205, 235),
     "blue": (40, 80, 225),
-    "purple": (130, 45, 170),
-    "pink": (250, 110, 180),
+    "purple": (120, 40, 160),
+    "magenta": (215, 20, 160),
+    "pink": (255, 140, 190),
+    "brown": (125, 70, 25),
 }
 BACKGROUND_RGB = {
     "white": (247, 247, 247),
@@ -35,7 +39,8 @@ BACKGROUND_RGB = {
 
 TEXTURE_SHADE = 0.6
 COLOUR_JITTER = 10
-MAX_TILT_DEGREES = 12.0
+MAX_TILT_DEGREES = 8.0
+RING_HOLE = 0.6  # of the radius
 SUPERSAMPLING = 2
 
 PNG_SHARE = 0.3
@@ -136,8 +141,11 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
     mask = Image.new("L", (size, size))
     draw = ImageDraw.Draw(mask)
     tilt = math.radians(rng.uniform(-MAX_TILT_DEGREES, MAX_TILT_DEGREES))
-    if shape == "circle":
+    if shape == "ring":
         draw.ellipse((0, 0, size - 1, size - 1), fill=255)
+        hole = RING_HOLE * (size - 1) / 2
+        middle = (size - 1) / 2
+        draw.ellipse((middle - hole, middle - hole, middle + hole, middle + hole), fill=0)
     else:
         rotation = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
         points = OUTLINES[shape] @ rotation
@@ -148,25 +156,13 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _outlines() -> dict[str, np.ndarray]:
-    """Corners [points, 2] of each shape but the circle, y pointing down, in any scale."""
-    star_radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.5)
-    star_angle = np.arange(10) * math.pi / 5
-    t = np.linspace(0.0, 2 * math.pi, 48, endpoint=False)
-    arm = 0.4
+    """Corners [points, 2] of each shape but the ring, y pointing down, in any scale."""
+    arm = 0.34
     corners = [(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1)]
     return {
         "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
         "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)], dtype=float),
-        "star": np.stack([np.sin(star_angle), -np.cos(star_angle)], axis=1) * star_radius[:, None],
         "cross": np.array(corners + [(-x, -y) for x, y in corners], dtype=float),
-        # The usual parametric heart curve.
-        "heart": np.stack(
-            [
-                16 * np.sin(t) ** 3,
-                -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)),
-            ],
-            axis=1,
-        ),
     }
 
 

@@ -14,23 +14,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+COLOURS = (
+    "red",
+    "orange",
+    "yellow",
+    "lime",
+    "green",
+    "teal",
+    "cyan",
+    "blue",
+    "purple",
+    "magenta",
+    "pink",
+    "brown",
+)
+SHAPES = ("square", "triangle", "cross", "ring")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "grey", "black", "beige", "mint", "lavender")
 CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
+TEXTURE_WEIGHTS = (0.4, 0.2, 0.2, 0.2)
 OBJECT_COUNT_WEIGHTS = (0.45, 0.35, 0.20)
 MIN_SIDE, MAX_SIDE = 48, 320
 MAX_ASPECT = 3.0
 NEAR_SQUARE_ASPECT = 1.2
 
-# Object side and gap as a fraction of sqrt(width * height): as large as the number of objects lets
-# them be, since a shape is learnt from the few patches it covers. Over all numbers small ends at
-# 0.38 and large begins at 0.44; that gap is what makes the two words learnable.
-SIDE_RANGES = {"small": (0.35, 0.38), "large": (0.55, 0.60)}
-CROWDING = (1.0, 0.85, 0.8)
+# Object side as a fraction of sqrt(width * height), by number of objects: as large as the number
+# lets them be, since a shape is learnt from the few patches it covers. Over all numbers small ends
+# at 0.43 and large begins at 0.45, and within each the two words are far apart.
+SIDE_RANGES = {
+    1: {"small": (0.39, 0.43), "large": (0.70, 0.78)},
+    2: {"small": (0.30, 0.33), "large": (0.49, 0.53)},
+    3: {"small": (0.27, 0.30), "large": (0.45, 0.48)},
+}
 GAP = 0.025
 
 # A pair is "left of" or "above" only if one axis clearly dominates the other.
@@ -134,8 +151,8 @@ def sample_class_description(rng: np.random.Generator, class_index: int) -> Desc
 
 def _sample_attributes(rng: np.random.Generator, class_index: int) -> Attributes:
     colour, shape = CLASSES[class_index]
-    texture, size = rng.integers(len(TEXTURES)), rng.integers(len(SIZES))
-    return Attributes(SIZES[size], TEXTURES[texture], colour, shape)
+    texture = rng.choice(TEXTURES, p=TEXTURE_WEIGHTS)
+    return Attributes(SIZES[rng.integers(len(SIZES))], str(texture), colour, shape)
 
 
 def lay_out(description: Description, rng: np.random.Generator) -> Scene:
@@ -151,8 +168,8 @@ def lay_out(description: Description, rng: np.random.Generator) -> Scene:
     while True:
         width, height = _sample_size(rng)
         unit = math.sqrt(width * height)
-        sides = np.array([rng.uniform(*SIDE_RANGES[o.size]) for o in description.objects])
-        sides *= unit * CROWDING[len(sides) - 1]
+        ranges = SIDE_RANGES[len(description.objects)]
+        sides = np.array([rng.uniform(*ranges[o.size]) for o in description.objects]) * unit
         centres = _place(sides, width, height, GAP * unit, rng)
         # Three large objects do not fit every aspect ratio; another image size will.
         if centres is not None:
