@@ -17,16 +17,16 @@ SHAPES := data/shapes
 DEMO := runs/demo
 
 demo: $(INSTALLED)
-	$(BIN)/python -m navit_clip.data.shapes --output $(SHAPES) --train 40000
+	$(BIN)/python -m navit_clip.data.shapes --output $(SHAPES) --train 50000
 	$(BIN)/python -m navit_clip.data.train_tokenizer --shards $(SHAPES)/train \
-		--captions json.captions json.short --vocab-size 256 --model-type bpe \
+		--captions json.captions json.names json.short --vocab-size 256 --model-type bpe \
 		--output $(DEMO)/tokenizer.model
 	$(BIN)/python -m train --config configs/demo.yaml
 	$(BIN)/python -m eval zeroshot --model $(DEMO)/model --data $(SHAPES)/zeroshot \
-		--templates $(SHAPES)/templates.txt --max-tokens 16,32,64,100 \
+		--templates $(SHAPES)/templates.txt --max-tokens 9,16,25,36 \
 		--output $(DEMO)/eval/zeroshot.json
 	$(BIN)/python -m eval retrieval --model $(DEMO)/model --images $(SHAPES)/retrieval/images \
-		--captions $(SHAPES)/retrieval/captions.json --max-tokens 16,32,64,100 \
+		--captions $(SHAPES)/retrieval/captions.json --max-tokens 9,16,25,36 \
 		--output $(DEMO)/eval/retrieval.json --gallery $(DEMO)/eval/gallery.png
 	@echo
 	@$(BIN)/python -m eval summary $(DEMO)/eval

@@ -34,8 +34,8 @@ SIZES = ("small", "large")
 BACKGROUNDS = ("white", "grey", "black", "beige", "mint", "lavender")
 CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
-TEXTURE_WEIGHTS = (0.4, 0.2, 0.2, 0.2)
-OBJECT_COUNT_WEIGHTS = (0.45, 0.35, 0.20)
+TEXTURE_WEIGHTS = (0.49, 0.17, 0.17, 0.17)
+OBJECT_COUNT_WEIGHTS = (0.6, 0.25, 0.15)
 MIN_SIDE, MAX_SIDE = 48, 320
 MAX_ASPECT = 3.0
 NEAR_SQUARE_ASPECT = 1.2
