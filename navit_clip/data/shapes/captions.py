@@ -12,15 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from navit_clip.data.shapes.scene import (
-    BACKGROUNDS,
-    SIZES,
-    TEXTURES,
-    Attributes,
-    PlacedObject,
-    Scene,
-    relation,
-)
+from navit_clip.data.shapes.scene import Attributes, PlacedObject, Scene, relation
 
 Choice = TypeVar("Choice")
 
@@ -37,14 +29,8 @@ RELATION_PHRASES = {
 
 
 def prompt_templates() -> list[str]:
-    """Templates for zero-shot classification, `{}` for the class: bare, and with all attributes."""
-    described = [
-        f"a {size} {texture} {{}} on a {background} background"
-        for size in SIZES
-        for texture in TEXTURES
-        for background in BACKGROUNDS
-    ]
-    return ["a {}", "a picture of a {}", *described]
+    """Templates for zero-shot classification in the wording of `naming_caption`."""
+    return ["a {}", "a picture of a {}"]
 
 
 def training_captions(scene: Scene, rng: np.random.Generator) -> list[str]:

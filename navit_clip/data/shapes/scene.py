@@ -35,7 +35,7 @@ BACKGROUNDS = ("white", "grey", "black", "beige", "mint", "lavender")
 CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 TEXTURE_WEIGHTS = (0.49, 0.17, 0.17, 0.17)
-OBJECT_COUNT_WEIGHTS = (0.6, 0.25, 0.15)
+OBJECT_COUNT_WEIGHTS = (0.7, 0.18, 0.12)
 MIN_SIDE, MAX_SIDE = 48, 320
 MAX_ASPECT = 3.0
 NEAR_SQUARE_ASPECT = 1.2

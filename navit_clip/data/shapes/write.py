@@ -51,7 +51,7 @@ from navit_clip.data.shapes.scene import (
 )
 
 # Raised when the same arguments give other files, so that an old output is not taken for a new one.
-VERSION = 6
+VERSION = 7
 DONE_FILE, PARTIAL_FILE = "shapes.json", "shapes.partial.json"
 SPLITS = ("train", "zeroshot", "retrieval")
 
