@@ -110,7 +110,7 @@ def _full_phrases(objects: Sequence[PlacedObject], rng: np.random.Generator) -> 
 
 
 def _phrase(attributes: Attributes, named: Sequence[str], rng: np.random.Generator) -> str:
-    """A noun phrase with its article and the attributes in `named`, such as "an orange star"."""
+    """A noun phrase with its article and the attributes in `named`, such as "an orange ring"."""
     words = [getattr(attributes, name) for name in named] + [attributes.shape]
     if named[0] == "size":
         words[0] = _pick(SIZE_WORDS[attributes.size], rng)
