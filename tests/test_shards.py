@@ -1,13 +1,15 @@
-"""Shards: found by path, folder, glob and braces, and read to whatever end they have."""
+"""Shards: found by path, folder, glob, braces, list or URL, and read to whatever end they have."""
 
 from __future__ import annotations
 
+import gzip
+import os
 import tarfile
 
 import pytest
 from shard_factory import ids_of, make_shards, write_shard, write_tar
 
-from navit_clip.data.shards import ShardError, expand_shards, read_shard
+from navit_clip.data.shards import ShardError, expand_shards, read_shard, shard_names
 from navit_clip.errors import UserError
 
 
@@ -43,7 +45,10 @@ def root(tmp_path):
         (["{a,b}/*.tar"], ["a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar"]),
         (["{a,b}"], ["a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar"]),
         (["b", "a/0.tar"], ["b/x.tar", "a/0.tar"]),
-        (["a", "a/1.tar", "{a,a}"], ["a/0.tar", "a/1.tar", "a/10.tar"]),  # each once
+        (
+            ["a", "a/1.tar", "{a,a}", "b/../a//0.tar"],
+            ["a/0.tar", "a/1.tar", "a/10.tar"],
+        ),  # each once
     ],
 )
 def test_patterns(patterns, found, root):
@@ -64,10 +69,127 @@ def test_a_folder_without_shards_and_an_empty_list(tmp_path):
         expand_shards([])
 
 
-@pytest.mark.parametrize("pattern", ["https://host/0.tar", "s3://bucket/0.tar", "pipe:cat 0.tar"])
-def test_only_local_paths(pattern):
-    with pytest.raises(UserError, match="only local paths"):
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("https://host/a/{0..1}.tar", ["https://host/a/0.tar", "https://host/a/1.tar"]),
+        ("http://host/0.tar?sig=a*b", ["http://host/0.tar?sig=a*b"]),
+        ("HTTPS://host:8080/get", ["HTTPS://host:8080/get"]),
+        ("pipe:aws s3 cp s3://b/{0..1}.tar -", [f"pipe:aws s3 cp s3://b/{i}.tar -" for i in "01"]),
+        (r"pipe:tr '\n' x | awk '{print $1}' ${X}", [r"pipe:tr '\n' x | awk '{print $1}' ${X}"]),
+    ],
+)
+def test_urls_and_commands_expand_braces_alone(pattern, found):
+    assert expand_shards([pattern, pattern], allow_commands=True) == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "advice"),
+    [
+        ("pipe:cat 0.tar", "--data.allow_commands true"),
+        ("s3://bucket/0.tar", "'pipe:aws s3 cp s3://bucket/0.tar -', or copy"),
+        ("gs://bucket/{0..9}.tar", r"'pipe:gcloud storage cat gs://bucket/\{0..9\}.tar', or"),
+        ("hf://datasets/a/b/0.tar", "https://huggingface.co/datasets/"),
+        ("ftp://host/0.tar", "ftp: is not read directly; copy the shards first"),
+        ("http:/0.tar", "without a host"),
+        ("https://host/*.tar", "brace range"),
+        ("https://host/shards.txt", "download it first"),
+        ("https://host/{0.tar", "unbalanced braces"),
+    ],
+)
+def test_what_is_not_read_says_what_to_do(pattern, advice):
+    with pytest.raises(UserError, match=advice) as raised:
         expand_shards([pattern])
+    assert str(raised.value).startswith(pattern)
+
+
+def test_a_list_file(root):
+    names = root / "b" / "train [1].list"
+    lines = [
+        "# two folders",
+        "",
+        "../a/{0..1}.tar",
+        "  x.tar  ",
+        f"{root}/a/*.tar",
+        "../b",
+        "*.tar",
+    ]
+    names.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    found = [os.path.relpath(shard, root) for shard in expand_shards([str(names)])]
+    assert found == ["a/0.tar", "a/1.tar", "b/x.tar", "a/10.tar"]  # each once
+
+
+def test_a_list_file_of_urls_and_commands(tmp_path):
+    names = tmp_path / "all.txt"
+    names.write_text("https://host/{0..1}.tar\npipe:cat 0.tar\n")
+    with pytest.raises(
+        UserError, match=r"all\.txt, line 2: pipe:cat .*--data\.allow_commands true"
+    ):
+        expand_shards([str(names)])
+    assert expand_shards([str(names)], allow_commands=True) == [
+        "https://host/0.tar",
+        "https://host/1.tar",
+        "pipe:cat 0.tar",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "list is empty"),
+        (b"# nothing\n\n", "list is empty"),
+        (b"\nnone.tar\n", "line 2: no shard found at .*none.tar"),
+        (b"other.txt\n", "line 1: .*other.txt: a list file cannot name another"),
+        (b"\xff\xfe0.tar", "cannot be read as a list"),
+    ],
+)
+def test_a_list_file_with_a_mistake(text, message, tmp_path):
+    (tmp_path / "other.txt").write_text("0.tar")
+    (tmp_path / "list.txt").write_bytes(text)
+    with pytest.raises(UserError, match=message) as raised:
+        expand_shards([str(tmp_path / "list.txt")])
+    assert str(raised.value).startswith(str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize(
+    ("shards", "names"),
+    [
+        ([], []),
+        (["/d/a/0.tar"], ["0"]),
+        (["/d/a/0.tar", "/d/a/1.tar"], ["0", "1"]),
+        (["/d/a/0.tar", "/d/b/0.tar", "/d/b/1.tar"], ["a/0", "b/0", "1"]),
+        (["/x/a/0.tar", "/y/a/0.tar", "/y/b/0.tar"], ["x/a/0", "y/a/0", "b/0"]),
+        (["/0.tar", "/a/0.tar"], ["0", "a/0"]),
+        (["/v1.0.tar", "/d/v1.0"], ["v1.0", "d/v1.0"]),
+        (["https://h/a/0.tar?sig=1", "https://h/a/1.tar?sig=2"], ["0", "1"]),
+        (["https://u:p@h/a/0.tar", "https://i/a/0.tar", "/a/0.tar"], ["h/a/0", "i/a/0", "a/0"]),
+        (["https://h/a%20b.tar", "http://h"], ["a b", "h"]),
+        (
+            ["pipe:aws s3 cp s3://b/a/0.tar -", "pipe:curl -sL 'https://h/1.tar?x=1&y=2'"],
+            ["0", "1"],
+        ),
+        (["pipe:cat a/0.tar | cat", "pipe:gunzip -c </b/0.tar.gz"], ["a/0", "b/0"]),
+    ],
+)
+def test_names_of_shards(shards, names):
+    assert shard_names(shards) == names
+    assert shard_names(shards[::-1]) == names[::-1]
+
+
+def test_names_of_shards_that_nothing_but_a_query_or_a_command_tells_apart():
+    shards = ["https://h/get?i=1", "https://h/get?i=2", "pipe:get 1", "pipe:get 2", "/d/0.tar"]
+    names = shard_names(shards)
+    assert len(set(names)) == 5
+    assert names == [shard_names(shards[::-1])[4 - i] for i in range(5)]
+    assert [name.partition("~")[0] for name in names] == ["get", "get", "command", "command", "0"]
+
+
+def test_ids_begin_with_the_name_given(tmp_path):
+    (shard,) = make_shards(tmp_path, [2])
+    assert [sample.id for sample in read_shard(str(shard), name="coco/0")] == [
+        "coco/0/0",
+        "coco/0/1",
+    ]
 
 
 def test_a_name_with_the_characters_of_a_pattern_is_still_a_name(tmp_path):
@@ -123,6 +245,40 @@ def test_names(tmp_path):
     assert [sample.index for sample in samples] == list(range(5))
 
 
+def test_neighbours_that_share_a_key_are_not_merged(tmp_path):
+    shard = write_tar(
+        tmp_path / "0.tar",
+        [
+            ("a.jpg", b"1"),
+            ("a.txt", b"2"),
+            ("a.JPG", b"3"),
+            ("a.txt", b"4"),
+            ("a.txt", b"5"),
+            ("b.jpg", b"6"),
+        ],
+    )
+    everything, error = read(shard)
+    assert error is None
+    assert [(sample.id, sample.index, sample.members) for sample in everything] == [
+        ("0/a", 0, {"jpg": b"1", "txt": b"2"}),
+        ("0/a", 1, {"jpg": b"3", "txt": b"4"}),
+        ("0/a", 2, {"txt": b"5"}),
+        ("0/b", 3, {"jpg": b"6"}),
+    ]
+    for index in range(4):  # counted in the same way where nothing is read
+        assert read(shard, {index}) == ([everything[index]], None)
+
+
+def test_several_captions_are_several_members(tmp_path):
+    shard = write_tar(
+        tmp_path / "0.tar",
+        [("k.jpg", b""), ("k.0.txt", b"a"), ("k.alt.txt", b"b"), ("k.txt", b"c")],
+    )
+    (sample,), error = read(shard)
+    assert error is None
+    assert sample.members == {"jpg": b"", "0.txt": b"a", "alt.txt": b"b", "txt": b"c"}
+
+
 def test_folders_and_links_are_no_members(tmp_path):
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
@@ -172,6 +328,13 @@ def test_what_is_no_tar_is_an_error(content, tmp_path):
     samples, error = read(path)
     assert samples == []
     assert str(path) in error
+
+
+def test_a_compressed_tar_is_named_as_such(tmp_path):
+    (shard,) = make_shards(tmp_path, [2])
+    path = tmp_path / "0.tar.gz"
+    path.write_bytes(gzip.compress(shard.read_bytes()))
+    assert read(path) == ([], f"{path}: compressed with gzip; shards must be plain .tar files")
 
 
 def test_a_missing_file_and_a_folder_are_errors(tmp_path):
