@@ -6,15 +6,14 @@ where it stands in the whole, which puts the results of all parts in one order a
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import IMAGE_EXTENSIONS, SkipSampleError, find_image
+from navit_clip.data.caption_files import read_caption_file
 from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.errors import UserError
 
@@ -190,48 +189,20 @@ def open_captioned(
         raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
     if not Path(images).is_dir():
         raise UserError(f"no folder at {images}: check --images")
-    try:
-        content = json.loads(Path(captions).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {captions}: {error}") from error
-    try:
-        found = _karpathy(content, split) if _is_karpathy(content) else _coco(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{captions} is neither COCO's captions format nor Karpathy's: {error!r}"
-        ) from error
-    if not found:
-        raise UserError(f"no captioned image in {captions}")
-    return FileSource([Path(images) / name for name in found], captions=list(found.values()))
-
-
-def _is_karpathy(content: Any) -> bool:
-    return isinstance(content, dict) and "annotations" not in content
-
-
-def _coco(content: Any) -> dict[str, tuple[str, ...]]:
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    found: dict[str, list[str]] = {}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in names:
-            raise UserError(f"a caption names image {annotation['image_id']}, which is not listed")
-        found.setdefault(names[annotation["image_id"]], []).append(annotation["caption"].strip())
-    return {name: tuple(captions) for name, captions in found.items()}
-
-
-def _karpathy(content: Any, split: str | None) -> dict[str, tuple[str, ...]]:
-    splits = {image.get("split") for image in content["images"]}
+    listed = read_caption_file(Path(captions))
+    splits = {image.split for image in listed}
     if split is None and "test" in splits:
         split = "test"
     if split is not None and split not in splits:
         raise UserError(f"no split {split!r}: the file has {', '.join(sorted(map(str, splits)))}")
-    return {
-        str(Path(image.get("filepath", "")) / image["filename"]): tuple(
-            sentence["raw"].strip() for sentence in image["sentences"]
-        )
-        for image in content["images"]
-        if image["sentences"] and (split is None or image.get("split") == split)
+    found = {
+        image.name: image.captions
+        for image in listed
+        if image.captions and split in (None, image.split)
     }
+    if not found:
+        raise UserError(f"no captioned image in {captions}")
+    return FileSource([Path(images) / name for name in found], captions=list(found.values()))
 
 
 def _is_image(path: Path) -> bool:

@@ -19,11 +19,8 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from navit_clip.data.pool import prepare_worker
 from navit_clip.data.shapes.captions import (
     FULL_CAPTIONS,
     full_caption,
@@ -250,7 +248,7 @@ def _run_all(tasks: list[_Task], workers: int) -> Iterator[_CocoEntries]:
         return
     # Not fork: the caller may have threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare_worker) as executor:
+    with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as executor:
         try:
             yield from executor.map(_run, tasks)
         except BaseException:
@@ -260,19 +258,6 @@ def _run_all(tasks: list[_Task], workers: int) -> Iterator[_CocoEntries]:
 
 def _run(task: _Task) -> _CocoEntries:
     return task.run()
-
-
-def _prepare_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends the worker if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _write_shard(seed: int, first: int, last: int, path: Path) -> _CocoEntries:

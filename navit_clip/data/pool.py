@@ -1,0 +1,65 @@
+"""Runs independent tasks in worker processes that end with their parent, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from navit_clip.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_unordered(
+    run: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    """Yields the result of every task as it is done.
+
+    Args:
+        run: A function of a module; runs in this process if there is one worker or one task.
+        tasks: Its arguments, which travel to the workers.
+        workers: Number of processes.
+
+    Raises:
+        UserError: If a worker was killed.
+        Exception: Whatever `run` raises.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(run, tasks)
+        return
+    # Not fork, since the caller may have threads; nor spawn, since every worker would import torch
+    # again, which takes longer than most folders of images.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run.__module__])
+    with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as executor:
+        try:
+            for future in as_completed([executor.submit(run, task) for task in tasks]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: give fewer --workers"
+            ) from error
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def prepare_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends the worker if the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
