@@ -49,6 +49,11 @@ def take(build: PairBuilder, count: int, **options: Any) -> list[PackedBatch]:
         return list(itertools.islice(batches, count))
 
 
+def epoch_of(state: dict[str, Any]) -> int:
+    """The pass over the only source that a reader with this state is in."""
+    return state["walks"][0][0]
+
+
 def content(batch: PackedBatch) -> dict[str, Any]:
     """All of a batch, as values that compare by ==."""
     images, texts = batch.images, batch.texts

@@ -10,15 +10,16 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from loader_cases import ONE_BY_ONE, PATCH, take
+from loader_cases import ONE_BY_ONE, PATCH, epoch_of, take
 from shard_factory import HTML, encode, ids_of, make_shards, photo, png_of_size, sample, write_shard
 
 from navit_clip.data.drop import DropConfig, mean_rate
 from navit_clip.data.loader import load_batches
 from navit_clip.data.reader import Reader
 from navit_clip.data.sample import Origin
-from navit_clip.data.shards import expand_shards, read_shard
+from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.sources import Sources
 from navit_clip.errors import UserError
 
 
@@ -39,9 +40,9 @@ def pairs_of(batch):
 
 def one_by_one(build, reader=0, readers=1):
     """(epoch, id) of one reader's samples in the order in which it reads them, without end."""
-    walk = Reader(expand_shards(build.config.train_patterns), build, reader, readers)
+    walk = Reader(Sources.find(build.config), build, reader, readers)
     for batch in walk.batches():
-        yield batch.position[str(reader)]["epoch"], batch.ids[0]
+        yield epoch_of(batch.position[str(reader)]), batch.ids[0]
 
 
 def epochs(build, count, **reader):
@@ -78,7 +79,7 @@ def test_ranks_and_workers_take_every_sample_once_per_epoch(builder, tmp_path):
         with closing(load_batches(build, rank=rank, world_size=2)) as batches:
             for batch in batches:
                 ((reader, state),) = batch.position.items()
-                if state["epoch"] == 0:
+                if epoch_of(state) == 0:
                     taken += batch.ids
                 else:
                     unfinished -= {reader}
@@ -98,8 +99,8 @@ def test_shuffling_and_packing_lose_nothing_and_repeat_nothing(builder, tmp_path
             f"{shard:05d}/{index}" for _, shard, index, _ in (*state["buffer"], *state["pending"])
         )
         read = consumed + held
-        assert {read[name] for name in ids_of(counts)} <= {state["epoch"], state["epoch"] + 1}
-    assert state["epoch"] > 2
+        assert {read[name] for name in ids_of(counts)} <= {epoch_of(state), epoch_of(state) + 1}
+    assert epoch_of(state) > 2
 
 
 def test_a_buffer_of_one_keeps_each_shards_order(builder, tmp_path):
@@ -163,6 +164,14 @@ def test_bad_samples_are_skipped_named_and_counted_by_reason(builder, tmp_path):
     assert batches[2].counts.skip_log == ()
 
 
+def test_nothing_but_bad_shards_in_a_row_stops(builder, tmp_path):
+    shards = make_shards(tmp_path, [1, *[1] * 12])
+    for shard in shards[1:]:
+        shard.write_bytes(HTML)
+    with pytest.raises(UserError, match=r"10 unreadable shards in a row, the last one .*\.tar"):
+        take(builder(shards, **ONE_BY_ONE), 10)
+
+
 def test_bad_shards_are_skipped_and_counted(builder, tmp_path):
     good, cut, wrong = make_shards(tmp_path, [2, 3, 1])
     cut.write_bytes(cut.read_bytes()[:-12_000])
@@ -174,7 +183,7 @@ def test_bad_shards_are_skipped_and_counted(builder, tmp_path):
         batch = next(batches)
         skipped += batch.counts.skipped
         taken += batch.ids
-        epoch = batch.position["0"]["epoch"]
+        epoch = epoch_of(batch.position["0"])
     assert set(skipped) == {"bad_shard"}
     assert 8 <= skipped["bad_shard"] <= 12  # two in each of five epochs, more or less at the ends
     assert {name.split("/")[0] for name in taken} == {"00000", "00001"}
@@ -290,7 +299,7 @@ def test_scheduled_drop_follows_the_images_that_all_readers_took(builder, tmp_pa
         drop=drop,
         resolution=ResolutionConfig(mode="native", max_tokens=24),
     )
-    walk = Reader(expand_shards(build.config.train_patterns), build, 1, 2)
+    walk = Reader(Sources.find(build.config), build, 1, 2)
     shares = []
     for drawn, batch in enumerate(itertools.islice(walk.batches(), 40)):
         whole = batch.counts.image_tokens_before_drop

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from loader_cases import ONE_BY_ONE, content, take
+from loader_cases import ONE_BY_ONE, content, epoch_of, take
 from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.loader import LoaderPosition
+from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.sources import Sources
 from navit_clip.errors import UserError
 from navit_clip.packing import Budgets
 
@@ -33,10 +34,14 @@ def messy_shards(root):
     return shards
 
 
+def begin(build, **ranks):
+    return open_position([], Sources.find(build.config), build, **ranks)
+
+
 def advance(position, batches):
     for batch in batches:
         position.advance(batch)
-    return LoaderPosition(**json.loads(json.dumps(vars(position))))
+    return LoaderPosition(**json.loads(json.dumps(position.to_json())))
 
 
 SCHEDULED = DropConfig(
@@ -47,8 +52,8 @@ SCHEDULED = DropConfig(
 def test_a_resume_after_any_batch_goes_on_as_if_nothing_had_happened(builder, tmp_path):
     build = builder(messy_shards(tmp_path), drop=SCHEDULED)
     whole = [content(batch) for batch in take(build, 26)]
-    assert whole[-1]["position"]["0"]["epoch"] > 3
-    position = LoaderPosition()
+    assert epoch_of(whole[-1]["position"]["0"]) > 3
+    position = begin(build)
     for done in range(22):
         batches = take(build, 4, position=position)
         assert [content(batch) for batch in batches] == whole[done : done + 4]
@@ -59,7 +64,7 @@ def test_a_resume_after_any_batch_goes_on_as_if_nothing_had_happened(builder, tm
 def test_a_resume_at_the_very_end_of_an_epoch(fields, builder, tmp_path):
     build = builder(make_shards(tmp_path, [3, 2]), **{**ONE_BY_ONE, **fields})
     whole = [content(batch) for batch in take(build, 15)]
-    position = LoaderPosition()
+    position = begin(build)
     for expected in whole:
         (batch,) = take(build, 1, position=position)
         assert content(batch) == expected
@@ -84,7 +89,7 @@ def test_a_resume_between_two_batches_that_closed_at_once(builder, tmp_path):
     whole = take(build, 12)
     assert sum(not batch.position["0"]["pending"] for batch in whole) == 6
     for done in range(9):
-        rest = take(build, 3, position=advance(LoaderPosition(), whole[:done]))
+        rest = take(build, 3, position=advance(begin(build), whole[:done]))
         assert [content(b) for b in rest] == [content(b) for b in whole[done : done + 3]]
 
 
@@ -98,7 +103,7 @@ def test_workers_resume_too_twice_in_a_row(workers, builder, tmp_path):
     build = builder(messy_shards(tmp_path), workers=workers)
     options = {"rank": 1, "world_size": 2}  # 2, 2 or 6 readers for 3 shards
     whole = [content(batch) for batch in take(build, 12, **options)]
-    position, found = LoaderPosition(), []
+    position, found = begin(build, **options), []
     for steps in (4, 3, 5):
         batches = take(build, steps, position=position, **options)
         found += [content(batch) for batch in batches]
@@ -112,21 +117,21 @@ def test_workers_resume_too_twice_in_a_row(workers, builder, tmp_path):
 def test_a_resume_before_every_worker_had_a_turn(builder, tmp_path):
     build = builder(make_shards(tmp_path, [6, 6, 6]), workers=3)
     whole = take(build, 7)
-    rest = take(build, 5, position=advance(LoaderPosition(), whole[:2]))
+    rest = take(build, 5, position=advance(begin(build), whole[:2]))
     assert [content(batch) for batch in rest] == [content(batch) for batch in whole[2:]]
 
 
 def test_the_callers_position_is_its_own(builder, tmp_path):
     build = builder(make_shards(tmp_path, [6]))
-    position = advance(LoaderPosition(), take(build, 1))
-    before = json.dumps(vars(position))
+    position = advance(begin(build), take(build, 1))
+    before = json.dumps(position.to_json())
     take(build, 3, position=position)
-    assert json.dumps(vars(position)) == before
+    assert json.dumps(position.to_json()) == before
 
 
-def test_a_resume_on_other_shards_is_refused(builder, tmp_path):
-    shards = make_shards(tmp_path, [9])
-    position = advance(LoaderPosition(), take(builder(shards), 1))
+def test_a_resume_on_a_changed_shard_is_refused(builder, tmp_path):
+    build = builder(make_shards(tmp_path, [9]))
+    position = advance(begin(build), take(build, 1))
     make_shards(tmp_path, [1])
     with pytest.raises(UserError, match=r"00000\.tar no longer holds sample"):
-        take(builder(shards), 1, position=position)
+        take(build, 1, position=position)

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,25 @@ class Window:
     """Counts since the last logged step on one rank.
 
     Attributes:
+        sources: Names of the sources that are mixed.
         pairs: Pairs trained on.
         tokens: Real tokens of both towers.
         tokens_before_drop: Image tokens before drop, plus text tokens.
         slots: Tokens the towers computed, padding included.
         wait: Seconds spent waiting for data.
         skipped: Samples passed over.
+        by_source: Pairs by source.
         since: When the window began.
     """
 
+    sources: Sequence[str] = ()
     pairs: int = 0
     tokens: int = 0
     tokens_before_drop: int = 0
     slots: int = 0
     wait: float = 0.0
     skipped: int = 0
+    by_source: Counter[str] = field(default_factory=Counter)
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, batch: PackedBatch, wait: float) -> None:
@@ -51,11 +56,12 @@ class Window:
         self.slots += batch.images.segments.num_tokens + batch.texts.segments.num_tokens
         self.wait += wait
         self.skipped += sum(counts.skipped.values())
+        self.by_source += counts.sources
 
     def rates(self, ranks: Ranks) -> dict[str, float]:
         """Figures of the window over all ranks; every rank calls it."""
         seconds = time.perf_counter() - self.since
-        pairs, tokens, before, slots, wait, skipped = ranks.sum(
+        pairs, tokens, before, slots, wait, skipped, *by_source = ranks.sum(
             [
                 self.pairs,
                 self.tokens,
@@ -63,8 +69,13 @@ class Window:
                 self.slots,
                 self.wait,
                 self.skipped,
+                *(self.by_source[name] for name in self.sources),
             ]
         )
+        shares = {
+            f"share/{name}": taken / pairs
+            for name, taken in zip(self.sources, by_source, strict=True)
+        }
         return {
             "pairs": pairs,
             "images_per_s": pairs / seconds,
@@ -73,6 +84,7 @@ class Window:
             "token_drop": 1 - tokens / before,
             "data_wait": wait / ranks.world_size / seconds,
             "skipped": skipped,
+            **(shares if len(shares) > 1 else {}),
         }
 
 
@@ -90,7 +102,7 @@ class MetricsLog:
         self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
     ) -> None:
         path = run_dir / "metrics.jsonl"
-        _truncate(path, step)
+        truncate_log(path, step)
         self._file = path.open("a")
         self._wandb: Any = None
         if config.wandb != "disabled":
@@ -110,7 +122,7 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _truncate(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Drops lines past `step` and a last line that a kill cut short."""
     if not path.exists():
         return

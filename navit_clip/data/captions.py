@@ -1,7 +1,8 @@
 """Choosing one caption of a sample.
 
-A sample may carry several: members (``txt``) and JSON fields (``json.captions``, a string or a
-list), each source with a weight, as WebLI has alternative text, title and OCR.
+A sample may carry several: text members (``txt``, ``title.txt``) and JSON fields
+(``json.captions``, a string or a list), each source with a weight, as WebLI has alternative text,
+title and OCR.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:
 
     Args:
         members: Content by extension.
-        source: ``txt`` (any member), or ``json.FIELD`` for a field of a JSON member.
+        source: Extension of a text member, such as ``txt`` or ``title.txt``; or ``json.FIELD`` for
+            a field of the JSON member.
 
     Raises:
         SkipSampleError: If the bytes are not UTF-8, or not JSON, or escape half a character.
     """
-    extension, _, name = source.partition(".")
+    is_json = source.startswith("json.")
+    extension = "json" if is_json else source
     if extension not in members:
         return []
     try:
         text = members[extension].decode("utf-8")
-        found = json.loads(text).get(name, []) if name else text
+        found = json.loads(text).get(source.removeprefix("json."), []) if is_json else text
         candidates = found if isinstance(found, list) else [found]
         captions = [c.strip() for c in candidates if isinstance(c, str) and c.strip()]
         # JSON may escape a lone surrogate, on which every tokenizer fails.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from navit_clip.data.drop import DropConfig
@@ -9,13 +10,55 @@ from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packing import Budgets
 
 
+def _check_captions(name: str, captions: Mapping[str, float]) -> None:
+    if not captions or any(weight <= 0 for weight in captions.values()):
+        raise ValueError(f"{name} must name sources with positive weights: {captions}")
+    for source in captions:
+        extension, _, json_field = source.partition(".")
+        if extension == "json" and not json_field:
+            raise ValueError(f"{name} must name a field of the JSON, such as json.caption")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources that are mixed.
+
+    Attributes:
+        shards: Its shards, written as `DataConfig.train` is.
+        weight: How many samples come from it, relative to the other sources.
+        captions: Its own caption weights; null takes those of `DataConfig.captions`.
+
+    Raises:
+        ValueError: If a field is out of range.
+    """
+
+    shards: str | list[str]
+    weight: float = 1.0
+    captions: dict[str, float] | None = None
+
+    @property
+    def patterns(self) -> list[str]:
+        """`shards` as a list."""
+        return [self.shards] if isinstance(self.shards, str) else self.shards
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.captions is not None:
+            _check_captions("captions", self.captions)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """From shards to packed batches.
 
     Attributes:
-        train: Shards, one or a list: paths, folders, globs or brace ranges.
-        captions: Caption source to sampling weight; ``txt`` or ``json.FIELD``.
+        train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
+            list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
+        mix: Instead of `train`, several sources by name, each with its shards and weight.
+        allow_commands: Run the shell commands of ``pipe:`` shards.
+        captions: Caption source to sampling weight: ``txt``, any text member such as
+            ``title.txt``, or ``json.FIELD``.
         resolution: How large an image becomes.
         drop: Which patches are left out.
         budget: What one batch of one rank holds.
@@ -32,6 +75,8 @@ class DataConfig:
     """
 
     train: str | list[str] = field(default_factory=list)
+    mix: dict[str, SourceConfig] = field(default_factory=dict)
+    allow_commands: bool = False
     captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
@@ -44,13 +89,14 @@ class DataConfig:
     max_bad_samples: int = 10_000
 
     @property
-    def train_patterns(self) -> list[str]:
-        """`train` as a list."""
-        return [self.train] if isinstance(self.train, str) else self.train
+    def sources(self) -> dict[str, SourceConfig]:
+        """What is read, by name; nothing if neither `train` nor `mix` is given."""
+        return self.mix or ({"train": SourceConfig(self.train)} if self.train else {})
 
     def __post_init__(self) -> None:
-        if not self.captions or any(weight <= 0 for weight in self.captions.values()):
-            raise ValueError(f"captions must name sources with positive weights: {self.captions}")
+        _check_captions("captions", self.captions)
+        if self.train and self.mix:
+            raise ValueError("train and mix exclude each other: give all sources to mix")
         for name in ("look_ahead", "shuffle_buffer", "prefetch", "max_bad_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

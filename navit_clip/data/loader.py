@@ -9,36 +9,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from navit_clip.data.reader import Reader, ReaderState
+from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.sources import Sources
 from navit_clip.errors import UserError
 from navit_clip.packing import PackedBatch
-
-T = TypeVar("T")
-
-
-@dataclass
-class LoaderPosition:
-    """What one rank consumed so far.
-
-    Attributes:
-        batches: Batches consumed.
-        readers: State of each of the rank's readers, by number.
-    """
-
-    batches: int = 0
-    readers: dict[str, Any] = field(default_factory=dict)
-
-    def advance(self, batch: PackedBatch) -> None:
-        """Counts a batch as consumed."""
-        self.batches += 1
-        self.readers.update(batch.position)
 
 
 @dataclass(frozen=True)
@@ -55,27 +34,20 @@ class _Readers(IterableDataset[PackedBatch | _Failure]):
     """The readers of one rank; each worker process runs one of them."""
 
     def __init__(
-        self,
-        shards: list[str],
-        build: PairBuilder,
-        rank: int,
-        world_size: int,
-        position: LoaderPosition,
+        self, sources: Sources, build: PairBuilder, rank: int, position: LoaderPosition
     ) -> None:
-        self.shards, self.build = shards, build
+        self.sources, self.build, self.position = sources, build, position
         self.per_rank = max(1, build.config.workers)
-        self.first, self.total = rank * self.per_rank, world_size * self.per_rank
-        self.position = position
+        self.first = rank * self.per_rank
 
     def __iter__(self) -> Iterator[PackedBatch | _Failure]:
         info = get_worker_info()
         worker = info.id if info else 0
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
         number = self.first + (worker + self.position.batches) % self.per_rank
-        saved = self.position.readers.get(str(number))
-        reader = Reader(self.shards, self.build, number, self.total)
+        reader = self.position.reader(self.sources, self.build, number)
         try:
-            yield from reader.batches(ReaderState.from_json(saved) if saved else None)
+            yield from reader.batches(self.position.state(reader))
         except UserError as error:
             yield _Failure(str(error))
 
@@ -92,6 +64,7 @@ def _leave_signals_to_trainer(worker: int) -> None:
 def load_batches(
     build: PairBuilder,
     *,
+    sources: Sources | None = None,
     rank: int = 0,
     world_size: int = 1,
     position: LoaderPosition | None = None,
@@ -101,28 +74,23 @@ def load_batches(
 
     Args:
         build: Makes pairs, and holds the configuration.
+        sources: The shards; None looks up those of the configuration.
         rank: This process.
         world_size: Number of processes.
-        position: Where to go on, from the same configuration, ranks and workers; the caller
-            advances its own copy with each batch it consumes.
+        position: Where to go on, from `open_position`; the caller advances its own copy with each
+            batch it consumes. None begins anew.
         pin_memory: Hand out batches in page-locked memory.
 
     Raises:
         UserError: If the shards are missing, empty or unusable.
     """
     config = build.config
-    if not config.train_patterns:
-        raise UserError("data.train is empty: give the training shards, --data.train PATH")
-    position = position or LoaderPosition()
-    dataset = _Readers(
-        expand_shards(config.train_patterns),
-        build,
-        rank,
-        world_size,
-        LoaderPosition(position.batches, dict(position.readers)),
-    )
+    sources = sources or Sources.find(config)
+    if position is None:
+        position = open_position([], sources, build, rank=rank, world_size=world_size)
+    position = replace(position, readers=dict(position.readers))
     loader: DataLoader[PackedBatch | _Failure] = DataLoader(
-        dataset,
+        _Readers(sources, build, rank, position),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,

@@ -1,8 +1,8 @@
-"""One reader: an endless walk over its share of the shards, as packed batches.
+"""One reader: an endless walk over its share of every source, as packed batches.
 
 A reader is one worker of one rank. Which samples it reads, in which order, and what becomes of
 them is a function of (seed, reader, number of readers), so its state is small: where it stands in
-its shards, and which samples it holds read ahead (to shuffle and to pack). The state travels with
+each source, and which samples it holds read ahead (to shuffle and to pack). The state travels with
 each batch; a reader started from it goes on with the next batch, bit for bit, after reading those
 few samples again.
 """
@@ -10,7 +10,7 @@ few samples again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.sample import Origin, Pair, PairBuilder
 from navit_clip.data.seeding import generator
 from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.sources import Sources
+from navit_clip.data.walk import Inheritance, Piece, Walk, WalkPosition
 from navit_clip.errors import UserError
 from navit_clip.packing import (
     BatchCounts,
@@ -28,6 +30,9 @@ from navit_clip.packing import (
 )
 
 _NAMED_SKIPS = 8  # samples named per batch; the rest is only counted
+# A dead server costs minutes of retries per shard; shards are read in random order, so as many in
+# a row are no accident.
+_MAX_BAD_SHARDS = 10
 
 
 @dataclass
@@ -35,24 +40,23 @@ class ReaderState:
     """Where a reader stands after a batch.
 
     Attributes:
-        epoch: Current pass over its share.
-        shard: How many shards of its share in this epoch are done.
-        sample: How many samples of the next shard are taken.
+        walks: Its place in each source.
+        taken: Samples taken from each source.
         drawn: Samples that left the shuffle buffer so far.
         buffer: Samples in the shuffle buffer, in order.
         pending: Samples that wait to be packed, in order.
     """
 
-    epoch: int = 0
-    shard: int = 0
-    sample: int = 0
+    walks: list[WalkPosition]
+    taken: list[int]
     drawn: int = 0
     buffer: list[Origin] = field(default_factory=list)
     pending: list[Origin] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain values; origins as lists, since there may be thousands."""
-        values = {name: getattr(self, name) for name in ("epoch", "shard", "sample", "drawn")}
+        values: dict[str, Any] = {"taken": list(self.taken), "drawn": self.drawn}
+        values["walks"] = [list(walk) for walk in self.walks]
         for name in ("buffer", "pending"):
             values[name] = [[o.epoch, o.shard, o.index, o.images_seen] for o in getattr(self, name)]
         return values
@@ -61,29 +65,64 @@ class ReaderState:
     def from_json(cls, values: dict[str, Any]) -> ReaderState:
         """The state that `to_json` wrote."""
         origins = {name: [Origin(*o) for o in values[name]] for name in ("buffer", "pending")}
-        return cls(**{**values, **origins})
+        walks = [WalkPosition(*walk) for walk in values["walks"]]
+        return cls(walks, list(values["taken"]), values["drawn"], **origins)
+
+
+@dataclass(frozen=True)
+class ReaderStart:
+    """What a reader takes over from readers of another number.
+
+    Attributes:
+        images: Images that those had taken, all together.
+        sources: What is left to it of each source.
+    """
+
+    images: int = 0
+    sources: tuple[Inheritance, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The start as plain values."""
+        return {"images": self.images, "sources": [s.to_json() for s in self.sources]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ReaderStart:
+        """The start that `to_json` wrote."""
+        return cls(values["images"], tuple(map(Inheritance.from_json, values["sources"])))
 
 
 @dataclass
 class Reader:
-    """Walks its share of the shards for ever.
+    """Walks its share of all sources for ever.
 
     Attributes:
-        shards: All shards of the run, the same list in every reader.
+        sources: All shards of the run, the same in every reader.
         build: Makes pairs of samples.
         reader: Which reader this is.
         readers: How many there are, over all ranks and workers.
+        start: What it finishes before its own share.
     """
 
-    shards: list[str]
+    sources: Sources
     build: PairBuilder
     reader: int
     readers: int
+    start: ReaderStart = field(default_factory=ReaderStart)
 
     def __post_init__(self) -> None:
         self._skipped: Counter[str] = Counter()
         self._skip_log: list[str] = []
-        self._bad_in_a_row = 0
+        self._bad_in_a_row = self._bad_shards_in_a_row = 0
+        inherited = self.start.sources or (Inheritance(),) * len(self.sources.sources)
+        self.walks = [
+            Walk(source, self.build.seed, self.reader, self.readers, left)
+            for source, left in zip(self.sources.sources, inherited, strict=True)
+        ]
+
+    @property
+    def begin(self) -> ReaderState:
+        """The state before the first sample."""
+        return ReaderState([walk.begin for walk in self.walks], [0] * len(self.walks))
 
     def batches(self, state: ReaderState | None = None) -> Iterator[PackedBatch]:
         """Yields batches from `state` on, without end.
@@ -92,49 +131,48 @@ class Reader:
             state: Taken from a batch of the same reader under the same configuration.
 
         Raises:
-            UserError: If a whole pass over the share finds no usable sample, or too many in a row
-                are unusable.
+            UserError: If a whole pass over the share of a source finds no usable sample, or too
+                many in a row are unusable.
         """
-        state = state or ReaderState()
+        state = state or self.begin
         config = self.build.config
         packer: FirstFitPacker[Pair] = FirstFitPacker(config.budget, config.look_ahead)
         read_ahead = self._read_again([*state.buffer, *state.pending])
         buffer = [read_ahead[origin] for origin in state.buffer]
         for origin in state.pending:
-            packer.offer(self.build(read_ahead[origin], origin))
-        position = ReaderState(state.epoch, state.shard, state.sample, state.drawn)
-        walk = self._walk(position)
+            packer.offer(self._build(read_ahead[origin], origin))
+        # The read-ahead is in this function's own lists; the place moves on with the walk.
+        place = ReaderState(list(state.walks), list(state.taken), state.drawn)
         origins = list(state.buffer)
         # A restored packer may hold a whole batch already.
-        yield from self._closed(packer, position, origins)
-        for sample, origin in walk:
+        yield from self._closed(packer, place, origins)
+        for sample, origin in self._mix(place):
             buffer.append(sample)
             origins.append(origin)
             if len(buffer) < config.shuffle_buffer:
                 continue
-            draw = generator(self.build.seed, self.reader, position.drawn, "shuffle")
+            draw = generator(self.build.seed, self.reader, place.drawn, "shuffle")
             pick = int(draw.integers(len(buffer)))
             # Swap with the last: removal from the middle would move the whole buffer.
             buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
             origins[pick], origins[-1] = origins[-1], origins[pick]
-            images_seen = position.drawn * self.readers
-            position.drawn += 1
+            images_seen = self.start.images + place.drawn * self.readers
+            place.drawn += 1
             drawn, origin = buffer.pop(), origins.pop()
             pair = self._try(drawn, Origin(origin.epoch, origin.shard, origin.index, images_seen))
             if pair is not None:
                 packer.offer(pair)
-                yield from self._closed(packer, position, origins)
+                yield from self._closed(packer, place, origins)
 
     def _closed(
-        self, packer: FirstFitPacker[Pair], position: ReaderState, buffer: list[Origin]
+        self, packer: FirstFitPacker[Pair], place: ReaderState, buffer: list[Origin]
     ) -> Iterator[PackedBatch]:
         while (pairs := packer.take()) is not None:
             state = ReaderState(
-                position.epoch,
-                position.shard,
-                position.sample,
-                position.drawn,
-                list(buffer),
+                place.walks,
+                place.taken,
+                place.drawn,
+                buffer,
                 [pair.origin for pair in packer.pending],
             )
             yield self._pack(pairs, state)
@@ -142,6 +180,7 @@ class Reader:
     def _pack(self, pairs: list[Pair], state: ReaderState) -> PackedBatch:
         config = self.build.config
         budget = config.budget
+        of_shard, sources = self.sources.of_shard, self.sources.sources
         counts = BatchCounts(
             pairs=len(pairs),
             image_tokens=sum(pair.image_length for pair in pairs),
@@ -149,6 +188,7 @@ class Reader:
             text_tokens=sum(pair.text_length for pair in pairs),
             image_budget=budget.image_tokens,
             text_budget=budget.text_tokens,
+            sources=Counter(sources[of_shard[pair.origin.shard]].name for pair in pairs),
             skipped=self._skipped,
             skip_log=tuple(self._skip_log),
         )
@@ -167,48 +207,72 @@ class Reader:
             position={str(self.reader): state.to_json()},
         )
 
-    def _walk(self, position: ReaderState) -> Iterator[tuple[RawSample, Origin]]:
-        """All samples of the share from `position` on, which it moves along."""
-        while True:
-            share = self._share(position.epoch)
-            # A walk that resumes late in a pass may find nothing more in it.
-            found = position.shard > 0 or position.sample > 0
-            while position.shard < len(share):
-                index = share[position.shard]
-                for sample in self._samples(index, position.sample):
-                    position.sample = sample.index + 1
-                    found = True
-                    yield sample, Origin(position.epoch, index, sample.index, 0)
-                position.shard, position.sample = position.shard + 1, 0
-            if not found and share:
-                self._give_up_on(share)
-            position.epoch, position.shard = position.epoch + 1, 0
+    def _mix(self, place: ReaderState) -> Iterator[tuple[RawSample, Origin]]:
+        """All samples from `place` on, which it moves along, sources in their shares.
 
-    def _share(self, epoch: int) -> list[int]:
-        """Indices of this reader's shards in an epoch.
-
-        With fewer shards than readers every reader walks all of them and takes every n-th sample.
+        The next sample comes from the source that is furthest behind its share, so the shares hold
+        to one sample at any time and need no generator.
         """
-        order = generator(self.build.seed, epoch, "shards").permutation(len(self.shards)).tolist()
-        return order if self._by_sample else order[self.reader :: self.readers]
+        walks = [self._walk(number, place) for number in range(len(self.walks))]
+        weights = [walk.source.weight for walk in self.walks]
+        while True:
+            total = sum(place.taken) + 1
+            behind = [
+                weight * total - taken for weight, taken in zip(weights, place.taken, strict=True)
+            ]
+            number = behind.index(max(behind))
+            sample = next(walks[number])
+            place.taken[number] += 1
+            yield sample
 
-    @property
-    def _by_sample(self) -> bool:
-        return len(self.shards) < self.readers
+    def _walk(self, number: int, place: ReaderState) -> Iterator[tuple[RawSample, Origin]]:
+        """All samples of the share of one source from `place` on, which it moves along."""
+        walk = self.walks[number]
+        epoch, first, sample = place.walks[number]
+        # Fewer samples than readers go round: each gets one in some pass.
+        patience = walk.readers if walk.by_sample else 1
+        empty = 0
+        while True:
+            pieces = walk.pieces(epoch)
+            # A walk that resumes late in a pass, or finishes another's, may find nothing more.
+            found = first > 0 or sample > 0 or epoch < walk.inherited.epoch
+            for done, piece in enumerate(pieces[first:], first):
+                for raw in self._samples(piece, sample):
+                    place.walks[number] = WalkPosition(epoch, done, raw.index + 1)
+                    found = True
+                    yield raw, Origin(piece.epoch, piece.shard, raw.index, 0)
+                sample = 0
+                place.walks[number] = WalkPosition(epoch, done + 1)
+            empty = 0 if found else empty + 1
+            if empty == patience:
+                self._give_up_on(walk, pieces)
+            epoch, first = epoch + 1, 0
+            place.walks[number] = WalkPosition(epoch)
 
-    def _samples(self, shard: int, start: int) -> Iterator[RawSample]:
-        """This reader's samples of one shard from index `start` on."""
-        wanted = _Wanted(start, self.reader if self._by_sample else 0, self._stride)
+    def _samples(self, piece: Piece, start: int) -> Iterator[RawSample]:
+        """The samples of one piece from index `start` on."""
+        rest = piece.after(start)
+        if rest is None:
+            return
         try:
-            for sample in read_shard(self.shards[shard], wanted):
-                if sample.index in wanted:
-                    yield sample
+            for sample in self._read(piece.shard, rest):
+                self._bad_shards_in_a_row = 0
+                yield sample
+                if sample.index == rest.last:
+                    return
         except ShardError as error:
             self._skip("bad_shard", str(error))
+            self._bad_shards_in_a_row += 1
+            if self._bad_shards_in_a_row == _MAX_BAD_SHARDS:
+                raise UserError(
+                    f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
+                ) from error
 
-    @property
-    def _stride(self) -> int:
-        return self.readers if self._by_sample else 1
+    def _read(self, shard: int, wanted: Container[int]) -> Iterator[RawSample]:
+        """The wanted samples of a shard."""
+        for sample in read_shard(self.sources.shards[shard], wanted, self.sources.names[shard]):
+            if sample.index in wanted:
+                yield sample
 
     def _read_again(self, origins: list[Origin]) -> dict[Origin, RawSample]:
         """Samples that were read ahead before a restart."""
@@ -216,11 +280,10 @@ class Reader:
         for shard in sorted({origin.shard for origin in origins}):
             wanted = {origin.index for origin in origins if origin.shard == shard}
             try:
-                for sample in read_shard(self.shards[shard], wanted):
-                    if sample.index in wanted:
-                        found[shard, sample.index] = sample
-                        if len(wanted) == sum(key[0] == shard for key in found):
-                            break
+                for sample in self._read(shard, wanted):
+                    found[shard, sample.index] = sample
+                    if sample.index == max(wanted):
+                        break
             except ShardError as error:
                 self._skip("bad_shard", str(error))
         try:
@@ -228,13 +291,17 @@ class Reader:
         except KeyError as error:
             shard, index = error.args[0]
             raise UserError(
-                f"{self.shards[shard]} no longer holds sample {index}, which the checkpoint had "
-                "read ahead: resume with the shards it was trained on"
+                f"{self.sources.shards[shard]} no longer holds sample {index}, which the "
+                "checkpoint had read ahead: resume with the shards it was trained on"
             ) from error
+
+    def _build(self, sample: RawSample, origin: Origin) -> Pair:
+        source = self.sources.sources[self.sources.of_shard[origin.shard]]
+        return self.build(sample, origin, source.captions)
 
     def _try(self, sample: RawSample, origin: Origin) -> Pair | None:
         try:
-            pair = self.build(sample, origin)
+            pair = self._build(sample, origin)
         except SkipSampleError as error:
             self._skip(error.reason, f"{sample.id}: {error}")
             self._bad_in_a_row += 1
@@ -252,21 +319,10 @@ class Reader:
         if len(self._skip_log) < _NAMED_SKIPS:
             self._skip_log.append(line)
 
-    def _give_up_on(self, share: list[int]) -> None:
+    def _give_up_on(self, walk: Walk, pieces: Sequence[Piece]) -> None:
+        source = walk.source
         reason = f"; {self._skip_log[-1]}" if self._skip_log else ""
         raise UserError(
-            f"no sample in {len(share)} shard(s), the first one {self.shards[share[0]]}{reason}"
+            f"no sample in {len(pieces)} shard(s) of source {source.name}, the first one "
+            f"{self.sources.shards[pieces[0].shard]}{reason}"
         )
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Indices from `start` on that leave `offset` modulo `stride`, as a container."""
-
-    start: int
-    offset: int
-    stride: int
-
-    def __contains__(self, index: object) -> bool:
-        assert isinstance(index, int)
-        return index >= self.start and index % self.stride == self.offset
