@@ -19,7 +19,8 @@ from navit_clip.data.loader import load_batches
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.tokenizer import OpenClipTokenizer
-from navit_clip.packing import Budgets, ImagePatches
+from navit_clip.packer import Budgets
+from navit_clip.packing import ImagePatches
 
 PATCH, TILE, COLUMNS, ROWS = 16, 24, 36, 8
 WIDTH = COLUMNS * (TILE + 2) + 40

@@ -1,10 +1,9 @@
-"""The packed stream: segments, packed batches, and the first-fit packer.
+"""The packed stream: segments and packed batches.
 
-Stands between the data pipeline, which yields pairs of any size, and the towers, which read one
-long stream of tokens. `FirstFitPacker` decides which pairs share a batch; `pack_images` and
-`pack_texts` lay their tokens end to end; `Segments` says where each example begins and ends. No
-mask over tokens is ever built (NaViT packs into rows with a mask; a single stream
-with variable-length attention needs neither).
+Stands between the packer, which decides which pairs share a batch, and the towers, which read one
+long stream of tokens. `pack_images` and `pack_texts` lay the tokens of a batch end to end;
+`Segments` says where each example begins and ends. No mask over tokens is ever built (NaViT packs
+into rows with a mask; a single stream with variable-length attention needs neither).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,6 +215,7 @@ class BatchCounts:
         text_tokens: Real text tokens.
         image_budget: Image tokens the batch may hold.
         text_budget: Text tokens the batch may hold.
+        sources: Pairs by source.
         skipped: Samples passed over since the reader's previous batch, by reason.
         skip_log: A line for the first few of them, naming each.
     """
@@ -226,6 +226,7 @@ class BatchCounts:
     text_tokens: int
     image_budget: int
     text_budget: int
+    sources: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     skip_log: tuple[str, ...] = ()
 
@@ -322,111 +323,3 @@ def _layout(tower: str, lengths: Sequence[int], budget: int | None) -> tuple[np.
     if budget is not None and total > budget:
         raise ValueError(f"{total} {tower} tokens do not fit a budget of {budget}")
     return np.argsort(lengths, kind="stable"), 0 if budget is None else budget - total
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """What one batch of one rank may hold.
-
-    Attributes:
-        image_tokens: Image tokens per batch.
-        text_tokens: Text tokens per batch.
-        max_pairs: Pairs per batch.
-
-    Raises:
-        ValueError: If any of them is below 1.
-    """
-
-    image_tokens: int = 16384
-    text_tokens: int = 4096
-    max_pairs: int = 512
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-class Packable(Protocol):
-    """Anything with a cost in both towers."""
-
-    @property
-    def image_length(self) -> int:
-        """Image tokens."""
-
-    @property
-    def text_length(self) -> int:
-        """Text tokens."""
-
-
-Item = TypeVar("Item", bound=Packable)
-
-
-class FirstFitPacker(Generic[Item]):
-    """Greedy first-fit with look-ahead over both token budgets (NaViT packs by greedy first-fit).
-
-    A pair joins the open batch if it fits, else it waits. Once `look_ahead` pairs wait, or the
-    batch is full, the batch closes, and those who waited are offered to the next one first, in
-    their order, so none waits for ever.
-
-    Args:
-        budgets: What one batch may hold.
-        look_ahead: Pairs that may wait before the open batch closes.
-    """
-
-    def __init__(self, budgets: Budgets, look_ahead: int) -> None:
-        if look_ahead < 1:
-            raise ValueError(f"look_ahead must be at least 1, got {look_ahead}")
-        self.budgets = budgets
-        self.look_ahead = look_ahead
-        self._open: list[Item] = []
-        self._waiting: list[Item] = []
-        self._image_tokens = self._text_tokens = 0
-
-    @property
-    def pending(self) -> tuple[Item, ...]:
-        """Every pair taken in but not yet given out; offering them again restores the packer."""
-        return (*self._open, *self._waiting)
-
-    def offer(self, item: Item) -> None:
-        """Takes in one pair.
-
-        Raises:
-            ValueError: If the pair alone exceeds a budget.
-        """
-        budgets = self.budgets
-        if item.image_length > budgets.image_tokens or item.text_length > budgets.text_tokens:
-            raise ValueError(
-                f"a pair of {item.image_length} image and {item.text_length} text tokens exceeds "
-                f"the budgets of {budgets.image_tokens} and {budgets.text_tokens}"
-            )
-        fits = (
-            len(self._open) < budgets.max_pairs
-            and self._image_tokens + item.image_length <= budgets.image_tokens
-            and self._text_tokens + item.text_length <= budgets.text_tokens
-        )
-        if not fits:
-            self._waiting.append(item)
-            return
-        self._open.append(item)
-        self._image_tokens += item.image_length
-        self._text_tokens += item.text_length
-
-    def take(self) -> list[Item] | None:
-        """A closed batch, or None while the open one can still grow."""
-        budgets = self.budgets
-        full = (
-            len(self._open) == budgets.max_pairs
-            or self._image_tokens == budgets.image_tokens
-            or self._text_tokens == budgets.text_tokens
-        )
-        return self.flush() if full or len(self._waiting) >= self.look_ahead else None
-
-    def flush(self) -> list[Item] | None:
-        """The open batch, full or not; None once nothing is pending."""
-        batch, waiting = self._open, self._waiting
-        self._open, self._waiting = [], []
-        self._image_tokens = self._text_tokens = 0
-        for item in waiting:
-            self.offer(item)
-        return batch or None

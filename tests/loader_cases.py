@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.sample import PairBuilder
+from navit_clip.data.sample import Origin, Pair, PairBuilder
+from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.tokenizer import Tokenizer
-from navit_clip.packing import Budgets, PackedBatch
+from navit_clip.packer import Budgets
+from navit_clip.packing import PackedBatch
 
 PATCH = 8
 CONFIG = DataConfig(
@@ -47,6 +49,21 @@ def take(build: PairBuilder, count: int, **options: Any) -> list[PackedBatch]:
     """The next so many batches; ends whatever processes made them."""
     with closing(load_batches(build, **options)) as batches:
         return list(itertools.islice(batches, count))
+
+
+class EpochInId(PairBuilder):
+    """Writes into each pair's id the epoch that it was read in."""
+
+    def __call__(
+        self, sample: RawSample, origin: Origin, captions: Mapping[str, float] | None = None
+    ) -> Pair:
+        pair = super().__call__(sample, origin, captions)
+        return replace(pair, id=f"{origin.epoch}:{pair.id}")
+
+
+def naming_epochs(build: PairBuilder) -> EpochInId:
+    """The same builder, but with ids such as ``2:00001/7`` for the third epoch."""
+    return EpochInId(**{f.name: getattr(build, f.name) for f in fields(build)})
 
 
 def epoch_of(state: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from loader_cases import ONE_BY_ONE, content, take
+from loader_cases import ONE_BY_ONE, content, naming_epochs, take
 from shard_factory import make_shards, sample, write_shard
 
 from navit_clip.data.config import DataConfig, SourceConfig
@@ -54,18 +54,17 @@ def test_each_source_has_its_own_epochs(mixed):
 
 
 def test_readers_share_every_source(mixed):
-    build = mixed(**ONE_BY_ONE)
+    build = naming_epochs(mixed(**ONE_BY_ONE))
     sources = Sources.find(build.config)
     first = Counter()
     for reader in range(4):  # more than the shards of any source
         walk = Reader(sources, build, reader, 4)
         for batch in walk.batches():
-            states = batch.position[str(reader)]["walks"]
-            if all(epoch for epoch, _, _ in states):
+            state = batch.position[str(reader)]
+            first.update(name for name in batch.ids if name.startswith("0:"))
+            held = (*state["buffer"], *state["pending"])
+            if all(walk[0] for walk in state["walks"]) and all(origin[0] for origin in held):
                 break
-            shard = sources.names.index(batch.ids[0].rpartition("/")[0])
-            if not states[sources.of_shard[shard]][0]:
-                first.update(batch.ids)
     assert len(first) == 7 + 9 + 6
     assert set(first.values()) == {1}
 

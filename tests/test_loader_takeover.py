@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loader_cases import ONE_BY_ONE, take
+from loader_cases import ONE_BY_ONE, naming_epochs, take
 from shard_factory import HTML, ids_of, make_shards, sample, write_shard
 
 from navit_clip.data.config import SourceConfig
 from navit_clip.data.drop import DropConfig, mean_rate
 from navit_clip.data.resume import LoaderPosition, open_position, take_over
-from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.sources import Sources
 from navit_clip.errors import UserError
-from navit_clip.packing import Budgets
-
-
-class EpochInId(PairBuilder):
-    """Writes into each pair's id the epoch that it was read in."""
-
-    def __call__(self, sample, origin, captions=None):
-        pair = super().__call__(sample, origin, captions)
-        return replace(pair, id=f"{origin.epoch}:{pair.id}")
-
-
-def naming_epochs(build):
-    return EpochInId(**{f.name: getattr(build, f.name) for f in fields(build)})
+from navit_clip.packer import Budgets
 
 
 class Run:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.packing import Budgets
+from navit_clip.packer import Budgets, PackingMode
 
 
 def _check_captions(name: str, captions: Mapping[str, float]) -> None:
@@ -62,7 +62,10 @@ class DataConfig:
         resolution: How large an image becomes.
         drop: Which patches are left out.
         budget: What one batch of one rank holds.
-        look_ahead: Pairs that may wait for a better fitting batch.
+        packing: ``greedy`` fills both budgets nearly; ``exact`` leaves no padding, dropping a few
+            more patches; ``constant`` gives every batch budget.max_pairs pairs.
+        look_ahead: Pairs that wait beyond those of a batch, to choose from; more of them, less
+            padding.
         pad_to_budget: Pad both streams to their budgets, so that compiled code sees one shape;
             without it a stream ends with its last token.
         shuffle_buffer: Samples that each reader shuffles among; 1 keeps the shards' order.
@@ -81,7 +84,8 @@ class DataConfig:
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     budget: Budgets = field(default_factory=Budgets)
-    look_ahead: int = 64
+    packing: PackingMode = "greedy"
+    look_ahead: int = 256
     pad_to_budget: bool = True
     shuffle_buffer: int = 1000
     workers: int = 4

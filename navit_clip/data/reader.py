@@ -21,13 +21,8 @@ from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.sources import Sources
 from navit_clip.data.walk import Inheritance, Piece, Walk, WalkPosition
 from navit_clip.errors import UserError
-from navit_clip.packing import (
-    BatchCounts,
-    FirstFitPacker,
-    PackedBatch,
-    pack_images,
-    pack_texts,
-)
+from navit_clip.packer import Packer
+from navit_clip.packing import BatchCounts, PackedBatch, pack_images, pack_texts
 
 _NAMED_SKIPS = 8  # samples named per batch; the rest is only counted
 # A dead server costs minutes of retries per shard; shards are read in random order, so as many in
@@ -136,7 +131,7 @@ class Reader:
         """
         state = state or self.begin
         config = self.build.config
-        packer: FirstFitPacker[Pair] = FirstFitPacker(config.budget, config.look_ahead)
+        packer: Packer[Pair] = Packer(config.budget, config.look_ahead, config.packing)
         read_ahead = self._read_again([*state.buffer, *state.pending])
         buffer = [read_ahead[origin] for origin in state.buffer]
         for origin in state.pending:
@@ -165,7 +160,7 @@ class Reader:
                 yield from self._closed(packer, place, origins)
 
     def _closed(
-        self, packer: FirstFitPacker[Pair], place: ReaderState, buffer: list[Origin]
+        self, packer: Packer[Pair], place: ReaderState, buffer: list[Origin]
     ) -> Iterator[PackedBatch]:
         while (pairs := packer.take()) is not None:
             state = ReaderState(

@@ -6,7 +6,8 @@ cut into patches, drop some. Everything random about it follows from (seed, epoc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from navit_clip.data.captions import choose_caption
 from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, find_image, patchify
 from navit_clip.data.drop import keep_patches, sample_rate
-from navit_clip.data.seeding import sample_generator
+from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import sample_grid
 from navit_clip.data.tokenizer import Tokenizer
@@ -47,12 +48,14 @@ class Pair:
         origin: Where it was read.
         image: Kept patches and the grid.
         token_ids: The caption.
+        seed: Of the whole run.
     """
 
     id: str
     origin: Origin
     image: ImagePatches
     token_ids: list[int]
+    seed: int
 
     @property
     def image_length(self) -> int:
@@ -63,6 +66,20 @@ class Pair:
     def text_length(self) -> int:
         """Text tokens."""
         return len(self.token_ids)
+
+    def trimmed(self, tokens: int) -> Pair:
+        """The pair with a random subset of its patches, in their order.
+
+        A function of (seed, epoch, id) and `tokens`, as every choice about a sample is.
+
+        Args:
+            tokens: Patches to keep, at least 1.
+        """
+        rng = generator(self.seed, self.origin.epoch, "trim", self.id)
+        keep = np.sort(rng.permutation(self.image_length)[:tokens])
+        image = self.image
+        image = replace(image, patches=image.patches[keep], coords=image.coords[keep])
+        return replace(self, image=image)
 
 
 @dataclass(frozen=True)
@@ -85,14 +102,21 @@ class PairBuilder:
     max_grid_side: int
     seed: int
 
-    def __call__(self, sample: RawSample, origin: Origin) -> Pair:
+    def __call__(
+        self, sample: RawSample, origin: Origin, captions: Mapping[str, float] | None = None
+    ) -> Pair:
         """Builds one pair.
+
+        Args:
+            sample: As the shard has it.
+            origin: Where it was read.
+            captions: Caption weights of its source; None takes those of the configuration.
 
         Raises:
             SkipSampleError: If the sample has no usable image or caption.
         """
         rng = sample_generator(self.seed, origin.epoch, sample.id)
-        caption = choose_caption(sample.members, self.config.captions, rng)
+        caption = choose_caption(sample.members, captions or self.config.captions, rng)
         image = EncodedImage(find_image(sample.members))
         rows, columns = grid = sample_grid(
             self.config.resolution,
@@ -108,4 +132,5 @@ class PairBuilder:
         patches = patchify(pixels, self.patch_size)[keep]
         coords = np.stack(np.divmod(keep, columns), axis=1).astype(np.int32)
         token_ids = self.tokenizer.encode(caption, self.context_length)
-        return Pair(sample.id, origin, ImagePatches(patches, coords, grid), token_ids)
+        image_patches = ImagePatches(patches, coords, grid)
+        return Pair(sample.id, origin, image_patches, token_ids, self.seed)

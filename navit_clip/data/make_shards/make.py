@@ -19,9 +19,9 @@ from navit_clip.data.make_shards.manifest import (
     read_manifest,
     sole_writer,
 )
-from navit_clip.data.pool import run_unordered
 from navit_clip.data.make_shards.rows import Row, RowSource
 from navit_clip.data.make_shards.write import ShardRecord, ShardTask, write_shard
+from navit_clip.data.pool import run_unordered
 from navit_clip.data.seeding import generator
 from navit_clip.errors import UserError
 from navit_clip.files import write_whole
