@@ -147,7 +147,7 @@ def embed_source(
         waiting.clear()
 
     progress = tqdm(
-        loader, desc="images", unit="image", disable=not ranks.is_first or not sys.stderr.isatty()
+        loader, desc="images", unit=" images", disable=not ranks.is_first or not sys.stderr.isatty()
     )
     for sized in progress:
         if isinstance(sized, _Failure):

@@ -26,7 +26,7 @@ def run_dir(tmp_path_factory):
     tokenizer = root / "tokenizer.model"
     train_tokenizer(expand_shards(shards), ["txt"], 1000, tokenizer, "bpe")
     flags = {
-        "config": Path(__file__).parents[1] / "configs/demo.yaml",
+        "config": Path(__file__).parents[1] / "configs/small_photos.yaml",
         "run_dir": root / "run",
         "steps": 6,
         "tokenizer.path": tokenizer,
