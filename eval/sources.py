@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from navit_clip.data.caption_files import read_caption_file
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import IMAGE_EXTENSIONS, SkipSampleError, find_image
-from navit_clip.data.caption_files import read_caption_file
 from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.errors import UserError
 

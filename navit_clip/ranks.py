@@ -7,9 +7,12 @@ its environment.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -18,6 +21,9 @@ import torch.distributed as dist
 from navit_clip.errors import UserError
 
 T = TypeVar("T")
+
+# Long enough for one rank to compile while the others wait; `train.stall` reports a hang earlier.
+_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,14 @@ class Ranks:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def broadcast(self, item: T) -> T:
+        """The first rank's item, on every rank."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, the same answer on all."""
         return self.sum([float(flag)])[0] > 0
@@ -86,10 +100,44 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(local)
     if world_size > 1:
-        # gloo as well on CUDA: counts and stop flags travel between hosts' memories.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(
+            # gloo as well on CUDA: counts, stop flags and checkpoints travel between hosts.
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=_clean_store(rank, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+        )
     try:
         yield Ranks(rank, world_size, local)
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _clean_store(rank: int, world_size: int) -> dist.Store:
+    """The store of torchrun or of the first rank, without what earlier attempts left in it.
+
+    torchrun hands the same store to restarted ranks. In it they would find the addresses of dead
+    ones before their successors overwrite them, and fail with "connection refused" or wait for
+    ever. So all ranks first agree on a prefix that is new: each says hello under a name of its own,
+    which the first one answers with its own; answers to the dead do not matter.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=_TIMEOUT))
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", name)
+        first = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{first}/{rank}", "")
+        return dist.PrefixStore(first, store)
+    missing, deadline = set(range(1, world_size)), time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} did not join in {_TIMEOUT}")
+        for other in sorted(missing):
+            if store.check([f"heard/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from navit_clip.attention import segment_attention
 from navit_clip.choices import check_choices
@@ -80,9 +81,23 @@ def quick_gelu(x: Tensor) -> Tensor:
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm whose parameters may have a lower precision than its input.
+
+    So it is when FSDP gathers them in bfloat16 beside a residual stream in float32. Autocast on
+    CUDA raises them itself; the CPU's kernel refuses the mixture.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+
+
 def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
     """A LayerNorm over `width` with or without bias, as the encoder has it."""
-    return nn.LayerNorm(width, eps=1e-6, bias=config.norm_bias)
+    return LayerNorm(width, eps=1e-6, bias=config.norm_bias)
 
 
 def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> nn.Linear:
@@ -111,6 +126,7 @@ class SegmentAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
+        self.attend = segment_attention
         head_width = config.width // config.heads
         self.qkv = linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
         self.out = linear(config.width, config.width, bias=config.mlp_bias)
@@ -127,7 +143,7 @@ class SegmentAttention(nn.Module):
         # beside half-precision values.
         q_THD = self.q_norm(q_THD).to(v_THD.dtype)
         k_THD = self.k_norm(k_THD).to(v_THD.dtype)
-        y_THD = segment_attention(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
+        y_THD = self.attend(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
         return self.out(y_THD.flatten(-2))
 
 
@@ -162,11 +178,17 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks and a final norm over one packed stream."""
+    """A stack of blocks and a final norm over one packed stream.
+
+    Attributes:
+        recompute_blocks: Keep only the blocks' inputs for the backward pass, which computes each
+            block again (activation checkpointing); changes memory and time, not results.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_blocks = False
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = layer_norm(config.width, config)
 
@@ -181,5 +203,17 @@ class Encoder(nn.Module):
             [T, C] normalised outputs.
         """
         for block in self.blocks:
-            x_TC = block(x_TC, segments)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_TC = checkpoint(block, x_TC, segments, use_reentrant=False)
+            else:
+                x_TC = block(x_TC, segments)
         return self.norm(x_TC)
+
+    def compile_blocks(self) -> None:
+        """Compiles each block in place at its next call; names of parameters stay."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            # Its segments' lengths are host numbers, other ones in every batch: traced, each
+            # batch would be compiled anew.
+            block.attention.attend = torch.compiler.disable(segment_attention)
+            block.compile()

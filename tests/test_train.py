@@ -249,9 +249,22 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path, monkeypat
     line = capsys.readouterr().err.strip()
     assert "step-00000002" in line
     assert "\n" not in line
-    flags = tiny_flags(data, tmp_path / "run", 4, data__workers=2)
+
+
+def test_other_shards_do_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
+    shards = [str(path) for path in sorted((data / "shapes/train").glob("*.tar"))]
+    flags = tiny_flags(data, tmp_path / "run", 4, data__train=json.dumps(shards[:-1]))
     assert run(monkeypatch, flags) == 2
-    assert "resume with the same numbers" in capsys.readouterr().err
+    assert "was taken with other training shards" in capsys.readouterr().err
+
+
+def test_another_number_of_workers_continues_a_run(data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
+    flags = tiny_flags(data, tmp_path / "run", 4, data__workers=2)
+    assert run(monkeypatch, flags) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import yaml
 from navit_clip.errors import one_line_errors
 from navit_clip.ranks import join_ranks
 from train.config import parse_config, write_config
+from train.stall import failing_at_once
 from train.trainer import train
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     """The command line."""
     with one_line_errors("train"):
         config, resolved = parse_config(sys.argv[1:])
-        with join_ranks(config.device) as ranks:
+        with join_ranks(config.device) as ranks, failing_at_once(ranks.world_size):
             if ranks.is_first:
                 write_config(Path(config.run_dir), resolved)
             ranks.barrier()

@@ -13,10 +13,13 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from navit_clip.choices import check_choices
 from navit_clip.clip import CLIPConfig
 from navit_clip.data.config import DataConfig
 from navit_clip.data.tokenizer import TokenizerConfig
 from navit_clip.errors import UserError
+from train.ema import EMAConfig
+from train.parallel import ParallelConfig
 from train.schedule import ScheduleConfig
 
 
@@ -75,12 +78,23 @@ class CheckpointConfig:
         every_steps: Steps between checkpoints; one is also written at the end and on SIGTERM or
             SIGINT.
         keep: How many of the latest are kept.
+        keep_every: Beside those, checkpoints whose step is a multiple of this are kept for ever;
+            0 keeps none.
+        asynchronous: Write while the training goes on, from a copy of the state in the host's
+            memory; false writes from where the state is and lets the training wait.
     """
 
     every_steps: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
+        if self.keep_every < 0 or self.keep_every % max(1, self.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be 0 or a multiple of "
+                f"checkpoint.every_steps={self.every_steps}"
+            )
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
@@ -95,12 +109,14 @@ class LogConfig:
         wandb: ``online``, ``offline`` (files for `wandb sync`), or ``disabled``.
         wandb_project: Project on the dashboard.
         wandb_name: Name of the run there; null takes the run directory's.
+        pairs: Also write the ids of every step's pairs, to pairs-RANK.jsonl.
     """
 
     every_steps: int = 10
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     wandb_project: str = "navit-clip"
     wandb_name: str | None = None
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -120,8 +136,19 @@ class TrainConfig:
         data: What is read and how it is packed.
         optim: Optimiser and learning rate.
         loss: The contrastive loss.
+        parallel: How ranks share the model, and what is traded for memory and speed.
+        ema: The moving average of the weights.
         checkpoint: When the state is saved.
         log: What is reported.
+        accumulate: Micro-batches of each rank per step. Their pairs form one batch of the loss, as
+            if they had fitted into memory together, for one more forward pass (GradCache); with
+            1 there is none.
+        on_nonfinite: When the loss or the gradient is not a number: ``stop`` the run, or ``skip``
+            the step and leave the weights as they are.
+        max_skipped_in_row: With ``skip``: a run that has skipped so many steps in a row stops.
+        stall_timeout_s: A rank that makes no progress for so many seconds writes the stacks of its
+            threads to stalls/ and standard error, and ends after as many again; checkpoints and
+            the first step are given three times as much. 0 waits for ever.
         seed: Of initialisation and of everything random about the data.
         precision: ``bf16`` runs matrix products under autocast; parameters stay float32.
         device: ``auto`` takes CUDA if there is one.
@@ -134,15 +161,25 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    accumulate: int = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_in_row: int = 10
+    stall_timeout_s: float = 600.0
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_choices(self)
+        for name in ("steps", "accumulate", "max_skipped_in_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stall_timeout_s < 0:
+            raise ValueError(f"stall_timeout_s must not be negative, got {self.stall_timeout_s}")
         schedule = self.optim.schedule
         if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
             raise ValueError(

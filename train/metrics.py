@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import uuid
@@ -110,7 +111,9 @@ class MetricsLog:
 
     def write(self, values: dict[str, float]) -> None:
         """Appends one line; visible at once to whoever follows the file."""
-        self._file.write(json.dumps(values) + "\n")
+        # A skipped step's loss is not a number, and NaN is not JSON.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(values, step=int(values["step"]))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 
 from navit_clip.clip import NaViTCLIP
-from navit_clip.data.loader import LoaderPosition, load_batches
+from navit_clip.data.loader import load_batches
+from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sizing import default_max_tokens
+from navit_clip.data.sources import Sources
 from navit_clip.data.tokenizer import Tokenizer, build_tokenizer
 from navit_clip.errors import UserError
 from navit_clip.interop.pretrained import Preprocess, save_pretrained
@@ -28,7 +31,10 @@ from navit_clip.ranks import Ranks
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.metrics import MetricsLog, Progress, SkipReport, Window
-from train.step import NonFiniteLossError, Stepper
+from train.nonfinite import NonFiniteError
+from train.pairs import PairLog
+from train.stall import StallWatch
+from train.step import Stepper
 
 
 def build_pair_builder(config: TrainConfig, tokenizer: Tokenizer) -> PairBuilder:
@@ -70,14 +76,19 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
     torch.manual_seed(config.seed)
     model = NaViTCLIP(config.model).to(ranks.device)
     stepper = Stepper(model, config, ranks)
-    readers = ranks.world_size * max(1, config.data.workers)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, ranks, readers)
-    start = checkpoints.latest() or 0
-    position = LoaderPosition()
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, ranks)
+    start = checkpoints.newest(report=partial(print, flush=True)) or 0
+    saved: Sequence[LoaderPosition] = []
     if start:
-        position = checkpoints.load(start, model, stepper.optimizer)
+        state = stepper.state()
+        saved = checkpoints.load(start, state)
+        stepper.load_state(state)
+    sources = Sources.find(config.data)
+    position = open_position(saved, sources, build, rank=ranks.rank, world_size=ranks.world_size)
     progress = Progress(config.steps, start, visible=ranks.is_first)
     log = None
+    pairs = PairLog(run_dir, ranks.rank, start) if config.log.pairs else None
+    stall_watch = StallWatch(run_dir, ranks.rank, config.stall_timeout_s)
     try:
         if ranks.is_first:
             log = MetricsLog(run_dir, config.log, resolved, start)
@@ -86,15 +97,32 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
             f"{config.precision}, " + (f"continuing from step {start}" if start else "from step 0")
         )
-        if start < config.steps:
-            _loop(stepper, build, checkpoints, position, start, progress, log)
-        if ranks.is_first:
-            save_pretrained(run_dir / "model", model, tokenizer, preprocess_for(config))
+        with stall_watch.watching() as watch:
+            if start < config.steps:
+                _loop(
+                    stepper,
+                    build,
+                    sources,
+                    checkpoints,
+                    position,
+                    start,
+                    progress,
+                    log,
+                    pairs,
+                    watch,
+                )
+            watch.begin("the export of the model", slow=True)
+            exported = stepper.export()
+        if exported is not None:
+            save_pretrained(run_dir / "model", exported, tokenizer, preprocess_for(config))
             progress.say(f"model written to {run_dir / 'model'}")
     finally:
+        checkpoints.close()
         progress.close()
         if log is not None:
             log.close()
+        if pairs is not None:
+            pairs.close()
 
 
 def preprocess_for(config: TrainConfig) -> Preprocess:
@@ -109,64 +137,93 @@ def preprocess_for(config: TrainConfig) -> Preprocess:
 def _loop(
     stepper: Stepper,
     build: PairBuilder,
+    sources: Sources,
     checkpoints: Checkpoints,
     position: LoaderPosition,
     start: int,
     progress: Progress,
     log: MetricsLog | None,
+    pairs: PairLog | None,
+    watch: StallWatch,
 ) -> None:
     config, ranks = stepper.config, stepper.ranks
     cuda = ranks.device.type == "cuda"
     batches = load_batches(
         build,
+        sources=sources,
         rank=ranks.rank,
         world_size=ranks.world_size,
         position=position,
         pin_memory=cuda,
     )
-    window, skips, stop = Window(), SkipReport(), StopSignal()
+    names = [source.name for source in sources.sources]
+    window, skips, stop = Window(names), SkipReport(), StopSignal()
 
     def save(step: int) -> Path:
-        return checkpoints.save(step, stepper.model, stepper.optimizer, position)
+        watch.begin(f"the checkpoint of step {step}", slow=True)
+        return checkpoints.save(step, stepper.state(), position)
 
     with stop.listening():
         for step in range(start, config.steps):
-            asked = time.perf_counter()
-            batch: PackedBatch = next(batches)
-            waited = time.perf_counter() - asked
-            try:
-                result = stepper.step(batch.to(ranks.device, non_blocking=True), step)
-            except NonFiniteLossError as error:
-                raise UserError(
-                    f"{error} at step {step + 1}, rank {ranks.rank}, pairs "
-                    f"{', '.join(batch.ids[:4])}, …; last good checkpoint: "
-                    f"{checkpoints.latest() or 'none'}; lower optim.lr or look at these pairs"
-                ) from error
-            position.advance(batch)
-            window.add(batch, waited)
-            progress.advance()
-            for line in skips.lines(batch):
-                progress.say(line)
+            # The first one compiles, and waits for the readers to start.
+            watch.begin(f"step {step + 1}", slow=step == start)
+            taken: list[PackedBatch] = []
+            for _ in range(config.accumulate):
+                asked = time.perf_counter()
+                taken.append(next(batches))
+                window.add(taken[-1], time.perf_counter() - asked)
             done = step + 1
-            if done % config.log.every_steps == 0 or done == config.steps:
+            logged = done % config.log.every_steps == 0 or done == config.steps
+            try:
+                result = stepper.step(
+                    [batch.to(ranks.device, non_blocking=True) for batch in taken],
+                    step,
+                    measure=logged,
+                )
+                nonfinite = result.nonfinite
+            except NonFiniteError as error:
+                if ranks.is_first:
+                    error.found.record(Path(config.run_dir))
+                checkpoints.wait()  # else the last good one may not be visible yet
+                raise UserError(
+                    f"{error}; last good checkpoint: {checkpoints.latest() or 'none'}; lower "
+                    "optim.lr or look at these pairs"
+                ) from error
+            if nonfinite is not None:
+                progress.say(f"skipped a step: {nonfinite}")
+                if ranks.is_first:
+                    nonfinite.record(Path(config.run_dir))
+            for batch in taken:
+                position.advance(batch)
+                for line in skips.lines(batch):
+                    progress.say(line)
+            progress.advance()
+            if pairs is not None:
+                pairs.write(done, taken)
+            if logged:
                 values: dict[str, float] = {
                     "step": done,
                     "loss": result.loss,
                     "lr": result.lr,
                     "logit_scale": result.logit_scale,
                     "grad_norm": result.grad_norm,
+                    **result.measured,
+                    "skipped_steps": stepper.guard.skipped_steps,
                     **window.rates(ranks),
                 }
-                window = Window()
+                window = Window(names)
                 if log is not None:
                     log.write(values)
                 progress.show(values)
-            stopping = ranks.any(stop.received)
+            # A checkpoint that failed stops the run now, not at the next one: saving says why.
+            stopping = ranks.any(stop.received or checkpoints.failed)
             if done % config.checkpoint.every_steps == 0 or done == config.steps or stopping:
                 save(done)
             if stopping and done < config.steps:
+                checkpoints.wait()
                 progress.say(f"stopped at step {done}; the same command continues from there")
                 raise SystemExit(0)
+        checkpoints.wait()
 
 
 class StopSignal:

@@ -7,10 +7,12 @@ reader, so that a checkpoint stores what was consumed, not what was prefetched.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from navit_clip.data.resume import LoaderPosition, open_position
@@ -59,6 +61,8 @@ def _leave_signals_to_trainer(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # torchrun signals a rank's whole process group; the workers must live until it has saved.
+    os.setpgid(0, 0)
 
 
 def load_batches(
@@ -96,6 +100,9 @@ def load_batches(
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_trainer,
+        # Its seed for the workers, which need none, would be drawn from torch's own generator: a
+        # restart would change whatever the model draws from that.
+        generator=torch.Generator(),
     )
     for batch in loader:
         if isinstance(batch, _Failure):

@@ -1,0 +1,515 @@
+"""Does a run that is killed again and again end as if nothing had happened?
+
+``python -m benchmarks.survival --kills 20`` trains a tiny model on two ranks with data workers
+twice: once undisturbed, once killed by SIGKILL at random moments (while ranks start, in steps,
+while a checkpoint is written; a rank or one of its data workers) and restarted by the same command.
+Both must end with the same weights and the same logged losses, bit for bit, and every pair must
+have been seen once in each pass. ``--agents`` adds two torchrun agents, one of which dies with all
+its processes and comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import output_argument, report
+from navit_clip.data.reader import ReaderState
+from navit_clip.data.resume import LoaderPosition
+from navit_clip.data.sample import PairBuilder
+from navit_clip.data.shapes.write import ShapesConfig, write_shapes
+from navit_clip.data.shards import expand_shards, read_shard
+from navit_clip.data.sources import Sources
+from navit_clip.data.tokenizer import build_tokenizer
+from navit_clip.data.train_tokenizer import train_tokenizer
+from train.checkpoint import SavedPositions
+from train.config import parse_config
+from train.trainer import build_pair_builder
+
+ROOT = Path(__file__).parents[1]
+RANKS, WORKERS = 2, 2
+_WAIT_S = 300.0
+_MOMENTS = ("step", "checkpoint", "worker", "checkpoint", "start", "step")
+
+
+def write_run(root: Path, *, train: int = 1536, steps: int = 170) -> list[str]:
+    """Writes what a tiny run needs.
+
+    Args:
+        root: Where shards and tokenizer go.
+        train: Pairs in the shards; two ranks see about 24 in a step.
+        steps: Of the run.
+
+    Returns:
+        Flags of ``python -m train`` but for the run directory.
+    """
+    shapes = ShapesConfig(
+        seed=0, train=train, shard_size=train // 16, zeroshot_per_class=1, retrieval=8
+    )
+    write_shapes(shapes, root / "shapes", workers=1)
+    shards = expand_shards([str(root / "shapes/train")])
+    train_tokenizer(shards, ["json.captions"], 128, root / "tok.model", "bpe")
+    encoder = {"width": 32, "depth": 2, "heads": 2}
+    config = {
+        "steps": steps,
+        "tokenizer": {"path": str(root / "tok.model")},
+        "model": {
+            "embed_dim": 16,
+            "image": {"encoder": encoder},
+            "text": {"vocab_size": 128, "context_length": 32, "encoder": encoder},
+        },
+        "data": {
+            "train": str(root / "shapes/train"),
+            "workers": WORKERS,
+            "shuffle_buffer": 16,
+            "look_ahead": 4,
+            "captions": {"json.captions": 1.0},
+            "resolution": {"min_side": 32, "max_side": 64, "max_tokens": 16},
+            "drop": {"kind": "beta", "rate": 0.3},
+            "budget": {"image_tokens": 96, "text_tokens": 512, "max_pairs": 32},
+        },
+        "optim": {"schedule": {"warmup_steps": 2}},
+        "ema": {"decay": 0.9},
+        "checkpoint": {"every_steps": 3, "keep": 2},
+        "log": {"every_steps": 1, "pairs": True},
+        "device": "cpu",
+    }
+    # YAML is a superset of JSON.
+    (root / "run.yaml").write_text(json.dumps(config))
+    return ["--config", str(root / "run.yaml")]
+
+
+def torchrun(flags: Sequence[str], *options: str) -> list[str]:
+    """The command of a run under torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "train", *flags]
+
+
+def two_ranks(flags: Sequence[str], *options: str) -> list[str]:
+    """The command of a run on two ranks of this machine."""
+    return torchrun(flags, "--standalone", f"--nproc-per-node={RANKS}", *options)
+
+
+def processes_below(pid: int) -> dict[int, int]:
+    """All running descendants of a process and the parent of each."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # ended meanwhile
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+    below: dict[int, int] = {}
+    generation = {pid}
+    while generation:
+        children = {child: p for child, p in parents.items() if p in generation}
+        below |= children
+        generation = set(children)
+    return below
+
+
+class Launch:
+    """One start of a command, and the processes that it starts.
+
+    Args:
+        command: The command.
+        output: Gets what it prints.
+    """
+
+    def __init__(self, command: Sequence[str], output: Path) -> None:
+        self.output = output
+        with output.open("ab") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                # Gloo would otherwise look for the host's name, which need not be in any table.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._seen: set[int] = set()
+
+    def ranks(self) -> dict[int, int]:
+        """Processes of the ranks that run now, by rank."""
+        below = self._below()
+        found: dict[int, int] = {}
+        for pid in (pid for pid, parent in below.items() if parent == self.process.pid):
+            with suppress(OSError):
+                environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+                found |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
+        return found
+
+    def workers(self, rank: int) -> list[int]:
+        """Data workers of a rank: forks of it, so they share its command line."""
+        pid = self.ranks().get(rank)
+        if pid is None:
+            return []
+        own = _command_line(pid)
+        children = [child for child, parent in self._below().items() if parent == pid]
+        return [child for child in children if own and _command_line(child) == own]
+
+    def wait(self, timeout_s: float = _WAIT_S) -> int:
+        """Waits for the end.
+
+        Raises:
+            TimeoutError: With the end of the output.
+        """
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"no end after {timeout_s:.0f} s:\n{self.tail()}") from error
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Waits until something is so.
+
+        Raises:
+            TimeoutError: If it takes too long, or the command ends before; with its output.
+        """
+        deadline = time.monotonic() + _WAIT_S
+        while not condition():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise TimeoutError(f"{what} was not reached:\n{self.tail()}")
+            time.sleep(0.002)
+
+    def kill_all(self) -> None:
+        """Ends the command and everything that it started, by SIGKILL, as a dying host does."""
+        self._below()
+        for pid in [self.process.pid, *self._seen]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Leaves no process behind."""
+        if self.process.poll() is None:
+            self.kill_all()
+        # Orphans notice by themselves; those that do not must not disturb what comes next.
+        deadline = time.monotonic() + 10
+        while (left := [pid for pid in self._seen if _command_line(pid)]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def tail(self) -> str:
+        """The end of what the command printed."""
+        return self.output.read_text(errors="replace")[-4000:]
+
+    def _below(self) -> dict[int, int]:
+        below = processes_below(self.process.pid)
+        self._seen |= below.keys()
+        return below
+
+
+def _command_line(pid: int) -> bytes:
+    """Of a process; empty if it has ended."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@contextmanager
+def launch(command: Sequence[str], output: Path) -> Iterator[Launch]:
+    """Starts a command and leaves no process behind."""
+    started = Launch(command, output)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Complete lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+def read_losses(run_dir: Path) -> list[tuple[float, ...]]:
+    """What must not depend on how often a run was restarted, for each step."""
+    names = ("step", "loss", "grad_norm", "lr", "logit_scale", "pairs")
+    return [tuple(line[name] for name in names) for line in read_metrics(run_dir)]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last logged step."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _half_written(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("*.partial"))
+
+
+@dataclass
+class Killer:
+    """Kills a process of a launch at a moment of a kind.
+
+    Attributes:
+        run_dir: Of the run.
+        rng: Draws victims and moments.
+    """
+
+    run_dir: Path
+    rng: random.Random
+
+    def strike(self, running: Launch, moment: str, rank: int, step: int) -> dict[str, Any]:
+        """Waits for the moment and kills.
+
+        Args:
+            running: Whose process.
+            moment: ``start``: while the ranks start. ``step``: at any time after step `step`.
+            ``checkpoint``: while the next one after it is written. ``worker``: as ``step``, but a
+            data worker.
+            rank: Of which rank.
+            step: Not before this step is logged.
+
+        Returns:
+            What was hit.
+        """
+        running.until(lambda: rank in running.ranks(), f"the start of rank {rank}")
+        if moment == "start":
+            time.sleep(self.rng.uniform(0, 4))
+        else:
+            running.until(lambda: last_step(self.run_dir) >= step, f"step {step}")
+            if moment == "checkpoint":
+                running.until(lambda: _half_written(self.run_dir), "a checkpoint's begin")
+                time.sleep(self.rng.uniform(0, 0.03))
+            else:
+                time.sleep(self.rng.uniform(0, 0.3))
+        victims = running.workers(rank) if moment == "worker" else [running.ranks()[rank]]
+        os.kill(self.rng.choice(victims), signal.SIGKILL)
+        return {
+            "moment": moment,
+            "rank": rank,
+            "step": last_step(self.run_dir),
+            # While ranks start, what is half-written is the leaving of the kill before.
+            "half_written": [] if moment == "start" else _half_written(self.run_dir),
+        }
+
+
+def run_killed(
+    flags: Sequence[str], run_dir: Path, kills: int, steps: int, seed: int
+) -> list[dict[str, Any]]:
+    """Runs to the end through so many kills, spread over the steps.
+
+    Returns:
+        What each kill hit.
+
+    Raises:
+        RuntimeError: If a run ends otherwise than it should.
+    """
+    rng = random.Random(seed)
+    killer, hits = Killer(run_dir, rng), []
+    command, output = two_ranks([*flags, "--run_dir", str(run_dir)]), run_dir.with_suffix(".txt")
+    moments = [_MOMENTS[i % len(_MOMENTS)] for i in range(kills)]
+    rng.shuffle(moments)
+    for kill, moment in enumerate(moments):
+        # Not in the last steps: the run would end before it is hit.
+        step = 1 + (steps - 10) * kill // kills
+        with launch(command, output) as running:
+            hits.append(killer.strike(running, moment, kill % RANKS, step))
+            if running.wait() == 0:
+                raise RuntimeError(f"the run ended well though killed: {hits[-1]}")
+        print(f"kill {kill + 1}/{kills}: {hits[-1]}", file=sys.stderr, flush=True)
+    run_to_end(command, output)
+    return hits
+
+
+def run_to_end(command: Sequence[str], output: Path) -> None:
+    """Runs a command that must succeed.
+
+    Raises:
+        RuntimeError: If it does not; with the end of its output.
+    """
+    with launch(command, output) as running:
+        if running.wait() != 0:
+            raise RuntimeError(f"the run failed:\n{running.tail()}")
+
+
+def pairs_taken(
+    position: LoaderPosition,
+    sources: Sources,
+    build: PairBuilder,
+    reader: int,
+    ids: Sequence[Sequence[str]],
+) -> Counter[tuple[int, str]]:
+    """The pass and id of each pair that a reader has handed out, by its own account.
+
+    Args:
+        position: Of its rank.
+        sources: Of the run, only one.
+        build: Makes pairs.
+        reader: Its number.
+        ids: Of all samples of each shard.
+    """
+    own = position.reader(sources, build, reader)
+    state: ReaderState = position.state(own)
+    (walk,), (place,) = own.walks, state.walks
+    ahead = {(o.epoch, o.shard, o.index) for o in (*state.buffer, *state.pending)}
+    return Counter(
+        (epoch, name)
+        for epoch in range(place.epoch + 1)
+        for number, piece in enumerate(walk.pieces(epoch))
+        for index, name in enumerate(ids[piece.shard])
+        if index in piece
+        and (epoch, number, index) < place
+        and (epoch, piece.shard, index) not in ahead
+    )
+
+
+def count_pairs(flags: Sequence[str], run_dir: Path) -> dict[str, int]:
+    """Compares the logged pairs with what each reader says it handed out.
+
+    Returns:
+        ``pairs``, logged in all; ``pairs_in_epoch``; ``pairs_missing``: never handed out in the
+        first pass, or handed out and not logged; ``pairs_repeated``: handed out twice in one pass,
+        or logged more often than handed out.
+    """
+    config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
+    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    sources = Sources.find(config.data)
+    ids = [
+        [sample.id for sample in read_shard(shard, None, name)]
+        for shard, name in zip(sources.shards, sources.names, strict=True)
+    ]
+    logged: Counter[tuple[int, str]] = Counter()
+    for path in run_dir.glob("pairs-*.jsonl"):
+        for line in path.read_text().splitlines():
+            batch = json.loads(line)
+            logged.update((batch["reader"], name) for name in batch["ids"])
+    saved = SavedPositions(run_dir / f"checkpoints/step-{config.steps:08d}", RANKS)
+    handed_out: Counter[tuple[int, str]] = Counter()
+    by_pass: Counter[tuple[int, str]] = Counter()
+    for reader in range(RANKS * WORKERS):
+        taken = pairs_taken(saved[reader // WORKERS], sources, build, reader, ids)
+        by_pass += taken
+        for (_, name), count in taken.items():
+            handed_out[reader, name] += count
+    never = {(0, name) for of_shard in ids for name in of_shard} - by_pass.keys()
+    return {
+        "pairs": sum(logged.values()),
+        "pairs_in_epoch": sum(map(len, ids)),
+        "pairs_missing": len(never) + sum((handed_out - logged).values()),
+        "pairs_repeated": sum(count - 1 for count in by_pass.values())
+        + sum((logged - handed_out).values()),
+    }
+
+
+def agent(flags: Sequence[str], port: int, number: int) -> list[str]:
+    """The command of one of two hosts, here two addresses of this machine."""
+    # Sharing its store, an agent that is still there tells one that comes back nothing, and waits.
+    environment = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    return environment + torchrun(
+        flags,
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=survival",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        # A dead host is given up after two seconds, not fifteen.
+        f"--rdzv-conf=is_host={1 - number},keep_alive_interval=1,keep_alive_max_attempt=2",
+        f"--local-addr=127.0.0.{1 + number}",
+    )
+
+
+def run_agents(flags: Sequence[str], run_dir: Path, step: int) -> dict[str, Any]:
+    """Trains on two agents, of which the second dies with all its processes and comes back.
+
+    Args:
+        flags: Of the run, but for its directory.
+        run_dir: Of the run.
+        step: When it dies.
+
+    Returns:
+        ``killed_at``, the last step logged before; ``resumed_from``, the step of the checkpoint.
+
+    Raises:
+        RuntimeError: If an agent fails; with the end of its output.
+        TimeoutError: Likewise.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    flags = [*flags, "--run_dir", str(run_dir)]
+    outputs = [run_dir.with_name(f"{run_dir.name}-agent-{number}.txt") for number in range(2)]
+    commands = [agent(flags, port, number) for number in range(2)]
+    with launch(commands[0], outputs[0]) as first:
+        with launch(commands[1], outputs[1]) as second:
+            first.until(lambda: last_step(run_dir) >= step, f"step {step}")
+            second.ranks()
+            second.kill_all()
+            killed_at = last_step(run_dir)
+        with launch(commands[1], outputs[1]) as second:
+            for running in (first, second):
+                if running.wait() != 0:
+                    raise RuntimeError(f"an agent failed:\n{running.tail()}")
+    said = outputs[0].read_text() + outputs[1].read_text()
+    return {
+        "killed_at": killed_at,
+        "resumed_from": int(said.rpartition("continuing from step ")[2].split()[0]),
+    }
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two runs exported the same model, byte for byte."""
+    files = [run_dir / "model/model.safetensors" for run_dir in (one, other)]
+    return files[0].read_bytes() == files[1].read_bytes()
+
+
+def main() -> None:
+    """The command line."""
+    parser = output_argument(__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
+    parser.add_argument("--agents", action="store_true", help="also two agents, one dying")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="survival-") as directory:
+        root = Path(directory)
+        steps = max(170, 8 * arguments.kills)
+        flags = write_run(root, steps=steps)
+        whole, killed = root / "whole", root / "killed"
+        run_to_end(two_ranks([*flags, "--run_dir", str(whole)]), root / "whole.txt")
+        hits = run_killed(flags, killed, arguments.kills, steps, arguments.seed)
+        result: dict[str, Any] = {
+            "kills": len(hits),
+            "weights_equal": same_weights(whole, killed),
+            "losses_equal": read_losses(whole) == read_losses(killed),
+            **count_pairs(flags, killed),
+            "steps": steps,
+            "ranks": RANKS,
+            "workers_per_rank": WORKERS,
+            "kills_while_writing": sum(bool(hit["half_written"]) for hit in hits),
+            "hits": hits,
+        }
+        if arguments.agents:
+            agents = root / "agents"
+            found = run_agents(flags, agents, step=steps // 2)
+            found["weights_equal"] = same_weights(whole, agents)
+            found["losses_equal"] = read_losses(whole) == read_losses(agents)
+            result["agents"] = found
+        result["seconds"] = round(time.perf_counter() - begin, 1)
+    report(result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

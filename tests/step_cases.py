@@ -1,0 +1,94 @@
+"""A tiny model, global batches, and ways to cut them, for the tests of one training step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from packed_examples import random_caption, random_image
+
+from navit_clip.clip import CLIPConfig, NaViTCLIP
+from navit_clip.data.tokenizer import TokenizerConfig
+from navit_clip.image_tower import ImageTowerConfig
+from navit_clip.packing import BatchCounts, ImagePatches, PackedBatch, pack_images, pack_texts
+from navit_clip.position import PositionConfig
+from navit_clip.ranks import Ranks
+from navit_clip.text_tower import TextTowerConfig
+from navit_clip.transformer import EncoderConfig
+from train.config import LossConfig, OptimConfig, TrainConfig
+from train.schedule import ScheduleConfig
+from train.step import Stepper
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+Pair = tuple[str, ImagePatches, list[int]]
+
+
+def tiny_config(*, steps: int = 30, kind: str = "softmax", **changes: Any) -> TrainConfig:
+    """A run of a model of three blocks of width 16; `changes` are fields of `TrainConfig`."""
+    encoder = EncoderConfig(width=16, depth=1, heads=2)
+    deeper = replace(encoder, depth=2)
+    model = CLIPConfig(
+        embed_dim=8,
+        image=ImageTowerConfig(patch_size=2, encoder=deeper, position=PositionConfig(max_side=9)),
+        text=TextTowerConfig(vocab_size=11, context_length=8, encoder=encoder),
+        init_bias=-10.0 if kind == "sigmoid" else None,
+    )
+    schedule = ScheduleConfig(warmup_steps=2)
+    defaults: dict[str, Any] = {
+        "optim": OptimConfig(lr=1e-3, eps=1e-6, schedule=schedule),
+        "loss": LossConfig(kind, chunk_size=4),
+    }
+    return TrainConfig("unused", steps, TokenizerConfig(path="unused"), model, **defaults | changes)
+
+
+def global_batch(step: int) -> list[Pair]:
+    """The pairs of all ranks and micro-batches at one step, another number at each."""
+    rng = np.random.default_rng(step)
+    pairs = []
+    for index in range(int(rng.integers(18, 25))):
+        seed = 1000 * step + index
+        grid = (int(rng.integers(1, 4)), int(rng.integers(1, 4)))
+        caption = random_caption(seed, int(rng.integers(1, 7)))
+        pairs.append((f"{step}/{index}", random_image(seed, grid), caption))
+    return pairs
+
+
+def cut(pairs: list[Pair], parts: int) -> list[list[Pair]]:
+    """Parts of unequal length, at least one pair each."""
+    spare = len(pairs) - parts
+    ends = [i + spare * i * (i + 1) // (parts * (parts + 1)) for i in range(parts + 1)]
+    return [pairs[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def pack(pairs: list[Pair]) -> PackedBatch:
+    return PackedBatch(
+        pack_images([image for _, image, _ in pairs]),
+        pack_texts([caption for _, _, caption in pairs]),
+        ids=tuple(name for name, _, _ in pairs),
+        counts=BatchCounts(len(pairs), 0, 0, 0, 0, 0),
+    )
+
+
+def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[PackedBatch]:
+    """One rank's share of the global batch of a step."""
+    mine = cut(global_batch(step), ranks.world_size)[ranks.rank]
+    return [pack(part) for part in cut(mine, accumulate)]
+
+
+def new_stepper(config: TrainConfig, ranks: Ranks = ALONE, dtype: torch.dtype | None = None):
+    torch.manual_seed(config.seed)
+    return Stepper(NaViTCLIP(config.model).to(dtype=dtype or torch.float32), config, ranks)
+
+
+def figures(stepper: Stepper, steps: range) -> np.ndarray:
+    """[steps, 5]: loss, gradient norm, scale; at every fifth step norms of weights and update."""
+    rows = []
+    for step in steps:
+        batches = micro_batches(step, stepper.ranks, stepper.config.accumulate)
+        result = stepper.step(batches, step, measure=step % 5 == 0)
+        norms = result.measured.values() if result.measured else (np.nan, np.nan)
+        rows.append((result.loss, result.grad_norm, result.logit_scale, *norms))
+    return np.array(rows)
