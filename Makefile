@@ -42,3 +42,6 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention --output benchmarks/out/attention.json
 	$(BIN)/python -m benchmarks.packing --output benchmarks/out/packing.json
+	$(BIN)/python -m benchmarks.loader_memory --output benchmarks/out/loader_memory.json
+	$(BIN)/python -m benchmarks.loss --output benchmarks/out/loss.json
+	$(BIN)/python -m benchmarks.survival --output benchmarks/out/survival.json

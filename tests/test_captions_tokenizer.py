@@ -147,6 +147,8 @@ TEXTS = (
     "  Upper CASE,   spaces &amp; entities  ",
     "naïve café 東京 🐈",
     "word " * 200,
+    "don't &amp;amp;lt; we'LL 100% 'ſ",
+    "tab\tfile\x1cseparator\x85line\u2028separator\u3000ideographic \ufeff\u200b",
 )
 
 
@@ -159,6 +161,15 @@ def test_open_clip_ids_are_its_own_without_the_padding(context):
     for text, row in zip(TEXTS, theirs(list(TEXTS), context).tolist(), strict=True):
         end = row.index(theirs.eot_token_id)
         assert ours.encode(text, context) == row[: end + 1]
+
+
+def test_a_caption_of_100_kb_without_a_space_takes_no_minutes():
+    # open_clip's encoding takes time quadratic in the length of a word.
+    letters = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 100_000)))
+    tokenizer = OpenClipTokenizer()
+    ids = tokenizer.encode(letters, 77)
+    assert len(ids) == 77
+    assert ids[:70] == tokenizer.encode(letters[:400], 77)[:70]
 
 
 # Files

@@ -60,6 +60,9 @@ def choose_caption(
     present = [source for source, captions in found.items() if captions]
     if not present:
         raise SkipSampleError("no_caption", f"none of {', '.join(weights)} has a caption")
-    share = np.array([weights[source] for source in present])
-    captions = found[present[rng.choice(len(present), p=share / share.sum())]]
-    return captions[rng.integers(len(captions))]
+    source = present[0]
+    if len(present) > 1:
+        share = np.array([weights[source] for source in present])
+        source = present[rng.choice(len(present), p=share / share.sum())]
+    captions = found[source]
+    return captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]

@@ -1,17 +1,24 @@
 """Encoded bytes to RGB pixels at exactly the size the tower will see.
 
-The header alone gives the size, which decides the patch grid; only then are pixels decoded, JPEGs
-at the smallest DCT scale that still covers the target, so a large photo that becomes a small grid
-is never decoded in full.
+The header alone gives the size, which decides the patch grid; only then are pixels decoded. Nearly
+all photos of the web are JPEGs, and a loader's time is theirs: libjpeg-turbo decodes them, at a
+smaller DCT scale where the grid is much smaller than the photo, and a vectorised resize with
+antialiasing makes them fit. All other files, and whatever libjpeg-turbo objects to, go through
+Pillow.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from functools import cached_property
 
 import numpy as np
+import simplejpeg
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.nn import functional as F
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
@@ -20,6 +27,14 @@ MAX_BYTES = 64 << 20
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+_JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
+_APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: of EXIF and XMP, and of where pixels begin
+_DCT_SCALES = (4, 2)
+# A decode at DCT scale cuts frequencies off sharply where a full decode and a resize fade them
+# out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
+# size by 36 dB.
+_DCT_MARGIN = 2
 
 
 class SkipSampleError(Exception):
@@ -54,16 +69,17 @@ class EncodedImage:
     def __init__(self, data: bytes) -> None:
         if len(data) > MAX_BYTES:
             raise SkipSampleError("too_large", f"{len(data):,} bytes exceed {MAX_BYTES:,}")
+        self._data = data
         try:
-            with warnings.catch_warnings():
-                # Pillow warns of large images by its own measure; the cap below is ours.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                self._image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            width, height = self._image.size
+            jpeg = _jpeg_size(data)
+            height, width = jpeg or self._image.size[::-1]
             if width * height > MAX_PIXELS:
                 raise SkipSampleError("too_large", f"{width}×{height} pixels exceed {MAX_PIXELS:,}")
+            self._jpeg = jpeg
+            self._orientation = 1
             # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
-            self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+            if jpeg is None or _may_have_exif(data):
+                self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         except SkipSampleError:
             raise
         except UnidentifiedImageError as error:
@@ -81,7 +97,7 @@ class EncodedImage:
         self.height, self.width = height, width
 
     def pixels(self, height: int, width: int, *, reduced: bool = True) -> np.ndarray:
-        """Decodes, turns upright and resizes with antialiasing.
+        """Decodes, turns upright and resizes with antialiasing (bicubic).
 
         Args:
             height: Rows wanted.
@@ -90,23 +106,114 @@ class EncodedImage:
                 sizes, so that the pixels of one size do not depend on which others were asked for.
 
         Returns:
-            uint8 [height, width, 3].
+            uint8 [height, width, 3], perhaps read-only.
 
         Raises:
             SkipSampleError: ``unreadable_image`` if the pixels cannot be decoded.
         """
-        image = self._image
         try:
-            if reduced:
+            if reduced and self._jpeg:
                 sideways = self._orientation in _SIDEWAYS
-                image.draft("RGB", (height, width) if sideways else (width, height))
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
+                wanted = (width, height) if sideways else (height, width)
+                stored = _read_jpeg(self._data, self._jpeg, wanted)
+                if stored is not None:
+                    return _upright(stored, self._orientation)
+            rgb = _to_rgb(ImageOps.exif_transpose(self._image))
             if rgb.size != (width, height):
                 rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
             return np.asarray(rgb)
+        except SkipSampleError:
+            raise
         except Exception as error:
             raise SkipSampleError("unreadable_image", str(error)) from error
+
+    @cached_property
+    def _image(self) -> Image.Image:
+        with warnings.catch_warnings():
+            # Pillow warns of large images by its own measure; ours is the cap.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Stored height and width of a JPEG that `_read_jpeg` may be able to read."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    # KeyError: a rare subsampling that simplejpeg has no name for.
+    except (ValueError, KeyError):
+        return None
+    return (height, width) if colours in _JPEG_COLOURS else None
+
+
+def _may_have_exif(data: bytes) -> bool:
+    """Whether a JPEG has an EXIF or XMP segment, or is too odd to say."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        marker = data[place + 1]
+        if marker in (_APP1, _SCAN):
+            return marker == _APP1
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
+
+
+def _read_jpeg(data: bytes, stored: tuple[int, int], wanted: tuple[int, int]) -> np.ndarray | None:
+    """Pixels not yet upright, decoded at reduced scale; None if Pillow has to try instead.
+
+    Args:
+        data: The file.
+        stored: Height and width in the file.
+        wanted: Height and width to return.
+    """
+    shrink = min(stored[0] / wanted[0], stored[1] / wanted[1])
+    scale = next((k for k in _DCT_SCALES if shrink >= k * _DCT_MARGIN), 1)
+    true_size = stored[0] / scale, stored[1] / scale
+    try:
+        pixels_HWK = simplejpeg.decode_jpeg(
+            data, min_height=math.ceil(true_size[0]), min_width=math.ceil(true_size[1])
+        )
+    except ValueError as error:
+        # What follows is grey, and Pillow does not mind.
+        if "premature end of data segment" in str(error):
+            raise SkipSampleError("unreadable_image", str(error)) from error
+        return None
+    return _resize(pixels_HWK, true_size, wanted)
+
+
+def _resize(
+    pixels_HWK: np.ndarray, true_size: tuple[float, float], wanted: tuple[int, int]
+) -> np.ndarray:
+    """Bicubic with antialiasing: Pillow's pixels to a rounding error, in a quarter of its time.
+
+    Args:
+        pixels_HWK: uint8, contiguous.
+        true_size: Rows and columns that the photo fills. Where its size is no multiple of the DCT
+            scale, the last row or column is partial, and to take it for a whole one would stretch
+            the picture.
+        wanted: Height and width to return.
+    """
+    if pixels_HWK.shape[:2] == wanted:
+        return pixels_HWK
+    # The batch axis comes before the permutation, else the result is laid out channel by channel.
+    image_1KHW = torch.from_numpy(pixels_HWK)[None].permute(0, 3, 1, 2)
+    # Height and width become the size times the factor, rounded down: no digit may be missing.
+    factors = [(to + 1e-6) / true for to, true in zip(wanted, true_size, strict=True)]
+    resized_1KHW = F.interpolate(
+        image_1KHW,
+        scale_factor=factors,
+        mode="bicubic",
+        antialias=True,
+        recompute_scale_factor=False,
+    )
+    return resized_1KHW[0].permute(1, 2, 0).numpy()
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of pixels as stored, turned as EXIF says."""
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels.swapaxes(0, 1) if orientation in _SIDEWAYS else pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -134,17 +241,23 @@ def find_image(members: dict[str, bytes]) -> bytes:
     raise SkipSampleError("no_image", f"members: {', '.join(members) or 'none'}")
 
 
-def patchify(pixels_HWK: np.ndarray, patch_size: int) -> np.ndarray:
+def patchify(pixels_HWK: np.ndarray, patch_size: int, keep: np.ndarray | None = None) -> np.ndarray:
     """Cuts an image into patches, row by row.
 
     Args:
         pixels_HWK: uint8 [rows·P, columns·P, 3].
         patch_size: P.
+        keep: int64 [n] indices of the patches wanted; the others are not copied. None wants all.
 
     Returns:
-        uint8 [rows·columns, P·P·3], each patch row by row with channels last.
+        uint8 [rows·columns or n, P·P·3], each patch row by row with channels last.
     """
     height, width, channels = pixels_HWK.shape
     rows, columns = height // patch_size, width // patch_size
-    grid = pixels_HWK.reshape(rows, patch_size, columns, patch_size, channels)
-    return grid.swapaxes(1, 2).reshape(rows * columns, patch_size * patch_size * channels)
+    # One row of a patch as one item, which numpy copies at once, not byte by byte.
+    line = np.dtype((np.void, patch_size * channels))
+    lines = np.ascontiguousarray(pixels_HWK).reshape(rows, patch_size, columns, -1).view(line)
+    patches = lines[..., 0].swapaxes(1, 2)
+    if keep is None or len(keep) == rows * columns:
+        return np.ascontiguousarray(patches.reshape(rows * columns, patch_size)).view(np.uint8)
+    return patches[np.divmod(keep, columns)].view(np.uint8)

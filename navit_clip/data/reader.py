@@ -16,7 +16,7 @@ from typing import Any
 
 from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.sample import Origin, Pair, PairBuilder
-from navit_clip.data.seeding import generator
+from navit_clip.data.seeding import draw_index
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.sources import Sources
 from navit_clip.data.walk import Inheritance, Piece, Walk, WalkPosition
@@ -146,8 +146,7 @@ class Reader:
             origins.append(origin)
             if len(buffer) < config.shuffle_buffer:
                 continue
-            draw = generator(self.build.seed, self.reader, place.drawn, "shuffle")
-            pick = int(draw.integers(len(buffer)))
+            pick = draw_index(len(buffer), self.build.seed, self.reader, place.drawn, "shuffle")
             # Swap with the last: removal from the middle would move the whole buffer.
             buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
             origins[pick], origins[-1] = origins[-1], origins[pick]

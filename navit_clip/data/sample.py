@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -129,8 +130,14 @@ class PairBuilder:
         rate = sample_rate(self.config.drop, rows * columns, origin.images_seen, rng)
         keep = keep_patches(rows * columns, rate, rng)
         pixels = image.pixels(rows * self.patch_size, columns * self.patch_size)
-        patches = patchify(pixels, self.patch_size)[keep]
-        coords = np.stack(np.divmod(keep, columns), axis=1).astype(np.int32)
+        patches = patchify(pixels, self.patch_size, keep)
+        coords = _grid_coords(rows, columns)[keep]
         token_ids = self.tokenizer.encode(caption, self.context_length)
         image_patches = ImagePatches(patches, coords, grid)
         return Pair(sample.id, origin, image_patches, token_ids, self.seed)
+
+
+@lru_cache(maxsize=4096)
+def _grid_coords(rows: int, columns: int) -> np.ndarray:
+    """int32 [rows·columns, 2]: row and column of each patch of a grid."""
+    return np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.int32)

@@ -7,8 +7,11 @@ Everything random about a sample (caption, side, drop rate, kept patches) comes 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import DTypeLike
 
 
 def generator(*parts: int | str) -> np.random.Generator:
@@ -17,11 +20,36 @@ def generator(*parts: int | str) -> np.random.Generator:
     Args:
         parts: Whatever names the decision, for example (seed, epoch, "shards").
     """
-    text = "\0".join(map(str, parts)).encode()
-    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    # numpy's stubs know only one of the seed sequences that it takes.
+    return np.random.Generator(np.random.PCG64(_Digest(parts)))  # type: ignore[arg-type]
+
+
+def draw_index(count: int, *parts: int | str) -> int:
+    """One uniform index, at a tenth of the cost of a generator.
+
+    Args:
+        count: How many there are to draw from, far below 2⁵¹².
+        parts: Whatever names the decision.
+    """
+    return int.from_bytes(_digest(parts), "little") % count
 
 
 def sample_generator(seed: int, epoch: int, sample_id: str) -> np.random.Generator:
     """The generator for all random choices about one sample in one epoch."""
     return generator(seed, epoch, "sample", sample_id)
+
+
+class _Digest(ISeedSequence):
+    """Seeds a bit generator with a hash as it is; numpy's own way hashes once more, slowly."""
+
+    def __init__(self, parts: Sequence[int | str]) -> None:
+        self._bytes = _digest(parts)
+
+    def generate_state(self, n_words: int, dtype: DTypeLike = np.uint32) -> np.ndarray:
+        """The first words of the hash, the same ones on every machine."""
+        words = np.dtype(dtype)
+        return np.frombuffer(self._bytes, words.newbyteorder("<"), n_words).astype(words)
+
+
+def _digest(parts: Sequence[int | str]) -> bytes:
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=64).digest()

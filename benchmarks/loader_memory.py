@@ -1,0 +1,114 @@
+"""Resident memory of a loader's worker over 100,000 generated samples; it must stay flat.
+
+Small JPEGs with captions of random words are written to shards once and read again and again by
+one worker, with every part of the pipeline in use. Growth counts from a tenth of the way on: until
+then buffers and caches fill.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.measure import output_argument, report
+from navit_clip.data.config import DataConfig
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.loader import load_batches
+from navit_clip.data.sample import PairBuilder
+from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.tokenizer import OpenClipTokenizer
+from navit_clip.packer import Budgets
+
+SHARDS, PER_SHARD = 10, 500
+POINTS = 20  # of the curve
+BAD_SHARE = 0.02  # unusable samples, whose errors must not pile up either
+
+
+def write_shards(root: Path) -> None:
+    """Shards of small photos of many sizes and captions of many words."""
+    rng = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        with tarfile.open(root / f"{shard:05d}.tar", "w") as tar:
+            for key in range(PER_SHARD):
+                height, width = rng.integers(48, 160, 2)
+                coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+                photo = io.BytesIO()
+                coarse.resize((int(width), int(height))).save(photo, "JPEG")
+                words = ["".join(map(chr, rng.integers(97, 123, 6))) for _ in range(8)]
+                members = {"jpg": photo.getvalue(), "txt": " ".join(words).encode()}
+                if rng.random() < BAD_SHARE:
+                    members["jpg"] = members["jpg"][:200]
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{key:05d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def resident_mb(process: int) -> float:
+    """Resident memory of a process, from Linux's /proc."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
+    """Lets samples through and looks at the worker now and then.
+
+    Args:
+        build: Of a configuration with one worker.
+        samples: How many, the unusable ones counted in.
+
+    Returns:
+        Samples so far and megabytes, at each look.
+    """
+    done = 0
+    seen: list[int] = []
+    resident: list[float] = []
+    for batch in load_batches(build):
+        if done >= len(seen) * samples / POINTS:
+            (worker,) = multiprocessing.active_children()
+            assert worker.pid is not None
+            seen.append(done)
+            resident.append(round(resident_mb(worker.pid), 1))
+        if done >= samples:
+            break
+        done += len(batch.ids) + sum(batch.counts.skipped.values())
+    return seen, resident
+
+
+def main() -> None:
+    """The command line."""
+    parser = output_argument(__doc__)
+    parser.add_argument("--samples", type=int, default=100_000, help="samples that pass through")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        write_shards(Path(root))
+        config = DataConfig(
+            train=root,
+            resolution=ResolutionConfig(min_side=32, max_side=96, max_tokens=64),
+            drop=DropConfig(kind="beta"),
+            budget=Budgets(image_tokens=2048, text_tokens=4096, max_pairs=256),
+            workers=1,
+        )
+        build = PairBuilder(config, OpenClipTokenizer(), 77, 16, 64, 0)
+        seen, resident = watch(build, args.samples)
+    warm = POINTS // 10
+    report(
+        {
+            "samples": seen,
+            "rss_mb": resident,
+            "growth_mb": round(resident[-1] - resident[warm], 1),
+            "from_samples": seen[warm],
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
