@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -34,7 +35,7 @@ from train.metrics import MetricsLog, Progress, SkipReport, Window
 from train.nonfinite import NonFiniteError
 from train.pairs import PairLog
 from train.stall import StallWatch
-from train.step import Stepper
+from train.step import Stepper, StepResult
 
 
 def build_pair_builder(config: TrainConfig, tokenizer: Tokenizer) -> PairBuilder:
@@ -85,44 +86,33 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
         stepper.load_state(state)
     sources = Sources.find(config.data)
     position = open_position(saved, sources, build, rank=ranks.rank, world_size=ranks.world_size)
-    progress = Progress(config.steps, start, visible=ranks.is_first)
-    log = None
-    pairs = PairLog(run_dir, ranks.rank, start) if config.log.pairs else None
-    stall_watch = StallWatch(run_dir, ranks.rank, config.stall_timeout_s)
+    reports = _Reports.open(config, resolved, ranks, start)
     try:
-        if ranks.is_first:
-            log = MetricsLog(run_dir, config.log, resolved, start)
         parameters = sum(p.numel() for p in model.parameters())
-        progress.say(
+        reports.progress.say(
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
             f"{config.precision}, " + (f"continuing from step {start}" if start else "from step 0")
         )
-        with stall_watch.watching() as watch:
+        with reports.watch.watching():
             if start < config.steps:
-                _loop(
-                    stepper,
+                batches = load_batches(
                     build,
-                    sources,
-                    checkpoints,
-                    position,
-                    start,
-                    progress,
-                    log,
-                    pairs,
-                    watch,
+                    sources=sources,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                    position=position,
+                    pin_memory=ranks.device.type == "cuda",
                 )
-            watch.begin("the export of the model", slow=True)
+                window = Window([source.name for source in sources.sources])
+                _loop(stepper, batches, checkpoints, position, start, window, reports)
+            reports.watch.begin("the export of the model", slow=True)
             exported = stepper.export()
         if exported is not None:
             save_pretrained(run_dir / "model", exported, tokenizer, preprocess_for(config))
-            progress.say(f"model written to {run_dir / 'model'}")
+            reports.progress.say(f"model written to {run_dir / 'model'}")
     finally:
         checkpoints.close()
-        progress.close()
-        if log is not None:
-            log.close()
-        if pairs is not None:
-            pairs.close()
+        reports.close()
 
 
 def preprocess_for(config: TrainConfig) -> Preprocess:
@@ -134,35 +124,46 @@ def preprocess_for(config: TrainConfig) -> Preprocess:
     )
 
 
+@dataclass(frozen=True)
+class _Reports:
+    """Where a run says how it is going; the log on the first rank only."""
+
+    progress: Progress
+    log: MetricsLog | None
+    pairs: PairLog | None
+    watch: StallWatch
+
+    @classmethod
+    def open(
+        cls, config: TrainConfig, resolved: dict[str, Any], ranks: Ranks, start: int
+    ) -> _Reports:
+        run_dir = Path(config.run_dir)
+        return cls(
+            Progress(config.steps, start, visible=ranks.is_first),
+            MetricsLog(run_dir, config.log, resolved, start) if ranks.is_first else None,
+            PairLog(run_dir, ranks.rank, start) if config.log.pairs else None,
+            StallWatch(run_dir, ranks.rank, config.stall_timeout_s),
+        )
+
+    def close(self) -> None:
+        self.progress.close()
+        for file in (self.log, self.pairs):
+            if file is not None:
+                file.close()
+
+
 def _loop(
     stepper: Stepper,
-    build: PairBuilder,
-    sources: Sources,
+    batches: Iterator[PackedBatch],
     checkpoints: Checkpoints,
     position: LoaderPosition,
     start: int,
-    progress: Progress,
-    log: MetricsLog | None,
-    pairs: PairLog | None,
-    watch: StallWatch,
+    window: Window,
+    reports: _Reports,
 ) -> None:
     config, ranks = stepper.config, stepper.ranks
-    cuda = ranks.device.type == "cuda"
-    batches = load_batches(
-        build,
-        sources=sources,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        position=position,
-        pin_memory=cuda,
-    )
-    names = [source.name for source in sources.sources]
-    window, skips, stop = Window(names), SkipReport(), StopSignal()
-
-    def save(step: int) -> Path:
-        watch.begin(f"the checkpoint of step {step}", slow=True)
-        return checkpoints.save(step, stepper.state(), position)
-
+    progress, watch = reports.progress, reports.watch
+    skips, stop = SkipReport(), StopSignal()
     with stop.listening():
         for step in range(start, config.steps):
             # The first one compiles, and waits for the readers to start.
@@ -174,32 +175,18 @@ def _loop(
                 window.add(taken[-1], time.perf_counter() - asked)
             done = step + 1
             logged = done % config.log.every_steps == 0 or done == config.steps
-            try:
-                result = stepper.step(
-                    [batch.to(ranks.device, non_blocking=True) for batch in taken],
-                    step,
-                    measure=logged,
-                )
-                nonfinite = result.nonfinite
-            except NonFiniteError as error:
+            result = _step(stepper, taken, step, checkpoints, measure=logged)
+            if result.nonfinite is not None:
+                progress.say(f"skipped a step: {result.nonfinite}")
                 if ranks.is_first:
-                    error.found.record(Path(config.run_dir))
-                checkpoints.wait()  # else the last good one may not be visible yet
-                raise UserError(
-                    f"{error}; last good checkpoint: {checkpoints.latest() or 'none'}; lower "
-                    "optim.lr or look at these pairs"
-                ) from error
-            if nonfinite is not None:
-                progress.say(f"skipped a step: {nonfinite}")
-                if ranks.is_first:
-                    nonfinite.record(Path(config.run_dir))
+                    result.nonfinite.record(Path(config.run_dir))
             for batch in taken:
                 position.advance(batch)
                 for line in skips.lines(batch):
                     progress.say(line)
             progress.advance()
-            if pairs is not None:
-                pairs.write(done, taken)
+            if reports.pairs is not None:
+                reports.pairs.write(done, taken)
             if logged:
                 values: dict[str, float] = {
                     "step": done,
@@ -211,19 +198,44 @@ def _loop(
                     "skipped_steps": stepper.guard.skipped_steps,
                     **window.rates(ranks),
                 }
-                window = Window(names)
-                if log is not None:
-                    log.write(values)
+                window = Window(window.sources)
+                if reports.log is not None:
+                    reports.log.write(values)
                 progress.show(values)
             # A checkpoint that failed stops the run now, not at the next one: saving says why.
             stopping = ranks.any(stop.received or checkpoints.failed)
             if done % config.checkpoint.every_steps == 0 or done == config.steps or stopping:
-                save(done)
+                watch.begin(f"the checkpoint of step {done}", slow=True)
+                checkpoints.save(done, stepper.state(), position)
             if stopping and done < config.steps:
                 checkpoints.wait()
                 progress.say(f"stopped at step {done}; the same command continues from there")
                 raise SystemExit(0)
         checkpoints.wait()
+
+
+def _step(
+    stepper: Stepper,
+    batches: Sequence[PackedBatch],
+    step: int,
+    checkpoints: Checkpoints,
+    *,
+    measure: bool,
+) -> StepResult:
+    """One step on batches still on the host; a number that is none ends the run in one line."""
+    ranks = stepper.ranks
+    try:
+        return stepper.step(
+            [batch.to(ranks.device, non_blocking=True) for batch in batches], step, measure=measure
+        )
+    except NonFiniteError as error:
+        if ranks.is_first:
+            error.found.record(Path(stepper.config.run_dir))
+        checkpoints.wait()  # else the last good one may not be visible yet
+        raise UserError(
+            f"{error}; last good checkpoint: {checkpoints.latest() or 'none'}; lower "
+            "optim.lr or look at these pairs"
+        ) from error
 
 
 class StopSignal:
