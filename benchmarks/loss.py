@@ -1,0 +1,276 @@
+"""This project's contrastive loss beside open_clip's `ClipLoss`: time and extra memory.
+
+Forward and backward over N pairs of width 512. On the CPU in float32, in one process and in two
+gloo ranks that share the cores; on CUDA in one process, in float32 and in bfloat16. `ClipLoss`
+comes in two forms that differ only between ranks: `local` (local_loss, gather_with_grad) computes
+a rank's rows and columns, `gathered` (its default) the full matrix on every rank.
+
+Every measurement is one forward and backward pass in processes of its own, which have warmed up
+on a small problem (CUDA: on the same one). Losses take turns, so that a machine that slows down
+slows all of them, and medians over the rounds are reported; over ranks, the slowest and the
+largest count. Time runs from a barrier to the end of the backward pass.
+
+Extra memory is what the pass needs on top of the features that go in, gradients included. CPU:
+the kernel's high-water mark of the process's resident memory (VmHWM, set back through
+/proc/self/clear_refs) after the pass, less the resident memory just before it. A process of its own
+matters, since an allocator keeps what earlier passes freed. CUDA: torch.cuda.max_memory_allocated
+less what was allocated before. MB are 10^6 bytes, ratios this loss over `ClipLoss` (two ranks: over
+the better of its two forms).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import multiprocessing as mp
+import os
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from benchmarks.measure import output_argument, report
+from navit_clip.loss import softmax_contrastive_loss
+
+WIDTH = 512
+SCALE = 100.0
+SIZES = {"cpu": (4096, 16384, 65536), "cuda": (16384, 65536, 262144)}
+# Beyond this many pairs one of the peer's N×N matrices is larger than most machines' memory.
+CPU_PEER_LIMIT = 16384
+OURS, LOCAL, GATHERED = "navit_clip", "local", "gathered"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass.
+
+    Attributes:
+        loss: OURS, LOCAL or GATHERED.
+        pairs: Of all ranks.
+        ranks: Processes.
+        device: ``cpu`` or ``cuda``.
+        dtype: Of the features, as torch names it.
+    """
+
+    loss: str
+    pairs: int
+    ranks: int
+    device: str
+    dtype: str
+
+    def build(self, rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The loss as a function of image features, text features and scale."""
+        if self.loss == OURS:
+            return softmax_contrastive_loss
+        local = self.loss == LOCAL
+        return ClipLoss(local, gather_with_grad=local, rank=rank, world_size=self.ranks)
+
+
+class Measured(NamedTuple):
+    """Seconds, extra bytes and the mean of the ranks' losses."""
+
+    seconds: float
+    extra: int
+    loss: float
+
+
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (at most) of this process, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+    return 1024 * int(found.group(1))
+
+
+def features(case: Case, pairs: int, seed: int) -> Tensor:
+    """Random unit vectors [pairs / ranks, WIDTH], made in place: what is freed stays resident."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    made = torch.empty(pairs // case.ranks, WIDTH, device=case.device, dtype=dtype)
+    made.normal_(generator=generator)
+    made /= made.norm(dim=1, keepdim=True)
+    return made.requires_grad_()
+
+
+def one_pass(case: Case, pairs: int, rank: int) -> Measured:
+    """Forward and backward on this rank."""
+    loss_of = case.build(rank)
+    image, text = (features(case, pairs, 2 * rank + side) for side in range(2))
+    scale = torch.tensor(SCALE, device=case.device, requires_grad=True)
+    cuda = case.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = resident("VmRSS")
+    if case.ranks > 1:
+        dist.barrier()
+    begin = time.perf_counter()
+    loss = loss_of(image, text, scale)
+    loss.backward()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return Measured(seconds, peak - before, loss.item())
+
+
+def run_rank(case: Case, rank: int, directory: str, results: Connection) -> None:
+    """One process: warms up, passes, and sends what it measured, or None without enough memory."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // case.ranks))
+    if case.ranks > 1:
+        store = f"file://{directory}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
+    try:
+        one_pass(case, case.pairs if case.device == "cuda" else 512, rank)
+        results.send(one_pass(case, case.pairs, rank))
+    except torch.OutOfMemoryError:
+        results.send(None)
+    if case.ranks > 1:
+        dist.barrier()  # gloo cannot tell a rank that is done from one that died
+        dist.destroy_process_group()
+
+
+def measure(case: Case) -> Measured | None:
+    """Runs a case in fresh processes; None if the device's memory did not suffice."""
+    # Forked from a server that has imported torch and started no thread: fresh, but at once.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "open_clip.loss"])
+    received: list[Measured | None] = []
+    with tempfile.TemporaryDirectory(prefix="benchmark-loss-") as directory:
+        ends, processes = [], []
+        for rank in range(case.ranks):
+            end, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=run_rank, args=(case, rank, directory, theirs))
+            process.start()
+            theirs.close()
+            ends.append(end)
+            processes.append(process)
+        try:
+            for end in ends:
+                received.append(end.recv())
+        except EOFError:
+            raise SystemExit(f"{case}: a process ended without a result, see above") from None
+        finally:
+            for process in processes:
+                if len(received) < case.ranks:
+                    process.terminate()
+                process.join()
+    parts = [part for part in received if part is not None]
+    if len(parts) < case.ranks:
+        return None
+    return Measured(
+        max(part.seconds for part in parts),
+        max(part.extra for part in parts),
+        statistics.fmean(part.loss for part in parts),
+    )
+
+
+def take_turns(cases: Sequence[Case], rounds: int) -> dict[str, Measured | None]:
+    """Medians of each case over the rounds, by the name of its loss."""
+    measured: dict[str, list[Measured | None]] = {case.loss: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            if None not in measured[case.loss]:
+                measured[case.loss].append(measure(case))
+    medians: dict[str, Measured | None] = {}
+    for name, values in measured.items():
+        complete = [value for value in values if value is not None]
+        medians[name] = (
+            Measured(*(statistics.median(column) for column in zip(*complete, strict=True)))
+            if len(complete) == len(values)
+            else None
+        )
+    losses = [value.loss for value in medians.values() if value is not None]
+    tolerance = 1e-4 if cases[0].dtype == "float32" else 5e-2
+    if any(not math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
+        raise SystemExit(f"the losses of one batch differ: {losses}")
+    return medians
+
+
+def compare(
+    pairs: int, ranks: int, device: str, dtype: str, peers: Sequence[str], rounds: int
+) -> dict[str, Any]:
+    """Fields of one size: this loss, each peer, and the ratios."""
+    cases = [Case(loss, pairs, ranks, device, dtype) for loss in (OURS, *peers)]
+    results = take_turns(cases, rounds)
+    ours = results[OURS]
+    if ours is None:
+        return {"out_of_memory": True}
+    fields: dict[str, Any] = {
+        "time_ratio": None,
+        "memory_ratio": None,
+        "extra_mb": ours.extra / 1e6,
+        "seconds": ours.seconds,
+        "rounds": rounds,
+        "peers": {},
+    }
+    finished = []
+    for peer in peers:
+        result = results[peer]
+        if result is None:
+            fields["peers"][peer] = "out of memory"
+        else:
+            fields["peers"][peer] = {"seconds": result.seconds, "extra_mb": result.extra / 1e6}
+            finished.append(result)
+    if finished:
+        fields["time_ratio"] = ours.seconds / min(result.seconds for result in finished)
+        fields["memory_ratio"] = ours.extra / min(result.extra for result in finished)
+    elif not peers:
+        matrix = pairs**2 * getattr(torch, dtype).itemsize / 1e9
+        fields["peer_not_run"] = f"each of its several N x N matrices takes {matrix:.1f} GB"
+    return fields
+
+
+def main() -> None:
+    """The command line."""
+    parser = output_argument(__doc__)
+    parser.add_argument("--device", choices=("auto", *SIZES), default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pairs N, instead of the device's")
+    parser.add_argument("--rounds", type=int, default=3, help="passes of each loss, alternating")
+    args = parser.parse_args()
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device")
+    if args.rounds < 1 or any(size < 2 or size % 2 for size in args.sizes or ()):
+        parser.error("--rounds must be at least 1 and --sizes even and positive")
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "open_clip": importlib.metadata.version("open_clip_torch"),
+        "width": WIDTH,
+    }
+    for pairs in args.sizes or SIZES[device]:
+        if device == "cuda":
+            fields = compare(pairs, 1, device, "float32", [LOCAL], args.rounds)
+            fields["bfloat16"] = compare(pairs, 1, device, "bfloat16", [LOCAL], args.rounds)
+        else:
+            # Alone, a pass is long enough for its own variation to average out.
+            alone = pairs > CPU_PEER_LIMIT
+            one, two = ([], []) if alone else ([LOCAL], [LOCAL, GATHERED])
+            rounds = 1 if alone else args.rounds
+            fields = compare(pairs, 1, device, "float32", one, rounds)
+            fields["two_ranks"] = compare(pairs, 2, device, "float32", two, rounds)
+        result[str(pairs)] = fields
+    report(result, args.output)
+
+
+if __name__ == "__main__":
+    main()

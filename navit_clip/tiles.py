@@ -1,0 +1,308 @@
+"""Tiles of logits: cut from images × texts, multiplied once, reduced or turned into gradients.
+
+The arithmetic of the contrastive losses (loss.py) on this rank's images and one visiting block of
+texts (ring.py). The four steps at the end (`softmax_statistics`, …) are all that happens to a tile
+between its matrix products. The CPU runs them as they stand, in two buffers that every tile
+shares. CUDA runs the same functions compiled, which makes a few kernels of a dozen; there every
+tile is one square buffer, ragged ones filled up with pairs that count for nothing, because ranks
+hold other numbers of pairs at every step and each new shape would be compiled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def default_chunk_size(features: Tensor) -> int:
+    """Side of a tile.
+
+    Large enough on a GPU to be worth the launches. On the CPU the smallest is fast too, but every
+    operation on a tile waits for the slowest core, and on a machine with other work one of them is
+    always late (6 s became 40 s): the fewer tiles the better, as long as the two tiles that exist
+    take no more memory than the features.
+    """
+    side, largest = 1024, 4096
+    if features.is_cuda:
+        return largest
+    while (
+        side < largest and 2 * (2 * side) ** 2 * logit_dtype(features).itemsize <= features.nbytes
+    ):
+        side *= 2
+    return side
+
+
+def logit_dtype(features: Tensor) -> torch.dtype:
+    """Precision of logits and of everything that is summed up: at least float32."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether the steps are compiled. On the CPU the matrix products take nearly all the time."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def operand_dtype(features: Tensor) -> torch.dtype:
+    """What matrices are multiplied in.
+
+    CUDA multiplies bfloat16 as it is and sums up in float32, at many times the rate of float32.
+    float16 stays out: most weights of a large batch are too small for its range.
+    """
+    if features.is_cuda and features.dtype == torch.bfloat16:
+        return features.dtype
+    return logit_dtype(features)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Sets out to a · b, summed up in the precision of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a · b to total, summed up in the precision of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+
+
+class Raw(NamedTuple):
+    """A tile's products as the steps take them.
+
+    Attributes:
+        logits: [rows, columns]; compiled, both are the full side.
+        scale: 0-d, still to be multiplied in; None if the operands carried it.
+        row_padding: [rows], 0 for a pair and -inf past the end; None where tiles are not padded.
+        column_padding: [columns], likewise.
+        scratch: Buffer like `logits`. Given, a step may overwrite it and `logits`; None leaves
+            memory to the compiler.
+    """
+
+    logits: Tensor
+    scale: Tensor | None
+    row_padding: Tensor | None
+    column_padding: Tensor | None
+    scratch: Tensor | None
+
+
+class Tile(NamedTuple):
+    """Logits of a run of image rows and a run of the visiting block's text rows.
+
+    Attributes:
+        rows: Of the images.
+        columns: Of the texts.
+        row_span: The same rows in a vector from `Tiler.vector`, up to the side of the tile.
+        column_span: Likewise.
+        image: [rows, D] operands of the products.
+        text: [columns, D].
+        raw: Valid until the next tile.
+        has_matches: Whether the tile's diagonal holds the matching pairs.
+    """
+
+    rows: slice
+    columns: slice
+    row_span: slice
+    column_span: slice
+    image: Tensor
+    text: Tensor
+    raw: Raw
+    has_matches: bool
+
+    def matching(self) -> Tensor:
+        """Logits of the matching pairs, [rows]; to be taken before a step."""
+        logits = self.raw.logits.diagonal()[: len(self.image)]
+        return logits if self.raw.scale is None else logits * self.raw.scale
+
+
+class Tiler:
+    """Cuts images × text block into tiles, all in the same buffers of at most chunk² numbers.
+
+    Args:
+        image_ED: This rank's images.
+        scale: 0-d factor of the logits, in their precision.
+        largest: Pairs of the rank with the most.
+        chunk_size: Side of the largest tile.
+    """
+
+    def __init__(self, image_ED: Tensor, scale: Tensor, largest: int, chunk_size: int) -> None:
+        self.image_ED, self.scale = image_ED, scale
+        self.fused = is_fused(image_ED.device)
+        self._operand = operand_dtype(image_ED)
+        self._scale_after = None if self._operand == scale.dtype else scale
+        self._side = chunk_size
+        if self.fused:
+            # Few sizes, so that few are compiled; not one, so that a small batch is not all padding
+            while self._side % 2 == 0 and chunk_size < 4 * self._side and largest <= self._side / 2:
+                self._side //= 2
+            self._buffers = scale.new_zeros((1, self._side**2))
+            self._edge = scale.new_zeros(2 * self._side)
+            self._edge[self._side :] = -torch.inf
+        else:
+            area = min(chunk_size, len(image_ED)) * min(chunk_size, largest)
+            self._buffers = scale.new_empty((2, area))
+
+    def vector(self, length: int, value: float) -> Tensor:
+        """`length` numbers, and in fused tiles as many more as the last tile is padded by."""
+        return self.scale.new_full((self._padded(length),), value)
+
+    def padded(self, values: Tensor) -> Tensor:
+        """`values` as long as a `vector`."""
+        return F.pad(values, (0, self._padded(len(values)) - len(values)))
+
+    def runs(self, length: int) -> Iterator[slice]:
+        """Consecutive slices of at most one side."""
+        for start in range(0, length, self._side):
+            yield slice(start, min(start + self._side, length))
+
+    def tiles(self, text_MD: Tensor, own: bool) -> Iterator[Tile]:
+        """Yields every tile of this rank's images and `text_MD`, each valid until the next."""
+        for rows in self.runs(len(self.image_ED)):
+            image = self.image_ED[rows].to(self._operand)
+            # Saves a pass over each tile, but would round in half precision.
+            scaled = image if self._scale_after is not None else image * self.scale
+            for columns in self.runs(len(text_MD)):
+                text = text_MD[columns].to(self._operand)
+                yield Tile(
+                    rows,
+                    columns,
+                    self._span(rows),
+                    self._span(columns),
+                    image,
+                    text,
+                    self._multiplied(scaled, text),
+                    has_matches=own and rows == columns,
+                )
+
+    def run(self, step: Callable[..., Any], tile: Tile, *args: Any) -> Any:
+        """Calls one of the steps below, compiled where that is worth it."""
+        return (_compiled(step) if self.fused else step)(tile.raw, *args)
+
+    def _multiplied(self, image: Tensor, text: Tensor) -> Raw:
+        rows, columns = len(image), len(text)
+        if self.fused:
+            logits = self._buffers[0].view(self._side, self._side)
+            multiply(image, text.T, logits[:rows, :columns])
+            # What an earlier tile left beyond is finite, hence -inf once the padding is added.
+            paddings = self._padding(rows), self._padding(columns)
+            return Raw(logits, self._scale_after, *paddings, None)
+        # Cut from a flat buffer, the tile stays contiguous at ragged edges too.
+        logits, scratch = (b[: rows * columns].view(rows, columns) for b in self._buffers)
+        multiply(image, text.T, logits)
+        return Raw(logits, self._scale_after, None, None, scratch)
+
+    def _padding(self, length: int) -> Tensor:
+        return self._edge[self._side - length : 2 * self._side - length]
+
+    def _padded(self, length: int) -> int:
+        return -(-length // self._side) * self._side if self.fused else length
+
+    def _span(self, run: slice) -> slice:
+        return slice(run.start, run.start + self._side) if self.fused else run
+
+
+class Gradients:
+    """Gradients of image and text features and of the scale, from ∂(N·loss)/∂logits per tile."""
+
+    def __init__(self, tiler: Tiler) -> None:
+        self._tiler = tiler
+        # Σ_j w_ij text_j: the image gradient but for the scale.
+        self._image_ED = torch.zeros_like(tiler.image_ED, dtype=tiler.scale.dtype)
+
+    def add(self, tile: Tile, weights: Tensor, text_gradient_MD: Tensor) -> None:
+        """Adds a tile's share; `weights` may be padded."""
+        weights = weights[: len(tile.image), : len(tile.text)]
+        accumulate(self._image_ED[tile.rows], weights, tile.text)
+        accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
+
+    def finish(self, text_gradient_ED: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales by `factor` and returns the gradients of image, text and scale."""
+        image_ED = self._tiler.image_ED
+        scale_gradient = factor.new_zeros(())
+        for rows in self._tiler.runs(len(image_ED)):
+            # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
+            scale_gradient += (image_ED[rows] * self._image_ED[rows]).sum()
+        self._image_ED *= factor * self._tiler.scale
+        text_gradient_ED *= factor * self._tiler.scale
+        return (
+            self._image_ED.to(image_ED.dtype),
+            text_gradient_ED.to(image_ED.dtype),
+            scale_gradient * factor,
+        )
+
+
+@cache
+def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(step, fullgraph=True, dynamic=False)
+
+
+def softmax_statistics(raw: Raw, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column log-sum-exps, the tile's added to those so far.
+
+    Shifted by the maximum of each row or column. One shift for both would save an exponential per
+    logit, but underflows: with a scale of 100 the maxima lie up to 200 apart, exp(-104) is 0.
+    """
+    logits = _scaled(raw)
+    return _add_log_sum_exp(row_lse, logits, 1, raw.scratch), _add_log_sum_exp(
+        column_lse, logits, 0, raw.scratch
+    )
+
+
+def softmax_weights(
+    raw: Raw, row_lse: Tensor, column_lse: Tensor, has_matches: bool, dtype: torch.dtype
+) -> Tensor:
+    """∂(2N·loss)/∂logits: both softmaxes, less 2 for a matching pair, in `dtype`."""
+    logits = _scaled(raw)
+    by_row = torch.sub(logits, row_lse[:, None], out=raw.scratch).exp_()
+    weights = logits.sub_(column_lse).exp_().add_(by_row)
+    if has_matches:
+        # Before the rounding to `dtype`: near the optimum little is left of the difference.
+        weights.diagonal().sub_(2)
+    return weights.to(dtype)
+
+
+def sigmoid_losses(raw: Raw, bias: Tensor, has_matches: bool) -> Tensor:
+    """Losses of the tile's pairs, summed up per column."""
+    logits = _scaled(raw).add_(bias)
+    if has_matches:
+        logits.diagonal().neg_()
+    # softplus without its cut-off at 20
+    return torch.logaddexp(logits, torch.zeros_like(bias), out=raw.scratch).sum(0)
+
+
+def sigmoid_weights(
+    raw: Raw, bias: Tensor, has_matches: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """∂(N·loss)/∂logits in `dtype`, and its sums per column."""
+    weights = _scaled(raw).add_(bias)
+    # sigmoid(l) - 1 = -sigmoid(-l), the right side without cancellation.
+    if has_matches:
+        weights.diagonal().neg_()
+    weights.sigmoid_()
+    if has_matches:
+        weights.diagonal().neg_()
+    return weights.to(dtype), weights.sum(0)
+
+
+def _scaled(raw: Raw) -> Tensor:
+    logits = raw.logits
+    if raw.row_padding is None or raw.column_padding is None:
+        return logits if raw.scale is None else logits.mul_(raw.scale)
+    if raw.scale is not None:
+        logits = logits * raw.scale
+    # Added after the scale, of which nothing keeps it from being 0.
+    return logits + raw.row_padding[:, None] + raw.column_padding
+
+
+def _add_log_sum_exp(total: Tensor, logits: Tensor, dim: int, scratch: Tensor | None) -> Tensor:
+    peak = logits.amax(dim, keepdim=True)
+    partial = torch.sub(logits, peak, out=scratch).exp_().sum(dim).log_().add_(peak.squeeze(dim))
+    return torch.logaddexp(total, partial)
