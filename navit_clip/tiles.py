@@ -137,7 +137,9 @@ class Tiler:
         self.image_ED, self.scale = image_ED, scale
         self.fused = is_fused(image_ED.device)
         self._operand = operand_dtype(image_ED)
+        # Scaled images save a pass over each tile, but would be rounded in half precision.
         self._scale_after = None if self._operand == scale.dtype else scale
+        self._scaled = scale.new_empty((min(chunk_size, len(image_ED)), image_ED.shape[1]))
         self._side = chunk_size
         if self.fused:
             # Few sizes, so that few are compiled; not one, so that a small batch is not all padding
@@ -167,8 +169,9 @@ class Tiler:
         """Yields every tile of this rank's images and `text_MD`, each valid until the next."""
         for rows in self.runs(len(self.image_ED)):
             image = self.image_ED[rows].to(self._operand)
-            # Saves a pass over each tile, but would round in half precision.
-            scaled = image if self._scale_after is not None else image * self.scale
+            scaled = image
+            if self._scale_after is None:
+                scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
             for columns in self.runs(len(text_MD)):
                 text = text_MD[columns].to(self._operand)
                 yield Tile(
