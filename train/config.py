@@ -59,14 +59,15 @@ class LossConfig:
 
     Attributes:
         kind: ``softmax`` (CLIP), or ``sigmoid`` (SigLIP), which needs model.init_bias.
-        chunk_size: Side of the largest block of logits that ever exists.
+        chunk_size: Side of the largest block of logits that ever exists; null takes what suits
+            the device.
     """
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
-    chunk_size: int = 1024
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
+        if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"loss.chunk_size must be at least 1, got {self.chunk_size}")
 
 
