@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from safetensors.torch import load_file
-from tiny_run import tiny_flags, write_tiny_data
+from tiny_run import run, tiny_flags, write_tiny_data
 from torch.distributed.checkpoint import filesystem
 
 from navit_clip.data.resume import LoaderPosition
@@ -295,15 +295,6 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     write_tiny_data(root)
     return root
-
-
-def run(monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["train", *flags])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_flags, write_tiny_data
+from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.embedding import embed_texts
 from navit_clip.interop.pretrained import load_pretrained
-from train.__main__ import main
 from train.config import parse_config
 from train.schedule import ScheduleConfig, lr_share
 
@@ -26,16 +25,6 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     write_tiny_data(root)
     return root
-
-
-def run(monkeypatch, flags):
-    """The command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["train", *flags])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def metrics(run_dir):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import pytest
 
 from navit_clip.data.shapes.write import ShapesConfig, write_shapes
 from navit_clip.data.shards import expand_shards
 from navit_clip.data.train_tokenizer import train_tokenizer
+from train.__main__ import main
 
 
 def write_tiny_data(root: Path) -> None:
@@ -20,6 +24,16 @@ def write_tiny_data(root: Path) -> None:
         root / "tok.model",
         "bpe",
     )
+
+
+def run(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> object:
+    """``python -m train`` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> list[str]:
