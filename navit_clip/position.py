@@ -3,8 +3,9 @@
 Added to the embedded patches at the entry of the image tower. All kinds of NaViT's ablation
 (positional embeddings): factorised over rows and columns, each absolute or fractional, from a
 learned table, sinusoids or learned Fourier features, summed, multiplied or stacked; and the two it
-compares with, Pix2Struct's learned 2D table and ViT's learned 1D table interpolated in 2D. Every
-kind is a gather by coordinate over all patches at once.
+compares with, Pix2Struct's learned 2D table and ViT's learned 1D table interpolated in 2D, with
+the ways in which released models resize theirs. Every kind is a gather by coordinate over all
+patches at once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from navit_clip.choices import check_choices
+from navit_clip.interpolate import Interpolation, exact_dtype, resized_axis, resized_square
 
 ANY_SIDE = 1 << 20  # of positions relative to the side, which know every length
 TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
@@ -30,32 +32,52 @@ class PositionConfig:
     Attributes:
         kind: ``factorised`` over rows and columns; ``learned_2d``, one vector per (row, column)
             as Pix2Struct; ``learned_1d``, a square table interpolated to each image's grid as ViT.
-        coordinates: Of ``factorised``: ``absolute`` patch index, or ``fractional`` of the side.
+        coordinates: Of ``factorised``: ``absolute`` patch index; ``fractional`` of the side; or
+            ``interpolated``, each axis's table resized to the side, as NaFlex has them.
         embedding: Of ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
         combine: Of ``factorised``: rows and columns are summed, multiplied (``product``), or
             stacked, each with half the width.
-        max_side: Longest side in patches (maxLen); for ``learned_1d`` the side of its square.
+        max_side: Longest side in patches (maxLen); for tables that are resized, their own side.
+        interpolation: How tables of ``learned_1d`` and ``interpolated`` are resized: ``bilinear``
+            (SigLIP 2 NaFlex) or ``bicubic`` (open_clip, timm), as `F.interpolate` has them.
+        antialias: Of those: average more of the table where a side is shorter than it, as
+            open_clip, timm and SigLIP 2 do.
+        keep_aspect: Of those: resize to the square of an image's longer side, of which the image
+            takes the upper left part.
 
     Raises:
-        ValueError: If `max_side` is below 2 or a choice is unknown.
+        ValueError: If `max_side` is below 2, a choice is unknown, or Fourier features, which have
+            no table, are to be ``interpolated``.
     """
 
     kind: Literal["factorised", "learned_2d", "learned_1d"] = "factorised"
-    coordinates: Literal["absolute", "fractional"] = "absolute"
+    coordinates: Literal["absolute", "fractional", "interpolated"] = "absolute"
     embedding: Literal["learned", "sinusoidal", "fourier"] = "learned"
     combine: Literal["sum", "product", "stack"] = "sum"
     max_side: int = 64
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = False
+    keep_aspect: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
         if self.max_side < 2:
             raise ValueError(f"max_side must be at least 2 patches, got {self.max_side}")
+        if (
+            self.kind == "factorised"
+            and self.coordinates == "interpolated"
+            and self.embedding == "fourier"
+        ):
+            raise ValueError(
+                "coordinates: interpolated needs a table to resize, "
+                "embedding: learned or sinusoidal, got fourier"
+            )
 
     @property
     def max_grid_side(self) -> int:
         """Most rows or columns of patches that have an embedding."""
         relative = self.kind == "learned_1d" or (
-            self.kind == "factorised" and self.coordinates == "fractional"
+            self.kind == "factorised" and self.coordinates != "absolute"
         )
         return ANY_SIDE if relative else self.max_side
 
@@ -65,7 +87,7 @@ def build_position(config: PositionConfig, width: int) -> nn.Module:
     if config.kind == "learned_2d":
         return Learned2D(config.max_side, width)
     if config.kind == "learned_1d":
-        return Interpolated1D(config.max_side, width)
+        return Interpolated1D(config, width)
     return Factorised(config, width)
 
 
@@ -77,6 +99,7 @@ class Factorised(nn.Module):
         if config.combine == "stack" and width % 2:
             raise ValueError(f"width must be even to stack positions, got {width}")
         self.combine = config.combine
+        self.keep_aspect = config.coordinates == "interpolated" and config.keep_aspect
         axis_width = width // 2 if config.combine == "stack" else width
         self.row = _axis(config, axis_width)
         self.column = _axis(config, axis_width)
@@ -91,6 +114,8 @@ class Factorised(nn.Module):
         Returns:
             [T, C] float.
         """
+        if self.keep_aspect:
+            sides_T2 = _longer_sides(sides_T2)
         row = self.row(coords_T2[:, 0], sides_T2[:, 0])
         column = self.column(coords_T2[:, 1], sides_T2[:, 1])
         if self.combine == "sum":
@@ -123,19 +148,23 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 def _exact(index: Tensor, like: Tensor) -> Tensor:
-    """Integers as floats of `like`'s precision, float32 at least.
+    """Integers as floats of `like`'s precision, float32 at least."""
+    return index.to(exact_dtype(like.dtype))
 
-    bfloat16 rounds index 299 up to a side of 300, and the upper neighbour is past the table.
-    """
-    return index.to(torch.promote_types(like.dtype, torch.float32))
+
+def _longer_sides(sides_T2: Tensor) -> Tensor:
+    """The longer side of each patch's grid, on both axes."""
+    return sides_T2.amax(1, keepdim=True).expand(-1, 2)
 
 
 class TableAxis(nn.Module):
-    """One axis from a table: by index if absolute, by linear interpolation if fractional."""
+    """One axis from a table: by index, by linear interpolation if fractional, or resized."""
 
     def __init__(self, config: PositionConfig, table: Tensor, *, learned: bool) -> None:
         super().__init__()
-        self.fractional = config.coordinates == "fractional"
+        self.coordinates = config.coordinates
+        self.interpolation = config.interpolation
+        self.antialias = config.antialias
         if learned:
             self.table = nn.Parameter(table)
         else:
@@ -143,8 +172,12 @@ class TableAxis(nn.Module):
 
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""
-        if not self.fractional:
+        if self.coordinates == "absolute":
             return F.embedding(index_T, self.table)
+        if self.coordinates == "interpolated":
+            return resized_axis(
+                self.table, index_T, side_T, self.interpolation, antialias=self.antialias
+            )
         position_T = _exact(index_T, self.table) / side_T * (len(self.table) - 1)
         below = position_T.long()
         weight = (position_T - below)[:, None].to(self.table.dtype)
@@ -193,30 +226,26 @@ class Learned2D(nn.Module):
 
 
 class Interpolated1D(nn.Module):
-    """ViT's learned table of a square grid, interpolated bilinearly to each image's grid.
+    """ViT's learned table of a square grid, resized to each image's grid.
 
-    Agrees with `F.interpolate(mode="bilinear", align_corners=False)` of the square table, but is a
-    weighted gather over all patches, whatever image they belong to.
+    Agrees with `F.interpolate` of the square table, but is computed over all patches at once,
+    whatever image they belong to.
     """
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
-        self.side = side
-        self.table = nn.Parameter(torch.empty(side * side, width))
+        self.config = config
+        self.table = nn.Parameter(torch.empty(config.max_side**2, width))
         nn.init.normal_(self.table, std=TABLE_STD)
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """[T, 2] integers to [T, C]."""
-        centre_T2 = (_exact(coords_T2, self.table) + 0.5) / sides_T2
-        position = (centre_T2 * self.side - 0.5).clamp(0, self.side - 1)
-        below = position.long()
-        above = (below + 1).clamp(max=self.side - 1)
-        weight_above = (position - below).to(self.table.dtype)
-        result: Tensor | int = 0
-        for row, row_weight in ((below, 1 - weight_above), (above, weight_above)):
-            for column, column_weight in ((below, 1 - weight_above), (above, weight_above)):
-                index = row[:, 0] * self.side + column[:, 1]
-                weight = row_weight[:, 0] * column_weight[:, 1]
-                result = result + F.embedding(index, self.table) * weight[:, None]
-        assert isinstance(result, Tensor)
-        return result
+        if self.config.keep_aspect:
+            sides_T2 = _longer_sides(sides_T2)
+        return resized_square(
+            self.table,
+            coords_T2,
+            sides_T2,
+            self.config.interpolation,
+            antialias=self.config.antialias,
+        )

@@ -150,6 +150,7 @@ def test_fractional_positions_know_no_scale(config):
         ({"kind": "learned_2d"}, 9),
         ({"kind": "learned_2d", "coordinates": "fractional"}, 9),  # coordinates: factorised only
         ({"kind": "learned_1d"}, ANY_SIDE),
+        ({"coordinates": "interpolated"}, ANY_SIDE),
     ],
 )
 def test_longest_side_that_has_positions(change, expected):
@@ -226,6 +227,13 @@ def test_odd_widths_are_refused_where_halves_are_needed(config, message):
 def test_max_side_is_checked():
     with pytest.raises(ValueError, match="max_side must be at least 2 patches, got 1"):
         PositionConfig(max_side=1)
+
+
+def test_features_without_a_table_cannot_be_interpolated():
+    with pytest.raises(ValueError, match=r"coordinates: interpolated needs a table .* got fourier"):
+        PositionConfig(coordinates="interpolated", embedding="fourier")
+    # Another kind has no such coordinates.
+    PositionConfig("learned_2d", coordinates="interpolated", embedding="fourier")
 
 
 @pytest.mark.parametrize("width", [1, 7])
