@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PART_TOKENS = 2048  # of `Segments.parts`
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -99,6 +101,21 @@ class Segments:
         return index.repeat_interleave(
             self.offsets.diff().to(torch.int64), output_size=self.num_tokens
         )
+
+    @cached_property
+    def parts(self) -> tuple[Segments, ...]:
+        """The same examples on several short streams, laid end to end; padding in the last."""
+        parts: list[Segments] = []
+        lengths: list[int] = []
+        total = 0
+        for length in self.lengths[: self.num_examples]:
+            if lengths and total + length > PART_TOKENS:
+                parts.append(Segments.from_lengths(lengths, device=self.offsets.device))
+                lengths, total = [], 0
+            lengths.append(length)
+            total += length
+        last = Segments.from_lengths(lengths, padding=self.padding, device=self.offsets.device)
+        return (*parts, last)
 
     def without_padding(self) -> Segments:
         """The same examples on a stream that ends with the last of them."""
