@@ -17,6 +17,25 @@ C       model width
 N       pairs over all ranks
 P       side of a patch in pixels
 ======  =========================================================================
+
+``from navit_clip import NaViTCLIP`` is all that using a model takes.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from navit_clip.clip import NaViTCLIP
+
+__all__ = ["NaViTCLIP"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: data tools and their workers need no towers, which take a second.
+    if name == "NaViTCLIP":
+        from navit_clip.clip import NaViTCLIP
+
+        return NaViTCLIP
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

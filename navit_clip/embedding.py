@@ -1,23 +1,28 @@
 """Embedding images and captions with a trained model, packed by token budget.
 
-What the harnesses stand on, and the way to use a model from Python: any number of images of any
-size in, unit vectors in the same order out, no token of padding computed.
+What the harnesses and `navit_clip.encode` stand on: any number of images of any size in, vectors
+in the same order out, no token of padding computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from navit_clip.data.decode import EncodedImage, patchify
+from navit_clip.data.opened import OpenedImage
 from navit_clip.data.sizing import fit_grid
 from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.interop.pretrained import Pretrained
 from navit_clip.packing import ImagePatches, pack_images, pack_texts
+
+if TYPE_CHECKING:
+    from navit_clip.clip import NaViTCLIP
+    from navit_clip.data.tokenizer import Tokenizer
+    from navit_clip.interop.pretrained import Pretrained
 
 STREAM_TOKENS = 16384  # per forward pass; bounds memory, hardly changes speed
 
@@ -25,12 +30,16 @@ T = TypeVar("T")
 
 
 def size_image(
-    image: EncodedImage, config: ImageTowerConfig, max_tokens: int, *, square: bool = False
+    image: EncodedImage | OpenedImage,
+    config: ImageTowerConfig,
+    max_tokens: int,
+    *,
+    square: bool = False,
 ) -> ImagePatches:
     """Resizes an image as for inference: native up to a budget, never enlarged, no drop.
 
     Args:
-        image: The encoded image.
+        image: The image, encoded or in memory.
         config: Of the tower that will read it.
         max_tokens: Most patches.
         square: Squash to the largest square of at most `max_tokens` patches.
@@ -59,12 +68,7 @@ def embed_images(pretrained: Pretrained, images: Iterable[ImagePatches]) -> Tens
     Returns:
         float32 [E, D] unit vectors on the host, in order.
     """
-    model = pretrained.model
-
-    def embed(batch: Sequence[ImagePatches]) -> Tensor:
-        return model.embed_images(pack_images(batch).to(model.device))
-
-    return _embed(pretrained, images, lambda image: len(image.patches), embed)
+    return image_vectors(pretrained.model, images)
 
 
 def embed_texts(pretrained: Pretrained, texts: Sequence[str]) -> Tensor:
@@ -77,24 +81,67 @@ def embed_texts(pretrained: Pretrained, texts: Sequence[str]) -> Tensor:
     Returns:
         float32 [E, D] unit vectors on the host, in order.
     """
-    model, context = pretrained.model, pretrained.model.config.text.context_length
-    ids = (pretrained.tokenizer.encode(text, context) for text in texts)
+    return text_vectors(pretrained.model, pretrained.tokenizer, texts)
+
+
+def image_vectors(
+    model: NaViTCLIP, images: Iterable[ImagePatches], *, normalize: bool = True
+) -> Tensor:
+    """Embeds sized images, as many per forward pass as `STREAM_TOKENS` hold.
+
+    Args:
+        model: On any device.
+        images: As `size_image` makes them; consumed as a stream.
+        normalize: Unit vectors; else the projections as they are.
+
+    Returns:
+        float32 [E, D] on the host, in order.
+    """
+
+    def embed(batch: Sequence[ImagePatches]) -> Tensor:
+        packed = pack_images(batch).to(model.device)
+        if normalize:
+            return model.embed_images(packed)
+        return model.image_projection(model.image(packed))
+
+    return _embed(model, images, lambda image: len(image.patches), embed)
+
+
+def text_vectors(
+    model: NaViTCLIP, tokenizer: Tokenizer, texts: Iterable[str], *, normalize: bool = True
+) -> Tensor:
+    """Embeds captions, as many per forward pass as `STREAM_TOKENS` hold.
+
+    Args:
+        model: On any device.
+        tokenizer: The one that the model was trained with.
+        texts: Captions of any length; cut at the model's context.
+        normalize: Unit vectors; else the projections as they are.
+
+    Returns:
+        float32 [E, D] on the host, in order.
+    """
+    context = model.config.text.context_length
 
     def embed(batch: Sequence[list[int]]) -> Tensor:
-        return model.embed_texts(pack_texts(batch).to(model.device))
+        packed = pack_texts(batch).to(model.device)
+        if normalize:
+            return model.embed_texts(packed)
+        return model.text_projection(model.text(packed))
 
-    return _embed(pretrained, ids, len, embed)
+    return _embed(model, (tokenizer.encode(text, context) for text in texts), len, embed)
 
 
-@torch.inference_mode()
+# Not inference_mode: its tensors could not be trained on, by a linear probe for one.
+@torch.no_grad()
 def _embed(
-    pretrained: Pretrained,
+    model: NaViTCLIP,
     items: Iterable[T],
     length: Callable[[T], int],
     embed: Callable[[Sequence[T]], Tensor],
 ) -> Tensor:
     parts = [embed(batch).float().cpu() for batch in _streams(items, length)]
-    return torch.cat(parts) if parts else torch.zeros(0, pretrained.model.config.embed_dim)
+    return torch.cat(parts) if parts else torch.zeros(0, model.config.embed_dim)
 
 
 def _streams(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from navit_clip.choices import check_choices
 from navit_clip.packing import PackedImages, Segments
 from navit_clip.pooling import Pooling, build_pooling
-from navit_clip.position import PositionConfig, build_position
-from navit_clip.transformer import Encoder, EncoderConfig, linear
+from navit_clip.position import TABLE_STD, PositionConfig, build_position
+from navit_clip.transformer import Encoder, EncoderConfig, layer_norm, linear
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,18 @@ class ImageTowerConfig:
             before each image's patches.
         pixel_mean: Mean per channel on [0, 1], subtracted from pixels.
         pixel_std: Standard deviation per channel on [0, 1], which pixels are divided by.
+        patch_bias: A bias in the embedding of patches.
+        class_position: The class token has a position of its own, as in ViT and CLIP; needs
+            ``cls`` pooling.
+        registers: Learned tokens between class token and patches, which the encoder reads and
+            pooling leaves out.
+        pooled_norm: Normalise the pooled vector too; models with mean pooling often do so in
+            place of `encoder.final_norm`.
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
-            causal, or `pooling` is unknown.
+            causal, `pooling` is unknown, a class token that is not there has a position, or
+            `registers` is negative.
     """
 
     patch_size: int = 16
@@ -42,6 +50,10 @@ class ImageTowerConfig:
     pooling: Pooling = "map"
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    patch_bias: bool = True
+    class_position: bool = False
+    registers: int = 0
+    pooled_norm: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -51,6 +63,10 @@ class ImageTowerConfig:
             raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
         if self.encoder.causal:
             raise ValueError("encoder.causal must be false for images: patches have no order")
+        if self.class_position and self.pooling != "cls":
+            raise ValueError(f"class_position needs pooling: cls, got pooling={self.pooling}")
+        if self.registers < 0:
+            raise ValueError(f"registers must not be negative, got {self.registers}")
 
 
 class ImageTower(nn.Module):
@@ -67,13 +83,23 @@ class ImageTower(nn.Module):
         # (x/255 - mean) / std as one multiply and one add over a whole patch.
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
-        self.embed = linear(3 * pixels, width, bias=True)
+        self.embed = linear(3 * pixels, width, bias=config.patch_bias)
         self.position = build_position(config.position, width)
         self.class_token: nn.Parameter | None = None
         if config.pooling == "cls":
             self.class_token = nn.Parameter(torch.zeros(width))
+        self.class_position: nn.Parameter | None = None
+        if config.class_position:
+            self.class_position = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.class_position, std=TABLE_STD)
+        self.registers: nn.Parameter | None = None
+        if config.registers:
+            # Alike at first, they would stay alike.
+            self.registers = nn.Parameter(torch.empty(config.registers, width))
+            nn.init.normal_(self.registers, std=TABLE_STD)
         self.encoder = Encoder(config.encoder)
         self.pool = build_pooling(config.pooling, config.encoder)
+        self.norm = layer_norm(width, config.encoder) if config.pooled_norm else nn.Identity()
 
     def forward(self, images: PackedImages) -> Tensor:
         """Encodes packed images.
@@ -89,23 +115,51 @@ class ImageTower(nn.Module):
         x_TC = self.embed(torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale))
         sides_T2 = images.grids[segments.ids]
         x_TC = x_TC + self.position(images.coords, sides_T2)
+        prefix = self._prefix()
+        if not prefix:
+            x_TC = self.encoder(x_TC, segments)
+        else:
+            x_TC, with_prefix, places_T = _prepend(torch.stack(prefix), x_TC, segments)
+            x_TC = self.encoder(x_TC, with_prefix)
+            if self.class_token is None:
+                x_TC = x_TC.index_select(0, places_T)
+            else:
+                segments = with_prefix
+        return self.norm(self.pool(x_TC, segments))[images.order]
+
+    def _prefix(self) -> list[Tensor]:
+        """The tokens before each image's patches, [C] each."""
+        prefix: list[Tensor] = []
         if self.class_token is not None:
-            x_TC, segments = _prepend(self.class_token, x_TC, segments)
-        return self.pool(self.encoder(x_TC, segments), segments)[images.order]
+            token_C: Tensor = self.class_token
+            if self.class_position is not None:
+                token_C = token_C + self.class_position
+            prefix.append(token_C)
+        if self.registers is not None:
+            prefix.extend(self.registers)
+        return prefix
 
 
-def _prepend(token_C: Tensor, x_TC: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
-    """Puts one token before each example's; padding stays at the end as it is."""
-    count = segments.num_examples
+def _prepend(
+    prefix_RC: Tensor, x_TC: Tensor, segments: Segments
+) -> tuple[Tensor, Segments, Tensor]:
+    """Puts the same tokens before each example's; padding stays at the end as it is.
+
+    Returns:
+        The longer stream, its segments, and int64 [T] where each token of `x_TC` is in it.
+    """
+    count, added = segments.num_examples, len(prefix_RC)
     ids = segments.ids.clamp(max=count - 1)
-    with_token = Segments.from_lengths(
-        [length + 1 for length in segments.lengths[:count]],
+    with_prefix = Segments.from_lengths(
+        [length + added for length in segments.lengths[:count]],
         padding=segments.padding,
         device=x_TC.device,
     )
-    out_TC = x_TC.new_empty(with_token.num_tokens, x_TC.shape[-1])
+    out_TC = x_TC.new_empty(with_prefix.num_tokens, x_TC.shape[-1])
+    index = torch.arange(max(added, len(x_TC)), device=x_TC.device)
+    starts_E1 = with_prefix.offsets[:count, None].long()
     out_TC = out_TC.index_copy(
-        0, with_token.offsets[:count].long(), token_C.to(x_TC.dtype).expand(count, -1)
+        0, (starts_E1 + index[:added]).flatten(), prefix_RC.to(x_TC.dtype).repeat(count, 1)
     )
-    moved = torch.arange(len(x_TC), device=x_TC.device) + ids + 1
-    return out_TC.index_copy(0, moved, x_TC), with_token
+    places_T = index[: len(x_TC)] + added * (ids + 1)
+    return out_TC.index_copy(0, places_T, x_TC), with_prefix, places_T

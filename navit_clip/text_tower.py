@@ -28,6 +28,8 @@ class TextTowerConfig:
         encoder: The transformer over the tokens.
         pooling: How one vector is made of a caption's tokens; ``cls`` reads the first token,
             ``last`` the last, which is the end-of-text token.
+        fill_context: Every caption fills the context, padded by its tokenizer: SigLIP attends to
+            padding like any token, and reads the last position whatever stands there.
 
     Raises:
         ValueError: If a size is below 1 or `pooling` is unknown.
@@ -37,6 +39,7 @@ class TextTowerConfig:
     context_length: int = 24
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     pooling: Pooling = "map"
+    fill_context: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -69,19 +72,22 @@ class TextTower(nn.Module):
             [E, C] one vector per caption, in the order in which the captions were packed.
 
         Raises:
-            ValueError: If a caption is longer than the context.
+            ValueError: If a caption is longer than the context, or shorter and must fill it.
         """
-        segments = texts.segments
-        longest = max(segments.lengths[: segments.num_examples], default=0)
-        if longest > self.config.context_length:
+        segments, context = texts.segments, self.config.context_length
+        lengths = segments.lengths[: segments.num_examples]
+        if (longest := max(lengths, default=0)) > context:
             raise ValueError(
-                f"a caption of {longest} tokens exceeds context_length="
-                f"{self.config.context_length}: the tokenizer must cut it"
+                f"a caption of {longest} tokens exceeds context_length={context}: "
+                "the tokenizer must cut it"
+            )
+        if self.config.fill_context and (shortest := min(lengths, default=context)) < context:
+            raise ValueError(
+                f"a caption of {shortest} tokens does not fill context_length={context}: "
+                "the tokenizer must pad it, as this model's own does"
             )
         index_T = torch.arange(segments.num_tokens, device=texts.token_ids.device)
         # Padding may run on past the context; what it embeds is never read.
-        index_T = (index_T - segments.offsets[segments.ids]).clamp(
-            max=self.config.context_length - 1
-        )
+        index_T = (index_T - segments.offsets[segments.ids]).clamp(max=context - 1)
         x_TC = F.embedding(texts.token_ids, self.token) + F.embedding(index_T, self.position)
         return self.pool(self.encoder(x_TC, segments), segments)[texts.order]

@@ -2,7 +2,7 @@
 
 Reads one stream of tokens [T, C] with its `Segments` and returns a stream of the same shape. With
 NaViT's switches (query-key norm, no bias in QKV projections and norms) it is the
-paper's encoder; with others it is a plain ViT or an open_clip text tower.
+paper's encoder; with others it is a plain ViT, or either tower of CLIP or SigLIP.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ class EncoderConfig:
         qkv_bias: Biases in the QKV projection.
         norm_bias: Biases in the LayerNorms.
         mlp_bias: Biases in the MLP and the attention's output projection.
-        activation: Non-linearity of the MLP; ``quick_gelu`` is x·sigmoid(1.702x).
+        activation: Non-linearity of the MLP; ``quick_gelu`` is x·sigmoid(1.702x), ``gelu_tanh``
+            the approximation with a hyperbolic tangent.
         causal: Tokens see only what stands before them in their segment.
+        pre_norm: Normalise the stream before the first block too (CLIP's ``ln_pre``).
+        final_norm: Normalise the stream after the last block.
+        norm_eps: Added to the variance in the LayerNorms; big_vision and timm have 1e-6,
+            open_clip 1e-5.
 
     Raises:
-        ValueError: If a size is below 1, `heads` does not divide `width`, or a choice is unknown.
+        ValueError: If a size is below 1, `heads` does not divide `width`, `norm_eps` is not
+            positive, or a choice is unknown.
     """
 
     width: int = 768
@@ -51,8 +57,11 @@ class EncoderConfig:
     qkv_bias: bool = False
     norm_bias: bool = False
     mlp_bias: bool = True
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     causal: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -66,6 +75,8 @@ class EncoderConfig:
                 "mlp_ratio must give the MLP a width of at least 1, got "
                 f"mlp_ratio={self.mlp_ratio} width={self.width}"
             )
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
 
     @property
     def mlp_width(self) -> int:
@@ -78,7 +89,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -96,8 +111,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
-    """A LayerNorm over `width` with or without bias, as the encoder has it."""
-    return LayerNorm(width, eps=1e-6, bias=config.norm_bias)
+    """A LayerNorm over `width`, its bias and epsilon as the encoder has them."""
+    return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> nn.Linear:
@@ -173,6 +188,15 @@ class Block(nn.Module):
 
     def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
         """[T, C] to [T, C]."""
+        if x_TC.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._transform(x_TC, segments)
+        # A processor's caches hold what a short stream needs between two operators, and its
+        # allocator keeps small blocks: one long stream takes a tenth longer.
+        parts = segments.parts
+        streams = x_TC.split([part.num_tokens for part in parts])
+        return torch.cat([self._transform(x, part) for x, part in zip(streams, parts, strict=True)])
+
+    def _transform(self, x_TC: Tensor, segments: Segments) -> Tensor:
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
 
@@ -189,8 +213,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
+        self.pre_norm = layer_norm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = layer_norm(config.width, config)
+        self.norm = layer_norm(config.width, config) if config.final_norm else nn.Identity()
 
     def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
         """Encodes a packed stream.
@@ -200,8 +225,9 @@ class Encoder(nn.Module):
             segments: Segments of the T tokens.
 
         Returns:
-            [T, C] normalised outputs.
+            [T, C] outputs, normalised by default.
         """
+        x_TC = self.pre_norm(x_TC)
         for block in self.blocks:
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_TC = checkpoint(block, x_TC, segments, use_reentrant=False)

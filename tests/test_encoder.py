@@ -30,6 +30,10 @@ SWITCHES = [
     EncoderConfig(**SMALL, norm_bias=True),
     EncoderConfig(**SMALL, mlp_bias=False),
     EncoderConfig(**SMALL, activation="quick_gelu"),
+    EncoderConfig(**SMALL, activation="gelu_tanh"),
+    EncoderConfig(**SMALL, pre_norm=True),
+    EncoderConfig(**SMALL, final_norm=False),
+    EncoderConfig(**SMALL, norm_eps=0.1),
     EncoderConfig(**SMALL, causal=True),
     EncoderConfig(  # open_clip's text tower
         **SMALL,
@@ -57,12 +61,12 @@ every_switch = pytest.mark.parametrize("config", SWITCHES, ids=switch_names)
 every_pooling = pytest.mark.parametrize("pooling", POOLINGS)
 
 
-def norm(x: Tensor, layer: nn.Module) -> Tensor:
+def norm(x: Tensor, layer: nn.Module, config: EncoderConfig) -> Tensor:
     if isinstance(layer, nn.Identity):
         return x
     assert isinstance(layer, nn.LayerNorm)
     centred = x - x.mean(-1, keepdim=True)
-    x = centred / ((centred**2).mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+    x = centred / ((centred**2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * layer.weight
     return x if layer.bias is None else x + layer.bias
 
 
@@ -85,6 +89,9 @@ def mlp(x: Tensor, layer: Mlp, activation: str) -> Tensor:
     hidden = affine(x, layer.up)
     if activation == "gelu":
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    elif activation == "gelu_tanh":
+        inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+        hidden = hidden * (1 + torch.tanh(inner)) / 2
     else:
         hidden = hidden / (1 + torch.exp(-1.702 * hidden))
     return affine(hidden, layer.down)
@@ -96,17 +103,20 @@ def attention(x: Tensor, layer: SegmentAttention, config: EncoderConfig) -> Tens
     heads = []
     for begin in range(0, config.width, size):
         qh, kh, vh = (y[:, begin : begin + size] for y in (q, k, v))
-        heads.append(attend(norm(qh, layer.q_norm), norm(kh, layer.k_norm), vh, config.causal))
+        qh, kh = norm(qh, layer.q_norm, config), norm(kh, layer.k_norm, config)
+        heads.append(attend(qh, kh, vh, config.causal))
     return affine(torch.cat(heads, dim=-1), layer.out)
 
 
 def encode(x: Tensor, encoder: Encoder) -> Tensor:
     """One example's tokens [n, C] through the encoder."""
+    config = encoder.config
+    x = norm(x, encoder.pre_norm, config)
     for block in encoder.blocks:
         assert isinstance(block, Block)
-        x = x + attention(norm(x, block.attention_norm), block.attention, encoder.config)
-        x = x + mlp(norm(x, block.mlp_norm), block.mlp, encoder.config.activation)
-    return norm(x, encoder.norm)
+        x = x + attention(norm(x, block.attention_norm, config), block.attention, config)
+        x = x + mlp(norm(x, block.mlp_norm, config), block.mlp, config.activation)
+    return norm(x, encoder.norm, config)
 
 
 def pool(x: Tensor, module: nn.Module, pooling: str, config: EncoderConfig) -> Tensor:
@@ -124,7 +134,7 @@ def pool(x: Tensor, module: nn.Module, pooling: str, config: EncoderConfig) -> T
         for begin in range(0, config.width, size)
     ]
     y = affine(torch.cat(heads, dim=-1), module.out)
-    return (y + mlp(norm(y, module.norm), module.mlp, config.activation))[0]
+    return (y + mlp(norm(y, module.norm, config), module.mlp, config.activation))[0]
 
 
 def double(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -219,14 +229,32 @@ def image_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
         ]
         position = tower.position(torch.tensor([[row, column]]), torch.tensor([image.grid]))
         tokens.append(affine(torch.tensor(pixels, dtype=torch.float64), tower.embed) + position[0])
+    registers = [] if tower.registers is None else list(tower.registers)
+    prefix = []
     if tower.class_token is not None:
-        tokens.insert(0, tower.class_token)
-    x = encode(torch.stack(tokens), tower.encoder)
-    return pool(x, tower.pool, config.pooling, config.encoder)
+        own_place = 0 if tower.class_position is None else tower.class_position
+        prefix.append(tower.class_token + own_place)
+    x = encode(torch.stack([*prefix, *registers, *tokens]), tower.encoder)
+    x = torch.cat([x[: len(prefix)], x[len(prefix) + len(registers) :]])
+    pooled = pool(x, tower.pool, config.pooling, config.encoder)
+    return norm(pooled, tower.norm, config.encoder)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"patch_bias": False},
+        {"class_position": True},
+        {"registers": 3},
+        {"registers": 1, "class_position": True, "pooled_norm": True},
+    ],
+    ids=lambda switches: ",".join(switches) or "navit",
+)
 @every_pooling
-def test_image_tower(pooling):
+def test_image_tower(pooling, switches):
+    if pooling != "cls":
+        switches = {**switches, "class_position": False}
     config = ImageTowerConfig(
         patch_size=2,
         encoder=EncoderConfig(**SMALL),
@@ -234,6 +262,7 @@ def test_image_tower(pooling):
         pooling=pooling,
         pixel_mean=(0.1, 0.5, 0.7),
         pixel_std=(0.2, 0.5, 0.9),
+        **switches,
     )
     tower = double(ImageTower(config))
     images = [random_image(0, (3, 4)), random_image(1, (1, 1)), random_image(2, (5, 5), keep=4)]

@@ -26,7 +26,7 @@ from navit_clip.transformer import EncoderConfig
         (partial(EncoderConfig, width=8, heads=2, mlp_ratio=0.1), "mlp_ratio=0.1 width=8"),
         (
             partial(EncoderConfig, activation="relu"),
-            "activation must be one of gelu, quick_gelu, got 'relu'",
+            "activation must be one of gelu, gelu_tanh, quick_gelu, got 'relu'",
         ),
         (
             partial(PositionConfig, kind="2d"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def build(
     *,
     causal: bool = False,
     init_bias: float | None = None,
+    **image_switches: Any,
 ) -> NaViTCLIP:
     """A tiny model, every parameter of which matters to what it embeds."""
     sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
@@ -49,7 +51,7 @@ def build(
     model = NaViTCLIP(
         CLIPConfig(
             6,
-            ImageTowerConfig(2, encoder, position, pooling),
+            ImageTowerConfig(2, encoder, position, pooling, **image_switches),
             TextTowerConfig(VOCAB, CONTEXT, text_encoder, pooling),
             init_bias=init_bias,
         )
@@ -125,6 +127,13 @@ def check_packed_equals_unpacked(embed: Embed) -> None:
 @every_position
 def test_packed_images_equal_each_image_alone(pooling, position):
     check_packed_equals_unpacked(embedders(build(pooling, position))["image"])
+
+
+@every_pooling
+def test_packed_images_with_registers_equal_each_image_alone(pooling):
+    model = build(pooling, registers=3, class_position=pooling == "cls")
+    check_packed_equals_unpacked(embedders(model)["image"])
+    check_gradients(model.double(), "image")
 
 
 @every_pooling

@@ -118,10 +118,7 @@ class EncodedImage:
                 stored = _read_jpeg(self._data, self._jpeg, wanted)
                 if stored is not None:
                     return _upright(stored, self._orientation)
-            rgb = _to_rgb(ImageOps.exif_transpose(self._image))
-            if rgb.size != (width, height):
-                rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-            return np.asarray(rgb)
+            return resize_rgb(to_rgb(ImageOps.exif_transpose(self._image)), height, width)
         except SkipSampleError:
             raise
         except Exception as error:
@@ -216,7 +213,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels.swapaxes(0, 1) if orientation in _SIDEWAYS else pixels
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode: 16-bit scaled to 8, transparency laid on white."""
     if image.mode.startswith(("I", "F")):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
@@ -227,6 +224,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image.convert("RGB")
+
+
+def resize_rgb(rgb: Image.Image, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialiasing, by Pillow.
+
+    Args:
+        rgb: In mode RGB.
+        height: Rows wanted.
+        width: Columns wanted.
+
+    Returns:
+        uint8 [height, width, 3], perhaps read-only.
+    """
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
 def find_image(members: dict[str, bytes]) -> bytes:

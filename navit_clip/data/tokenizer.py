@@ -1,8 +1,9 @@
-"""Captions to token ids, without padding.
+"""Captions to token ids.
 
-SentencePiece as the paper has it, or open_clip's byte-pair encoding. Every caption ends with an
-end-of-text token, which survives truncation, so that `last` pooling always reads it. A tokenizer
-saves itself beside the model, so that inference needs nothing else.
+SentencePiece as the paper has it, or open_clip's byte-pair encoding, both without padding; or
+SigLIP's (`navit_clip.data.siglip_tokenizer`), which pads because its model reads the padding. Every
+caption ends with an end-of-text token, which survives truncation, so that `last` pooling always
+reads it. A tokenizer saves itself beside the model, so that inference needs nothing else.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from navit_clip.choices import check_choices
 from navit_clip.errors import UserError
 from navit_clip.files import write_whole
 
-_CONFIG_FILE = "tokenizer.json"
-_MODEL_FILE = "tokenizer.model"
-_PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without the ampersand
+DESCRIPTION_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+TOKENIZER_FILES = (DESCRIPTION_FILE, MODEL_FILE)  # all that any tokenizer saves
+PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without the ampersand
 _SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 _MAX_WORD = 512  # characters; open_clip takes minutes over 100 kB without a space
 _MAX_WORDS = 100_000
@@ -31,28 +34,45 @@ class TokenizerConfig:
     """Which tokenizer captions go through.
 
     Attributes:
-        kind: ``sentencepiece``, or ``open_clip`` for its lower-cased byte-pair encoding.
-        path: The SentencePiece model file, as `python -m navit_clip.data.train_tokenizer` writes.
+        kind: ``sentencepiece``; ``open_clip`` for its lower-cased byte-pair encoding; or
+            ``huggingface`` for that of a SigLIP or SigLIP 2, with its cleaning and its padding.
+        path: The SentencePiece model file, as `python -m navit_clip.data.train_tokenizer` writes;
+            or the ``tokenizer.json`` (or SentencePiece model) of a released SigLIP.
+        pad_id: Of the token that ``huggingface`` fills the context with (1 in SigLIP, 0 in
+            SigLIP 2); null to read it from the ``tokenizer_config.json`` beside the file.
 
     Raises:
-        ValueError: If `path` is missing for SentencePiece.
+        ValueError: If `path` is missing, or `pad_id` is given to a kind that does not pad.
     """
 
-    kind: Literal["sentencepiece", "open_clip"] = "sentencepiece"
+    kind: Literal["sentencepiece", "open_clip", "huggingface"] = "sentencepiece"
     path: str | None = None
+    pad_id: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.kind == "sentencepiece" and not self.path:
             raise ValueError(
                 "path must name a SentencePiece model; train one with "
                 "python -m navit_clip.data.train_tokenizer"
             )
+        if self.kind == "huggingface" and not self.path:
+            raise ValueError("path must name the tokenizer.json of a released model")
+        if self.kind != "huggingface" and self.pad_id is not None:
+            raise ValueError(f"pad_id belongs to kind: huggingface, {self.kind} does not pad")
 
 
 class Tokenizer(ABC):
-    """Turns captions into ids."""
+    """Turns captions into ids.
+
+    Attributes:
+        kind: As in `TokenizerConfig`.
+        pad_id: Of the token that every caption is filled up with to the context; None if captions
+            stay as long as they are.
+    """
 
     kind: str
+    pad_id: int | None = None
 
     @property
     @abstractmethod
@@ -65,7 +85,7 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""
-        write_whole(directory / _CONFIG_FILE, json.dumps({"kind": self.kind}) + "\n")
+        write_whole(directory / DESCRIPTION_FILE, json.dumps({"kind": self.kind}) + "\n")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -109,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Writes the SentencePiece model beside the kind."""
         super().save(directory)
-        write_whole(directory / _MODEL_FILE, self._model)
+        write_whole(directory / MODEL_FILE, self._model)
 
 
 class OpenClipTokenizer(Tokenizer):
@@ -134,7 +154,7 @@ class OpenClipTokenizer(Tokenizer):
         tokenizer = self._tokenizer
         # open_clip's repair of broken Unicode and of HTML entities takes most of its time, and
         # finds nothing in these.
-        text = text.lower() if _PLAIN.fullmatch(text) else tokenizer.clean_fn(text)
+        text = text.lower() if PLAIN.fullmatch(text) else tokenizer.clean_fn(text)
         ids = [tokenizer.sot_token_id]
         # No token spans a space, so what stands between two is looked up as a whole.
         for word in text.split():
@@ -173,6 +193,11 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     if config.kind == "open_clip":
         return OpenClipTokenizer()
+    if config.kind == "huggingface":
+        from navit_clip.data.siglip_tokenizer import SiglipTokenizer, released_pad
+
+        path = Path(str(config.path))
+        return SiglipTokenizer(path, released_pad(path) if config.pad_id is None else config.pad_id)
     return SentencePieceTokenizer(Path(str(config.path)))
 
 
@@ -182,13 +207,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         UserError: If its files are missing or damaged.
     """
-    path = directory / _CONFIG_FILE
+    path = directory / DESCRIPTION_FILE
     try:
-        kind = json.loads(path.read_text())["kind"]
+        values = json.loads(path.read_text())
+        kind = values["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; export the model again") from error
     if kind == OpenClipTokenizer.kind:
         return OpenClipTokenizer()
     if kind == SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(directory / _MODEL_FILE)
+        return SentencePieceTokenizer(directory / MODEL_FILE)
+    if kind == "huggingface":
+        from navit_clip.data.siglip_tokenizer import SiglipTokenizer
+
+        pad_id = values.get("pad_id")
+        if not isinstance(pad_id, int):
+            raise UserError(f"{path} needs a whole number as pad_id, got {pad_id!r}")
+        return SiglipTokenizer(directory / MODEL_FILE, pad_id)
     raise UserError(f"{path} names an unknown tokenizer: {kind!r}")

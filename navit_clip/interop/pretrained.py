@@ -1,11 +1,13 @@
 """A model's directory: all that inference needs, and nothing that runs code.
 
-``config.json`` (shape and preprocessing), ``model.safetensors`` (weights), and the tokenizer's own
-files. Written by the trainer at its end, read by the harnesses and by users.
+``config.json`` (shape, preprocessing, checksum of the weights), ``model.safetensors`` (weights),
+the tokenizer's own files, and a model card. Written by the trainer at its end and by
+`NaViTCLIP.save_pretrained`, read by the harnesses and by users.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -17,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from navit_clip.clip import CLIPConfig, NaViTCLIP
-from navit_clip.data.tokenizer import Tokenizer, load_tokenizer
+from navit_clip.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from navit_clip.errors import UserError
 from navit_clip.files import write_whole
+from navit_clip.interop.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_card
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+# All that loading reads, and the card for whoever finds it.
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, CARD_FILE)
 FORMAT = 1
 # What JSON may hold for a field of each type; any other leaves the class to check.
 _PLAIN: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
@@ -70,14 +73,11 @@ def save_pretrained(
 ) -> None:
     """Writes a model's directory; each file appears whole or not at all.
 
+    A model card that is there already stays as it is.
+
     Raises:
         UserError: If the disk does not take it.
     """
-    config = {
-        "format": FORMAT,
-        "model": asdict(model.config),
-        "preprocess": asdict(preprocess),
-    }
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -86,8 +86,16 @@ def save_pretrained(
         tokenizer.save(directory)
         partial = directory / (WEIGHTS_FILE + ".partial")
         save_file(weights, partial)
+        config = {
+            "format": FORMAT,
+            "model": asdict(model.config),
+            "preprocess": asdict(preprocess),
+            "weights_sha256": _sha256(partial),
+        }
         partial.replace(directory / WEIGHTS_FILE)
         write_whole(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        if not (directory / CARD_FILE).exists():
+            write_card(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model to {directory}: {error}") from error
 
@@ -98,6 +106,9 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
     Args:
         directory: As `save_pretrained` wrote it.
         device: Where the model goes.
+
+    Returns:
+        The model with its tokenizer and preprocessing, which it also has as attributes.
 
     Raises:
         UserError: If a file is missing, damaged, or does not fit the others.
@@ -122,13 +133,34 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
         model.load_state_dict(load_file(weights_path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read {weights_path}: {_brief(error)}") from error
+    # safetensors checks its header, not the numbers. Exports of before the checksum have none.
+    expected = values.get("weights_sha256")
+    if expected is not None and _sha256(weights_path) != expected:
+        raise UserError(
+            f"{weights_path} is damaged or belongs to another {CONFIG_FILE}: its SHA-256 is not "
+            "the one written there; copy or export the model again"
+        )
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.text.vocab_size:
         raise UserError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, its model embeds "
             f"{config.text.vocab_size}: the files belong to different models"
         )
+    if config.text.fill_context and tokenizer.pad_id is None:
+        raise UserError(
+            f"the model in {directory} needs captions that fill its context, and its tokenizer "
+            "does not pad: export it with its own tokenizer"
+        )
+    model.tokenizer, model.preprocess = tokenizer, preprocess
     return Pretrained(model.to(device).eval(), tokenizer, preprocess)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _brief(error: Exception) -> str:

@@ -1,0 +1,126 @@
+"""Images as Python programs hold them: Pillow images, arrays, tensors, files' bytes and paths.
+
+The embedding API's way in. What is in memory already becomes RGB by the rules of
+`navit_clip.data.decode` and from there on is sized, resized and patchified as files are.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from navit_clip.data.decode import EncodedImage, SkipSampleError, resize_rgb, to_rgb
+
+ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
+
+WANTED = (
+    "a PIL image, a uint8 array [H, W, 3], a tensor [3, H, W] (uint8, or float in [0, 1]), an "
+    "encoded file's bytes, or its path"
+)
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
+
+
+class OpenedImage:
+    """An image in memory; sized like an `EncodedImage`.
+
+    Args:
+        image: A Pillow image of any mode with a defined range, turned upright here if its EXIF
+            data says so.
+
+    Raises:
+        ValueError: If it has no pixels, or its mode does not say what they mean.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        if image.mode == "F":
+            raise ValueError("mode F has no range that says what is white: convert it to RGB")
+        if 0 in image.size:
+            raise ValueError(f"it has no pixels: {image.width}×{image.height}")
+        self._rgb = to_rgb(ImageOps.exif_transpose(image))
+        self.height, self.width = self._rgb.height, self._rgb.width
+
+    def pixels(self, height: int, width: int, *, reduced: bool = False) -> np.ndarray:
+        """Resizes with antialiasing (bicubic).
+
+        Args:
+            height: Rows wanted.
+            width: Columns wanted.
+            reduced: For `EncodedImage`; there is nothing left to decode here.
+
+        Returns:
+            uint8 [height, width, 3], perhaps read-only.
+        """
+        return resize_rgb(self._rgb, height, width)
+
+
+def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
+    """Whatever holds an image, ready to be sized.
+
+    Args:
+        image: A Pillow image; a uint8 array [H, W, C] or [H, W]; a tensor [C, H, W] or [H, W] on
+            any device, uint8 or floating point in [0, 1] (rounded to 8 bits, as files have them);
+            bytes of an encoded file, or its path. C is 1 (grey), 3 (RGB) or 4 (RGB and opacity).
+
+    Raises:
+        ValueError: If it is none of these, or cannot be read; says what is wrong.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return OpenedImage(image)
+        if isinstance(image, np.ndarray):
+            return OpenedImage(_from_array(image))
+        if isinstance(image, Tensor):
+            return OpenedImage(_from_array(_to_array(image)))
+        if isinstance(image, bytes):
+            return EncodedImage(image)
+        if isinstance(image, str | os.PathLike):
+            return EncodedImage(Path(image).read_bytes())
+    except SkipSampleError as error:
+        raise ValueError(error.detail) from error
+    except OSError as error:
+        # Of a path that is not there, or of a Pillow image that reads its file only now.
+        raise ValueError(f"cannot read it: {error}") from error
+    raise ValueError(f"{type(image).__name__} is no image: give {WANTED}")
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """A Pillow image of uint8 [H, W, C] or [H, W]."""
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"an array of {pixels.dtype}: give uint8 in [0, 255]")
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in _CHANNELS):
+        raise ValueError(f"an array of shape {pixels.shape}: give [H, W, 3]")
+    if 0 in pixels.shape:
+        raise ValueError(f"it has no pixels: an array of shape {pixels.shape}")
+    if pixels.shape[2:] == (1,):
+        pixels = pixels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _to_array(tensor: Tensor) -> np.ndarray:
+    """uint8 [H, W, C] or [H, W] of a tensor with the channels first."""
+    shape = tuple(tensor.shape)
+    if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and shape[0] not in _CHANNELS):
+        raise ValueError(f"a tensor of shape {shape}: give [3, H, W]")
+    # Moved before it is converted: not every device knows every type.
+    tensor = tensor.detach().cpu()
+    if 0 in shape:
+        raise ValueError(f"it has no pixels: a tensor of shape {shape}")
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        low, high = tensor.min().item(), tensor.max().item()
+        if not (low >= 0 and high <= 1):  # not a number is not in [0, 1] either
+            raise ValueError(
+                f"a float tensor with values from {low:.3g} to {high:.3g}: give [0, 1], not "
+                "normalised by mean and deviation"
+            )
+        tensor = (tensor * 255).round()
+    elif tensor.dtype != torch.uint8:
+        raise ValueError(f"a tensor of {tensor.dtype}: give uint8, or float in [0, 1]")
+    if tensor.ndim == 3:
+        tensor = tensor.permute(1, 2, 0)
+    return tensor.to(torch.uint8).numpy()
