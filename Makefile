@@ -24,10 +24,12 @@ demo: $(INSTALLED)
 	$(BIN)/python -m train --config configs/demo.yaml
 	$(BIN)/python -m eval zeroshot --model $(DEMO)/model --data $(SHAPES)/zeroshot \
 		--templates $(SHAPES)/templates.txt --max-tokens 9,16,25,36 \
-		--output $(DEMO)/eval/zeroshot.json
+		--output $(DEMO)/eval/zeroshot.json --report $(DEMO)/eval/zeroshot.html \
+		--curve $(DEMO)/eval/zeroshot.png
 	$(BIN)/python -m eval retrieval --model $(DEMO)/model --images $(SHAPES)/retrieval/images \
 		--captions $(SHAPES)/retrieval/captions.json --max-tokens 9,16,25,36 \
-		--output $(DEMO)/eval/retrieval.json --gallery $(DEMO)/eval/gallery.png
+		--output $(DEMO)/eval/retrieval.json --report $(DEMO)/eval/retrieval.html \
+		--gallery $(DEMO)/eval/gallery.png
 	@echo
 	@$(BIN)/python -m eval summary $(DEMO)/eval
 
@@ -39,9 +41,32 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.attention --output benchmarks/out/attention.json
-	$(BIN)/python -m benchmarks.packing --output benchmarks/out/packing.json
-	$(BIN)/python -m benchmarks.loader_memory --output benchmarks/out/loader_memory.json
-	$(BIN)/python -m benchmarks.loss --output benchmarks/out/loss.json
-	$(BIN)/python -m benchmarks.survival --output benchmarks/out/survival.json
+# Real photos with captions; open_clip's trainer and loader, which need an older webdataset than
+# there is, in an environment of their own.
+SHARDS := ../shared/data/coco-train
+OUT := benchmarks/out
+PEER := .venv.peer
+MEASURE = $(BIN)/python -m benchmarks.$(1) --output $(OUT)/$(1).json
+
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[bench]"
+	touch $@
+
+$(PEER)/.installed:
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install "open_clip_torch[training]"
+	touch $@
+
+bench: $(VENV)/.bench $(PEER)/.installed
+	$(call MEASURE,attention)
+	$(call MEASURE,packing)
+	$(call MEASURE,loader) --shards $(SHARDS) --peer-python $(PEER)/bin/python
+	$(call MEASURE,loader_memory)
+	$(call MEASURE,loss)
+	$(call MEASURE,step) --shards $(SHARDS)
+	$(call MEASURE,towers) --shards $(SHARDS) --compile
+	$(call MEASURE,sweep)
+	$(call MEASURE,end_to_end) --shards $(SHARDS) --peer-python $(PEER)/bin/python
+	$(call MEASURE,evaluation)
+	$(call MEASURE,survival)
+	$(BIN)/python -m benchmarks.plot --results $(OUT)

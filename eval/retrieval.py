@@ -1,8 +1,8 @@
-"""Image–text retrieval: recall at 1, 5 and 10, both ways, all captions of an image used.
+"""Image–text retrieval: recall at 1, 5 and 10 and the median rank, both ways.
 
-COCO's convention: every caption is a query for its image; an image finds a hit if any of its
-captions is among the nearest. Ties, and scores that are not numbers, go against the model. The
-similarity matrix is never whole.
+The usual convention for COCO and Flickr30k: every caption is a query for its image; an image finds
+a hit if any of its captions is among the nearest. Ties, and scores that are not numbers, go against
+the model. The similarity matrix is never whole.
 """
 
 from __future__ import annotations
@@ -13,103 +13,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.costs import describe_view
 from eval.encode import Embedded
-from navit_clip.embedding import embed_texts
-from navit_clip.flops import mean_image_flops
-from navit_clip.interop.pretrained import Pretrained
+from eval.models import Model
+from eval.strata import by_aspect, by_size
+from eval.views import View
 
 KS = (1, 5, 10)
-_BLOCK = 1024  # queries compared at a time
+_SCORES = 1 << 22  # compared at a time, 32 MiB of them
+
+# Scores are computed in float64 and count as tied up to here: copies of a vector must tie, and a
+# matrix product may round one copy otherwise than the other. Different float32 vectors are hardly
+# ever so near.
+TIE = 1e-12
 
 
-def text_to_image_ranks(texts_TD: Tensor, images_ED: Tensor, owner_T: Tensor) -> Tensor:
-    """How many other images are at least as near to each caption as its own.
+def pair_ranks(images_ED: Tensor, texts_TD: Tensor, owner_T: Tensor) -> tuple[Tensor, Tensor]:
+    """How many wrong answers are at least as near as the right one, both ways.
 
     Args:
-        texts_TD: Caption embeddings.
-        images_ED: Image embeddings.
+        images_ED: Unit vectors of the images.
+        texts_TD: Unit vectors of the captions.
         owner_T: Index of each caption's image.
 
     Returns:
-        int64 [T]; 0 is the best rank.
+        Image to text, int64 [E]: captions of other images that are no farther than the nearest of
+        its own; all of them if it has none, or one of its own is no number. Text to image, int64
+        [T]: other images that are no farther than its own. 0 is the best rank.
     """
-    ranks = []
-    for texts, owner in zip(texts_TD.split(_BLOCK), owner_T.split(_BLOCK), strict=True):
-        scores = texts @ images_ED.T
-        own = scores.gather(1, owner[:, None])
-        ranks.append((~(scores < own)).sum(1) - 1)
-    return torch.cat(ranks)
-
-
-def image_to_text_ranks(images_ED: Tensor, texts_TD: Tensor, owner_T: Tensor) -> Tensor:
-    """How many captions of others are at least as near to each image as its own best.
-
-    Args:
-        images_ED: Image embeddings, each of at least one caption.
-        texts_TD: Caption embeddings.
-        owner_T: Index of each caption's image.
-
-    Returns:
-        int64 [E]; 0 is the best rank.
-    """
-    ranks = []
-    for start, images in zip(
-        range(0, len(images_ED), _BLOCK), images_ED.split(_BLOCK), strict=True
-    ):
+    images_ED, texts_TD = images_ED.double(), texts_TD.double()
+    own_T = torch.cat(
+        [
+            (texts * images_ED[owner]).sum(1)
+            for texts, owner in zip(texts_TD.split(1024), owner_T.split(1024), strict=True)
+        ]
+    )
+    best_E = _best_own(own_T, owner_T, len(images_ED))
+    image_ranks = []
+    text_ranks_T = torch.full_like(owner_T, -1)  # its own image is always among those counted
+    block = max(1, _SCORES // max(1, len(texts_TD)))
+    for start in range(0, len(images_ED), block):
+        images = images_ED[start : start + block]
         scores = images @ texts_TD.T
-        index = torch.arange(start, start + len(images))
-        own = owner_T[None, :] == index[:, None]
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append((~(scores < best) & ~own).sum(1))
-    return torch.cat(ranks)
+        text_ranks_T += (~(scores < own_T - TIE)).sum(0, dtype=torch.int32)
+        index = torch.arange(start, start + len(images), device=owner_T.device)
+        near = ~(scores < best_E[start : start + block, None] - TIE)
+        image_ranks.append((near & (owner_T != index[:, None])).sum(1, dtype=torch.int32))
+    return torch.cat(image_ranks).long(), text_ranks_T
+
+
+def _best_own(own_T: Tensor, owner_T: Tensor, images: int) -> Tensor:
+    """Score of the nearest own caption of each image, float64 [E]."""
+    best_E = torch.full((images,), -torch.inf, dtype=own_T.dtype, device=own_T.device)
+    best_E.scatter_reduce_(0, owner_T, own_T, "amax")
+    # Whether a maximum keeps what is no number differs between devices.
+    best_E[owner_T[own_T.isnan()]] = torch.nan
+    return best_E
 
 
 def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Share of queries with a hit among the first k, by ``R@k``."""
-    return {f"R@{k}": (ranks < k).double().mean().item() for k in ks}
+    """Share of queries with a hit among the first k, by ``R@k``, and the ``median_rank``.
+
+    The rank of a query is that of its first hit, counted from 1; of an even number of queries the
+    median is the mean of the middle two.
+
+    Args:
+        ranks: From `pair_ranks`, one per query, at least one.
+        ks: Which k.
+    """
+    figures = {f"R@{k}": (ranks < k).double().mean().item() for k in ks}
+    return {**figures, "median_rank": ranks.double().quantile(0.5).item() + 1}
 
 
-def embed_captions(pretrained: Pretrained, data: Embedded) -> tuple[Tensor, Tensor]:
+def embed_captions(model: Model, data: Embedded) -> tuple[Tensor, Tensor]:
     """All captions' embeddings [T, D], and the index of each one's image [T]."""
     owner = [i for i, captions in enumerate(data.captions) for _ in captions]
     texts = [caption for captions in data.captions for caption in captions]
-    return embed_texts(pretrained, texts), torch.tensor(owner)
+    return model.embed_texts(texts), torch.tensor(owner)
 
 
-def judge(
-    pretrained: Pretrained, data: Embedded, texts_TD: Tensor, owner_T: Tensor
-) -> dict[str, Any]:
-    """Recall at every budget.
+def judge(model: Model, data: Embedded, texts_TD: Tensor, owner_T: Tensor) -> dict[str, Any]:
+    """Recall at every view.
 
     Args:
-        pretrained: The model.
+        model: The model, for its own view and its costs.
         data: Embedded images with captions.
-        texts_TD: From `embed_captions`.
-        owner_T: From `embed_captions`.
+        texts_TD: Unit vectors of all captions, as from `embed_captions`.
+        owner_T: Index of each caption's image.
 
     Returns:
-        Plain values for JSON: both directions at the model's own budget, and ``budgets``.
+        Plain values for JSON: both directions at the model's own view, and ``views``, each with
+        both directions, also by aspect ratio and by size of the images. Queries of a group look
+        among all images and captions.
     """
-    config, default = pretrained.model.config, pretrained.preprocess.max_tokens
-    budgets = []
-    for budget, images_ED in sorted(data.embeddings.items()):
-        lengths = data.lengths[budget]
-        budgets.append(
-            {
-                "max_tokens": budget,
-                "mean_tokens": sum(lengths) / len(lengths),
-                "flops_per_image": mean_image_flops(config.image, config.embed_dim, lengths),
-                "image_to_text": recall(image_to_text_ranks(images_ED, texts_TD, owner_T)),
-                "text_to_image": recall(text_to_image_ranks(texts_TD, images_ED, owner_T)),
-            }
-        )
-    own = next(entry for entry in budgets if entry["max_tokens"] == default)
+    views = [_entry(model, data, view, texts_TD, owner_T) for view in data.embeddings]
+    own = next(entry for entry in views if entry["own"])
     return {
         "image_to_text": own["image_to_text"],
         "text_to_image": own["text_to_image"],
-        "max_tokens": default,
+        "max_tokens": own["max_tokens"],
         "images": len(data.names),
         "captions": len(texts_TD),
         "skipped": dict(data.skipped),
-        "budgets": budgets,
+        "views": views,
+    }
+
+
+def _entry(
+    model: Model, data: Embedded, view: View, texts_TD: Tensor, owner_T: Tensor
+) -> dict[str, Any]:
+    to_text_E, to_image_T = pair_ranks(data.embeddings[view], texts_TD, owner_T)
+
+    def of_group(label: str, index: Tensor) -> dict[str, Any]:
+        return {
+            "label": label,
+            "images": len(index),
+            "image_to_text": recall(to_text_E[index]),
+            "text_to_image": recall(to_image_T[torch.isin(owner_T, index)]),
+        }
+
+    return {
+        **describe_view(model, data, view),
+        "image_to_text": recall(to_text_E),
+        "text_to_image": recall(to_image_T),
+        "by_aspect": [of_group(label, index) for label, index in by_aspect(data.sizes)],
+        "by_size": [of_group(label, index) for label, index in by_size(data.sizes)],
     }

@@ -1,23 +1,53 @@
-"""Where evaluation data comes from: class folders, labelled shards, captioned folders and shards.
+"""Where evaluation data comes from: files and webdataset shards, with labels or captions.
 
-Every source can be read in parts, so that ranks and workers share it; the key of an item says
-where it stands in the whole, which puts the results of all parts in one order again.
+`labelled` and `captioned` open them. Every source can be read in parts, so that ranks and workers
+share it; the key of an item says where it stands in the whole, which puts the results of all parts
+in one order again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.caption_files import read_caption_file
+from eval.labels import Labeller
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import IMAGE_EXTENSIONS, SkipSampleError, find_image
-from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
+from navit_clip.data.decode import SkipSampleError, find_image
+from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import UserError
 
 Key = tuple[int, int]
+
+# Items that are embedded together, wherever that is: neighbours in a batch change the last digits
+# of an embedding, and figures must not depend on the number of ranks.
+BLOCK = 64
+
+
+def block_of(key: Key) -> Key:
+    """The block of neighbouring items that the item at `key` belongs to."""
+    return key[0], key[1] // BLOCK
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Indices, within one file of a source, of the items that a part reads: every so many blocks.
+
+    Attributes:
+        part: Which part.
+        parts: How many there are.
+        number: Of the file, so that the first block of every small one is not the same part's.
+    """
+
+    part: int
+    parts: int
+    number: int = 0
+
+    def __contains__(self, index: object) -> bool:
+        assert isinstance(index, int)
+        return (self.number + index // BLOCK) % self.parts == self.part
 
 
 @dataclass(frozen=True)
@@ -42,9 +72,19 @@ class Item:
 class Source(ABC):
     """Evaluation data that can be read in parts."""
 
+    @property
+    def skipped(self) -> Counter[str]:
+        """Captions that were dropped, by reason, before any image was read."""
+        return Counter()
+
+    @property
+    def count(self) -> int | None:
+        """Images in the whole source, None if only reading it tells."""
+        return None
+
     @abstractmethod
     def read(self, part: int, parts: int) -> Iterator[Item]:
-        """Items `part`, `part` + `parts`, … of the source."""
+        """One part's items in order: whole blocks of neighbours (`block_of`), every so many."""
 
 
 class FileSource(Source):
@@ -53,7 +93,8 @@ class FileSource(Source):
     Args:
         paths: One file each.
         labels: Class index of each, or none.
-        captions: Captions of each, or none.
+        captions: Captions of each, or none; an image with an empty tuple is skipped.
+        skipped: Captions dropped by reason.
     """
 
     def __init__(
@@ -61,25 +102,37 @@ class FileSource(Source):
         paths: Sequence[Path],
         labels: Sequence[int] | None = None,
         captions: Sequence[tuple[str, ...]] | None = None,
+        skipped: Counter[str] | None = None,
     ) -> None:
         self.paths, self.labels, self.captions = paths, labels, captions
+        self._skipped = skipped or Counter()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """As given."""
+        return self._skipped
+
+    @property
+    def count(self) -> int:
+        """Files."""
+        return len(self.paths)
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
-        """Reads every `parts`-th file."""
-        for index in range(part, len(self.paths), parts):
-            path = self.paths[index]
+        """Reads blocks `part`, `part` + `parts`, … of files."""
+        wanted = _Part(part, parts)
+        for index, path in enumerate(self.paths):
+            if index not in wanted:
+                continue
+            label = self.labels[index] if self.labels is not None else -1
+            captions = self.captions[index] if self.captions is not None else ()
             data: bytes | SkipSampleError
             try:
                 data = path.read_bytes()
             except OSError as error:
                 data = SkipSampleError("missing_image", error.strerror or str(error))
-            yield Item(
-                (0, index),
-                str(path),
-                data,
-                self.labels[index] if self.labels is not None else -1,
-                self.captions[index] if self.captions is not None else (),
-            )
+            if self.captions is not None and not captions:
+                data = SkipSampleError("no_caption", "nothing says what it shows")
+            yield Item((0, index), str(path), data, label, captions)
 
 
 class ShardSource(Source):
@@ -88,15 +141,22 @@ class ShardSource(Source):
     Args:
         shards: Tar files.
         captions: Caption sources as in training; none reads labels.
+        labeller: What the labels mean; class indices if not given.
     """
 
-    def __init__(self, shards: Sequence[str], captions: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        shards: Sequence[str],
+        captions: Sequence[str] = (),
+        labeller: Labeller | None = None,
+    ) -> None:
         self.shards, self.captions = shards, captions
+        self.labeller = labeller or Labeller()
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
-        """Reads every `parts`-th sample of each shard."""
+        """Reads every `parts`-th block of samples of each shard."""
         for number, path in enumerate(self.shards):
-            wanted = _EveryNth(part, parts)
+            wanted = _Part(part, parts, number)
             try:
                 for sample in read_shard(path, wanted):
                     if sample.index in wanted:
@@ -110,100 +170,25 @@ class ShardSource(Source):
             if self.captions:
                 found = [c for s in self.captions for c in find_captions(sample.members, s)]
                 if not found:
-                    raise SkipSampleError("no_caption", f"none of {', '.join(self.captions)}")
+                    raise SkipSampleError(
+                        "no_caption", f"none of the fields {', '.join(self.captions)}"
+                    )
                 return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
-            return Item(key, sample.id, data, label=_label(sample))
+            return Item(key, sample.id, data, label=self._label(sample))
         except SkipSampleError as error:
             return Item(key, sample.id, error)
 
-
-@dataclass(frozen=True)
-class _EveryNth:
-    part: int
-    parts: int
-
-    def __contains__(self, index: object) -> bool:
-        assert isinstance(index, int)
-        return index % self.parts == self.part
-
-
-def _label(sample: RawSample) -> int:
-    try:
-        return int(sample.members["cls"])
-    except KeyError as error:
-        raise UserError(
-            f"{sample.id} has no .cls member with a class index: labelled shards need one"
-        ) from error
-    except ValueError as error:
-        raise SkipSampleError("bad_label", f"{sample.members['cls'][:20]!r}") from error
-
-
-def open_labelled(path: str) -> tuple[Source, list[str] | None]:
-    """Opens class folders or labelled shards.
-
-    Args:
-        path: A folder with one folder per class, or shards with ``.cls`` members.
-
-    Returns:
-        The source, and the class folders' names in label order (None for shards).
-
-    Raises:
-        UserError: If there is nothing to read.
-    """
-    root = Path(path)
-    if not root.is_dir() or any(root.glob("*.tar")):
-        return ShardSource(expand_shards([path])), None
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        images = [p for p in sorted(folder.iterdir()) if _is_image(p)]
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise UserError(f"no image in class folders under {path}: expected {path}/CLASS/*.jpg")
-    return FileSource(paths, labels), [folder.name for folder in folders]
-
-
-def open_captioned(
-    data: str | None,
-    images: str | None,
-    captions: str | None,
-    fields: Sequence[str],
-    split: str | None,
-) -> Source:
-    """Opens captioned shards, or a folder of images with a JSON of captions.
-
-    Args:
-        data: Shards, or None.
-        images: Folder of images, or None.
-        captions: COCO's ``captions_*.json`` or Karpathy's ``dataset_*.json``, or None.
-        fields: Caption sources within shards.
-        split: Split of a Karpathy file; None takes ``test`` if there is one, else all.
-
-    Raises:
-        UserError: If the files do not exist or hold no captioned image.
-    """
-    if data is not None:
-        return ShardSource(expand_shards([data]), fields)
-    if images is None or captions is None:
-        raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
-    if not Path(images).is_dir():
-        raise UserError(f"no folder at {images}: check --images")
-    listed = read_caption_file(Path(captions))
-    splits = {image.split for image in listed}
-    if split is None and "test" in splits:
-        split = "test"
-    if split is not None and split not in splits:
-        raise UserError(f"no split {split!r}: the file has {', '.join(sorted(map(str, splits)))}")
-    found = {
-        image.name: image.captions
-        for image in listed
-        if image.captions and split in (None, image.split)
-    }
-    if not found:
-        raise UserError(f"no captioned image in {captions}")
-    return FileSource([Path(images) / name for name in found], captions=list(found.values()))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+    def _label(self, sample: RawSample) -> int:
+        try:
+            written = sample.members["cls"]
+        except KeyError as error:
+            raise UserError(
+                f"{sample.id} has no .cls member with its class: labelled shards need one"
+            ) from error
+        try:
+            label = self.labeller(written.decode().strip())
+        except ValueError as error:
+            raise SkipSampleError("bad_label", f"{written[:20]!r}") from error
+        if label is None:
+            raise SkipSampleError("class_left_out", f"{written[:20]!r}")
+        return label

@@ -3,81 +3,26 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import run_ranks
-from PIL import ExifTags, Image
-from shard_factory import CAPTIONS, HTML, SIZES, encode, make_shards, photo, sample, write_shard
+from eval_cases import CLASSES, VIEWS, embed, open_source, run, write_all
+from PIL import Image
+from shard_factory import CAPTIONS, encode, photo, sample, write_shard
 
-from eval.__main__ import main
-from eval.encode import embed_source
-from eval.sources import open_captioned, open_labelled
+from eval.models import PackedModel
+from eval.views import View
 from navit_clip import embedding
 from navit_clip.data.decode import EncodedImage
 from navit_clip.embedding import embed_images, embed_texts, size_image
-from navit_clip.errors import UserError
 from navit_clip.flops import image_flops
 from navit_clip.interop.pretrained import Preprocess, load_pretrained, save_pretrained
-from navit_clip.ranks import Ranks
-
-CLASSES = {"red_dog": 4, "lake": 3, "bicycle": 0, "boat": 4}  # folder and number of images
-BUDGETS = [12, 6]  # the tiny model's own, and a smaller one
-
-
-def write_classes(root: Path) -> Path:
-    """Class folders with one broken image."""
-    number = 0
-    for name, count in CLASSES.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            number += 1
-            image = photo(number, *SIZES[number % len(SIZES)])
-            (root / name / f"{i}.png").write_bytes(encode(image))
-    (root / "lake" / "broken.jpg").write_bytes(HTML)
-    return root
-
-
-def write_coco(root: Path) -> Path:
-    """Nine images with one to three captions each, in COCO's format; one of them is missing."""
-    (root / "images").mkdir(parents=True)
-    content: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
-    for i in range(9):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = 6 if i == 2 else 1
-        data = encode(photo(i, *SIZES[i % len(SIZES)]), exif=exif)
-        (root / "images" / f"{i}.png").write_bytes(data)
-        content["images"].append({"id": i, "file_name": f"{i}.png"})
-        for j in range(i % 3 + 1):
-            caption = f"{CAPTIONS[i % len(CAPTIONS)]} {CAPTIONS[j]}"
-            content["annotations"].append({"image_id": i, "caption": caption})
-    (root / "images" / "4.png").unlink()
-    (root / "captions.json").write_text(json.dumps(content))
-    return root
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("eval")
-    write_classes(root / "classes")
-    write_coco(root / "coco")
-    make_shards(root / "shards", [3, 4])
-    # A sample in the middle that cannot be read, and more parts than samples in the second shard.
-    write_shard(
-        root / "mixed" / "0.tar",
-        {"0": sample(0), "1": {**sample(1), "png": HTML}, "2": sample(2), "3": sample(3)},
-    )
-    write_shard(root / "mixed" / "1.tar", {"0": sample(4)})
-    write_shard(root / "single" / "0.tar", {"0": sample(5)})
-    write_shard(root / "bad" / "0.tar", {"0": {**sample(0), "png": HTML}})
-    cut = make_shards(root / "cut", [4])[0]
-    cut.write_bytes(cut.read_bytes()[:-11_000])
-    (root / "templates.txt").write_text("a {}\nthe photo of one {} at night\n")
-    return root
+    return write_all(tmp_path_factory.mktemp("eval"))
 
 
 # Embedding
@@ -120,86 +65,33 @@ def test_images_are_sized_within_the_budget_with_all_their_patches(square, budge
             assert columns <= max(1, width // 8)
 
 
-def open_source(root: Path, name: str):
-    if name == "classes":
-        return open_labelled(str(root / name))[0]
-    if name == "coco":
-        return open_captioned(
-            None, str(root / "coco/images"), str(root / "coco/captions.json"), [], None
-        )
-    return open_captioned(str(root / name), None, None, ["txt"], None)
-
-
-SOURCES = ("classes", "coco", "mixed", "single", "bad", "cut")
-
-
-def embed_cases(model_dir: Path, root: Path, cases):
-    """What `embed_source` gives on this rank by (source, workers), or the line it fails with."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    ranks = Ranks(rank, size, torch.device("cpu"))
-    pretrained = load_pretrained(model_dir)
-    results = {}
-    for name, workers in cases:
-        try:
-            source = open_source(root, name)
-            result = embed_source(pretrained, source, BUDGETS, ranks, workers=workers)
-        except UserError as error:
-            result = str(error)
-        results[name, workers] = result
-    return results
-
-
-def test_embeddings_are_the_same_on_any_number_of_ranks_and_workers(model_dir, data):
-    alone = embed_cases(model_dir, data, [(name, 0) for name in SOURCES])
-    with_workers = embed_cases(model_dir, data, [(name, n) for name in SOURCES for n in (1, 2)])
-    assert multiprocessing.active_children() == []
-    # A worker of a rank takes seconds to start, since it imports everything anew.
-    cases = [*((name, 0) for name in SOURCES), ("mixed", 1)]
-    for results in (with_workers, *run_ranks(embed_cases, 2, model_dir, data, cases)):
-        for (name, _), one in results.items():
-            other = alone[name, 0]
-            # Every rank learns of a failure that only one of them met.
-            if name in ("bad", "cut"):
-                assert one == other
-                continue
-            for field in ("names", "labels", "captions", "lengths", "skipped"):
-                assert getattr(one, field) == getattr(other, field), name
-            assert list(one.embeddings) == BUDGETS
-            for budget in BUDGETS:
-                torch.testing.assert_close(
-                    one.embeddings[budget], other.embeddings[budget], atol=1e-5, rtol=0
-                )
-    assert "no image could be read; skipped: {'unreadable_image': 1}" in alone["bad", 0]
-    assert "fetch the shard again" in alone["cut", 0]
-    assert alone["mixed", 0].names == ["0/0", "0/2", "0/3", "1/0"]
-
-
 def test_embeddings_are_those_of_each_image_alone(model_dir, data):
     pretrained = load_pretrained(model_dir)
-    embedded = embed_cases(model_dir, data, [("classes", 0)])["classes", 0]
+    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "classes"))
     files = sorted((data / "classes").glob("*/*.png"))
     assert embedded.names == [str(path) for path in files]
     assert [sorted(CLASSES)[label] for label in embedded.labels] == [p.parent.name for p in files]
     assert embedded.skipped == {"unreadable_image": 1}
-    for budget in BUDGETS:
+    assert len(embedded.skips) == 1
+    assert "broken.jpg" in embedded.skips[0]
+    assert list(embedded.embeddings) == VIEWS
+    for view in VIEWS:
+        # Native: 16 positions a side are more than any of these images needs.
+        tokens = {"native": 256, "square": 16}.get(view.kind, view.size)
         sized = [
-            size_image(EncodedImage(path.read_bytes()), pretrained.model.config.image, budget)
+            size_image(EncodedImage(path.read_bytes()), pretrained.model.config.image, tokens,
+                       square=view.kind == "square")
             for path in files
-        ]
-        assert embedded.lengths[budget] == [len(image.patches) for image in sized]
+        ]  # fmt: skip
+        assert embedded.lengths[view] == [len(image.patches) for image in sized]
+        assert embedded.padding[view] == 0
         alone = torch.cat([embed_images(pretrained, [image]) for image in sized])
-        torch.testing.assert_close(embedded.embeddings[budget], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedded.embeddings[view], alone, atol=1e-5, rtol=0)
+    with Image.open(files[0]) as image:
+        assert embedded.sizes[0] == (image.height, image.width)
 
 
 # The command line
-
-
-def run(*words: object) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def place(scores: torch.Tensor, own: int) -> int:
@@ -209,10 +101,14 @@ def place(scores: torch.Tensor, own: int) -> int:
 
 def common_figures(result, pretrained, lengths):
     config = pretrained.model.config
-    assert [entry["max_tokens"] for entry in result["budgets"]] == sorted(BUDGETS)
+    assert [View(e["view"], e["max_tokens"] or e["side"]) for e in result["views"]] == VIEWS
+    assert [e["label"] for e in result["views"]] == ["6", "12", "native", "32²"]
+    assert [e["own"] for e in result["views"]] == [False, True, False, False]
     assert result["max_tokens"] == 12
-    for entry in result["budgets"]:
-        tokens = lengths[entry["max_tokens"]]
+    assert result["baselines"] == []
+    for entry, view in zip(result["views"], VIEWS, strict=True):
+        tokens = lengths[view]
+        assert entry["padding"] == 0
         assert entry["mean_tokens"] == pytest.approx(np.mean(tokens))
         flops = [image_flops(config.image, config.embed_dim, n) for n in tokens]
         assert entry["flops_per_image"] == pytest.approx(np.mean(flops))
@@ -223,7 +119,7 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
     templates = data / "templates.txt"
     assert run(
         "zeroshot", "--model", model_dir, "--data", data / "classes", "--templates", templates,
-        "--max-tokens", "6", "--output", output, "--device", "cpu",
+        "--max-tokens", "6", "--native", "--square", 32, "--output", output, "--device", "cpu",
     ) == 0  # fmt: skip
     result = json.loads(output.read_text())
     printed = capsys.readouterr().out
@@ -233,15 +129,15 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
     assert "broken.jpg" in printed
 
     pretrained = load_pretrained(model_dir)
-    embedded = embed_cases(model_dir, data, [("classes", 0)])["classes", 0]
+    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "classes"))
     vectors = []
     for name in sorted(CLASSES):
         lines = templates.read_text().replace("{}", name.replace("_", " ")).splitlines()
         vectors.append(torch.cat([embed_texts(pretrained, [line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
     common_figures(result, pretrained, embedded.lengths)
-    for entry in result["budgets"]:
-        scores = embedded.embeddings[entry["max_tokens"]].double() @ classes.T
+    for entry, view in zip(result["views"], VIEWS, strict=True):
+        scores = embedded.embeddings[view].double() @ classes.T
         ranks = [place(row, own) for row, own in zip(scores, embedded.labels, strict=True)]
         assert entry["top1"] == pytest.approx(np.mean([rank < 1 for rank in ranks]))
         assert entry["top5"] == 1.0  # of four classes
@@ -249,7 +145,7 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
             own = [r < 1 for r, y in zip(ranks, embedded.labels, strict=True) if y == label]
             found = entry["per_class"].get(name.replace("_", " "))
             assert found == (pytest.approx(np.mean(own)) if own else None)
-    assert {"top1": result["top1"], "top5": result["top5"]}.items() <= result["budgets"][1].items()
+    assert {"top1": result["top1"], "top5": result["top5"]}.items() <= result["views"][1].items()
     assert (result["images"], result["classes"]) == (11, 4)
     assert result["skipped"] == {"unreadable_image": 1}
 
@@ -266,14 +162,14 @@ def test_zeroshot_on_labelled_shards(model_dir, data, tmp_path):
     assert run(*flags, "--classnames", names) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["images"], result["classes"]) == (6, 2)
-    assert set(result["budgets"][0]["per_class"]) == {"dog", "bird"}
+    assert set(result["views"][0]["per_class"]) == {"dog", "bird"}
     assert run(*flags) == 2  # shards carry no names
 
 
 def retrieval_flags(model_dir, data, output):
     return ["retrieval", "--model", model_dir, "--images", data / "coco/images",
             "--captions", data / "coco/captions.json", "--max-tokens", "6,12",
-            "--output", output, "--device", "cpu"]  # fmt: skip
+            "--native", "--square", 32, "--output", output, "--device", "cpu"]  # fmt: skip
 
 
 def test_retrieval(model_dir, data, tmp_path, capsys):
@@ -286,12 +182,12 @@ def test_retrieval(model_dir, data, tmp_path, capsys):
     assert str(gallery) in printed
 
     pretrained = load_pretrained(model_dir)
-    embedded = embed_cases(model_dir, data, [("coco", 0)])["coco", 0]
+    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "coco"))
     captions = [(i, text) for i, texts in enumerate(embedded.captions) for text in texts]
     texts = torch.cat([embed_texts(pretrained, [text]) for _, text in captions]).double()
     common_figures(result, pretrained, embedded.lengths)
-    for entry in result["budgets"]:
-        scores = embedded.embeddings[entry["max_tokens"]].double() @ texts.T
+    for entry, view in zip(result["views"], VIEWS, strict=True):
+        scores = embedded.embeddings[view].double() @ texts.T
         to_image = [place(scores[:, j], own) for j, (own, _) in enumerate(captions)]
         to_text = []
         for i, row in enumerate(scores):
@@ -299,9 +195,10 @@ def test_retrieval(model_dir, data, tmp_path, capsys):
             to_text.append(int((row[~own] >= row[own].max()).sum()))
         for way, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
             expected = {f"R@{k}": np.mean([rank < k for rank in ranks]) for k in (1, 5, 10)}
+            expected["median_rank"] = np.median(ranks) + 1
             assert entry[way] == pytest.approx(expected)
     for way in ("image_to_text", "text_to_image"):
-        assert result[way] == result["budgets"][1][way]
+        assert result[way] == result["views"][1][way]
     with Image.open(gallery) as picture:
         assert picture.format == "PNG"
         assert len(picture.getcolors(1 << 24)) > 100  # photos and words, not an empty sheet
@@ -331,7 +228,7 @@ def test_a_model_that_wants_squares_gets_them(model_dir, data, tmp_path):
     output = tmp_path / "r.json"
     assert run("zeroshot", "--model", tmp_path / "square", "--data", data / "classes",
                "--templates", "plain", "--max-tokens", 5, "--output", output) == 0  # fmt: skip
-    entries = json.loads(output.read_text())["budgets"]
+    entries = json.loads(output.read_text())["views"]
     assert [(e["max_tokens"], e["mean_tokens"]) for e in entries] == [(5, 4), (9, 9)]
 
 
@@ -346,21 +243,26 @@ def test_a_model_that_wants_squares_gets_them(model_dir, data, tmp_path):
         ("zeroshot", {"--classnames": "{data}/templates.txt"}, "2 class names for 4"),
         ("zeroshot", {"--data": "{data}/shards"}, "--classnames"),
         ("zeroshot", {"--output": "{data}/templates.txt/r.json"}, "cannot write"),
+        ("zeroshot", {"--templates": "opnai"}, "expected openai, simple, plain or a text file"),
+        ("zeroshot", {"--report": "{tmp}/r.json"}, "--output and --report are both {tmp}/r.json"),
         ("zeroshot", {"--workers": "-1"}, "--workers"),
         ("retrieval", {"--images": "{tmp}/none"}, "{tmp}/none"),
         ("retrieval", {"--captions": "{tmp}/none.json"}, "{tmp}/none.json"),
         ("retrieval", {"--captions": "{data}/templates.txt"}, "templates.txt"),
-        ("retrieval", {"--images": "{data}/shards"}, "missing_image"),
+        ("retrieval", {"--images": "{data}/shards"}, "{data}/shards: check --images"),
         ("retrieval", {"--gallery": "{data}/templates.txt/g.png"}, "cannot write"),
         ("retrieval", {"--data": "{data}/shards/none.tar"}, "none.tar"),
         ("retrieval", {"--data": "{data}/bad"}, "no image could be read"),
+        ("retrieval", {"--data": "{data}/shards", "--fields": "text"}, "none of the fields text"),
+        ("retrieval", {"--data": "{data}/shards", "--split": "test"}, "--split"),
+        ("retrieval", {"--output": "{data}"}, "{data} is a folder"),
     ],
 )
 def test_a_mistake_is_one_line(command, change, named, model_dir, data, tmp_path, capsys):
     flags = {"--model": model_dir, "--output": tmp_path / "r.json", "--workers": 0}
     if command == "zeroshot":
         flags.update({"--data": data / "classes", "--templates": "plain"})
-    else:
+    elif "--data" not in change:
         flags["--images"], flags["--captions"] = data / "coco/images", data / "coco/captions.json"
     paths = {"tmp": tmp_path, "data": data}
     flags.update({flag: value.format(**paths) for flag, value in change.items()})
@@ -368,6 +270,19 @@ def test_a_mistake_is_one_line(command, change, named, model_dir, data, tmp_path
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("eval: error: ")
     assert named.format(**paths) in line
+
+
+def test_no_work_is_done_for_a_file_that_cannot_be_written(
+    model_dir, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("eval.__main__.judge", lambda *args, **options: pytest.fail("judged"))
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("eval.__main__.TemporaryFile", refuse)
+    assert run(*retrieval_flags(model_dir, data, tmp_path / "r.json")) == 2
+    assert f"cannot write {tmp_path / 'r.json'}: Permission denied" in capsys.readouterr().err
 
 
 def test_labels_past_the_class_names_are_refused(model_dir, tmp_path, capsys):
@@ -388,7 +303,7 @@ def test_impossible_budgets(budgets, model_dir, tmp_path, capsys):
     assert "--max-tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"budgets": [{}], "max_tokens": 1}'])
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"views": [{}], "max_tokens": 1}'])
 def test_a_summary_of_nothing_and_of_damaged_results(content, tmp_path, capsys):
     if content is not None:
         (tmp_path / "zeroshot.json").write_text(content)

@@ -1,4 +1,4 @@
-"""Evaluation data: class folders, shards, COCO's and Karpathy's files, and what is wrong there."""
+"""Captioned data: shards, COCO's and Karpathy's files, tables, and what is wrong there."""
 
 from __future__ import annotations
 
@@ -7,88 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from shard_factory import encode, ids_of, make_shards, photo, sample, write_shard
+from shard_factory import ids_of, make_shards, sample, write_shard
+from source_cases import image, in_parts, read, write
 
-from eval.sources import open_captioned, open_labelled
+from eval import sources
+from eval.captioned import open_captioned
 from navit_clip.data.decode import SkipSampleError
 from navit_clip.errors import UserError
-
-
-def read(source):
-    return list(source.read(0, 1))
-
-
-def in_parts(source, parts):
-    """All parts' items in the order of their keys."""
-    items = [item for part in range(parts) for item in source.read(part, parts)]
-    return sorted(items, key=lambda item: item.key)
-
-
-def image(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(photo(seed, 16, 16)))
-    return path
 
 
 def described(root, content, split=None, images="images"):
     """Opens a JSON of captions."""
     (root / "captions.json").write_text(json.dumps(content))
     return open_captioned(None, str(root / images), str(root / "captions.json"), ["txt"], split)
-
-
-# Labelled
-
-
-def test_class_folders(tmp_path):
-    files = [image(tmp_path / name, i) for i, name in enumerate(("b/1.png", "a/2.JPG", "a/1.webp"))]
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a/notes.txt").write_text("no image")
-    (tmp_path / "readme.md").write_text("no class")
-    source, names = open_labelled(str(tmp_path))
-    assert names == ["a", "b", "empty"]  # an empty class still has its name and index
-    items = read(source)
-    assert [(item.name, item.label) for item in items] == [
-        (str(files[2]), 0),
-        (str(files[1]), 0),
-        (str(files[0]), 1),
-    ]
-    assert items[0].data == files[2].read_bytes()
-
-
-def test_labelled_shards(tmp_path):
-    shard = write_shard(
-        tmp_path / "0.tar",
-        {
-            "a": {**sample(0), "cls": b"3"},
-            "b": {**sample(1), "cls": b" 0\n"},
-            "c": {**sample(2), "cls": b"dog"},
-            "d": {"cls": b"1"},
-        },
-    )
-    for path in (shard, tmp_path):
-        source, names = open_labelled(str(path))
-        assert names is None
-        items = read(source)
-        assert [(item.name, item.label) for item in items[:2]] == [("0/a", 3), ("0/b", 0)]
-        assert [item.data.reason for item in items[2:]] == ["bad_label", "no_image"]
-
-
-def test_shards_without_labels_are_refused(tmp_path):
-    (shard,) = make_shards(tmp_path, [1])
-    source, _ = open_labelled(str(shard))
-    with pytest.raises(UserError, match=r"00000/0 has no \.cls member"):
-        read(source)
-
-
-@pytest.mark.parametrize("content", ["nothing", "class folders without images", "no such path"])
-def test_nothing_to_classify(content, tmp_path):
-    root = tmp_path / "data"
-    if content != "no such path":
-        (root / "a").mkdir(parents=True)
-    if content == "class folders without images":
-        (root / "a" / "x.txt").write_text("")
-    with pytest.raises(UserError, match=str(root)):
-        open_labelled(str(root))
 
 
 # Captioned shards
@@ -135,13 +66,41 @@ def test_coco_captions(tmp_path):
         (5, "silent.png"),
         annotations=[(3, "first "), (7, "second"), (3, "third"), (3, "first")],
     )
-    items = read(described(tmp_path, content))
-    # Every caption is a query, a repeated one as well; an image without captions is none.
+    source = described(tmp_path, content)
+    items = read(source)
+    # Every caption is a query, a repeated one as well.
     assert {Path(item.name).name: item.captions for item in items} == {
         "a.png": ("first", "third", "first"),
         "b.png": ("second",),
+        "silent.png": (),
     }
-    assert all(isinstance(item.data, bytes) and item.label == -1 for item in items)
+    assert all(isinstance(item.data, bytes) and item.label == -1 for item in items[:2])
+    assert items[2].data.reason == "no_caption"
+    assert (source.count, source.skipped) == (3, Counter())
+
+
+def test_captions_that_say_nothing_are_counted(tmp_path):
+    image(tmp_path / "images" / "a.png")
+    content = coco(
+        (0, "a.png"), (1, "b.png"), annotations=[(0, " "), (0, "x"), (0, "\ud800"), (1, "")]
+    )
+    source = described(tmp_path, content)
+    assert [item.captions for item in read(source)] == [("x",), ()]
+    assert source.skipped == {"empty_caption": 2, "bad_caption": 1}
+
+
+def test_an_image_listed_twice_is_one_with_all_its_captions(tmp_path):
+    image(tmp_path / "images" / "a.png")
+    content = coco((0, "a.png"), (1, "./a.png"), annotations=[(1, "one"), (0, "two")])
+    assert [item.captions for item in read(described(tmp_path, content))] == [("two", "one")]
+    content = karpathy(
+        ("", "a.png", "test", ["one"]),
+        ("", "b.png", "test", []),
+        ("", "a.png", "test", ["two"]),
+        ("", "a.png", "val", ["three"]),
+    )
+    items = read(described(tmp_path, content))
+    assert [item.captions for item in items] == [("one", "two"), ()]
 
 
 def test_a_missing_image_is_an_item_with_a_reason(tmp_path):
@@ -188,16 +147,21 @@ SPLITS = karpathy(
 
 @pytest.mark.parametrize(
     ("split", "names"),
-    [(None, ["val/a.png", "val/e.png"]), ("val", ["val/b.png"]), ("train", ["train/c.png"])],
+    [
+        (None, ["val/a.png", "val/d.png", "val/e.png"]),
+        ("val", ["val/b.png"]),
+        ("train", ["train/c.png"]),
+    ],
 )
 def test_karpathy_splits(split, names, tmp_path):
     for folder, name in (("val", "a"), ("val", "b"), ("train", "c"), ("val", "e")):
         image(tmp_path / "images" / folder / f"{name}.png")
     items = read(described(tmp_path, SPLITS, split))
     assert [item.name for item in items] == [str(tmp_path / "images" / name) for name in names]
-    assert all(isinstance(item.data, bytes) for item in items)
+    assert all(isinstance(item.data, bytes) for item in items if item.captions)
     if split is None:
         assert items[0].captions == ("a1", "a2")
+        assert items[1].data.reason == "no_caption"
 
 
 def test_a_karpathy_file_without_splits_is_read_whole(tmp_path):
@@ -207,9 +171,51 @@ def test_a_karpathy_file_without_splits_is_read_whole(tmp_path):
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path):
-    (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match="no split 'dev': the file has test, train, val"):
+    image(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match=r"no split 'dev' in .*: the file has test, train, val"):
         described(tmp_path, SPLITS, "dev")
+    with pytest.raises(UserError, match=r"no split 'dev' in .*: leave --split out"):
+        described(tmp_path, coco((0, "a.png"), annotations=[(0, "x")]), "dev")
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("t.csv", 'path,caption\na.png,"one, two"\nb.png,three\n./a.png,four\n', {}),
+        ("t.tsv", "n\ttext\na.png\tone, two\nb.png\tthree\na.png\tfour\n", ("n", ["text"])),
+        ("t.csv", 'a,b,n\n"one, two",four,a.png\nthree,,b.png\n', ("n", ["a", "b"])),
+    ],
+)
+def test_tables_of_captions(name, content, columns, tmp_path):
+    for file in ("a.png", "b.png"):
+        image(tmp_path / file)
+    for images in (None, str(tmp_path)):  # a table's own folder if none is named
+        source = open_captioned(None, images, write(tmp_path / name, content), [], None, *columns)
+        assert [(item.name, item.captions) for item in read(source)] == [
+            (str(tmp_path / "a.png"), ("one, two", "four")),
+            (str(tmp_path / "b.png"), ("three",)),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("content", "split", "message"),
+    [
+        ("", None, "t.csv is empty"),
+        ("path,caption\n", None, "t.csv has no row"),
+        ("image,caption\na.png,x\n", None, "no column 'path' in .*'image', 'caption'"),
+        ("path,caption\na.png,\n", None, "no captioned image in"),
+        ("path,caption\na.png,x\n", "test", "has no splits: leave --split out"),
+        ("path,caption\nb.png,x\nc.png,y\n", None, "none of the 2 images that .* names is in"),
+    ],
+)
+def test_unusable_tables_are_named(content, split, message, tmp_path):
+    image(tmp_path / "a.png")
+    table = write(tmp_path / "t.csv", content)
+    with pytest.raises(UserError, match=message):
+        open_captioned(None, str(tmp_path), table, [], split)
 
 
 # Wrong files
@@ -249,20 +255,29 @@ def test_missing_files_are_named(tmp_path):
     for images, captions in ((None, None), (str(tmp_path), None), (None, "x.json")):
         with pytest.raises(UserError, match="--data SHARDS, or both --images"):
             open_captioned(None, images, captions, ["txt"], None)
+    with pytest.raises(UserError, match="not both"):
+        open_captioned("x.tar", None, "x.json", ["txt"], None)
+    with pytest.raises(UserError, match="--split goes with a Karpathy file"):
+        open_captioned("x.tar", None, None, ["txt"], "test")
+    for content in ("", " \n"):
+        (tmp_path / "empty.json").write_text(content)
+        with pytest.raises(UserError, match=r"empty\.json is empty"):
+            open_captioned(None, str(tmp_path), str(tmp_path / "empty.json"), ["txt"], None)
+    described_elsewhere = coco((0, "a.png"), annotations=[(0, "x")])
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match=r"none of the 1 images that .* names is in"):
+        described(tmp_path, described_elsewhere)
 
 
 # Parts
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 20])
-def test_parts_together_are_the_whole(parts, tmp_path):
+@pytest.mark.parametrize("block", [1, 2, 64])
+def test_parts_together_are_the_whole(parts, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", block)
     counts = [5, 1, 3]
     make_shards(tmp_path / "shards", counts)
     shards = open_captioned(str(tmp_path / "shards"), None, None, ["txt"], None)
     assert [item.name for item in in_parts(shards, parts)] == ids_of(counts)
     assert in_parts(shards, parts) == read(shards)
-    for i in range(7):
-        image(tmp_path / "classes" / "abc"[i % 3] / f"{i}.png", i)
-    folders, _ = open_labelled(str(tmp_path / "classes"))
-    assert in_parts(folders, parts) == read(folders)
-    assert Counter(item.label for item in read(folders)) == {0: 3, 1: 2, 2: 2}

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from shard_factory import HTML, encode, photo, png_of_size
 
-from eval.sources import open_captioned, open_labelled
+from eval.captioned import open_captioned
+from eval.labelled import open_labelled
 from navit_clip.data.make_shards.__main__ import main
 from navit_clip.data.shards import read_shard
 
@@ -193,8 +194,8 @@ def test_class_folders(tmp_path, capsys):
     names = (tmp_path / "out" / "classnames.txt").read_text().splitlines()
     assert names == ["ant", "sea lion", "zebra"]
 
-    from_shards, _ = open_labelled(str(tmp_path / "out"))
-    from_folders, _ = open_labelled(str(tmp_path / "in"))
+    from_shards = open_labelled(str(tmp_path / "out")).source
+    from_folders = open_labelled(str(tmp_path / "in")).source
     assert [(i.data, i.label) for i in from_shards.read(0, 1)] == [
         (i.data, i.label) for i in from_folders.read(0, 1)
     ]

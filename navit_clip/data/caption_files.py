@@ -1,12 +1,13 @@
 """Reads COCO's ``captions_*.json`` and Karpathy's ``dataset_*.json``.
 
 Beside the shards, the other form in which captioned images come; evaluation reads it as it is,
-`make_shards` makes shards of it.
+`make_shards` makes shards of it. Tables are read by `make_shards.tables`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from navit_clip.errors import UserError
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image of a JSON of captions.
+    """One image of a file of captions.
 
     Attributes:
         name: Path below the folder of images.
@@ -32,34 +33,47 @@ class CaptionedImage:
 def read_caption_file(path: Path) -> list[CaptionedImage]:
     """All images of a JSON of captions, in the file's order.
 
+    An image that is listed twice in one split becomes one with all its captions: twice, each would
+    be the other's negative.
+
     Args:
         path: In COCO's or Karpathy's format, told apart by content.
 
     Raises:
-        UserError: If the file cannot be read or has neither format.
+        UserError: If the file cannot be read, has neither format, or has a caption of an image
+            that it does not list.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: not JSON in UTF-8 ({error})") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty: expected COCO's captions format or Karpathy's")
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: not JSON ({error})") from error
     try:
-        return _coco(content) if "annotations" in content else _karpathy(content)
+        images = _coco(content, path) if "annotations" in content else _karpathy(content)
+        return _merged(images)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is neither COCO's captions format nor Karpathy's: {error!r}"
         ) from error
 
 
-def _coco(content: Any) -> list[CaptionedImage]:
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    found: dict[str, list[str]] = {name: [] for name in names.values()}
+def _coco(content: Any, path: Path) -> list[CaptionedImage]:
+    names = {image["id"]: str(Path(image["file_name"])) for image in content["images"]}
+    found: dict[Any, list[str]] = {identity: [] for identity in names}
     for annotation in content["annotations"]:
         if annotation["image_id"] not in names:
-            raise UserError(f"a caption names image {annotation['image_id']}, which is not listed")
-        found[names[annotation["image_id"]]].append(annotation["caption"].strip())
-    return [CaptionedImage(name, tuple(captions)) for name, captions in found.items()]
+            raise UserError(
+                f"{path}: a caption names image {annotation['image_id']}, which is not listed"
+            )
+        found[annotation["image_id"]].append(annotation["caption"].strip())
+    return [CaptionedImage(names[i], tuple(captions)) for i, captions in found.items()]
 
 
 def _karpathy(content: Any) -> list[CaptionedImage]:
@@ -71,3 +85,11 @@ def _karpathy(content: Any) -> list[CaptionedImage]:
         )
         for image in content["images"]
     ]
+
+
+def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
+    found: dict[tuple[str, str | None], tuple[str, ...]] = {}
+    for image in images:
+        place = image.name, image.split
+        found[place] = found.get(place, ()) + image.captions
+    return [CaptionedImage(name, captions, split) for (name, split), captions in found.items()]
