@@ -92,6 +92,26 @@ def test_beta_follows_the_schedule():
         assert rates(config, images_seen=images_seen).mean() == pytest.approx(mean, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "fixed", "rate": 0.4},
+        {"kind": "beta", "rate": 0.3},
+        {"kind": "beta", "schedule_width": -0.1, **SCHEDULE},
+        {"kind": "resolution", "low_tokens": 20, "high_tokens": 200},
+    ],
+)
+@given(tokens=st.integers(1, 400), seen=st.integers(0, 400), seed=st.integers(0, 1000))
+def test_during_a_ramp_every_rate_is_drawn_as_without_it_and_scaled(options, tokens, seen, seed):
+    def draw(ramp_images):
+        config = DropConfig(**options, ramp_images=ramp_images)
+        return sample_rate(config, tokens, seen, np.random.default_rng(seed))
+
+    full = draw(0)
+    assert draw(200) == pytest.approx(full * seen / 200 if seen < 200 else full)
+    assert draw(1) == (full if seen else 0.0)
+
+
 @given(st.integers(1, 400), st.floats(0, 1), st.integers(0, 1000))
 def test_kept_patches_are_sorted_distinct_and_as_many_as_the_rate_says(tokens, rate, seed):
     kept = keep_patches(tokens, rate, np.random.default_rng(seed))
@@ -135,6 +155,8 @@ def test_every_subset_is_kept_equally_often():
         ("schedule_images", {"kind": "fixed", "schedule": "sigmoid"}),
         ("schedule_width", {"kind": "fixed", "schedule_width": 0.0, **SCHEDULE}),
         ("schedule", {"kind": "resolution", **SCHEDULE}),
+        ("ramp_images", {"kind": "fixed", "ramp_images": -1}),
+        ("ramp_images", {"ramp_images": 10}),
     ],
 )
 def test_bad_fields_are_named(field, values):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from navit_clip.data.sizing import (
+    CurriculumConfig,
     ResolutionConfig,
     default_max_tokens,
     fit_grid,
@@ -38,7 +40,7 @@ def moments_of_truncated_normal(mean, std, low, high):
 
 def sides(config: ResolutionConfig) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return np.array([sample_side(config, rng) for _ in range(DRAWS)])
+    return np.array([sample_side(config, config.max_side, rng) for _ in range(DRAWS)])
 
 
 def test_uniform_sides():
@@ -206,6 +208,49 @@ def test_the_same_generator_gives_the_same_grid():
     assert first == second
 
 
+@given(
+    mode=st.sampled_from(["sampled", "native"]),
+    start_side=st.integers(64, 300) | st.none(),
+    start_tokens=st.integers(1, 256) | st.none(),
+    by=st.sampled_from(["side", "area"]),
+    seen=st.integers(0, 150),
+    seed=st.integers(0, 1000),
+)
+def test_during_a_curriculum_images_are_sized_as_by_its_limits_of_the_moment(
+    mode, start_side, start_tokens, by, seen, seed
+):
+    if mode == "native":
+        start_side = None
+    assume(start_side or start_tokens)
+    full = {"mode": mode, "min_side": 64, "max_side": 300, "max_tokens": 256, "by": by}
+    curriculum = CurriculumConfig(101, start_side, start_tokens)
+    share, limits = Fraction(min(seen, 101), 101), {}
+    for name, start, end in (("max_side", start_side, 300), ("max_tokens", start_tokens, 256)):
+        if start is not None:
+            limits[name] = start + share * (end - start)
+    max_side = float(limits.get("max_side", 300))
+    max_tokens = round(limits.get("max_tokens", 256))
+    # A fractional side cannot be configured: the draw is compared by itself, the grid below.
+    config = ResolutionConfig(**full, curriculum=curriculum)
+    side = math.inf
+    if mode == "sampled":
+        side = sample_side(ResolutionConfig(**full), max_side, np.random.default_rng(seed))
+    expected = fit_grid(700, 900, 16, max_tokens, 64, side)
+    grid = sample_grid(config, 700, 900, 16, 64, np.random.default_rng(seed), seen)
+    assert grid == expected
+    later = sample_grid(config, 700, 900, 16, 64, np.random.default_rng(seed))
+    without = sample_grid(
+        ResolutionConfig(**full), 700, 900, 16, 64, np.random.default_rng(seed), seen
+    )
+    assert later == without
+    assert math.prod(grid) <= max_tokens
+
+
+def test_a_curriculum_does_not_change_what_the_model_is_judged_at():
+    config = ResolutionConfig(max_side=256, curriculum=CurriculumConfig(100, start_side=64))
+    assert default_max_tokens(config, 16) == 256
+
+
 def test_a_models_default_budget():
     assert default_max_tokens(ResolutionConfig(max_side=256), 16) == 256
     assert default_max_tokens(ResolutionConfig(max_side=256, max_tokens=100), 16) == 100
@@ -221,8 +266,20 @@ def test_a_models_default_budget():
         ("std", {"std": 0.0}),
         ("mean", {"mean": 1.5}),
         ("max_tokens", {"max_tokens": 0}),
+        ("start_side", {"curriculum": CurriculumConfig(9, start_side=63)}),
+        ("start_side", {"curriculum": CurriculumConfig(9, start_side=257)}),
+        ("start_side", {"mode": "native", "curriculum": CurriculumConfig(9, start_side=128)}),
+        ("start_tokens", {"curriculum": CurriculumConfig(9, start_tokens=0)}),
+        ("start_tokens", {"curriculum": CurriculumConfig(9, start_tokens=1025)}),
+        ("start_tokens", {"mode": "square", "curriculum": CurriculumConfig(9, start_tokens=9)}),
     ],
 )
 def test_bad_fields_are_named(field, values):
     with pytest.raises(ValueError, match=field):
         ResolutionConfig(**values)
+
+
+@pytest.mark.parametrize("values", [(-1,), (5,), (0, 64), (0, None, 64)])
+def test_a_curriculum_needs_a_length_and_a_start(values):
+    with pytest.raises(ValueError, match=r"curriculum\.images"):
+        CurriculumConfig(*values)

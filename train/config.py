@@ -7,7 +7,7 @@ documented by its docstring; `train.__main__` is the only reader of the command 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,38 +19,11 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.tokenizer import TokenizerConfig
 from navit_clip.errors import UserError
 from train.ema import EMAConfig
+from train.evaluation import EvalConfig
+from train.init import InitConfig, check_shape, known_shape
+from train.lock import TOWERS, LockConfig
+from train.optim import OptimConfig
 from train.parallel import ParallelConfig
-from train.schedule import ScheduleConfig
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning rate.
-
-    Attributes:
-        lr: Peak learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of matrices and tables; norms, biases, probe and scale have
-            none.
-        clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
-        schedule: Course of the learning rate over the steps.
-    """
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        if self.clip_norm < 0:
-            raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
 
 
 @dataclass(frozen=True)
@@ -132,8 +105,10 @@ class TrainConfig:
         run_dir: Where config, metrics, checkpoints and the exported model go; the same directory
             again continues the run.
         steps: Optimiser steps of the whole run.
-        tokenizer: How captions become token ids.
-        model: Shape of both towers.
+        tokenizer: How captions become token ids; null takes that of `init`.
+        init: The model whose weights the run starts from.
+        lock: Which towers keep them.
+        model: Shape of both towers; that of `init` if it is given.
         data: What is read and how it is packed.
         optim: Optimiser and learning rate.
         loss: The contrastive loss.
@@ -141,6 +116,7 @@ class TrainConfig:
         ema: The moving average of the weights.
         checkpoint: When the state is saved.
         log: What is reported.
+        eval: What is evaluated during the training.
         accumulate: Micro-batches of each rank per step. Their pairs form one batch of the loss, as
             if they had fitted into memory together, for one more forward pass (GradCache); with
             1 there is none.
@@ -157,8 +133,10 @@ class TrainConfig:
 
     run_dir: str
     steps: int
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | None = None
     model: CLIPConfig = field(default_factory=CLIPConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    lock: LockConfig = field(default_factory=LockConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -166,6 +144,7 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     accumulate: int = 1
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_in_row: int = 10
@@ -181,6 +160,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.stall_timeout_s < 0:
             raise ValueError(f"stall_timeout_s must not be negative, got {self.stall_timeout_s}")
+        if self.tokenizer is None and self.init.model is None:
+            raise ValueError(
+                "tokenizer is missing: give tokenizer.path, or init.model with its own"
+            )
+        for tower in TOWERS:
+            depth = getattr(self.model, tower).encoder.depth
+            if self.lock.unlocked_blocks(tower) > depth:
+                raise ValueError(
+                    f"lock.{tower}_unlocked_blocks={self.lock.unlocked_blocks(tower)} exceeds the "
+                    f"{depth} blocks of model.{tower}.encoder"
+                )
         schedule = self.optim.schedule
         if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
             raise ValueError(
@@ -230,10 +220,17 @@ def parse_config(argv: Sequence[str]) -> tuple[TrainConfig, str]:
     parser.add_class_arguments(TrainConfig)
     try:
         namespace = parser.parse_args(list(argv))
+        init = InitConfig(**namespace["init"].as_dict())
+        shape = known_shape(init, Path(namespace["run_dir"]))
+        if shape is not None:  # what the configuration leaves out of `model` is the source's
+            parser.set_defaults({"model": asdict(shape)})
+            namespace = parser.parse_args(list(argv))
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_plain(str(error))) from error
+    if shape is not None:
+        check_shape(config.model, shape, config.init)
     return config, parser.dump(namespace)
 
 

@@ -90,7 +90,10 @@ def cached_backward(
                 if output.logit_bias is not None and leaves.logit_bias is not None:
                     heads.append(output.logit_bias)
                     gradients.append(_gradient(leaves.logit_bias))
-            torch.autograd.backward(heads, gradients)
+            # A locked tower without a projection takes no gradient.
+            taking = [i for i, head in enumerate(heads) if head.requires_grad]
+            if taking:
+                torch.autograd.backward([heads[i] for i in taking], [gradients[i] for i in taking])
     return loss.detach(), leaves
 
 

@@ -8,7 +8,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ class Window:
 
     Attributes:
         sources: Names of the sources that are mixed.
+        steps: Steps taken.
         pairs: Pairs trained on.
-        tokens: Real tokens of both towers.
+        image_tokens: Real image tokens, after drop.
+        text_tokens: Real text tokens.
+        flops: Counted operations of training on them.
         tokens_before_drop: Image tokens before drop, plus text tokens.
         slots: Tokens the towers computed, padding included.
         wait: Seconds spent waiting for data.
@@ -39,8 +43,11 @@ class Window:
     """
 
     sources: Sequence[str] = ()
+    steps: int = 0
     pairs: int = 0
-    tokens: int = 0
+    image_tokens: int = 0
+    text_tokens: int = 0
+    flops: float = 0.0
     tokens_before_drop: int = 0
     slots: int = 0
     wait: float = 0.0
@@ -48,24 +55,35 @@ class Window:
     by_source: Counter[str] = field(default_factory=Counter)
     since: float = field(default_factory=time.perf_counter)
 
-    def add(self, batch: PackedBatch, wait: float) -> None:
-        """Counts one batch."""
+    def add(self, batch: PackedBatch, wait: float, flops: float) -> None:
+        """Counts one batch, the seconds it was waited for, and what training on it computes."""
         counts = batch.counts
         self.pairs += counts.pairs
-        self.tokens += counts.image_tokens + counts.text_tokens
+        self.image_tokens += counts.image_tokens
+        self.text_tokens += counts.text_tokens
+        self.flops += flops
         self.tokens_before_drop += counts.image_tokens_before_drop + counts.text_tokens
         self.slots += batch.images.segments.num_tokens + batch.texts.segments.num_tokens
         self.wait += wait
         self.skipped += sum(counts.skipped.values())
         self.by_source += counts.sources
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside counts as no time of the training's."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
     def rates(self, ranks: Ranks) -> dict[str, float]:
         """Figures of the window over all ranks; every rank calls it."""
         seconds = time.perf_counter() - self.since
-        pairs, tokens, before, slots, wait, skipped, *by_source = ranks.sum(
+        pairs, images, texts, flops, before, slots, wait, skipped, *by_source = ranks.sum(
             [
                 self.pairs,
-                self.tokens,
+                self.image_tokens,
+                self.text_tokens,
+                self.flops,
                 self.tokens_before_drop,
                 self.slots,
                 self.wait,
@@ -73,6 +91,7 @@ class Window:
                 *(self.by_source[name] for name in self.sources),
             ]
         )
+        tokens = images + texts
         shares = {
             f"share/{name}": taken / pairs
             for name, taken in zip(self.sources, by_source, strict=True)
@@ -81,6 +100,10 @@ class Window:
             "pairs": pairs,
             "images_per_s": pairs / seconds,
             "tokens_per_s": tokens / seconds,
+            "image_tokens_per_s": images / seconds,
+            "text_tokens_per_s": texts / seconds,
+            "step_s": seconds / max(1, self.steps),
+            "model_flops_per_s": flops / seconds,
             "padding": 1 - tokens / slots,
             "token_drop": 1 - tokens / before,
             "data_wait": wait / ranks.world_size / seconds,
@@ -97,13 +120,16 @@ class MetricsLog:
         config: Whether and where wandb reports.
         resolved: The run's configuration as plain values, for the dashboard.
         step: The step the run goes on from; lines past it, from before a restart, are removed.
+
+    Attributes:
+        resumed: Keys that stand in the log for that step.
     """
 
     def __init__(
         self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
     ) -> None:
         path = run_dir / "metrics.jsonl"
-        truncate_log(path, step)
+        self.resumed = truncate_log(path, step)
         self._file = path.open("a")
         self._wandb: Any = None
         if config.wandb != "disabled":
@@ -125,18 +151,27 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Drops lines past `step` and a last line that a kill cut short."""
+def truncate_log(path: Path, step: int) -> set[str]:
+    """Drops lines past `step` and a last line that a kill cut short.
+
+    Returns:
+        The keys of the lines of `step`.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, last = [], set()
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
+            if values["step"] > step:
+                continue
+            if values["step"] == step:
+                last.update(values)
         except (ValueError, KeyError, TypeError):
             continue
+        kept.append(line + "\n")
     write_whole(path, "".join(kept))
+    return last
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:

@@ -13,17 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from navit_clip.clip import CLIPOutput, NaViTCLIP
 from navit_clip.loss import sigmoid_contrastive_loss, softmax_contrastive_loss
 from navit_clip.packing import PackedBatch
 from navit_clip.ranks import Ranks
-from train.config import LossConfig, OptimConfig, TrainConfig
+from train.config import LossConfig, TrainConfig
 from train.ema import EMA
 from train.gradcache import cached_backward
+from train.lock import lock_towers
 from train.nonfinite import NonFinite, NonFiniteGuard, find_pairs
+from train.optim import build_optimizer, parameter_groups, set_lr
 from train.parallel import ParallelModel, clip_gradients, global_norm, whole
 from train.schedule import lr_share
 
@@ -35,7 +37,7 @@ class StepResult:
     Attributes:
         loss: Over the pairs of all ranks.
         grad_norm: Global norm of the gradient before clipping.
-        lr: Learning rate of the step.
+        lr: Learning rate of the step, where no layer has a lower one.
         logit_scale: Factor on similarities before the step.
         measured: If the step was to be measured: ``param_norm``, the global norm of the weights
             after it, and ``update_norm``, that of what it added to them.
@@ -48,21 +50,6 @@ class StepResult:
     logit_scale: float
     measured: dict[str, float] = field(default_factory=dict)
     nonfinite: NonFinite | None = None
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and tables only.
-
-    Scalars have a group of their own: under FSDP they are not sharded, and no operator takes
-    sharded and other tensors together.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        {"params": [p for p in parameters if p.ndim == 0], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def contrastive_loss(output: CLIPOutput, config: LossConfig) -> Tensor:
@@ -85,7 +72,8 @@ class Stepper:
     """A model, its optimiser, and how batches move them.
 
     Args:
-        model: On the ranks' device, the same on all of them; sharded in place if so configured.
+        model: On the ranks' device, the same on all of them; locked and sharded in place if so
+            configured.
         config: Of the run.
         ranks: This process among all of them.
 
@@ -98,10 +86,12 @@ class Stepper:
 
     def __init__(self, model: NaViTCLIP, config: TrainConfig, ranks: Ranks) -> None:
         self.model, self.config, self.ranks = model, config, ranks
+        lock_towers(model, config.lock)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(
             model, config.parallel, ranks, half_blocks=config.precision == "bf16"
         )
-        self.optimizer = build_optimizer(model, config.optim)
+        self._groups = parameter_groups(model, config.optim)
+        self.optimizer = build_optimizer(self._groups, config.optim)
         self.ema = EMA(model, config.ema.decay) if config.ema.decay else None
         self.guard = NonFiniteGuard(config.on_nonfinite, config.max_skipped_in_row)
 
@@ -122,8 +112,7 @@ class Stepper:
         """
         config, optim = self.config, self.config.optim
         lr = optim.lr * lr_share(optim.schedule, step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, self._groups, lr)
         loss, output = self._backward(batches)
         norm = clip_gradients(self.model.parameters(), optim.clip_norm)
         result = StepResult(loss.item(), norm.item(), lr, output.logit_scale.item())

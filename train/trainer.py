@@ -1,7 +1,8 @@
 """The training loop: batches in, steps, reports, checkpoints, an exported model at the end.
 
 Ties the parts together and holds nothing of its own: data from `navit_clip.data.loader`, the step
-from `train.step`, state on disk through `train.checkpoint`, figures through `train.metrics`.
+from `train.step`, state on disk through `train.checkpoint`, figures through `train.metrics`, and
+those of harnesses from `train.evaluation`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from typing import Any
 
 import torch
 
-from navit_clip.clip import NaViTCLIP
 from navit_clip.data.loader import load_batches
 from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sizing import default_max_tokens
 from navit_clip.data.sources import Sources
-from navit_clip.data.tokenizer import Tokenizer, build_tokenizer
+from navit_clip.data.tokenizer import Tokenizer
 from navit_clip.errors import UserError
+from navit_clip.interop.card import write_card
 from navit_clip.interop.pretrained import Preprocess, save_pretrained
 from navit_clip.packing import PackedBatch
 from navit_clip.ranks import Ranks
+from train.accounting import Accounting
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
+from train.evaluation import Evaluations
+from train.init import starting_point
 from train.metrics import MetricsLog, Progress, SkipReport, Window
 from train.nonfinite import NonFiniteError
 from train.pairs import PairLog
@@ -72,13 +76,13 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
         UserError: For anything the user can mend; nothing already written is lost.
     """
     run_dir = Path(config.run_dir)
-    tokenizer = build_tokenizer(config.tokenizer)
-    build = build_pair_builder(config, tokenizer)
-    torch.manual_seed(config.seed)
-    model = NaViTCLIP(config.model).to(ranks.device)
-    stepper = Stepper(model, config, ranks)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, ranks)
     start = checkpoints.newest(report=partial(print, flush=True)) or 0
+    torch.manual_seed(config.seed)
+    model, tokenizer = starting_point(config, ranks, begun=start > 0)
+    build = build_pair_builder(config, tokenizer)
+    evaluations = Evaluations(config, tokenizer, preprocess_for(config), ranks)
+    stepper = Stepper(model.to(ranks.device), config, ranks)
     saved: Sequence[LoaderPosition] = []
     if start:
         state = stepper.state()
@@ -91,9 +95,14 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
         parameters = sum(p.numel() for p in model.parameters())
         reports.progress.say(
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
-            f"{config.precision}, " + (f"continuing from step {start}" if start else "from step 0")
+            f"{config.precision}, {reports.account.describe()}, "
+            + (f"continuing from step {start}" if start else "from step 0")
         )
         with reports.watch.watching():
+            # A run killed between a checkpoint and its evaluation makes up for that here.
+            logged = reports.log.resumed if reports.log is not None else set()
+            due = evaluations.due(start, ranks.broadcast(logged)) if start else []
+            _evaluate(evaluations, due, start, stepper, reports)
             if start < config.steps:
                 batches = load_batches(
                     build,
@@ -104,11 +113,12 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
                     pin_memory=ranks.device.type == "cuda",
                 )
                 window = Window([source.name for source in sources.sources])
-                _loop(stepper, batches, checkpoints, position, start, window, reports)
+                _loop(stepper, batches, checkpoints, evaluations, position, start, window, reports)
             reports.watch.begin("the export of the model", slow=True)
             exported = stepper.export()
         if exported is not None:
             save_pretrained(run_dir / "model", exported, tokenizer, preprocess_for(config))
+            write_card(run_dir / "model", run_dir)
             reports.progress.say(f"model written to {run_dir / 'model'}")
     finally:
         checkpoints.close()
@@ -132,6 +142,7 @@ class _Reports:
     log: MetricsLog | None
     pairs: PairLog | None
     watch: StallWatch
+    account: Accounting
 
     @classmethod
     def open(
@@ -143,6 +154,7 @@ class _Reports:
             MetricsLog(run_dir, config.log, resolved, start) if ranks.is_first else None,
             PairLog(run_dir, ranks.rank, start) if config.log.pairs else None,
             StallWatch(run_dir, ranks.rank, config.stall_timeout_s),
+            Accounting(config.model, config.lock, config.precision, ranks),
         )
 
     def close(self) -> None:
@@ -156,6 +168,7 @@ def _loop(
     stepper: Stepper,
     batches: Iterator[PackedBatch],
     checkpoints: Checkpoints,
+    evaluations: Evaluations,
     position: LoaderPosition,
     start: int,
     window: Window,
@@ -172,7 +185,9 @@ def _loop(
             for _ in range(config.accumulate):
                 asked = time.perf_counter()
                 taken.append(next(batches))
-                window.add(taken[-1], time.perf_counter() - asked)
+                waited = time.perf_counter() - asked
+                window.add(taken[-1], waited, reports.account.flops(taken[-1]))
+            window.steps += 1
             done = step + 1
             logged = done % config.log.every_steps == 0 or done == config.steps
             result = _step(stepper, taken, step, checkpoints, measure=logged)
@@ -188,6 +203,7 @@ def _loop(
             if reports.pairs is not None:
                 reports.pairs.write(done, taken)
             if logged:
+                rates = window.rates(ranks)
                 values: dict[str, float] = {
                     "step": done,
                     "loss": result.loss,
@@ -196,7 +212,8 @@ def _loop(
                     "grad_norm": result.grad_norm,
                     **result.measured,
                     "skipped_steps": stepper.guard.skipped_steps,
-                    **window.rates(ranks),
+                    **rates,
+                    **reports.account.figures(rates["model_flops_per_s"]),
                 }
                 window = Window(window.sources)
                 if reports.log is not None:
@@ -211,7 +228,19 @@ def _loop(
                 checkpoints.wait()
                 progress.say(f"stopped at step {done}; the same command continues from there")
                 raise SystemExit(0)
+            # After the checkpoint, which is written meanwhile and is there if anything goes wrong.
+            with window.paused():
+                _evaluate(evaluations, evaluations.due(done), done, stepper, reports)
         checkpoints.wait()
+
+
+def _evaluate(
+    evaluations: Evaluations, names: list[str], step: int, stepper: Stepper, reports: _Reports
+) -> None:
+    for finding in evaluations.run(names, step, stepper, reports.watch):
+        if reports.log is not None:
+            reports.log.write(finding.values)
+        reports.progress.say(finding.line)
 
 
 def _step(

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from navit_clip.data.sizing import truncated_normal
+from navit_clip.data.sizing import share_of, truncated_normal
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class DropConfig:
         schedule_midpoint: μ / N.
         schedule_width: τ / N; negative for a falling rate. The paper's best falls slowly: -0.2
             around 2/3.
+        ramp_images: Images over which every drawn rate rises from zero to its full value, in
+            proportion, for a model that has never missed a patch; 0 drops in full at once.
 
     Raises:
         ValueError: If a field is out of range; the message names it.
@@ -55,6 +57,7 @@ class DropConfig:
     schedule_images: int = 0
     schedule_midpoint: float = 2 / 3
     schedule_width: float = -0.2
+    ramp_images: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rate", "max_rate", "low_rate", "high_rate", "schedule_low", "schedule_high"):
@@ -87,6 +90,10 @@ class DropConfig:
                 raise ValueError("schedule_width must not be 0")
             if self.kind not in ("fixed", "beta"):
                 raise ValueError(f"schedule must be constant for kind {self.kind}")
+        if self.ramp_images < 0:
+            raise ValueError(f"ramp_images must not be negative, got {self.ramp_images}")
+        if self.ramp_images and self.kind == "none":
+            raise ValueError("ramp_images needs a kind of drop, got kind=none")
 
 
 def mean_rate(config: DropConfig, images_seen: float) -> float:
@@ -101,7 +108,7 @@ def mean_rate(config: DropConfig, images_seen: float) -> float:
 def sample_rate(
     config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
 ) -> float:
-    """Draws the share of one image's patches to drop.
+    """Draws the share of one image's patches to drop, less of it during the ramp.
 
     Args:
         config: How it is drawn.
@@ -111,6 +118,12 @@ def sample_rate(
     """
     if config.kind == "none":
         return 0.0
+    return _full_rate(config, tokens, images_seen, rng) * share_of(images_seen, config.ramp_images)
+
+
+def _full_rate(
+    config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
+) -> float:
     if config.kind == "resolution":
         # Normal with deviation 0.02 around a mean linear in the length, cut at two deviations.
         span = config.high_tokens - config.low_tokens

@@ -31,7 +31,7 @@ class Origin:
         epoch: The reader's pass over the data.
         shard: Index of the shard in the sorted list.
         index: Index of the sample within its shard.
-        images_seen: Images all readers had taken when it was drawn, for scheduled token drop.
+        images_seen: Images all readers had taken when it was drawn, for what follows a schedule.
     """
 
     epoch: int
@@ -126,6 +126,7 @@ class PairBuilder:
             self.patch_size,
             self.max_grid_side,
             rng,
+            origin.images_seen,
         )
         rate = sample_rate(self.config.drop, rows * columns, origin.images_seen, rng)
         keep = keep_patches(rows * columns, rate, rng)

@@ -8,10 +8,39 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """How the largest images grow, for a model that has only seen small ones.
+
+    Attributes:
+        images: Images over which they grow, linearly; 0 has them at full size at once.
+        start_side: First value of `ResolutionConfig.max_side`, in pixels; null leaves it alone.
+        start_tokens: First value of `ResolutionConfig.max_tokens`; null leaves it alone.
+
+    Raises:
+        ValueError: If a field is out of range or without effect.
+    """
+
+    images: int = 0
+    start_side: int | None = None
+    start_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise ValueError(f"curriculum.images must not be negative, got {self.images}")
+        grows = self.start_side is not None or self.start_tokens is not None
+        if grows != (self.images > 0):
+            raise ValueError(
+                "curriculum.images and curriculum.start_side or start_tokens go together, got "
+                f"images={self.images} start_side={self.start_side} "
+                f"start_tokens={self.start_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,7 @@ class ResolutionConfig:
         by: Whether u maps linearly to the ``side`` or to the ``area``.
         max_tokens: Most patches of one image, before any are dropped.
         upscale: Allow images to be enlarged past their native size.
+        curriculum: How the limits of `max_side` and `max_tokens` are reached.
 
     Raises:
         ValueError: If a field is out of range; the message names it.
@@ -44,6 +74,7 @@ class ResolutionConfig:
     by: Literal["side", "area"] = "side"
     max_tokens: int = 1024
     upscale: bool = False
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_side <= self.max_side:
@@ -57,6 +88,41 @@ class ResolutionConfig:
             raise ValueError(f"mean must lie in [-1, 1], got {self.mean}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        side, tokens = self.curriculum.start_side, self.curriculum.start_tokens
+        if side is not None:
+            if self.mode != "sampled":
+                raise ValueError(f"curriculum.start_side needs mode: sampled, got {self.mode}")
+            if not self.min_side <= side <= self.max_side:
+                raise ValueError(
+                    f"curriculum.start_side must lie in [min_side, max_side] = [{self.min_side}, "
+                    f"{self.max_side}], got {side}"
+                )
+        if tokens is not None:
+            if self.mode == "square":
+                raise ValueError("curriculum.start_tokens does nothing for mode: square")
+            if not 1 <= tokens <= self.max_tokens:
+                raise ValueError(
+                    f"curriculum.start_tokens must lie in [1, max_tokens] = [1, {self.max_tokens}],"
+                    f" got {tokens}"
+                )
+
+
+def share_of(images_seen: float, images: int) -> float:
+    """How much of a linear rise over so many images is done, in [0, 1]; all of one over none."""
+    return min(1.0, images_seen / images) if images else 1.0
+
+
+def limits(config: ResolutionConfig, images_seen: float) -> tuple[float, int]:
+    """Largest side and most tokens of an image after so many images; never past the full ones."""
+    curriculum = config.curriculum
+    share = share_of(images_seen, curriculum.images)
+    side, tokens = float(config.max_side), config.max_tokens
+    if curriculum.start_side is not None:
+        side = curriculum.start_side + share * (config.max_side - curriculum.start_side)
+    if curriculum.start_tokens is not None:
+        grown = share * (config.max_tokens - curriculum.start_tokens)
+        tokens = curriculum.start_tokens + round(grown)
+    return side, tokens
 
 
 def default_max_tokens(config: ResolutionConfig, patch_size: int) -> int:
@@ -66,16 +132,16 @@ def default_max_tokens(config: ResolutionConfig, patch_size: int) -> int:
     return min(config.max_tokens, max(1, config.max_side // patch_size) ** 2)
 
 
-def sample_side(config: ResolutionConfig, rng: np.random.Generator) -> float:
-    """Draws a side in pixels, uniform or truncated normal, linear in side or area."""
+def sample_side(config: ResolutionConfig, max_side: float, rng: np.random.Generator) -> float:
+    """Draws a side in pixels up to `max_side`, uniform or normal, linear in side or area."""
     if config.distribution == "uniform":
         u = rng.uniform(-1, 1)
     else:
         u = truncated_normal(rng, config.mean, config.std, -1, 1)
     share = (u + 1) / 2
     if config.by == "side":
-        return config.min_side + share * (config.max_side - config.min_side)
-    return math.sqrt(config.min_side**2 + share * (config.max_side**2 - config.min_side**2))
+        return config.min_side + share * (max_side - config.min_side)
+    return math.sqrt(config.min_side**2 + share * (max_side**2 - config.min_side**2))
 
 
 def truncated_normal(
@@ -95,6 +161,7 @@ def sample_grid(
     patch_size: int,
     max_grid_side: int,
     rng: np.random.Generator,
+    images_seen: float = math.inf,
 ) -> tuple[int, int]:
     """Rows and columns of patches for an image in training.
 
@@ -105,16 +172,19 @@ def sample_grid(
         patch_size: P.
         max_grid_side: Most rows or columns that the model's positions know.
         rng: The sample's generator.
+        images_seen: Images that all readers together have taken so far; by default all of the
+            curriculum's.
     """
     if config.mode == "square":
         side = max(1, config.max_side // patch_size)
         return side, side
-    side_px = sample_side(config, rng) if config.mode == "sampled" else math.inf
+    max_side, max_tokens = limits(config, images_seen)
+    side_px = sample_side(config, max_side, rng) if config.mode == "sampled" else math.inf
     return fit_grid(
         height,
         width,
         patch_size,
-        config.max_tokens,
+        max_tokens,
         max_grid_side,
         side_px,
         upscale=config.upscale,
