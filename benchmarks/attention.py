@@ -1,7 +1,7 @@
 """Self-attention over packed segments: this project's against padding and against a dense mask.
 
 The same tokens for all three: 64 segments of 20 to 260 tokens, 6 heads of 64, forward and backward,
-float32 on the CPU, bfloat16 on CUDA.
+by default float32 on the CPU and bfloat16 on CUDA.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import alternate, output_argument, report
+from benchmarks.measure import alternate, output_argument, report, versions
 from navit_clip.attention import segment_attention
 from navit_clip.packing import Segments
 
@@ -43,11 +43,16 @@ def dense_mask(qkv: Tensor, segments: Segments) -> None:
 
 def main() -> None:
     """The command line."""
-    args = output_argument(__doc__).parse_args()
+    parser = output_argument(__doc__)
+    parser.add_argument("--segments", type=int, default=64, help="images in the stream")
+    parser.add_argument("--rounds", type=int, default=5, help="measured passes of each")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
-    lengths = sorted(torch.randint(20, 261, (64,), generator=generator).tolist())
+    lengths = sorted(torch.randint(20, 261, (args.segments,), generator=generator).tolist())
     segments = Segments.from_lengths(lengths, device=device)
     qkv = torch.randn(segments.num_tokens, 3, HEADS, HEAD_WIDTH, generator=generator)
     qkv = qkv.to(device, dtype).requires_grad_()
@@ -64,17 +69,18 @@ def main() -> None:
             "padded": lambda: run(padded),
             "dense_mask": lambda: run(dense_mask),
         },
-        rounds=5,
+        rounds=args.rounds,
     )
     report(
         {
-            "device": device,
-            "dtype": str(dtype),
-            "torch": torch.__version__,
-            "tokens": segments.num_tokens,
-            "seconds": seconds,
             "ratio_padded": seconds["padded"] / seconds["packed"],
             "ratio_dense_mask": seconds["dense_mask"] / seconds["packed"],
+            **versions(device),
+            "precision": precision,
+            "segments": args.segments,
+            "tokens": segments.num_tokens,
+            "rounds": args.rounds,
+            "seconds": seconds,
         },
         args.output,
     )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -29,6 +34,24 @@ def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
             if round_:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products and attention, those of the loss, which add in place, included."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+
+
+def _addmm_flops(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def versions(device: str) -> dict[str, Any]:
+    """What a figure depends on besides the code: machine and libraries."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: metadata.version(name) for name in ("torch", "open_clip_torch", "timm")},
+    }
 
 
 def output_argument(description: str | None) -> argparse.ArgumentParser:

@@ -384,6 +384,7 @@ def count_pairs(flags: Sequence[str], run_dir: Path) -> dict[str, int]:
         or logged more often than handed out.
     """
     config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
+    assert config.tokenizer is not None  # none of its runs starts from a model
     build = build_pair_builder(config, build_tokenizer(config.tokenizer))
     sources = Sources.find(config.data)
     ids = [

@@ -1,0 +1,131 @@
+"""Real pairs for the benchmarks of training: photos at sampled sizes, and their captions as ids.
+
+By default COCO's and Flickr8k's beside the checkout in ../shared/data. Everything that a data loader
+does (decode, resize, cut, tokenise) happens here, before the clock runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from navit_clip.data.config import DataConfig
+from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.sample import Origin, Pair, PairBuilder
+from navit_clip.data.shards import RawSample, expand_shards, read_shard
+from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.tokenizer import OpenClipTokenizer
+from navit_clip.errors import UserError
+from navit_clip.packing import BatchCounts, PackedBatch, pack_images, pack_texts
+
+PATCH, SQUARE, CONTEXT = 16, 224, 77
+FOLDERS = ("coco-train", "flickr8k-train")
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class RealPair:
+    """One photo and caption, in the forms that the ways of training want.
+
+    Attributes:
+        pair: At its sampled size, as this project's loader makes it.
+        sample: The files themselves.
+    """
+
+    pair: Pair
+    sample: RawSample
+
+    @cached_property
+    def square(self) -> Tensor:
+        """float32 [3, 224, 224] normalised pixels, squashed as for a plain ViT."""
+        pixels = EncodedImage(find_image(self.sample.members)).pixels(SQUARE, SQUARE)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+
+    @cached_property
+    def padded_ids(self) -> Tensor:
+        """int64 [77] token ids, zeros after the end."""
+        ids = self.pair.token_ids
+        return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
+
+
+def read_samples(patterns: Sequence[str] = ()) -> list[RawSample]:
+    """The samples of real shards.
+
+    Args:
+        patterns: Tar files, folders, patterns; none takes the photos beside the checkout.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if not patterns:
+        patterns = [str(path) for path in map(REAL_DATA.joinpath, FOLDERS) if path.is_dir()]
+    if not patterns:
+        raise UserError(f"no photos under {REAL_DATA}: give --shards")
+    return [sample for shard in expand_shards(patterns) for sample in read_shard(shard)]
+
+
+def draw_batches(
+    samples: Sequence[RawSample],
+    pairs: int,
+    batches: int,
+    *,
+    drop: float = 0.0,
+    min_side: int = 64,
+    max_side: int = 256,
+) -> Iterator[list[RealPair]]:
+    """Batches that are together a fair sample of all photos, the same ones at every call.
+
+    Every photo gets its size; of all of them in the order of their lengths every k-th is taken, so
+    that a few hundred pairs have the mean cost of thousands.
+
+    Args:
+        samples: From `read_samples`.
+        pairs: Pairs of each batch.
+        batches: How many.
+        drop: Mean of the Beta token drop; 0 keeps all patches.
+        min_side: Smallest side drawn, in pixels of √area.
+        max_side: Largest side drawn.
+
+    Raises:
+        UserError: If there are too few samples.
+    """
+    if len(samples) < pairs * batches:
+        raise UserError(f"{len(samples)} samples cannot make {batches} batches of {pairs}")
+    config = DataConfig(
+        train="unused",
+        resolution=ResolutionConfig(
+            min_side=min_side, max_side=max_side, max_tokens=(max_side // PATCH) ** 2
+        ),
+        drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
+    )
+    build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, seed=0)
+    drawn = [RealPair(build(sample, Origin(0, 0, 0, 0)), sample) for sample in samples]
+    drawn.sort(key=lambda real: real.pair.image_length)
+    taken = [drawn[i] for i in np.linspace(0, len(drawn) - 1, pairs * batches).round().astype(int)]
+    order = np.random.default_rng(0).permutation(pairs)
+    for number in range(batches):
+        batch = taken[number::batches]
+        yield [batch[i] for i in order]
+
+
+def packed(pairs: Sequence[RealPair]) -> PackedBatch:
+    """A batch as this project's loader makes it, without padding."""
+    images = pack_images([real.pair.image for real in pairs])
+    texts = pack_texts([real.pair.token_ids for real in pairs])
+    tokens, text_tokens = images.segments.num_tokens, texts.segments.num_tokens
+    counts = BatchCounts(
+        len(pairs),
+        tokens,
+        sum(real.pair.image.tokens_before_drop for real in pairs),
+        text_tokens,
+        tokens,
+        text_tokens,
+    )
+    return PackedBatch(images, texts, tuple(real.pair.id for real in pairs), counts)

@@ -1,0 +1,297 @@
+"""The ways of training CLIP that `benchmarks.step` and `benchmarks.towers` put side by side.
+
+Each way takes the same pairs and makes of them what its towers want, before the clock runs; then
+`embed` gives its two embeddings. Widths, depths and patches are equal; everything else is as each
+project has it: this one's tower has query-key norm, attention pooling and no biases in QKV and
+norms, open_clip's a class token, timm's attention pooling.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from torch import Tensor, nn
+
+from benchmarks.pairs import CONTEXT, PATCH, SQUARE, RealPair, packed
+from navit_clip.clip import CLIPConfig, NaViTCLIP
+from navit_clip.errors import UserError
+from navit_clip.image_tower import ImageTowerConfig
+from navit_clip.packing import PackedBatch
+from navit_clip.text_tower import TextTowerConfig
+from navit_clip.transformer import EncoderConfig
+
+VOCABULARY = 49408
+BUCKETS = 4  # of the padded way: images of one length side by side waste least
+ROW_TOKENS = 1024  # of vit-pytorch's rows
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Shape of both towers.
+
+    Attributes:
+        image: Width of the image tower.
+        image_depth: Its blocks.
+        text: Width of the text tower.
+        text_depth: Its blocks.
+        embed: Width of the shared space.
+    """
+
+    image: int
+    image_depth: int
+    text: int
+    text_depth: int
+    embed: int = 512
+
+    @property
+    def image_heads(self) -> int:
+        """Heads of 64."""
+        return self.image // 64
+
+    @property
+    def text_heads(self) -> int:
+        """Heads of 64."""
+        return self.text // 64
+
+
+WIDTHS = {
+    "XS/16": Widths(192, 4, 192, 4, 192),
+    "S/16": Widths(384, 12, 512, 12),
+    "B/16": Widths(768, 12, 512, 12),
+    "L/16": Widths(1024, 24, 768, 12, 768),
+}
+
+
+class Way(nn.Module):
+    """One project's towers.
+
+    Attributes:
+        scale: The logarithm of the factor on similarities.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.66))
+
+    @abstractmethod
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Any:
+        """What a data loader would hand over, on the device."""
+
+    @abstractmethod
+    def embed_images(self, batch: Any) -> Tensor:
+        """[E, D], in the order in which the way has them; not normalised."""
+
+    @abstractmethod
+    def embed_texts(self, batch: Any) -> Tensor:
+        """[E, D], in the same order; not normalised."""
+
+    def compile_blocks(self) -> None:
+        """Compiles what the project itself offers to compile."""
+        raise UserError(f"{type(self).__name__} offers no compilation block by block")
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Unit vectors of both sides."""
+        return F.normalize(self.embed_images(batch).float(), dim=-1), F.normalize(
+            self.embed_texts(batch).float(), dim=-1
+        )
+
+
+class Ours(Way):
+    """This project's packed towers."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        image = EncoderConfig(widths.image, widths.image_depth, widths.image_heads)
+        text = EncoderConfig(widths.text, widths.text_depth, widths.text_heads)
+        self.clip = NaViTCLIP(
+            CLIPConfig(
+                widths.embed,
+                ImageTowerConfig(PATCH, image),
+                TextTowerConfig(VOCABULARY, CONTEXT, text),
+            )
+        )
+        self.scale = self.clip.log_scale
+
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PackedBatch:
+        """Two packed streams without padding."""
+        return packed(pairs).to(device)
+
+    def compile_blocks(self) -> None:
+        """Each block of both towers."""
+        for tower in (self.clip.image, self.clip.text):
+            tower.encoder.compile_blocks()
+
+    def embed_images(self, batch: PackedBatch) -> Tensor:
+        """Through the packed image tower."""
+        return self.clip.image_projection(self.clip.image(batch.images))
+
+    def embed_texts(self, batch: PackedBatch) -> Tensor:
+        """Through the packed text tower."""
+        return self.clip.text_projection(self.clip.text(batch.texts))
+
+
+class _OpenClipText(Way):
+    """A way whose captions go through open_clip's text tower, padded to 77 slots."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.clip = open_clip.CLIP(
+            widths.embed,
+            {
+                "image_size": SQUARE,
+                "layers": widths.image_depth,
+                "width": widths.image,
+                "patch_size": PATCH,
+            },
+            {
+                "context_length": CONTEXT,
+                "vocab_size": VOCABULARY,
+                "width": widths.text,
+                "heads": widths.text_heads,
+                "layers": widths.text_depth,
+            },
+        )
+        self.scale = self.clip.logit_scale
+
+    def embed_texts(self, batch: tuple[Any, Tensor]) -> Tensor:
+        """All 77 slots."""
+        return self.clip.encode_text(batch[1])
+
+
+class OpenClip(_OpenClipText):
+    """open_clip's CLIP: 224×224 squares and 77 slots."""
+
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> tuple[Tensor, Tensor]:
+        """[E, 3, 224, 224] and [E, 77]."""
+        squares = torch.stack([pair.square for pair in pairs])
+        return squares.to(device), _text_slots(pairs).to(device)
+
+    def embed_images(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """196 patches and a class token each."""
+        return self.clip.encode_image(batch[0])
+
+
+class TimmNaFlex(_OpenClipText):
+    """timm's NaFlexViT on the patches that ours gets, padded by buckets of like length."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__(widths)
+        del self.clip.visual  # only its text tower is used
+        config = NaFlexVitCfg(
+            patch_size=PATCH,
+            embed_dim=widths.image,
+            depth=widths.image_depth,
+            num_heads=widths.image_heads,
+            global_pool="map",
+        )
+        self.tower = NaFlexVit(config, num_classes=widths.embed)
+
+    def prepare(
+        self, pairs: Sequence[RealPair], device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Buckets of as many images, each padded to its longest."""
+        by_length = sorted(pairs, key=lambda real: real.pair.image_length)
+        size = -(-len(by_length) // BUCKETS)
+        buckets = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        images = [{k: v.to(device) for k, v in _padded(bucket).items()} for bucket in buckets]
+        return images, _text_slots(by_length).to(device)
+
+    def embed_images(self, batch: tuple[list[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Bucket after bucket."""
+        return torch.cat([self.tower(bucket) for bucket in batch[0]])
+
+
+class VitPytorch(_OpenClipText):
+    """vit-pytorch's NaViT: rows of many images, one dense mask over all pairs of tokens of a row.
+
+    Its nested-tensor variant is left out: it gives no gradient to its patch embedding, positions
+    and pooling query.
+    """
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__(widths)
+        del self.clip.visual
+        self.tower = _vit_pytorch()(
+            image_size=64 * PATCH,
+            patch_size=PATCH,
+            num_classes=widths.embed,
+            dim=widths.image,
+            depth=widths.image_depth,
+            heads=widths.image_heads,
+            mlp_dim=4 * widths.image,
+        )
+
+    def prepare(
+        self, pairs: Sequence[RealPair], device: torch.device
+    ) -> tuple[list[list[Tensor]], Tensor]:
+        """Rows of at most 1,024 tokens, filled first-fit from the longest down."""
+        by_length = sorted(pairs, key=lambda real: -real.pair.image_length)
+        rows: list[list[RealPair]] = []
+        for real in by_length:
+            fits = (r for r in rows if _tokens(r) + real.pair.image_length <= ROW_TOKENS)
+            row = next(fits, None)
+            if row is None:
+                rows.append(row := [])
+            row.append(real)
+        images = [[_pixels(real).to(device) for real in row] for row in rows]
+        return images, _text_slots([real for row in rows for real in row]).to(device)
+
+    def embed_images(self, batch: tuple[list[list[Tensor]], Tensor]) -> Tensor:
+        """Row after row."""
+        return self.tower(batch[0])
+
+
+WAYS: dict[str, Callable[[Widths], Way]] = {
+    "navit_clip": Ours,
+    "open_clip": OpenClip,
+    "timm_naflex": TimmNaFlex,
+    "vit_pytorch": VitPytorch,
+}
+
+
+def _vit_pytorch() -> Callable[..., nn.Module]:
+    try:
+        from vit_pytorch.na_vit import NaViT
+    except ImportError as error:
+        raise UserError("vit-pytorch is not installed: pip install -e '.[bench]'") from error
+    return NaViT
+
+
+def _text_slots(pairs: Sequence[RealPair]) -> Tensor:
+    return torch.stack([pair.padded_ids for pair in pairs])
+
+
+def _tokens(row: Sequence[RealPair]) -> int:
+    return sum(real.pair.image_length for real in row)
+
+
+def _patches(real: RealPair) -> Tensor:
+    """float32 [n, P·P·3] normalised patches."""
+    return torch.from_numpy(real.pair.image.patches.copy()).float() / 127.5 - 1
+
+
+def _padded(bucket: Sequence[RealPair]) -> dict[str, Tensor]:
+    longest = max(real.pair.image_length for real in bucket)
+    patches = torch.zeros(len(bucket), longest, 3 * PATCH**2)
+    coords = torch.zeros(len(bucket), longest, 2, dtype=torch.int64)
+    valid = torch.zeros(len(bucket), longest, dtype=torch.bool)
+    for row, real in enumerate(bucket):
+        length = real.pair.image_length
+        patches[row, :length] = _patches(real)
+        coords[row, :length] = torch.from_numpy(real.pair.image.coords.copy())
+        valid[row, :length] = True
+    return {"patches": patches, "patch_coord": coords, "patch_valid": valid}
+
+
+def _pixels(real: RealPair) -> Tensor:
+    """float32 [3, rows·P, columns·P] pixels, put together again from all patches."""
+    rows, columns = real.pair.image.grid
+    patches = _patches(real).view(rows, columns, PATCH, PATCH, 3)
+    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * PATCH, columns * PATCH)

@@ -1,0 +1,240 @@
+"""What one training step costs as images, batches, pairs and captions grow: linear where it should.
+
+This project's own step (`train.step`: both towers, loss, clipping, AdamW) on generated pixels and
+ids, on four curves:
+
+- ``image_side``: squares of 64 to 512 px, as many as fill the stream. A token costs more the longer
+  its image, since attention is quadratic within an image.
+- ``stream``: budgets of 2k to 16k image tokens, filled with images of all sizes.
+- ``pairs``: 16 to 256 pairs at equal tokens of both towers; only the loss grows, with their square.
+- ``caption``: captions of 8 to 77 tokens under small images.
+
+Each point's matrix products and attention, forward and backward, are counted. Where cost follows
+them, ``ms_per_gflop`` is the same all along a curve: ``max_over_min`` says how far from it.
+Attention on short segments and many small calls make it rise; 1.0 is exactly linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.contest import Precision
+from benchmarks.measure import alternate, flop_counter, output_argument, report, versions
+from benchmarks.pairs import CONTEXT, PATCH
+from benchmarks.peers import WIDTHS, Widths
+from navit_clip.clip import CLIPConfig, NaViTCLIP
+from navit_clip.data.tokenizer import TokenizerConfig
+from navit_clip.errors import one_line_errors
+from navit_clip.image_tower import ImageTowerConfig
+from navit_clip.packing import BatchCounts, ImagePatches, PackedBatch, pack_images, pack_texts
+from navit_clip.ranks import Ranks
+from navit_clip.text_tower import TextTowerConfig
+from navit_clip.transformer import EncoderConfig
+from train.config import TrainConfig
+from train.step import Stepper
+
+# Its gradient and update cost the same at every point and, with a large vocabulary and narrow
+# towers, would hide what grows.
+VOCABULARY = 1024
+SIDES = (64, 128, 256, 512)
+STREAMS = (2048, 4096, 8192, 16384)
+PAIRS = (16, 32, 64, 128, 256)
+CAPTIONS = (8, 16, 32, 77)
+WORDS = 16  # tokens of a caption where they do not matter
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sizes of one batch.
+
+    Attributes:
+        x: What grows along the curve.
+        grids: Rows and columns of patches of each image.
+        caption: Tokens of each caption.
+    """
+
+    x: int
+    grids: tuple[tuple[int, int], ...]
+    caption: int = WORDS
+
+    def batch(self) -> PackedBatch:
+        """Random pixels and ids, the same ones at every call."""
+        rng = np.random.default_rng(0)
+        images = pack_images([_image(grid, rng) for grid in self.grids])
+        texts = pack_texts(rng.integers(0, VOCABULARY, (len(self.grids), self.caption)).tolist())
+        tokens, text_tokens = images.segments.num_tokens, texts.segments.num_tokens
+        counts = BatchCounts(len(self.grids), tokens, tokens, text_tokens, tokens, text_tokens)
+        return PackedBatch(images, texts, tuple(map(str, range(len(self.grids)))), counts)
+
+
+def _image(grid: tuple[int, int], rng: np.random.Generator) -> ImagePatches:
+    tokens = grid[0] * grid[1]
+    patches = rng.integers(0, 256, (tokens, 3 * PATCH**2), dtype=np.uint8)
+    coords = np.stack(np.divmod(np.arange(tokens), grid[1]), axis=1).astype(np.int32)
+    return ImagePatches(patches, coords, grid)
+
+
+def _squares(side: int, images: int) -> tuple[tuple[int, int], ...]:
+    return ((side, side),) * images
+
+
+def _natural(tokens: int) -> tuple[tuple[int, int], ...]:
+    """Images of sides ~ U(64, 256) and aspect ratios of photos until the stream is full."""
+    rng = np.random.default_rng(0)
+    grids: list[tuple[int, int]] = []
+    while (left := tokens - sum(rows * columns for rows, columns in grids)) > 0:
+        side, aspect = rng.uniform(4, 16), float(np.clip(np.exp(rng.normal(0.2, 0.35)), 0.4, 3))
+        rows, columns = max(1, round(side / aspect**0.5)), max(1, round(side * aspect**0.5))
+        grids.append((rows, columns) if rows * columns <= left else (1, min(left, columns)))
+    return tuple(grids)
+
+
+def curves(share: float) -> dict[str, list[Point]]:
+    """The points of each curve.
+
+    Args:
+        share: Of the full tokens in each batch; lengths stay, at least one image is left.
+    """
+
+    def scaled(number: float) -> int:
+        return max(1, round(number * share))
+
+    return {
+        "image_side": [
+            Point(side, _squares(side // PATCH, scaled(4096 / (side // PATCH) ** 2)))
+            for side in SIDES
+        ],
+        "stream": [Point(tokens, _natural(scaled(tokens))) for tokens in STREAMS],
+        "pairs": [
+            Point(pairs, ((16, 512 // pairs),) * scaled(pairs), 1024 // pairs) for pairs in PAIRS
+        ],
+        "caption": [Point(tokens, _squares(4, scaled(128)), tokens) for tokens in CAPTIONS],
+    }
+
+
+class Steps:
+    """The model and its optimiser, which all points share.
+
+    Args:
+        widths: Of both towers.
+        precision: ``fp32`` or ``bf16``.
+        device: Where it computes.
+    """
+
+    def __init__(self, widths: Widths, precision: Precision, device: str) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        model = CLIPConfig(
+            widths.embed,
+            ImageTowerConfig(
+                PATCH, EncoderConfig(widths.image, widths.image_depth, widths.image_heads)
+            ),
+            TextTowerConfig(
+                VOCABULARY,
+                CONTEXT,
+                EncoderConfig(widths.text, widths.text_depth, widths.text_heads),
+            ),
+        )
+        steps = 1_000_000  # the learning rate hardly changes
+        config = TrainConfig(
+            "unused", steps, TokenizerConfig(path="unused"), model, precision=precision
+        )
+        self._stepper = Stepper(NaViTCLIP(model).to(self.device), config, Ranks(0, 1, self.device))
+        self._numbers = count()
+
+    def take(self, batch: PackedBatch) -> None:
+        """One step; the loss is read, so it has been computed at the end."""
+        self._stepper.step([batch.to(self.device)], next(self._numbers))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def count_flops(self, batch: PackedBatch) -> int:
+        """Of one step, taken."""
+        with flop_counter() as counter:
+            self.take(batch)
+        return counter.get_total_flops()
+
+
+def measure_curve(points: list[Point], steps: Steps, rounds: int) -> dict[str, Any]:
+    """Steps at all points of a curve in turn.
+
+    Returns:
+        ``points`` with their figures, and ``max_over_min`` of time per operation and per token.
+    """
+    batches = {str(point.x): point.batch() for point in points}
+    flops = {name: steps.count_flops(batch) for name, batch in batches.items()}
+
+    def way(batch: PackedBatch) -> Callable[[], None]:
+        return lambda: steps.take(batch)
+
+    seconds = alternate({name: way(batch) for name, batch in batches.items()}, rounds)
+    rows = []
+    for point in points:
+        name = str(point.x)
+        counts = batches[name].counts
+        tokens = counts.image_tokens + counts.text_tokens
+        rows.append(
+            {
+                "x": point.x,
+                "pairs": counts.pairs,
+                "image_tokens": counts.image_tokens,
+                "text_tokens": counts.text_tokens,
+                "gflop": flops[name] / 1e9,
+                "seconds": seconds[name],
+                "ms_per_gflop": seconds[name] / flops[name] * 1e12,
+                "us_per_token": seconds[name] / tokens * 1e6,
+            }
+        )
+    return {
+        "max_over_min": _spread([row["ms_per_gflop"] for row in rows]),
+        "max_over_min_per_token": _spread([row["us_per_token"] for row in rows]),
+        "points": rows,
+    }
+
+
+def _spread(values: list[float]) -> float:
+    return max(values) / min(values)
+
+
+def main() -> None:
+    """The command line."""
+    parser = output_argument(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", default="XS/16", choices=tuple(WIDTHS), help="of the towers")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of each batch's pairs; more suits a GPU"
+    )
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    with one_line_errors("benchmarks.sweep"):
+        steps = Steps(WIDTHS[args.size], precision, device)
+        found = {
+            name: measure_curve(points, steps, args.rounds)
+            for name, points in curves(args.share).items()
+        }
+    report(
+        {
+            **{f"max_over_min_{name}": curve["max_over_min"] for name, curve in found.items()},
+            **versions(device),
+            "size": args.size,
+            "precision": precision,
+            "share": args.share,
+            "rounds": args.rounds,
+            **found,
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

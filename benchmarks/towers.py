@@ -1,0 +1,76 @@
+"""One tower at a time, forward and backward, beside its peers: pairs per second, memory per token.
+
+The image tower against open_clip's (224×224 squares), timm's NaFlexViT and vit-pytorch's NaViT on
+the same patches, and the text tower against open_clip's 77 slots; ways, widths and pairs are those
+of `benchmarks.step`. Ratios compare pairs per second. ``--compile`` adds this project's blocks
+compiled against the same ones eager, ``ratio_compile_*``.
+
+``real_tokens_per_s`` and ``kb_per_token`` count the tokens that this project's loader makes of the
+pairs, whatever a way makes of them. ``kb_per_token`` is what the first pass needs above weights and
+batch, the gradients of the weights included. A compiled tower's operations are those of the
+eager one, whose kernels can be counted.
+"""
+
+from __future__ import annotations
+
+from benchmarks.contest import Entry, Part, hold
+from benchmarks.measure import report, versions
+from benchmarks.step import course_arguments, course_of
+from navit_clip.errors import one_line_errors
+
+OURS = "navit_clip"
+PEERS: dict[Part, tuple[str, ...]] = {
+    "image": ("open_clip", "timm_naflex", "vit_pytorch"),
+    "text": ("open_clip",),
+}
+
+
+def entries_of(part: Part, peers: list[str], *, compiled: bool) -> list[Entry]:
+    """This project's tower first, then the chosen peers that have one of their own."""
+    ours = [Entry(OURS, part), *([Entry(OURS, part, compiled=True)] if compiled else [])]
+    return ours + [Entry(peer, part) for peer in PEERS[part] if peer in peers]
+
+
+def main() -> None:
+    """The command line."""
+    parser = course_arguments(__doc__)
+    parser.add_argument("--compile", action="store_true", help="also this project's, compiled")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS["image"], default=PEERS["image"], help="default: all"
+    )
+    args = parser.parse_args()
+    ratios: dict[str, float] = {}
+    results: dict[str, dict[str, float]] = {}
+    with one_line_errors("benchmarks.towers"):
+        course = course_of(args)
+        for part in PEERS:
+            # One after the other: the peak of a process that had both would be the larger one's.
+            entries = entries_of(part, args.peers, compiled=args.compile)
+            found = hold(entries, course, args.rounds)
+            ours = found[entries[0].name]
+            for entry in entries[1:]:
+                other = found[entry.name]
+                if entry.compiled:
+                    ratios[f"ratio_compile_{part}"] = other["pairs_per_s"] / ours["pairs_per_s"]
+                    share = ours["flops_per_pair"] * other["pairs_per_s"] / ours["matmul_peak"]
+                    other |= {"flops_per_pair": ours["flops_per_pair"], "peak_share": share}
+                else:
+                    ratio = ours["pairs_per_s"] / other["pairs_per_s"]
+                    ratios[f"ratio_{entry.way}_{part}"] = ratio
+            results |= found
+    report(
+        {
+            **ratios,
+            **versions(course.device),
+            "size": course.size,
+            "precision": course.precision,
+            "pairs": course.pairs,
+            "rounds": args.rounds,
+            **results,
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The benchmarks of training run from their command lines and report what their pages say.
+
+What they measure is no test's business: sizes are tiny and only the accounting is checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from shard_factory import make_shards
+
+from benchmarks import contest, end_to_end, sweep
+from benchmarks.contest import Course, Entry, hold
+from benchmarks.pairs import draw_batches, read_samples
+from benchmarks.peers import WAYS, WIDTHS
+from benchmarks.plot import draw
+from navit_clip.errors import UserError
+
+TINY = ["--size", "XS/16", "--pairs", "3", "--rounds", "1"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    root = tmp_path_factory.mktemp("shards")
+    make_shards(root, [6, 6])
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def _no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def run(monkeypatch, tmp_path: Path, name: str, *flags: str) -> dict[str, Any]:
+    """``python -m benchmarks.NAME`` in this process; what it wrote."""
+    output = tmp_path / f"{name}.json"
+    monkeypatch.setattr(sys, "argv", [name, *flags, "--output", str(output)])
+    importlib.import_module(f"benchmarks.{name}").main()
+    return json.loads(output.read_text())
+
+
+class _Here:
+    """Instead of a process, which takes seconds to start; one test starts a real one."""
+
+    def __init__(self, way: str, compiled: bool, course: Course) -> None:
+        runner = contest._Runner(way, compiled, course)
+        self.ask, self.close = runner.run, lambda: None
+
+
+def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
+    monkeypatch.setattr(contest, "_Worker", _Here)
+    monkeypatch.setattr(contest, "matmul_peak", lambda device, precision: 1e11)
+    flags = [*TINY, "--shards", shards, "--peers", "timm_naflex", "open_clip"]
+    found = run(monkeypatch, tmp_path, "towers", *flags)
+    assert {name for name in found if name.startswith("ratio")} == {
+        "ratio_open_clip_image",
+        "ratio_timm_naflex_image",
+        "ratio_open_clip_text",
+    }
+    ours, squares = found["navit_clip_image"], found["open_clip_image"]
+    assert found["ratio_open_clip_image"] == pytest.approx(
+        ours["pairs_per_s"] / squares["pairs_per_s"]
+    )
+    # A tower alone is paid for its own tokens; 3 pairs in each of the batches.
+    for part in ("image", "text"):
+        tower = found[f"navit_clip_{part}"]
+        assert tower["real_tokens_per_s"] * tower["seconds"] == pytest.approx(
+            3 * tower[f"{part}_tokens_per_pair"]
+        )
+        assert 0 < tower["flops_per_pair"] < found[f"open_clip_{part}"]["flops_per_pair"]
+    step = {"navit_clip": ours, "open_clip": squares, **_facts(found)}
+    draw({"step": step, "towers": found}, tmp_path / "deep/picture.png")
+    assert Image.open(tmp_path / "deep/picture.png").width > 1000
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in found.items() if not isinstance(v, dict)}
+
+
+def test_sweep(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "SIDES", (32, 64))
+    monkeypatch.setattr(sweep, "STREAMS", (128, 512))
+    monkeypatch.setattr(sweep, "PAIRS", (16, 32))
+    monkeypatch.setattr(sweep, "CAPTIONS", (8, 77))
+    found = run(monkeypatch, tmp_path, "sweep", "--rounds", "1", "--share", "0.05")
+    for name in ("image_side", "stream", "pairs", "caption"):
+        points = found[name]["points"]
+        cost = [p["ms_per_gflop"] for p in points]
+        assert found[f"max_over_min_{name}"] == pytest.approx(max(cost) / min(cost))
+        for point in points:
+            assert point["ms_per_gflop"] * point["gflop"] == pytest.approx(1e3 * point["seconds"])
+    draw({"sweep": found}, tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").height > 500
+
+
+def test_the_sweeps_points_are_what_they_say():
+    curves = sweep.curves(1.0)
+    tokens = {
+        name: [sum(rows * columns for rows, columns in point.grids) for point in points]
+        for name, points in curves.items()
+    }
+    assert tokens["image_side"] == [4096] * 4
+    assert tokens["stream"] == list(sweep.STREAMS)
+    assert tokens["pairs"] == [8192] * 5
+    assert [point.caption * len(point.grids) for point in curves["pairs"]] == [1024] * 5
+    assert [len(point.grids) for point in curves["pairs"]] == list(sweep.PAIRS)
+    assert {len(point.grids) for point in curves["caption"]} == {128}
+
+
+def test_a_sweeps_operations_are_those_of_theory():
+    """Three products for each of forward's, and the square of the pairs in the loss alone."""
+    widths = WIDTHS["XS/16"]
+    steps = sweep.Steps(widths, "fp32", "cpu")
+    batches = [sweep.Point(0, ((2, 2),) * pairs, 4).batch() for pairs in (64, 128, 192)]
+    one, two, three = (steps.count_flops(batch) for batch in batches)
+    blocks = widths.image_depth * 12 * widths.image**2 * (4 + 4) * 6
+    assert 64 * blocks < one < 1.4 * 64 * blocks
+    # What grows with the square: products of 64·64·D, at least one forward and two backward.
+    products = (three - 2 * two + one) / (2 * 64**2 * 2 * widths.embed)
+    assert 3 <= products <= 6
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_both_embeddings_of_a_pair_are_in_one_row(name, shards):
+    if name == "vit_pytorch" and find_spec("vit_pytorch") is None:
+        pytest.skip("vit-pytorch is not installed")
+    torch.manual_seed(0)
+    way = WAYS[name](WIDTHS["XS/16"]).eval()
+    (pairs,) = draw_batches(read_samples([shards]), 5, 1)
+    with torch.no_grad():
+        image_ED, text_ED = way(way.prepare(pairs, CPU))
+        alone = [way(way.prepare([pair], CPU)) for pair in pairs]
+    torch.testing.assert_close(image_ED.norm(dim=1), torch.ones(5))
+    wanted = torch.cat([torch.cat(one, 1) for one in alone])
+    found = torch.cat([image_ED, text_ED], 1)
+    # Ways sort their images; each row must still be that of one pair, and each pair be there.
+    nearest = torch.cdist(found, wanted)
+    assert sorted(nearest.argmin(1).tolist()) == list(range(5))
+    assert nearest.min(1).values.max() < 1e-4
+
+
+def test_a_way_that_cannot_is_one_line(shards):
+    course = Course("XS/16", pairs=2, batches=1, shards=(shards,))
+    with pytest.raises(UserError, match="OpenClip offers no compilation") as error:
+        hold([Entry("open_clip", compiled=True)], course, rounds=1)
+    assert "\n" not in str(error.value)
+
+
+def test_attention(monkeypatch, tmp_path):
+    found = run(monkeypatch, tmp_path, "attention", "--segments", "3", "--rounds", "1")
+    for peer in ("padded", "dense_mask"):
+        ratio = found["seconds"][peer] / found["seconds"]["packed"]
+        assert found[f"ratio_{peer}"] == pytest.approx(ratio)
+
+
+def test_our_trainer_end_to_end(shards, tmp_path):
+    tars = sorted(str(path) for path in Path(shards).glob("*.tar"))
+    trained = end_to_end.Run(tars, WIDTHS["XS/16"], 3, 3, "fp32", "cpu")
+    command = end_to_end.our_command(trained, end_to_end.find_budget(tars, 3), tmp_path)
+    assert end_to_end.run_command(command, tmp_path, "run/model/model.safetensors") > 0
+    found = end_to_end.read_ours(tmp_path)
+    assert found["pairs"] == 6  # of the second and third step
+    assert found["padding"] == 0
+    assert found["pairs_per_s"] > 0
+    assert 0 <= found["data_wait"] < 1
+
+
+def test_the_peers_log_is_read_from_the_second_step_on(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/out.log").write_text(
+        "now | INFO | Start epoch 0\n"
+        "now | INFO | Train Epoch: 0 [ 8/24 (33%)] Data (t): 9.000 Batch (t): 10.000, 0.8/s\n"
+        "now | INFO | Train Epoch: 0 [16/24 (67%)] Data (t): 0.500 Batch (t): 2.000, 4/s\n"
+        "now | INFO | Train Epoch: 0 [24/24 (100%)] Data (t): 0.100 Batch (t): 1.000, 8/s\n"
+    )
+    found = end_to_end.read_peer(tmp_path, 8)
+    assert found["pairs"] == 16
+    assert math.isclose(found["pairs_per_s"], 16 / 3)
+    assert math.isclose(found["data_wait"], 0.2)
+
+
+def test_a_failing_trainer_is_one_line(tmp_path):
+    command = [sys.executable, "-c", "print('first'); raise SystemExit('no such shards')"]
+    with pytest.raises(UserError, match=r"failed with status 1: no such shards$"):
+        end_to_end.run_command(command, tmp_path, "weights")
+    with pytest.raises(UserError, match="--peer-python /nowhere/python does not run"):
+        end_to_end.peer_versions("/nowhere/python")
