@@ -25,6 +25,7 @@ from eval.models import Model, Sizer
 from eval.sources import Item, Key, Source, block_of
 from eval.views import View
 from navit_clip.data.decode import EncodedImage, SkipSampleError
+from navit_clip.data.pool import prepare_worker
 from navit_clip.errors import UserError
 from navit_clip.ranks import Ranks
 
@@ -266,6 +267,7 @@ def embed_source(
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_prepare,
     )
     embedder = _Embedder(looks, cache)
     failure: str | None = None
@@ -285,6 +287,11 @@ def embed_source(
     if failures:
         raise UserError(failures[0])
     return _together(models, embedder, source.skipped, ranks)
+
+
+def _prepare(worker: int) -> None:
+    """Else a worker whose parent is killed may wait for ever for somebody to take its images."""
+    prepare_worker()
 
 
 def _as_it_is(message: Any) -> Any:
