@@ -1,6 +1,6 @@
 """Real pairs for the benchmarks of training: photos at sampled sizes, and their captions as ids.
 
-By default COCO's and Flickr8k's beside the checkout in ../shared/data. Everything that a data loader
+By default COCO's and Flickr8k's beside the checkout in ../shared/data. Everything that a loader
 does (decode, resize, cut, tokenise) happens here, before the clock runs.
 """
 

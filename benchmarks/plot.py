@@ -112,7 +112,11 @@ def _draw_bars(axes: Axes, result: dict[str, Any], title: str, entries: list[Ent
     axes.set_yticks(places, [e.way + drop for e, drop in zip(entries, drops, strict=True)], size=8)
     axes.invert_yaxis()
     for place, entry, rate in zip(places, entries, rates, strict=True):
-        text = f" {rate:,.1f}" + ("" if entry.way == OURS else f"  (ours {rates[0] / rate:.2f}×)")
+        text = f" {rate:,.1f}"
+        if entry.way != OURS:
+            # Of one contest, which a quotient of two rates may not be.
+            ratio = result.get(f"ratio_step_{entry.name}", result[f"ratio_{entry.name}"])
+            text += f"  (ours {ratio:.2f}×)"
         inside = rate > 0.6 * max(rates)
         axes.text(rate, place, text + "  " * inside, va="center", size=7.5,
                   ha="right" if inside else "left", color="white" if inside else _INK)  # fmt: skip

@@ -78,7 +78,7 @@ def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
             3 * tower[f"{part}_tokens_per_pair"]
         )
         assert 0 < tower["flops_per_pair"] < found[f"open_clip_{part}"]["flops_per_pair"]
-    step = {"navit_clip": ours, "open_clip": squares, **_facts(found)}
+    step = {"navit_clip": ours, "open_clip": squares, "ratio_open_clip": 2.0, **_facts(found)}
     draw({"step": step, "towers": found}, tmp_path / "deep/picture.png")
     assert Image.open(tmp_path / "deep/picture.png").width > 1000
 
