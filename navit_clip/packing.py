@@ -22,9 +22,11 @@ from torch import Tensor
 PART_TOKENS = 2048  # of `Segments.parts`
 
 
-@dataclass(frozen=True)
+# Not frozen: of a frozen dataclass that it passes on, torch.compile in 2.11 guards all fields,
+# and compiles anew for each batch.
+@dataclass(eq=False)
 class Segments:
-    """Where each example lies on a packed axis of T tokens.
+    """Where each example lies on a packed axis of T tokens; never changed once made.
 
     Examples come first; what a fixed token budget leaves unused is one dummy segment at the end,
     which attention keeps to itself and pooling and loss ignore.
