@@ -89,7 +89,17 @@ def assert_equal(one: Embedded, other: Embedded) -> None:
         assert torch.equal(one.embeddings[view], other.embeddings[view]), view
 
 
-def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path, blocks):
+@pytest.fixture
+def one_thread():
+    """As `run_ranks` gives each rank: matrix products of two threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("blocks", "one_thread")
+def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
     alone, figures = everything(model_dir, data, ALONE, [(name, 0) for name in SOURCES])
     with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
     assert multiprocessing.active_children() == []

@@ -132,7 +132,7 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
     try:
         model.load_state_dict(load_file(weights_path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot read {weights_path}: {_brief(error)}") from error
+        raise UserError(f"cannot read {weights_path}: {_brief(error)}; export it again") from error
     # safetensors checks its header, not the numbers. Exports of before the checksum have none.
     expected = values.get("weights_sha256")
     if expected is not None and _sha256(weights_path) != expected:
