@@ -5,8 +5,8 @@ own prompts. Each side prepares its images as it does in an evaluation: this one
 `eval.encode` (Pillow's full decode, bicubic to the grid of at most so many tokens), open_clip
 through its own `image_transform` (Pillow, 224 px squares: 196 tokens); prompts go through
 `eval.texts` here and open_clip's `build_zero_shot_classifier` there. Everything happens in this
-process, decoding included, in turns, on one thread by default: where others compute as well, two
-wait for each other longer than they work.
+process, decoding included, in turns, on one thread by default, which other work on the machine
+disturbs least.
 
 Figures are seconds of the same work, so a share of the prompts and photos is enough: by default
 what takes a few minutes on two cores.

@@ -61,8 +61,8 @@ def segment_attention(
     if q_THD.is_cuda and dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
     if q_THD.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # A processor's kernel takes twice as long in half precision, forward and backward, although
-        # its matrix products are faster.
+        # A processor's kernel takes twice as long backward in half precision, although its matrix
+        # products are faster (benchmarks/LOG.md).
         q_THD, k_SHD, v_SHD = q_THD.float(), k_SHD.float(), v_SHD.float()
         with torch.autocast("cpu", enabled=False):
             out_THD = _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
