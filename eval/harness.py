@@ -16,7 +16,7 @@ from eval import retrieval, zeroshot
 from eval.cache import Cache
 from eval.captioned import open_captioned
 from eval.encode import Embedded, describe_skips, embed_source
-from eval.labelled import open_labelled
+from eval.labelled import Labelled, open_labelled
 from eval.models import Model
 from eval.sources import Source
 from eval.texts import EmbeddedTexts, share_texts
@@ -143,6 +143,35 @@ class Outcome:
     only: Sequence[int] | None = None
 
 
+def open_zeroshot(spec: ZeroShotSpec) -> tuple[Labelled, list[str], list[zeroshot.Template]]:
+    """The labelled images, the class names and the templates.
+
+    Raises:
+        UserError: If one of them cannot be read, or a label has no name.
+    """
+    labelled = open_labelled(spec.data, spec.labels, spec.class_map)
+    names = zeroshot.load_classnames(spec.classnames, labelled.folders)
+    labelled.check_names(names)
+    return labelled, names, zeroshot.load_templates(spec.templates)
+
+
+def open_retrieval(spec: RetrievalSpec) -> Source:
+    """The captioned images.
+
+    Raises:
+        UserError: If they cannot be read.
+    """
+    return open_captioned(
+        spec.data,
+        spec.images,
+        spec.captions,
+        spec.fields,
+        spec.split,
+        spec.image_column,
+        spec.caption_columns,
+    )
+
+
 def evaluate(model: Model, spec: Spec, ranks: Ranks, workers: int) -> dict[str, Any] | None:
     """Judges a model; every rank calls it, each with the same weights.
 
@@ -226,10 +255,7 @@ def _zeroshot(
     cache: Cache | None,
     strict: bool,
 ) -> Outcome | None:
-    labelled = open_labelled(spec.data, spec.labels, spec.class_map)
-    names = zeroshot.load_classnames(spec.classnames, labelled.folders)
-    labelled.check_names(names)
-    templates = zeroshot.load_templates(spec.templates)
+    labelled, names, templates = open_zeroshot(spec)
     embedded = embed_source(looks, labelled.source, ranks, workers=workers, cache=cache)
     if strict:
         _check_complete(embedded[0])
@@ -274,15 +300,7 @@ def _retrieval(
     cache: Cache | None,
     strict: bool,
 ) -> Outcome | None:
-    source = open_captioned(
-        spec.data,
-        spec.images,
-        spec.captions,
-        spec.fields,
-        spec.split,
-        spec.image_column,
-        spec.caption_columns,
-    )
+    source = open_retrieval(spec)
     embedded = embed_source(looks, source, ranks, workers=workers, cache=cache)
     if strict:
         _check_complete(embedded[0])

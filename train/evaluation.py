@@ -24,10 +24,15 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from eval import retrieval, zeroshot
-from eval.captioned import open_captioned
-from eval.harness import RetrievalSpec, Spec, ZeroShotSpec, evaluate
-from eval.labelled import open_labelled
+from eval import retrieval
+from eval.harness import (
+    RetrievalSpec,
+    Spec,
+    ZeroShotSpec,
+    evaluate,
+    open_retrieval,
+    open_zeroshot,
+)
 from eval.models import PackedModel
 from eval.views import View, make_views
 from navit_clip.clip import NaViTCLIP
@@ -371,21 +376,9 @@ def _probe(spec: Spec) -> None:
     Raises:
         UserError: If not.
     """
-    if isinstance(spec, ZeroShotSpec):
-        labelled = open_labelled(spec.data, spec.labels, spec.class_map)
-        zeroshot.load_classnames(spec.classnames, labelled.folders)
-        zeroshot.load_templates(spec.templates)
-        source = labelled.source
-    else:
-        source = open_captioned(
-            spec.data,
-            spec.images,
-            spec.captions,
-            spec.fields,
-            spec.split,
-            spec.image_column,
-            spec.caption_columns,
-        )
+    source = (
+        open_zeroshot(spec)[0].source if isinstance(spec, ZeroShotSpec) else open_retrieval(spec)
+    )
     first: SkipSampleError | None = None
     for item in islice(source.read(0, 1), _PROBED):
         if not isinstance(item.data, SkipSampleError):
