@@ -332,9 +332,7 @@ def exported(stepper: Stepper) -> NaViTCLIP:
     Costs no memory for weights that this rank holds in whole, since these are shared; shards are
     gathered, all of them at once.
     """
-    weights = stepper.model.state_dict()
-    if stepper.ema is not None:
-        weights |= stepper.ema.weights
+    weights = stepper.weights()
     with _generators_kept(stepper.ranks.device):
         model = NaViTCLIP(stepper.model.config)
     model.load_state_dict({n: whole(w.detach()) for n, w in weights.items()}, assign=True)

@@ -153,6 +153,11 @@ class Stepper:
         if self.ema is not None:
             self.ema.load_weights(state["ema"])
 
+    def weights(self) -> dict[str, Tensor]:
+        """What the run is judged by: the averages if it keeps them, else the latest; as sharded."""
+        weights = self.model.state_dict()
+        return weights if self.ema is None else weights | self.ema.weights
+
     def export(self) -> NaViTCLIP | None:
         """The whole model for evaluation and export, on the host; a collective call.
 
@@ -160,9 +165,7 @@ class Stepper:
             On the first rank a model with the averaged weights if the run keeps an average, else
             with the latest; None on the others.
         """
-        weights = self.model.state_dict()
-        if self.ema is not None:
-            weights |= self.ema.weights
+        weights = self.weights()
         # One at a time: the whole model may not fit beside its shard.
         gathered = {}
         for name, weight in weights.items():
