@@ -9,7 +9,6 @@ where level is linear.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,8 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.contest import Entry
 from benchmarks.peers import WAYS
+from eval.report.curve import save_figure
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.files import write_whole
 
 RESULTS = Path(__file__).with_name("out")
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
@@ -86,13 +85,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         figure.suptitle("\n".join(titles), size=8, color=_INK)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"a result lacks {error}: run its benchmark again") from error
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, file.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    save_figure(figure, path)
 
 
 def _title(name: str, result: dict[str, Any]) -> str:

@@ -104,6 +104,15 @@ def draw_curve(path: Path, result: dict[str, Any]) -> None:
     canvas.draw()  # settles the layout, so that labels know where the points are
     for axes, lines, (_, cost) in zip(panels, drawn, COSTS, strict=True):
         _label_views(axes, lines, cost)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG; it appears whole, folders are made.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     file = io.BytesIO()
     figure.savefig(file, format="png")
     try:
