@@ -69,7 +69,7 @@ class InitConfig:
         if self.open_clip_name is not None:
             from navit_clip.interop.open_clip import config_of
 
-            return config_of(self.open_clip_name)
+            return config_of(self.open_clip_name, self.weights)
         path = Path(self.model) / CONFIG_FILE
         try:
             return config_from_dict(CLIPConfig, json.loads(path.read_text())["model"])

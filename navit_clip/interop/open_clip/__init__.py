@@ -39,7 +39,7 @@ def load(name: str, pretrained: Weights = None) -> NaViTCLIP:
     """A model of open_clip's as packed towers; see `NaViTCLIP.from_open_clip`."""
     values = model_config(name)
     tag = tag_config(name, str(pretrained)) if pretrained is not None else None
-    config = clip_config(values, *_pixel_statistics(name, tag))
+    config = config_of(name, pretrained)
     path = None
     if pretrained is not None:
         path = download(name, str(pretrained), tag) if tag else _local(name, pretrained)
@@ -53,13 +53,19 @@ def load(name: str, pretrained: Weights = None) -> NaViTCLIP:
     return model.eval()
 
 
-def config_of(name: str) -> CLIPConfig:
+def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
     """Our configuration of a model of open_clip's, with the pixel statistics of its weights.
+
+    Args:
+        name: As `NaViTCLIP.from_open_clip` takes it.
+        pretrained: Likewise; nothing is read or downloaded, only a tag is looked up.
 
     Raises:
         UserError: If the model is not supported.
     """
-    return clip_config(model_config(name), *_pixel_statistics(name, None))
+    values = model_config(name)
+    tag = tag_config(name, str(pretrained)) if pretrained is not None else None
+    return clip_config(values, *_pixel_statistics(name, tag))
 
 
 def state_for_open_clip(model: NaViTCLIP) -> dict[str, Tensor]:
