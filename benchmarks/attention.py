@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import alternate, output_argument, report, versions
+from benchmarks.measure import (
+    alternate,
+    device_and_precision,
+    output_argument,
+    precision_argument,
+    report,
+    versions,
+)
 from navit_clip.attention import segment_attention
 from navit_clip.packing import Segments
 
@@ -46,10 +53,9 @@ def main() -> None:
     parser = output_argument(__doc__)
     parser.add_argument("--segments", type=int, default=64, help="images in the stream")
     parser.add_argument("--rounds", type=int, default=5, help="measured passes of each")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
+    precision_argument(parser)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    device, precision = device_and_precision(args.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     lengths = sorted(torch.randint(20, 261, (args.segments,), generator=generator).tolist())

@@ -11,7 +11,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,14 +21,13 @@ import open_clip
 import torch
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.measure import flop_counter
+from benchmarks.measure import Precision, flop_counter
 from benchmarks.pairs import draw_batches, read_samples
 from benchmarks.peers import WAYS, WIDTHS, Way
 from navit_clip.errors import UserError
 from navit_clip.loss import softmax_contrastive_loss
 
 Part = Literal["step", "image", "text"]
-Precision = Literal["fp32", "bf16"]
 _TIMEOUT_S = 1800
 
 
@@ -41,25 +40,27 @@ class Entry:
         part: ``step``: both towers, loss, backward pass and AdamW. ``image`` or ``text``: one
             tower forward and backward.
         drop: Mean token drop.
+        precision: ``fp32``, or ``bf16`` by autocast with float32 weights.
         compiled: With what the way offers to compile compiled.
     """
 
     way: str
     part: Part = "step"
     drop: float = 0.0
+    precision: Precision = "fp32"
     compiled: bool = False
 
     @property
     def name(self) -> str:
-        """Unique within a contest."""
+        """Unique among those of one precision."""
         drop = f"_drop{self.drop * 100:.0f}" if self.drop else ""
         part = "" if self.part == "step" else f"_{self.part}"
         return f"{self.way}{part}{drop}{'_compiled' if self.compiled else ''}"
 
     @property
-    def process(self) -> tuple[str, bool]:
+    def process(self) -> tuple[object, ...]:
         """Entries for which this is equal share a process, which has one model."""
-        return self.way, self.compiled
+        return self.way, self.drop, self.precision, self.compiled
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class Course:
     Attributes:
         size: A name of `benchmarks.peers.WIDTHS`.
         pairs: Pairs per step.
-        batches: Different batches, one a round, in turn.
-        precision: ``fp32``, or ``bf16`` by autocast with float32 weights.
+        batches: Different batches.
         device: ``cpu`` or ``cuda``.
         shards: Tars of photos; none takes those beside the checkout.
         min_side: Smallest side drawn, px of √area.
@@ -80,17 +80,18 @@ class Course:
     size: str = "S/16"
     pairs: int = 64
     batches: int = 2
-    precision: Precision = "fp32"
     device: str = "cpu"
     shards: tuple[str, ...] = ()
     min_side: int = 64
     max_side: int = 256
 
 
-def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[str, dict[str, float]]:
+def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, dict[str, Any]]:
     """Runs all entries in turn, round after round.
 
-    Each has its warm-up on every batch; floating-point operations are counted in the first.
+    Each first takes one step on every batch to warm up, in which operations are counted. Its turn
+    in a round is one step that goes unmeasured (while the others ran its process stood still, and
+    the kernel took memory back from it) and then one on every batch.
 
     Args:
         entries: Distinct ones; those of one way share a process.
@@ -98,34 +99,42 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[str, dic
         rounds: Measured rounds.
 
     Returns:
-        By entry: median ``seconds`` a step, ``pairs_per_s``, ``real_tokens_per_s`` (patches and
-        caption tokens of the pairs as this project's loader makes them; of a tower alone its own),
-        ``flops_per_pair`` (matrix products and attention, forward and backward; compiled code's
-        cannot be counted and are not a number), ``peak_share`` of the matrix product's measured
-        peak; by process: ``peak_mb`` above what it held before the first step.
+        By entry: ``seconds`` a step, the median of the rounds, and ``rounds``, those of each;
+        ``pairs_per_s``, ``real_tokens_per_s`` (patches and caption tokens of the pairs as this
+        project's loader makes them; of a tower alone its own), ``flops_per_pair`` (matrix products
+        and attention, forward and backward; compiled code's cannot be counted and are not a
+        number), ``peak_share``, the median of the rounds' shares of what a large matrix product
+        reached in them; ``peak_mb`` above what the process held before its first step, the
+        highest so far: a tower alone must come before the whole step.
 
     Raises:
         UserError: If there are no photos, or a way cannot run.
     """
-    ways = {process: _Worker(*process, course) for process in {e.process: None for e in entries}}
+    ways = {e.process: _Worker(e, course) for e in {e.process: e for e in entries}.values()}
+    batches = range(course.batches)
     try:
-        facts = {
-            e.name: [ways[e.process].ask(e, b) for b in range(course.batches)] for e in entries
-        }
-        seconds: dict[str, list[float]] = {entry.name: [] for entry in entries}
-        peaks = []
-        for round_ in range(rounds):
-            peaks.append(matmul_peak(course.device, course.precision))
+        facts = {entry: [ways[entry.process].ask(entry, b) for b in batches] for entry in entries}
+        seconds: dict[Entry, list[float]] = {entry: [] for entry in entries}
+        peaks: dict[str, list[float]] = {entry.precision: [] for entry in entries}
+        for _ in range(rounds):
+            for precision, found in peaks.items():
+                found.append(matmul_peak(course.device, precision))
             for entry in entries:
-                fact = ways[entry.process].ask(entry, round_ % course.batches)
-                seconds[entry.name].append(fact["seconds"] / fact["real_tokens"])
+                turn = [ways[entry.process].ask(entry, b) for b in (0, *batches)]
+                seconds[entry].append(statistics.mean(f["seconds"] for f in turn[1:]))
         return {
-            entry.name: _summary(facts[entry.name], seconds[entry.name], max(peaks))
+            entry: _summary(facts[entry], seconds[entry], peaks[entry.precision])
             for entry in entries
         }
     finally:
         for worker in ways.values():
             worker.close()
+
+
+def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """How many times as fast, the median of the rounds: what slows a round slows both."""
+    rounds = zip(ours["rounds"], theirs["rounds"], strict=True)
+    return statistics.median(peer / own for own, peer in rounds)
 
 
 def matmul_peak(device: str, precision: str) -> float:
@@ -144,13 +153,13 @@ def matmul_peak(device: str, precision: str) -> float:
 
 
 def _summary(
-    facts: Sequence[dict[str, float]], per_token: Sequence[float], peak: float
-) -> dict[str, float]:
-    """Of the batches' mean size: a round's batch may be larger than another's."""
+    facts: Sequence[dict[str, float]], rounds: Sequence[float], peaks: Sequence[float]
+) -> dict[str, Any]:
     tokens = statistics.mean(fact["real_tokens"] for fact in facts)
     flops = statistics.mean(fact["flops"] for fact in facts)
     pairs = facts[0]["pairs"]
-    seconds = statistics.median(per_token) * tokens
+    seconds = statistics.median(rounds)
+    shares = [flops / step / peak for step, peak in zip(rounds, peaks, strict=True)]
     return {
         "seconds": seconds,
         "pairs_per_s": pairs / seconds,
@@ -158,22 +167,23 @@ def _summary(
         "image_tokens_per_pair": statistics.mean(f["image_tokens"] for f in facts) / pairs,
         "text_tokens_per_pair": statistics.mean(f["text_tokens"] for f in facts) / pairs,
         "flops_per_pair": flops / pairs,
-        "peak_share": flops / seconds / peak,
-        "matmul_peak": peak,
+        "peak_share": statistics.median(shares),
+        "matmul_peak": statistics.median(peaks),
         "peak_mb": max(fact["peak_mb"] for fact in facts),
         "kb_per_token": max(fact["peak_mb"] * 1024 / fact["real_tokens"] for fact in facts),
+        "rounds": list(rounds),
     }
 
 
 class _Worker:
     """A process that has one way's model and takes steps when told."""
 
-    def __init__(self, way: str, compiled: bool, course: Course) -> None:
+    def __init__(self, entry: Entry, course: Course) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(way, compiled, course, torch.get_num_threads(), theirs),
+            args=(entry, course, torch.get_num_threads(), theirs),
             daemon=True,
         )
         self._process.start()
@@ -201,10 +211,10 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(way: str, compiled: bool, course: Course, threads: int, pipe: Connection) -> None:
+def _serve(entry: Entry, course: Course, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     try:
-        runner = _Runner(way, compiled, course)
+        runner = _Runner(entry, course)
         while (asked := pipe.recv()) is not None:
             pipe.send(runner.run(*asked))
     except EOFError:  # the parent was ended
@@ -214,91 +224,90 @@ def _serve(way: str, compiled: bool, course: Course, threads: int, pipe: Connect
 
 
 class _Runner:
-    """Inside a process: the model, its optimiser, and the batches."""
+    """Inside a process: the model, its optimiser, and the batches.
 
-    def __init__(self, way: str, compiled: bool, course: Course) -> None:
+    Args:
+        entry: Any of those that share the process.
+        course: What it runs on.
+    """
+
+    def __init__(self, entry: Entry, course: Course) -> None:
         torch.manual_seed(0)
-        self.name, self.course = way, course
         self.device = torch.device(course.device)
-        self.way: Way = WAYS[way](WIDTHS[course.size]).to(self.device)
-        self.compiled = compiled
-        if compiled:
+        self.way: Way = WAYS[entry.way](WIDTHS[course.size]).to(self.device)
+        if entry.compiled:
             self.way.compile_blocks()
         self.optimizer = torch.optim.AdamW(self.way.parameters(), lr=1e-4, fused=True)
         self.peer_loss = open_clip.ClipLoss()
-        self.batches: dict[float, list[Any]] = {}
-        self.sizes: dict[float, list[tuple[int, int]]] = {}
-        self.flops: dict[tuple[str, int], float] = {}
+        batches = list(
+            draw_batches(
+                read_samples(course.shards),
+                course.pairs,
+                course.batches,
+                drop=entry.drop,
+                min_side=course.min_side,
+                max_side=course.max_side,
+            )
+        )
+        self.batches = [self.way.prepare(pairs, self.device) for pairs in batches]
+        self.sizes = [
+            {
+                "pairs": len(pairs),
+                "image_tokens": sum(real.pair.image_length for real in pairs),
+                "text_tokens": sum(real.pair.text_length for real in pairs),
+            }
+            for pairs in batches
+        ]
+        self.flops: dict[tuple[Entry, int], float] = {}
+        self.held_mb = 0.0
 
     def run(self, entry: Entry, number: int) -> dict[str, float]:
         """One step, timed; the first time on a batch its operations are counted instead."""
-        if entry.drop not in self.batches:
-            self._prepare(entry.drop)
-        image_tokens, text_tokens = self.sizes[entry.drop][number]
-        real_tokens = {"image": image_tokens, "text": text_tokens}
-        batch = self.batches[entry.drop][number]
-        key = entry.name, number
-        before = _memory_mb(self.device, reset=True)
+        sizes, key = self.sizes[number], (entry, number)
+        if not self.flops:
+            self.held_mb = _memory_mb(self.device)
         begin = time.perf_counter()
-        if key not in self.flops and not self.compiled:
+        if key not in self.flops and not entry.compiled:
             with flop_counter() as counter:
-                self._step(entry.part, batch)
+                self._step(entry, self.batches[number])
             self.flops[key] = counter.get_total_flops()
         else:
             # Under the counter nothing is compiled: a compiled way's warm-up goes without it.
             self.flops.setdefault(key, math.nan)
-            self._step(entry.part, batch)
+            self._step(entry, self.batches[number])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        tokens = sizes["image_tokens"] + sizes["text_tokens"]
         return {
+            **sizes,
             "seconds": time.perf_counter() - begin,
             "flops": self.flops[key],
-            "pairs": self.course.pairs,
-            "image_tokens": image_tokens,
-            "text_tokens": text_tokens,
-            "real_tokens": real_tokens.get(entry.part, image_tokens + text_tokens),
-            "peak_mb": _memory_mb(self.device) - before,
+            "real_tokens": sizes.get(f"{entry.part}_tokens", tokens),
+            "peak_mb": _memory_mb(self.device) - self.held_mb,
         }
 
-    def _prepare(self, drop: float) -> None:
-        course = self.course
-        self.batches[drop], self.sizes[drop] = [], []
-        for pairs in draw_batches(
-            read_samples(course.shards),
-            course.pairs,
-            course.batches,
-            drop=drop,
-            min_side=course.min_side,
-            max_side=course.max_side,
-        ):
-            self.batches[drop].append(self.way.prepare(pairs, self.device))
-            image = sum(real.pair.image_length for real in pairs)
-            self.sizes[drop].append((image, sum(real.pair.text_length for real in pairs)))
-
-    def _step(self, part: Part, batch: Any) -> None:
-        half = self.course.precision == "bf16"
+    def _step(self, entry: Entry, batch: Any) -> None:
+        half = entry.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            if part == "step":
+            if entry.part == "step":
                 image_ED, text_ED = self.way(batch)
                 scale = self.way.scale.exp()
                 loss = (
                     softmax_contrastive_loss(image_ED, text_ED, scale)
-                    if self.name == "navit_clip"
+                    if entry.way == "navit_clip"
                     else self.peer_loss(image_ED, text_ED, scale)
                 )
             else:
-                embed = self.way.embed_images if part == "image" else self.way.embed_texts
+                embed = self.way.embed_images if entry.part == "image" else self.way.embed_texts
                 loss = embed(batch).float().square().sum()
         loss.backward()
-        if part == "step":
+        if entry.part == "step":
             self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-def _memory_mb(device: torch.device, *, reset: bool = False) -> float:
-    """The highest so far; on CUDA since the last reset."""
+def _memory_mb(device: torch.device) -> float:
+    """The highest so far."""
     if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -286,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first one is not counted")
-    course = course_of(args)
+    course, precision = course_of(args)
     with one_line_errors("benchmarks.end_to_end"):
         peer_has = peer_versions(args.peer_python)
         budget = find_budget(args.shards, args.pairs)
@@ -298,7 +298,7 @@ def main() -> None:
             WIDTHS[args.size],
             args.pairs,
             args.steps,
-            course.precision,
+            precision,
             course.device,
         )
         rounds = [train_once(run, budget, args.peer_python) for _ in range(args.rounds)]

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+Precision = Literal["fp32", "bf16"]
 
 
 def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -52,6 +54,17 @@ def versions(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{name: metadata.version(name) for name in ("torch", "open_clip_torch", "timm")},
     }
+
+
+def device_and_precision(asked: Precision | None) -> tuple[str, Precision]:
+    """CUDA where there is one, and bfloat16 there if nothing else was asked for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, asked or ("bf16" if device == "cuda" else "fp32")
+
+
+def precision_argument(parser: argparse.ArgumentParser) -> None:
+    """``--precision``, for `device_and_precision`."""
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
 
 
 def output_argument(description: str | None) -> argparse.ArgumentParser:

@@ -25,8 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.contest import Precision
-from benchmarks.measure import alternate, flop_counter, output_argument, report, versions
+from benchmarks.measure import (
+    Precision,
+    alternate,
+    device_and_precision,
+    flop_counter,
+    output_argument,
+    precision_argument,
+    report,
+    versions,
+)
 from benchmarks.pairs import CONTEXT, PATCH
 from benchmarks.peers import WIDTHS, Widths
 from navit_clip.clip import CLIPConfig, NaViTCLIP
@@ -209,13 +217,12 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--size", default="XS/16", choices=tuple(WIDTHS), help="of the towers")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
+    precision_argument(parser)
     parser.add_argument(
         "--share", type=float, default=1.0, help="of each batch's pairs; more suits a GPU"
     )
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: Precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    device, precision = device_and_precision(args.precision)
     with one_line_errors("benchmarks.sweep"):
         steps = Steps(WIDTHS[args.size], precision, device)
         found = {

@@ -2,7 +2,7 @@
 
 The image tower against open_clip's (224×224 squares), timm's NaFlexViT and vit-pytorch's NaViT on
 the same patches, and the text tower against open_clip's 77 slots; ways, widths and pairs are those
-of `benchmarks.step`. Ratios compare pairs per second. ``--compile`` adds this project's blocks
+of `benchmarks.step`, ratios medians of the rounds' ratios. ``--compile`` adds this project's blocks
 compiled against the same ones eager, ``ratio_compile_*``.
 
 ``real_tokens_per_s`` and ``kb_per_token`` count the tokens that this project's loader makes of the
@@ -13,8 +13,11 @@ eager one, whose kernels can be counted.
 
 from __future__ import annotations
 
-from benchmarks.contest import Entry, Part, hold
-from benchmarks.measure import report, versions
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.contest import Entry, Part, hold, ratio
+from benchmarks.measure import Precision, report, versions
 from benchmarks.step import course_arguments, course_of
 from navit_clip.errors import one_line_errors
 
@@ -25,10 +28,13 @@ PEERS: dict[Part, tuple[str, ...]] = {
 }
 
 
-def entries_of(part: Part, peers: list[str], *, compiled: bool) -> list[Entry]:
+def entries_of(
+    part: Part, peers: list[str], precision: Precision, *, compiled: bool
+) -> list[Entry]:
     """This project's tower first, then the chosen peers that have one of their own."""
-    ours = [Entry(OURS, part), *([Entry(OURS, part, compiled=True)] if compiled else [])]
-    return ours + [Entry(peer, part) for peer in PEERS[part] if peer in peers]
+    ours = Entry(OURS, part, precision=precision)
+    theirs = [replace(ours, way=peer) for peer in PEERS[part] if peer in peers]
+    return [ours, *([replace(ours, compiled=True)] if compiled else []), *theirs]
 
 
 def main() -> None:
@@ -40,30 +46,29 @@ def main() -> None:
     )
     args = parser.parse_args()
     ratios: dict[str, float] = {}
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with one_line_errors("benchmarks.towers"):
-        course = course_of(args)
+        course, precision = course_of(args)
         for part in PEERS:
             # One after the other: the peak of a process that had both would be the larger one's.
-            entries = entries_of(part, args.peers, compiled=args.compile)
+            entries = entries_of(part, args.peers, precision, compiled=args.compile)
             found = hold(entries, course, args.rounds)
-            ours = found[entries[0].name]
+            ours = found[entries[0]]
             for entry in entries[1:]:
-                other = found[entry.name]
+                other = found[entry]
                 if entry.compiled:
-                    ratios[f"ratio_compile_{part}"] = other["pairs_per_s"] / ours["pairs_per_s"]
+                    ratios[f"ratio_compile_{part}"] = ratio(other, ours)
                     share = ours["flops_per_pair"] * other["pairs_per_s"] / ours["matmul_peak"]
                     other |= {"flops_per_pair": ours["flops_per_pair"], "peak_share": share}
                 else:
-                    ratio = ours["pairs_per_s"] / other["pairs_per_s"]
-                    ratios[f"ratio_{entry.way}_{part}"] = ratio
-            results |= found
+                    ratios[f"ratio_{entry.way}_{part}"] = ratio(ours, other)
+            results |= {entry.name: result for entry, result in found.items()}
     report(
         {
             **ratios,
             **versions(course.device),
             "size": course.size,
-            "precision": course.precision,
+            "precision": precision,
             "pairs": course.pairs,
             "rounds": args.rounds,
             **results,
