@@ -19,9 +19,9 @@ from navit_clip.choices import check_choices
 from navit_clip.encode import EncodeMixin
 from navit_clip.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.interop.hub import HubMixin
+from navit_clip.linear import linear
 from navit_clip.packing import PackedBatch, PackedImages, PackedTexts
 from navit_clip.text_tower import TextTower, TextTowerConfig
-from navit_clip.transformer import linear
 
 Projection = Literal["linear", "affine", "none"]
 

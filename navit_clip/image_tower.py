@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.choices import check_choices
+from navit_clip.linear import linear
 from navit_clip.packing import PackedImages, Segments
 from navit_clip.pooling import Pooling, build_pooling
 from navit_clip.position import TABLE_STD, PositionConfig, build_position
-from navit_clip.transformer import Encoder, EncoderConfig, layer_norm, linear
+from navit_clip.transformer import Encoder, EncoderConfig, layer_norm
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.attention import segment_attention
+from navit_clip.linear import linear
 from navit_clip.packing import Segments
-from navit_clip.transformer import EncoderConfig, Mlp, layer_norm, linear
+from navit_clip.transformer import EncoderConfig, Mlp, layer_norm
 
 Pooling = Literal["map", "mean", "cls", "last"]
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from navit_clip.attention import segment_attention
 from navit_clip.choices import check_choices
+from navit_clip.linear import linear
 from navit_clip.packing import Segments
 
 
@@ -113,25 +114,6 @@ class LayerNorm(nn.LayerNorm):
 def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
     """A LayerNorm over `width`, its bias and epsilon as the encoder has them."""
     return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
-
-
-def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> nn.Linear:
-    """A linear layer with Xavier-uniform weights and zero bias, as big_vision's ViT has.
-
-    Args:
-        in_width: Input features.
-        out_width: Output features.
-        bias: Whether there is a bias.
-        stacked: How many matrices the layer holds on top of each other (3 for QKV); each is
-            initialised alone, since the fan-out of the stack would make them too small.
-    """
-    layer = nn.Linear(in_width, out_width, bias=bias)
-    with torch.no_grad():
-        for weight in layer.weight.chunk(stacked):
-            nn.init.xavier_uniform_(weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return layer
 
 
 class SegmentAttention(nn.Module):
