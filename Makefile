@@ -63,8 +63,8 @@ bench: $(VENV)/.bench $(PEER)/.installed
 	$(call MEASURE,loader) --shards $(SHARDS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,loader_memory)
 	$(call MEASURE,loss)
-	$(call MEASURE,step) --shards $(SHARDS)
-	$(call MEASURE,towers) --shards $(SHARDS) --compile
+	$(call MEASURE,step)
+	$(call MEASURE,towers) --compile
 	$(call MEASURE,sweep)
 	$(call MEASURE,end_to_end) --shards $(SHARDS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,evaluation)

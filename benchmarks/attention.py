@@ -16,7 +16,6 @@ from benchmarks.measure import (
     output_argument,
     precision_argument,
     report,
-    versions,
 )
 from navit_clip.attention import segment_attention
 from navit_clip.packing import Segments
@@ -81,7 +80,6 @@ def main() -> None:
         {
             "ratio_padded": seconds["padded"] / seconds["packed"],
             "ratio_dense_mask": seconds["dense_mask"] / seconds["packed"],
-            **versions(device),
             "precision": precision,
             "segments": args.segments,
             "tokens": segments.num_tokens,

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import report, versions
+from benchmarks.measure import report
 from benchmarks.pairs import CONTEXT, PATCH, REAL_DATA, SQUARE, draw_batches, read_samples
 from benchmarks.peers import VOCABULARY, WIDTHS, Widths
 from benchmarks.step import course_arguments, course_of
@@ -313,7 +313,6 @@ def main() -> None:
             "ratio_whole_command": peer["seconds"] / ours["seconds"],
             "data_wait": ours["data_wait"],
             "padding": ours["padding"],
-            **versions(course.device),
             "size": args.size,
             "precision": run.precision,
             "pairs": args.pairs,

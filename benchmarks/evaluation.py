@@ -18,7 +18,6 @@ import argparse
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +224,7 @@ def main() -> None:
             "towers": "S/16",
             "patch": PATCH,
             "square": SQUARE,
-            "threads": args.threads,
             "rounds": args.rounds,
-            "versions": {
-                name: version(name) for name in ("torch", "open_clip_torch", "pillow", "numpy")
-            },
         },
         args.output,
     )

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -191,9 +190,6 @@ def main() -> None:
             "sides": [RESOLUTION.min_side, RESOLUTION.max_side],
             "open_clip": PEER,
             "open_clip_versions": peer_versions,
-            "versions": {
-                name: version(name) for name in ("torch", "simplejpeg", "pillow", "numpy")
-            },
         },
         args.output,
     )

@@ -20,7 +20,6 @@ the better of its two forms).
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import multiprocessing as mp
 import os
@@ -250,13 +249,7 @@ def main() -> None:
         parser.error("--device cuda: PyTorch finds no CUDA device")
     if args.rounds < 1 or any(size < 2 or size % 2 for size in args.sizes or ()):
         parser.error("--rounds must be at least 1 and --sizes even and positive")
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "open_clip": importlib.metadata.version("open_clip_torch"),
-        "width": WIDTH,
-    }
+    result: dict[str, Any] = {"device": device, "width": WIDTH}
     for pairs in args.sizes or SIZES[device]:
         if device == "cuda":
             fields = compare(pairs, 1, device, "float32", [LOCAL], args.rounds)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -47,15 +53,6 @@ def _addmm_flops(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -
     return 2 * a[0] * a[1] * b[1]
 
 
-def versions(device: str) -> dict[str, Any]:
-    """What a figure depends on besides the code: machine and libraries."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        **{name: metadata.version(name) for name in ("torch", "open_clip_torch", "timm")},
-    }
-
-
 def device_and_precision(asked: Precision | None) -> tuple[str, Precision]:
     """CUDA where there is one, and bfloat16 there if nothing else was asked for."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,9 +72,73 @@ def output_argument(description: str | None) -> argparse.ArgumentParser:
 
 
 def report(result: dict[str, Any], output: Path | None) -> None:
-    """Prints the result and writes it where asked."""
-    text = json.dumps(result, indent=2)
+    """Prints the result with what it depends on, and writes it where asked."""
+    text = json.dumps({**result, "made": _made()}, indent=2)
     print(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
+
+
+def _made() -> dict[str, Any]:
+    """What a figure depends on: command, commit, machine and libraries."""
+    return {
+        "command": _command(sys.argv),
+        "commit": _commit(),
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _command(argv: Sequence[str]) -> str:
+    """As typed, without where the result goes and whose interpreter runs the peer."""
+    words, left = [], list(argv[1:])
+    while left:
+        word = left.pop(0)
+        if word.partition("=")[0] in ("--output", "--peer-python"):
+            if "=" not in word and left:
+                left.pop(0)
+        else:
+            words.append(word)
+    return shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *words])
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _machine() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+    names = [found[1] if found else platform.processor() or platform.machine()]
+    names.append(f"{os.cpu_count()} cores")
+    if memory := re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo")):
+        names.append(f"{int(memory[1]) / 2**20:.0f} GiB")
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
+    return ", ".join(names)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # not Linux
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -89,9 +89,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _title(name: str, result: dict[str, Any]) -> str:
+    made = result["made"]
     return (
-        f"{name}: {result['size']} {result['precision']}, {result['threads']} threads, "
-        f"{result['device']}, torch {result['torch']}"
+        f"{name}: {result['size']} {result['precision']}, {made['machine']}, "
+        f"torch {made['versions']['torch']}"
     )
 
 

@@ -25,7 +25,6 @@ from benchmarks.measure import (
     output_argument,
     precision_argument,
     report,
-    versions,
 )
 from benchmarks.peers import WIDTHS
 from navit_clip.errors import one_line_errors
@@ -103,7 +102,7 @@ def main() -> None:
         # This project's figures are those beside the first peer, each ratio that of its contest.
         merged = {**result, **merged}
     facts = {"size": course.size, "precision": precision, "pairs": course.pairs}
-    report({**merged, **facts, **versions(course.device), "rounds": args.rounds}, args.output)
+    report({**merged, **facts, "rounds": args.rounds}, args.output)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from benchmarks.measure import (
     output_argument,
     precision_argument,
     report,
-    versions,
 )
 from benchmarks.pairs import CONTEXT, PATCH
 from benchmarks.peers import WIDTHS, Widths
@@ -232,7 +231,6 @@ def main() -> None:
     report(
         {
             **{f"max_over_min_{name}": curve["max_over_min"] for name, curve in found.items()},
-            **versions(device),
             "size": args.size,
             "precision": precision,
             "share": args.share,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.contest import Entry, Part, hold, ratio
-from benchmarks.measure import Precision, report, versions
+from benchmarks.measure import Precision, report
 from benchmarks.step import course_arguments, course_of
 from navit_clip.errors import one_line_errors
 
@@ -66,7 +66,6 @@ def main() -> None:
     report(
         {
             **ratios,
-            **versions(course.device),
             "size": course.size,
             "precision": precision,
             "pairs": course.pairs,

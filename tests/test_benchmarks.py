@@ -84,7 +84,7 @@ def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in found.items() if not isinstance(v, dict)}
+    return {k: v for k, v in found.items() if k == "made" or not isinstance(v, dict)}
 
 
 def test_sweep(monkeypatch, tmp_path):
@@ -157,7 +157,11 @@ def test_a_way_that_cannot_is_one_line(shards):
 
 
 def test_attention(monkeypatch, tmp_path):
-    found = run(monkeypatch, tmp_path, "attention", "--segments", "3", "--rounds", "1")
+    flags = ["--segments", "3", "--rounds", "1", "--precision=fp32"]
+    found = run(monkeypatch, tmp_path, "attention", *flags)
+    # What made the figures, without a path of this machine.
+    assert found["made"]["command"] == f"python -m benchmarks.attention {' '.join(flags)}"
+    assert found["made"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     for peer in ("padded", "dense_mask"):
         ratio = found["seconds"][peer] / found["seconds"]["packed"]
         assert found[f"ratio_{peer}"] == pytest.approx(ratio)
