@@ -70,3 +70,4 @@ bench: $(VENV)/.bench $(PEER)/.installed
 	$(call MEASURE,evaluation)
 	$(call MEASURE,survival)
 	$(BIN)/python -m benchmarks.plot --results $(OUT)
+	$(BIN)/python -m benchmarks.tables --results $(OUT)

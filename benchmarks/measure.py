@@ -1,4 +1,4 @@
-"""Timing several ways of doing the same thing in one run, alternating, median of several."""
+"""What all benchmarks share: timing in turn, counting operations, and the files of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from navit_clip.errors import UserError
+
 Precision = Literal["fp32", "bf16"]
+RESULTS = Path(__file__).with_name("out")
 
 
 def alternate(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -78,6 +81,30 @@ def report(result: dict[str, Any], output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
+
+
+def read_results(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What `report` wrote, by benchmark.
+
+    Args:
+        folder: With a file ``NAME.json`` for each.
+        names: Those wanted; what is not there is left out.
+
+    Raises:
+        UserError: If a file is damaged, or none is there.
+    """
+    found = {}
+    for name in names:
+        path = folder / f"{name}.json"
+        try:
+            found[name] = json.loads(path.read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+    if not found:
+        raise UserError(f"no results in {folder}: make bench, or give --results")
+    return found
 
 
 def _made() -> dict[str, Any]:

@@ -32,6 +32,7 @@ from navit_clip.packer import Budgets, Packer, PackingMode
 STREAM, ROW, ROWS, TEXT_ROW = 16384, 256, 256, 77
 NO_LIMIT = 4096  # pairs, more than ever fit
 LOOK_AHEAD = 256
+MIN_PAIRS = 2000  # that fill a few batches and the 256 open rows
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -211,6 +212,8 @@ def main() -> None:
     parser.add_argument("--shards", nargs="+", help="tar files, folders, patterns of real data")
     parser.add_argument("--pairs", type=int, default=60_000, help="pairs to pack")
     args = parser.parse_args()
+    if args.pairs < MIN_PAIRS:
+        parser.error(f"--pairs must be at least {MIN_PAIRS:,}, to fill what is compared")
     real = [REAL_DATA / name for name in ("coco-train", "flickr8k-train")]
     patterns = args.shards or [str(path) for path in real if path.is_dir()]
     rng = np.random.default_rng(0)

@@ -9,7 +9,6 @@ where level is linear.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.contest import Entry
+from benchmarks.measure import RESULTS, read_results
 from benchmarks.peers import WAYS
 from eval.report.curve import save_figure
 from navit_clip.errors import UserError, one_line_errors
 
-RESULTS = Path(__file__).with_name("out")
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
 OURS = "navit_clip"
+DRAWN = ("step", "towers", "sweep")
 BARS = (
     ("step", "one step", [*(Entry(way) for way in WAYS), Entry(OURS, drop=0.5)]),
     ("towers", "image tower alone", [Entry(way, "image") for way in WAYS]),
@@ -39,31 +39,11 @@ CURVES = {
 _OURS_COLOUR, _PEER_COLOUR, _INK, _GRID = "#2563eb", "#9ca3af", "#1f2328", "#e3e6ea"
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is drawn, by benchmark.
-
-    Raises:
-        UserError: If a file is damaged, or none is there.
-    """
-    found = {}
-    for name in ("step", "towers", "sweep"):
-        path = folder / f"{name}.json"
-        try:
-            found[name] = json.loads(path.read_text())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-    if not found:
-        raise UserError(f"no results in {folder}: make bench, or give --results")
-    return found
-
-
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws the panels for which there are results.
 
     Args:
-        results: From `read_results`.
+        results: From `read_results`, by name.
         path: PNG file to write; it appears whole, folders are made.
 
     Raises:
@@ -148,7 +128,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PICTURE, help="PNG file to write")
     args = parser.parse_args()
     with one_line_errors("benchmarks.plot"):
-        draw(read_results(args.results), args.output)
+        draw(read_results(args.results, DRAWN), args.output)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from shard_factory import make_shards
 
-from benchmarks import contest, end_to_end, sweep
+from benchmarks import contest, end_to_end, sweep, tables
 from benchmarks.contest import Course, Entry, hold
+from benchmarks.measure import read_results
 from benchmarks.pairs import draw_batches, read_samples
 from benchmarks.peers import WAYS, WIDTHS
 from benchmarks.plot import draw
@@ -165,6 +166,37 @@ def test_attention(monkeypatch, tmp_path):
     for peer in ("padded", "dense_mask"):
         ratio = found["seconds"][peer] / found["seconds"]["packed"]
         assert found[f"ratio_{peer}"] == pytest.approx(ratio)
+
+
+def test_the_page_of_results_keeps_what_was_not_measured_anew(monkeypatch, tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Results\n\nIntroduction.\n\n## Packing\n\nold\n\n## Survival\n\nas it was\n")
+    run(monkeypatch, tmp_path, "attention", "--segments", "3", "--rounds", "1")
+    packed = run(monkeypatch, tmp_path, "packing", "--pairs", "4000")
+    flags = ["--results", str(tmp_path), "--output", str(page)]
+    monkeypatch.setattr(sys, "argv", ["tables", *flags])
+    tables.main()
+    first = page.read_text()
+    titles = ["# Results", "## Attention", "## Packing", "## Survival"]
+    assert [line for line in first.splitlines() if line.startswith("#")] == titles
+    assert "Introduction." in first
+    assert "as it was" in first
+    assert "old" not in first
+    padding = packed["no_drop"]["greedy"]["image_padding"]
+    assert f"| greedy | {padding:.2%} /" in first
+    assert "`python -m benchmarks.packing --pairs 4000`" in first
+    tables.main()
+    assert page.read_text() == first
+
+
+def test_a_result_that_cannot_be_drawn_is_one_line(tmp_path):
+    for text in ("{", '{"seconds": {}}'):
+        (tmp_path / "attention.json").write_text(text)
+        with pytest.raises(UserError, match=r"attention") as error:
+            tables.rewrite("", read_results(tmp_path, ["attention"]))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="make bench"):
+        read_results(tmp_path, ["loss"])
 
 
 def test_our_trainer_end_to_end(shards, tmp_path):
