@@ -92,8 +92,9 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, d
 
     Each first takes one step on every batch to warm up, in which operations are counted. Its turn
     in a round is two steps that go unmeasured and then one on every batch: while the others ran,
-    its process stood still and the kernel took memory back from it. open_clip's first step then
-    takes 24 s, its second 23, all others 20.
+    its process stood still and the kernel took memory back from it.
+
+    A way that needs much memory is still slower here than alone (benchmarks/LOG.md).
 
     Args:
         entries: Distinct ones; those of one way share a process.

@@ -49,9 +49,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     Raises:
         UserError: If a result lacks what its benchmark writes, or the file cannot be written.
     """
-    figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
     bars = [panel for panel in BARS if panel[0] in results]
-    rows = figure.subfigures(bool(bars) + ("sweep" in results), 1, squeeze=False)[:, 0]
+    count = bool(bars) + ("sweep" in results)
+    figure = Figure(figsize=(11, 3.2 * count), dpi=150, layout="constrained")
+    rows = figure.subfigures(count, 1, squeeze=False)[:, 0]
     try:
         if bars:
             panels = rows[0].subplots(1, len(bars), squeeze=False)[0]
@@ -105,7 +106,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], label: str, *, first: bool) -
     axes.set_xticks(xs, [f"{x:,}" for x in xs])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(p["ms_per_gflop"] for p in curve["points"]))
     axes.set_xlabel(label, size=8.5, color=_INK)
     if first:
         axes.set_ylabel("ms per GFLOP", size=8.5, color=_INK)
