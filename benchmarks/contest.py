@@ -1,8 +1,8 @@
-"""Ways of training in processes of their own, made to take the same steps in turn.
+"""Ways of training, each in a process of its own, made to take the same steps in turn.
 
-One process a way, so that memory is counted for each and no way inherits what another left in an
-allocator; in turn, so that a machine that slows down slows all of them. Everything that a data
-loader does is done before the clock runs.
+Memory is so counted for each, and no way inherits what another left in an allocator; in turn, so
+that a machine that slows down slows all of them. Everything that a data loader does is done before
+the clock runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from navit_clip.errors import UserError
 from navit_clip.loss import softmax_contrastive_loss
 
 Part = Literal["step", "image", "text"]
-UNMEASURED = 2  # steps at the start of a turn
 _TIMEOUT_S = 1800
 
 
@@ -58,11 +57,6 @@ class Entry:
         part = "" if self.part == "step" else f"_{self.part}"
         return f"{self.way}{part}{drop}{'_compiled' if self.compiled else ''}"
 
-    @property
-    def process(self) -> tuple[object, ...]:
-        """Entries for which this is equal share a process, which has one model."""
-        return self.way, self.drop, self.precision, self.compiled
-
 
 @dataclass(frozen=True)
 class Course:
@@ -90,14 +84,13 @@ class Course:
 def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, dict[str, Any]]:
     """Runs all entries in turn, round after round.
 
-    Each first takes one step on every batch to warm up, in which operations are counted. Its turn
-    in a round is two steps that go unmeasured and then one on every batch: while the others ran,
-    its process stood still and the kernel took memory back from it.
-
-    A way that needs much memory is still slower here than alone (benchmarks/LOG.md).
+    A turn is a new process, the only one at work and the only one that holds memory: beside others
+    a way that needs much memory is slower than alone (benchmarks/LOG.md). It takes one step on
+    every batch to warm up, in which operations are counted, and then one on every batch that is
+    measured.
 
     Args:
-        entries: Distinct ones; those of one way share a process.
+        entries: Distinct ones.
         course: What they run on.
         rounds: Measured rounds.
 
@@ -107,33 +100,30 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, d
         project's loader makes them; of a tower alone its own), ``flops_per_pair`` (matrix products
         and attention, forward and backward; compiled code's cannot be counted and are not a
         number), ``peak_share``, the median of the rounds' shares of what a large matrix product
-        reached in them; ``peak_mb`` above what the process held before its first step, the
-        highest so far: a tower alone must come before the whole step.
+        reached in them; ``peak_mb`` above what the process held before its first step.
 
     Raises:
         UserError: If there are no photos, or a way cannot run.
     """
-    ways = {e.process: _Worker(e, course) for e in {e.process: e for e in entries}.values()}
-    batches = range(course.batches)
+    turns: dict[Entry, list[list[dict[str, float]]]] = {entry: [] for entry in entries}
+    peaks: dict[str, list[float]] = {entry.precision: [] for entry in entries}
+    for _ in range(rounds):
+        for precision, found in peaks.items():
+            found.append(matmul_peak(course.device, precision))
+        for entry in entries:
+            turns[entry].append(_take_turn(entry, course))
+    return {entry: _summary(turns[entry], peaks[entry.precision]) for entry in entries}
+
+
+def _take_turn(entry: Entry, course: Course) -> list[dict[str, float]]:
+    """The measured steps of one turn, one on every batch."""
+    worker = _Worker(entry, course)
     try:
-        facts = {entry: [ways[entry.process].ask(entry, b) for b in batches] for entry in entries}
-        seconds: dict[Entry, list[float]] = {entry: [] for entry in entries}
-        peaks: dict[str, list[float]] = {entry.precision: [] for entry in entries}
-        for _ in range(rounds):
-            for precision, found in peaks.items():
-                found.append(matmul_peak(course.device, precision))
-            for entry in entries:
-                for _ in range(UNMEASURED):
-                    ways[entry.process].ask(entry, 0)
-                turn = [ways[entry.process].ask(entry, b)["seconds"] for b in batches]
-                seconds[entry].append(statistics.mean(turn))
-        return {
-            entry: _summary(facts[entry], seconds[entry], peaks[entry.precision])
-            for entry in entries
-        }
+        for _ in range(2):
+            turn = [worker.ask(batch) for batch in range(course.batches)]
+        return turn
     finally:
-        for worker in ways.values():
-            worker.close()
+        worker.close()
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -157,12 +147,12 @@ def matmul_peak(device: str, precision: str) -> float:
     return best
 
 
-def _summary(
-    facts: Sequence[dict[str, float]], rounds: Sequence[float], peaks: Sequence[float]
-) -> dict[str, Any]:
+def _summary(turns: Sequence[list[dict[str, float]]], peaks: Sequence[float]) -> dict[str, Any]:
+    facts = [fact for turn in turns for fact in turn]
     tokens = statistics.mean(fact["real_tokens"] for fact in facts)
     flops = statistics.mean(fact["flops"] for fact in facts)
     pairs = facts[0]["pairs"]
+    rounds = [statistics.mean(fact["seconds"] for fact in turn) for turn in turns]
     seconds = statistics.median(rounds)
     shares = [flops / step / peak for step, peak in zip(rounds, peaks, strict=True)]
     return {
@@ -176,14 +166,15 @@ def _summary(
         "matmul_peak": statistics.median(peaks),
         "peak_mb": max(fact["peak_mb"] for fact in facts),
         "kb_per_token": max(fact["peak_mb"] * 1024 / fact["real_tokens"] for fact in facts),
-        "rounds": list(rounds),
+        "rounds": rounds,
     }
 
 
 class _Worker:
-    """A process that has one way's model and takes steps when told."""
+    """A process that has an entry's model and takes steps when told."""
 
     def __init__(self, entry: Entry, course: Course) -> None:
+        self._entry = entry
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
@@ -194,15 +185,17 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, entry: Entry, batch: int) -> dict[str, float]:
-        """One step of an entry on a batch."""
+    def ask(self, batch: int) -> dict[str, float]:
+        """One step on a batch."""
         try:
-            self._pipe.send((entry, batch))
+            self._pipe.send(batch)
             if not self._pipe.poll(_TIMEOUT_S):
-                raise UserError(f"{entry.name} took more than {_TIMEOUT_S} s for one step")
+                raise UserError(f"{self._entry.name} took more than {_TIMEOUT_S} s for one step")
             answer: dict[str, float] | str = self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise UserError(f"the process of {entry.way} ended, out of memory perhaps") from error
+            raise UserError(
+                f"the process of {self._entry.way} ended, out of memory perhaps"
+            ) from error
         if isinstance(answer, str):
             raise UserError(answer)
         return answer
@@ -220,8 +213,8 @@ def _serve(entry: Entry, course: Course, threads: int, pipe: Connection) -> None
     torch.set_num_threads(threads)
     try:
         runner = _Runner(entry, course)
-        while (asked := pipe.recv()) is not None:
-            pipe.send(runner.run(*asked))
+        while (batch := pipe.recv()) is not None:
+            pipe.send(runner.run(batch))
     except EOFError:  # the parent was ended
         pass
     except UserError as error:
@@ -229,15 +222,11 @@ def _serve(entry: Entry, course: Course, threads: int, pipe: Connection) -> None
 
 
 class _Runner:
-    """Inside a process: the model, its optimiser, and the batches.
-
-    Args:
-        entry: Any of those that share the process.
-        course: What it runs on.
-    """
+    """Inside a process: the model, its optimiser, and the batches."""
 
     def __init__(self, entry: Entry, course: Course) -> None:
         torch.manual_seed(0)
+        self.entry = entry
         self.device = torch.device(course.device)
         self.way: Way = WAYS[entry.way](WIDTHS[course.size]).to(self.device)
         if entry.compiled:
@@ -263,35 +252,36 @@ class _Runner:
             }
             for pairs in batches
         ]
-        self.flops: dict[tuple[Entry, int], float] = {}
+        self.flops: dict[int, float] = {}
         self.held_mb = 0.0
 
-    def run(self, entry: Entry, number: int) -> dict[str, float]:
+    def run(self, number: int) -> dict[str, float]:
         """One step, timed; the first time on a batch its operations are counted instead."""
-        sizes, key = self.sizes[number], (entry, number)
+        sizes = self.sizes[number]
         if not self.flops:
             self.held_mb = _memory_mb(self.device)
         begin = time.perf_counter()
-        if key not in self.flops and not entry.compiled:
+        if number not in self.flops and not self.entry.compiled:
             with flop_counter() as counter:
-                self._step(entry, self.batches[number])
-            self.flops[key] = counter.get_total_flops()
+                self._step(self.batches[number])
+            self.flops[number] = counter.get_total_flops()
         else:
             # Under the counter nothing is compiled: a compiled way's warm-up goes without it.
-            self.flops.setdefault(key, math.nan)
-            self._step(entry, self.batches[number])
+            self.flops.setdefault(number, math.nan)
+            self._step(self.batches[number])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         tokens = sizes["image_tokens"] + sizes["text_tokens"]
         return {
             **sizes,
             "seconds": time.perf_counter() - begin,
-            "flops": self.flops[key],
-            "real_tokens": sizes.get(f"{entry.part}_tokens", tokens),
+            "flops": self.flops[number],
+            "real_tokens": sizes.get(f"{self.entry.part}_tokens", tokens),
             "peak_mb": _memory_mb(self.device) - self.held_mb,
         }
 
-    def _step(self, entry: Entry, batch: Any) -> None:
+    def _step(self, batch: Any) -> None:
+        entry = self.entry
         half = entry.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             if entry.part == "step":

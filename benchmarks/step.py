@@ -31,8 +31,6 @@ from navit_clip.errors import one_line_errors
 
 OURS, DROP = Entry("navit_clip"), Entry("navit_clip", drop=0.5)
 TOWER = Entry("navit_clip", "image")
-# One contest per peer: four projects' memory at once is more than many machines have. A tower alone
-# comes first, see `hold`.
 CONTESTS = {
     "open_clip": {
         "ratio_open_clip": (OURS, Entry("open_clip")),

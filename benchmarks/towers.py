@@ -50,7 +50,6 @@ def main() -> None:
     with one_line_errors("benchmarks.towers"):
         course, precision = course_of(args)
         for part in PEERS:
-            # One after the other: the peak of a process that had both would be the larger one's.
             entries = entries_of(part, args.peers, precision, compiled=args.compile)
             found = hold(entries, course, args.rounds)
             ours = found[entries[0]]
