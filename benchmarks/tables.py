@@ -75,10 +75,9 @@ def _step(result: Result) -> str:
     ratios |= {peer: f"ratio_step_{peer}" for peer in ("timm_naflex", "vit_pytorch")}
     towers = {peer: f"ratio_{peer}" for peer in ("timm_naflex", "vit_pytorch")}
     parts = [_course(result)]
-    whole = {way: field for way, field in ratios.items() if field in result}
     if "navit_clip" in result:
         parts.append("A whole step: both towers, loss, backward pass, AdamW.")
-        parts.append(_entries(result, "", whole))
+        parts.append(_entries(result, "", ratios))
     if "navit_clip_image" in result:
         parts.append("The image tower alone, forward and backward, on equal patches.")
         parts.append(_entries(result, "_image", towers))
@@ -96,11 +95,7 @@ def _step(result: Result) -> str:
 def _towers(result: Result) -> str:
     parts = [_course(result)]
     for part in ("image", "text"):
-        ratios = {
-            way: field
-            for way in _WAYS
-            if (field := f"ratio_{way}_{part}") in result and way != "navit_clip"
-        }
+        ratios = {way: field for way in _WAYS if (field := f"ratio_{way}_{part}") in result}
         parts += [f"The {part} tower:", _entries(result, f"_{part}", ratios)]
     if "ratio_compile_image" in result:
         parts.append(

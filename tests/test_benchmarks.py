@@ -79,9 +79,13 @@ def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
             3 * tower[f"{part}_tokens_per_pair"]
         )
         assert 0 < tower["flops_per_pair"] < found[f"open_clip_{part}"]["flops_per_pair"]
-    step = {"navit_clip": ours, "open_clip": squares, "ratio_open_clip": 2.0, **_facts(found)}
+    step = {"navit_clip": ours, "open_clip": squares, "ratio_open_clip": 2.0}
+    step |= {"peak_share": ours["peak_share"], **_facts(found)}
     draw({"step": step, "towers": found}, tmp_path / "deep/picture.png")
     assert Image.open(tmp_path / "deep/picture.png").width > 1000
+    page = tables.section("towers", found)
+    assert all(f"{found[f'ratio_open_clip_{part}']:.2f}×" in page for part in ("image", "text"))
+    assert "2.00×" in tables.section("step", step)
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +106,7 @@ def test_sweep(monkeypatch, tmp_path):
             assert point["ms_per_gflop"] * point["gflop"] == pytest.approx(1e3 * point["seconds"])
     draw({"sweep": found}, tmp_path / "picture.png")
     assert Image.open(tmp_path / "picture.png").height > 400
+    assert f"| {found['max_over_min_pairs']:.2f} |" in tables.section("sweep", found)
 
 
 def test_the_sweeps_points_are_what_they_say():

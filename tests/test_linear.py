@@ -70,7 +70,7 @@ def test_any_memory_layout(monkeypatch):
         grad = torch.randn(20, 1).expand(20, LARGE[1])  # strides of zero, as a sum's gradient has
         wanted = run(reference(layer), x.double(), grad.double())
         for ours, exact in zip(run(layer, x, grad), wanted, strict=True):
-            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
     assert len(seen) == 4  # two passes, forward and backward
 
 
