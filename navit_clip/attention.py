@@ -27,7 +27,8 @@ def segment_attention(
     """Softmax attention of each query segment over the key segment of the same index.
 
     Args:
-        q_THD: [T, H, D] queries.
+        q_THD: [T, H, D] queries; on a processor q and k may be float32 beside values in half
+            precision.
         k_SHD: [S, H, D] keys.
         v_SHD: [S, H, D] values.
         segments_q: Segments of the T query tokens.
@@ -37,7 +38,7 @@ def segment_attention(
             segments must then be the same.
 
     Returns:
-        [T, H, D]; what it holds on padding is finite, and of no meaning.
+        [T, H, D] in the values' precision; what it holds on padding is finite, and of no meaning.
 
     Raises:
         ValueError: If the two sides hold different numbers of examples, one alone is padded, or

@@ -23,6 +23,11 @@ from navit_clip.choices import check_choices
 from navit_clip.linear import linear
 from navit_clip.packing import Segments
 
+# A processor's caches hold what a short stream needs between two operators, and its allocator
+# keeps small blocks: a stream of more elements takes up to 25% longer in one piece than in parts.
+# A smaller one takes 3% longer in parts, whose weight gradients are added (benchmarks/LOG.md).
+_WHOLE_ELEMENTS = 2_500_000
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -136,10 +141,11 @@ class SegmentAttention(nn.Module):
     def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
         """Attends within segments; [T, C] to [T, C]."""
         q_THD, k_THD, v_THD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        # Under autocast a LayerNorm returns float32, which attention kernels would not accept
-        # beside half-precision values.
-        q_THD = self.q_norm(q_THD).to(v_THD.dtype)
-        k_THD = self.k_norm(k_THD).to(v_THD.dtype)
+        q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
+        if v_THD.device.type != "cpu":
+            # Under autocast a LayerNorm returns float32, which kernels would not accept beside
+            # half-precision values. A processor attends in float32 anyway.
+            q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
         y_THD = self.attend(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
         return self.out(y_THD.flatten(-2))
 
@@ -168,15 +174,14 @@ class Block(nn.Module):
         self.mlp_norm = layer_norm(config.width, config)
         self.mlp = Mlp(config)
 
-    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
-        """[T, C] to [T, C]."""
-        if x_TC.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._transform(x_TC, segments)
-        # A processor's caches hold what a short stream needs between two operators, and its
-        # allocator keeps small blocks: one long stream takes some 4% longer (benchmarks/LOG.md).
-        parts = segments.parts
-        streams = x_TC.split([part.num_tokens for part in parts])
-        return torch.cat([self._transform(x, part) for x, part in zip(streams, parts, strict=True)])
+    def forward(
+        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
+    ) -> tuple[Tensor, ...]:
+        """Streams [T, C], each with its segments, to streams of the same shapes.
+
+        All in one call, so that FSDP gathers the parameters once.
+        """
+        return tuple(self._transform(x, part) for x, part in zip(streams, parts, strict=True))
 
     def _transform(self, x_TC: Tensor, segments: Segments) -> Tensor:
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments)
@@ -195,6 +200,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
+        self._compiled = False
         self.pre_norm = layer_norm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = layer_norm(config.width, config) if config.final_norm else nn.Identity()
@@ -210,15 +216,29 @@ class Encoder(nn.Module):
             [T, C] outputs, normalised by default.
         """
         x_TC = self.pre_norm(x_TC)
+        if (
+            x_TC.device.type != "cpu"
+            or x_TC.numel() <= _WHOLE_ELEMENTS
+            or self._compiled
+            or torch.compiler.is_compiling()
+        ):
+            return self.norm(*self._transform((x_TC,), (segments,)))
+        streams = x_TC.split([part.num_tokens for part in segments.parts])
+        return self.norm(torch.cat(self._transform(streams, segments.parts)))
+
+    def _transform(
+        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
+    ) -> tuple[Tensor, ...]:
         for block in self.blocks:
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_TC = checkpoint(block, x_TC, segments, use_reentrant=False)
+                streams = checkpoint(block, streams, parts, use_reentrant=False)
             else:
-                x_TC = block(x_TC, segments)
-        return self.norm(x_TC)
+                streams = block(streams, parts)
+        return streams
 
     def compile_blocks(self) -> None:
         """Compiles each block in place at its next call; names of parameters stay."""
+        self._compiled = True
         for block in self.blocks:
             assert isinstance(block, Block)
             # Its segments' lengths are host numbers, other ones in every batch: traced, each

@@ -147,6 +147,26 @@ def test_any_cross_segments(lengths, padding, seed):
     check(lengths_q, lengths_k, padding_q=padding[0], padding_k=padding[1], seed=seed)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_and_keys_in_float32_beside_half_precision_values(causal):
+    segments = Segments.from_lengths([3, 3, 5, 1], padding=2)
+    q, k, v = (torch.randn(14, HEADS, WIDTH, requires_grad=True) for _ in range(3))
+    half = v.detach().bfloat16().requires_grad_()
+    out = segment_attention(q, k, half, segments, segments, causal=causal)
+    assert out.dtype == torch.bfloat16
+    rounded = half.detach().float().requires_grad_()
+    expected = segment_attention(q, k, rounded, segments, segments, causal=causal)
+    assert torch.equal(out, expected.bfloat16())
+    weight = torch.randn_like(out)
+    actual_grads = torch.autograd.grad((out * weight).sum(), (q, k, half))
+    grads = torch.autograd.grad((expected * weight.float()).sum(), (q, k, rounded))
+    for actual, grad, dtype in zip(
+        actual_grads, grads, (torch.float32, torch.float32, torch.bfloat16), strict=True
+    ):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, grad.to(dtype))
+
+
 def test_equal_segments_in_two_objects_are_the_same_segments():
     check((3, 3, 2), (3, 3, 2), padding_q=2, padding_k=2, causal=True)
 

@@ -140,8 +140,9 @@ def test_compiled_kernels_agree_and_are_built_once():
     assert compiled_late(step) == (0, 0)
 
 
-def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels):
-    # Short streams, which an uncompiled block takes on a processor, would be other shapes to it.
+def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels, monkeypatch):
+    # Parts, in which an uncompiled encoder reads it on a processor, would be other shapes to them.
+    monkeypatch.setattr("navit_clip.transformer._WHOLE_ELEMENTS", 0)
     config = EncoderConfig(width=8, depth=1, heads=2)
     for compiled in (True, False):
         encoder = Encoder(config)

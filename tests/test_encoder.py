@@ -168,6 +168,37 @@ def test_gradients_stay_within_their_segment(config):
     assert not x.grad[7:].any()
 
 
+@every_switch
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_stream_in_parts_gives_what_it_gives_whole(config, padding, recompute, monkeypatch):
+    encoder = double(Encoder(config))
+    encoder.recompute_blocks = recompute
+    lengths = [3, 3, 1, 7, 5, 2]
+    x = torch.randn(sum(lengths) + padding, config.width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(sum(lengths), config.width, dtype=torch.float64)
+
+    def run() -> tuple[Segments, list[Tensor]]:
+        segments = Segments.from_lengths(lengths, padding=padding)
+        y = encoder(x, segments)[: sum(lengths)]
+        return segments, [y, *torch.autograd.grad((y * weight).sum(), [x, *encoder.parameters()])]
+
+    whole, expected = run()
+    monkeypatch.setattr("navit_clip.packing.PART_TOKENS", 6)
+    monkeypatch.setattr("navit_clip.transformer._WHOLE_ELEMENTS", 0)
+    cut, actual = run()
+    assert "parts" not in vars(whole)
+    assert [part.lengths[: part.num_examples] for part in cut.parts] == [
+        (3, 3),
+        (1,),
+        (7,),
+        (5,),
+        (2,),
+    ]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_causal_tokens_see_only_what_stands_before_them():
     encoder = double(Encoder(EncoderConfig(**SMALL, causal=True)))
     segments = Segments.from_lengths([5, 4])
