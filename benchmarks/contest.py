@@ -11,7 +11,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.measure import Precision, flop_counter
-from benchmarks.pairs import draw_batches, read_samples
+from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import WAYS, WIDTHS, Way
 from navit_clip.errors import UserError
 from navit_clip.loss import softmax_contrastive_loss
@@ -84,8 +84,8 @@ class Course:
 def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, dict[str, Any]]:
     """Runs all entries in turn, round after round.
 
-    A turn is a new process, the only one at work and the only one that holds memory: beside others
-    a way that needs much memory is slower than alone (benchmarks/LOG.md). It takes one step on
+    A turn is a new process, the only one at work and the only one with a model: beside others a way
+    that needs much memory is slower than alone (benchmarks/LOG.md). It takes one step on
     every batch to warm up, in which operations are counted, and then one on every batch that is
     measured.
 
@@ -105,19 +105,40 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, d
     Raises:
         UserError: If there are no photos, or a way cannot run.
     """
+    batches = _draw(course, {entry.drop for entry in entries})
     turns: dict[Entry, list[list[dict[str, float]]]] = {entry: [] for entry in entries}
     peaks: dict[str, list[float]] = {entry.precision: [] for entry in entries}
     for _ in range(rounds):
         for precision, found in peaks.items():
             found.append(matmul_peak(course.device, precision))
         for entry in entries:
-            turns[entry].append(_take_turn(entry, course))
+            turns[entry].append(_take_turn(entry, course, batches[entry.drop]))
     return {entry: _summary(turns[entry], peaks[entry.precision]) for entry in entries}
 
 
-def _take_turn(entry: Entry, course: Course) -> list[dict[str, float]]:
+def _draw(course: Course, drops: Iterable[float]) -> dict[float, list[list[RealPair]]]:
+    """The batches, by mean token drop."""
+    samples = read_samples(course.shards)
+    return {
+        drop: list(
+            draw_batches(
+                samples,
+                course.pairs,
+                course.batches,
+                drop=drop,
+                min_side=course.min_side,
+                max_side=course.max_side,
+            )
+        )
+        for drop in drops
+    }
+
+
+def _take_turn(
+    entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]
+) -> list[dict[str, float]]:
     """The measured steps of one turn, one on every batch."""
-    worker = _Worker(entry, course)
+    worker = _Worker(entry, course, batches)
     try:
         for _ in range(2):
             turn = [worker.ask(batch) for batch in range(course.batches)]
@@ -173,13 +194,13 @@ def _summary(turns: Sequence[list[dict[str, float]]], peaks: Sequence[float]) ->
 class _Worker:
     """A process that has an entry's model and takes steps when told."""
 
-    def __init__(self, entry: Entry, course: Course) -> None:
+    def __init__(self, entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]) -> None:
         self._entry = entry
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(entry, course, torch.get_num_threads(), theirs),
+            args=(entry, course, batches, torch.get_num_threads(), theirs),
             daemon=True,
         )
         self._process.start()
@@ -209,10 +230,16 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(entry: Entry, course: Course, threads: int, pipe: Connection) -> None:
+def _serve(
+    entry: Entry,
+    course: Course,
+    batches: Sequence[Sequence[RealPair]],
+    threads: int,
+    pipe: Connection,
+) -> None:
     torch.set_num_threads(threads)
     try:
-        runner = _Runner(entry, course)
+        runner = _Runner(entry, course, batches)
         while (batch := pipe.recv()) is not None:
             pipe.send(runner.run(batch))
     except EOFError:  # the parent was ended
@@ -224,7 +251,7 @@ def _serve(entry: Entry, course: Course, threads: int, pipe: Connection) -> None
 class _Runner:
     """Inside a process: the model, its optimiser, and the batches."""
 
-    def __init__(self, entry: Entry, course: Course) -> None:
+    def __init__(self, entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]) -> None:
         torch.manual_seed(0)
         self.entry = entry
         self.device = torch.device(course.device)
@@ -233,16 +260,6 @@ class _Runner:
             self.way.compile_blocks()
         self.optimizer = torch.optim.AdamW(self.way.parameters(), lr=1e-4, fused=True)
         self.peer_loss = open_clip.ClipLoss()
-        batches = list(
-            draw_batches(
-                read_samples(course.shards),
-                course.pairs,
-                course.batches,
-                drop=entry.drop,
-                min_side=course.min_side,
-                max_side=course.max_side,
-            )
-        )
         self.batches = [self.way.prepare(pairs, self.device) for pairs in batches]
         self.sizes = [
             {
