@@ -85,9 +85,8 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, d
     """Runs all entries in turn, round after round.
 
     A turn is a new process, the only one at work and the only one with a model: beside others a way
-    that needs much memory is slower than alone (benchmarks/LOG.md). It takes one step on
-    every batch to warm up, in which operations are counted, and then one on every batch that is
-    measured.
+    that needs much memory is slower than alone (benchmarks/LOG.md). It takes one step on every
+    batch to warm up, in which operations are counted, and then one on every batch, measured.
 
     Args:
         entries: Distinct ones.
