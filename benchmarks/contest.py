@@ -8,13 +8,17 @@ the clock runs.
 from __future__ import annotations
 
 import math
+import pickle
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
@@ -81,6 +85,23 @@ class Course:
     max_side: int = 256
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What the process of one turn is given.
+
+    Attributes:
+        entry: Who runs.
+        course: On what.
+        batches: The file of its pairs, from `_draw`.
+        threads: Of torch.
+    """
+
+    entry: Entry
+    course: Course
+    batches: Path
+    threads: int
+
+
 def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, dict[str, Any]]:
     """Runs all entries in turn, round after round.
 
@@ -104,43 +125,52 @@ def hold(entries: Sequence[Entry], course: Course, rounds: int) -> dict[Entry, d
     Raises:
         UserError: If there are no photos, or a way cannot run.
     """
-    batches = _draw(course, {entry.drop for entry in entries})
+    drops = {entry.drop for entry in entries}
+    threads = torch.get_num_threads()
     turns: dict[Entry, list[list[dict[str, float]]]] = {entry: [] for entry in entries}
     peaks: dict[str, list[float]] = {entry.precision: [] for entry in entries}
-    for _ in range(rounds):
-        for precision, found in peaks.items():
-            found.append(matmul_peak(course.device, precision))
-        for entry in entries:
-            turns[entry].append(_take_turn(entry, course, batches[entry.drop]))
+    with tempfile.TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as drawing:
+            drawing.submit(_draw, course, drops, Path(folder)).result()
+        for _ in range(rounds):
+            for precision, found in peaks.items():
+                found.append(matmul_peak(course.device, precision))
+            for entry in entries:
+                task = _Task(entry, course, _batches_file(Path(folder), entry.drop), threads)
+                turns[entry].append(_take_turn(task))
     return {entry: _summary(turns[entry], peaks[entry.precision]) for entry in entries}
 
 
-def _draw(course: Course, drops: Iterable[float]) -> dict[float, list[list[RealPair]]]:
-    """The batches, by mean token drop."""
+def _batches_file(folder: Path, drop: float) -> Path:
+    return folder / f"{drop}.pickle"
+
+
+def _draw(course: Course, drops: Iterable[float], folder: Path) -> None:
+    """Writes the batches, a file for each mean token drop.
+
+    Drawing holds more than a gigabyte of photos, so it has a process of its own, which has ended
+    when the first turn begins.
+    """
     samples = read_samples(course.shards)
-    return {
-        drop: list(
-            draw_batches(
-                samples,
-                course.pairs,
-                course.batches,
-                drop=drop,
-                min_side=course.min_side,
-                max_side=course.max_side,
-            )
+    for drop in drops:
+        batches = draw_batches(
+            samples,
+            course.pairs,
+            course.batches,
+            drop=drop,
+            min_side=course.min_side,
+            max_side=course.max_side,
         )
-        for drop in drops
-    }
+        with _batches_file(folder, drop).open("wb") as file:
+            pickle.dump(list(batches), file)
 
 
-def _take_turn(
-    entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]
-) -> list[dict[str, float]]:
+def _take_turn(task: _Task) -> list[dict[str, float]]:
     """The measured steps of one turn, one on every batch."""
-    worker = _Worker(entry, course, batches)
+    worker = _Worker(task)
     try:
         for _ in range(2):
-            turn = [worker.ask(batch) for batch in range(course.batches)]
+            turn = [worker.ask(batch) for batch in range(task.course.batches)]
         return turn
     finally:
         worker.close()
@@ -193,15 +223,11 @@ def _summary(turns: Sequence[list[dict[str, float]]], peaks: Sequence[float]) ->
 class _Worker:
     """A process that has an entry's model and takes steps when told."""
 
-    def __init__(self, entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]) -> None:
-        self._entry = entry
+    def __init__(self, task: _Task) -> None:
+        self._entry = task.entry
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve,
-            args=(entry, course, batches, torch.get_num_threads(), theirs),
-            daemon=True,
-        )
+        self._process = context.Process(target=_serve, args=(task, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -229,16 +255,10 @@ class _Worker:
             self._process.kill()
 
 
-def _serve(
-    entry: Entry,
-    course: Course,
-    batches: Sequence[Sequence[RealPair]],
-    threads: int,
-    pipe: Connection,
-) -> None:
-    torch.set_num_threads(threads)
+def _serve(task: _Task, pipe: Connection) -> None:
+    torch.set_num_threads(task.threads)
     try:
-        runner = _Runner(entry, course, batches)
+        runner = _Runner(task)
         while (batch := pipe.recv()) is not None:
             pipe.send(runner.run(batch))
     except EOFError:  # the parent was ended
@@ -250,7 +270,12 @@ def _serve(
 class _Runner:
     """Inside a process: the model, its optimiser, and the batches."""
 
-    def __init__(self, entry: Entry, course: Course, batches: Sequence[Sequence[RealPair]]) -> None:
+    def __init__(self, task: _Task) -> None:
+        entry, course = task.entry, task.course
+        # Kept: freed pairs would be room within the highest memory before the first step, and the
+        # step's own would seem smaller.
+        with task.batches.open("rb") as file:
+            self.pairs: list[list[RealPair]] = pickle.load(file)
         torch.manual_seed(0)
         self.entry = entry
         self.device = torch.device(course.device)
@@ -259,14 +284,14 @@ class _Runner:
             self.way.compile_blocks()
         self.optimizer = torch.optim.AdamW(self.way.parameters(), lr=1e-4, fused=True)
         self.peer_loss = open_clip.ClipLoss()
-        self.batches = [self.way.prepare(pairs, self.device) for pairs in batches]
+        self.batches = [self.way.prepare(pairs, self.device) for pairs in self.pairs]
         self.sizes = [
             {
                 "pairs": len(pairs),
                 "image_tokens": sum(real.pair.image_length for real in pairs),
                 "text_tokens": sum(real.pair.text_length for real in pairs),
             }
-            for pairs in batches
+            for pairs in self.pairs
         ]
         self.flops: dict[int, float] = {}
         self.held_mb = 0.0
