@@ -1,14 +1,15 @@
 """This project's contrastive loss beside open_clip's `ClipLoss`: time and extra memory.
 
 Forward and backward over N pairs of width 512. On the CPU in float32, in one process and in two
-gloo ranks that share the cores; on CUDA in one process, in float32 and in bfloat16. `ClipLoss`
+gloo ranks that share the cores, this loss also in four where N allows several passes; on CUDA in
+one process, in float32 and in bfloat16. `ClipLoss`
 comes in two forms that differ only between ranks: `local` (local_loss, gather_with_grad) computes
 a rank's rows and columns, `gathered` (its default) the full matrix on every rank.
 
 Every measurement is one forward and backward pass in processes of its own, which have warmed up
 on a small problem (CUDA: on the same one). Losses take turns, so that a machine that slows down
-slows all of them, and medians over the rounds are reported; over ranks, the slowest and the
-largest count. Time runs from a barrier to the end of the backward pass.
+slows all of them. Of the rounds the median of time is reported and the largest memory; over ranks,
+the slowest and the largest count. Time runs from a barrier to the end of the backward pass.
 
 Extra memory is what the pass needs on top of the features that go in, gradients included. CPU:
 the kernel's high-water mark of the process's resident memory (VmHWM, set back through
@@ -180,25 +181,29 @@ def measure(case: Case) -> Measured | None:
 
 
 def take_turns(cases: Sequence[Case], rounds: int) -> dict[str, Measured | None]:
-    """Medians of each case over the rounds, by the name of its loss."""
+    """Median time and largest memory of each case over the rounds, by the name of its loss."""
     measured: dict[str, list[Measured | None]] = {case.loss: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
             if None not in measured[case.loss]:
                 measured[case.loss].append(measure(case))
-    medians: dict[str, Measured | None] = {}
+    merged: dict[str, Measured | None] = {}
     for name, values in measured.items():
         complete = [value for value in values if value is not None]
-        medians[name] = (
-            Measured(*(statistics.median(column) for column in zip(*complete, strict=True)))
+        merged[name] = (
+            Measured(
+                statistics.median(value.seconds for value in complete),
+                max(value.extra for value in complete),
+                statistics.median(value.loss for value in complete),
+            )
             if len(complete) == len(values)
             else None
         )
-    losses = [value.loss for value in medians.values() if value is not None]
+    losses = [value.loss for value in merged.values() if value is not None]
     tolerance = 1e-4 if cases[0].dtype == "float32" else 5e-2
     if any(not math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
         raise SystemExit(f"the losses of one batch differ: {losses}")
-    return medians
+    return merged
 
 
 def compare(
@@ -229,7 +234,7 @@ def compare(
     if finished:
         fields["time_ratio"] = ours.seconds / min(result.seconds for result in finished)
         fields["memory_ratio"] = ours.extra / min(result.extra for result in finished)
-    elif not peers:
+    elif pairs > CPU_PEER_LIMIT:
         matrix = pairs**2 * getattr(torch, dtype).itemsize / 1e9
         fields["peer_not_run"] = f"each of its several N x N matrices takes {matrix:.1f} GB"
     return fields
@@ -247,8 +252,8 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
-    if args.rounds < 1 or any(size < 2 or size % 2 for size in args.sizes or ()):
-        parser.error("--rounds must be at least 1 and --sizes even and positive")
+    if args.rounds < 1 or any(size < 4 or size % 4 for size in args.sizes or ()):
+        parser.error("--rounds must be at least 1, --sizes positive and divisible by 4")
     result: dict[str, Any] = {"device": device, "width": WIDTH}
     for pairs in args.sizes or SIZES[device]:
         if device == "cuda":
@@ -261,6 +266,8 @@ def main() -> None:
             rounds = 1 if alone else args.rounds
             fields = compare(pairs, 1, device, "float32", one, rounds)
             fields["two_ranks"] = compare(pairs, 2, device, "float32", two, rounds)
+            if not alone:
+                fields["four_ranks"] = compare(pairs, 4, device, "float32", [], 3 * rounds)
         result[str(pairs)] = fields
     report(result, args.output)
 

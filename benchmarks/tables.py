@@ -154,26 +154,33 @@ def _loss(result: Result) -> str:
     for pairs, fields in result.items():
         if not pairs.isdigit():
             continue
-        variants = {"1": fields, "2": fields.get("two_ranks"), "1, bf16": fields.get("bfloat16")}
+        variants = {
+            "1": fields,
+            "2": fields.get("two_ranks"),
+            "4": fields.get("four_ranks"),
+            "1, bf16": fields.get("bfloat16"),
+        }
         for ranks, found in variants.items():
             if found and "seconds" in found:
                 rows.append([f"{int(pairs):,}", ranks, *_loss_row(found)])
     head = ["pairs", "ranks", "s", "`ClipLoss`, s", "time ratio", "extra MB", "`ClipLoss`, MB"]
     return (
         f"Forward and backward, D = {result['width']}. open_clip's `ClipLoss` with `local_loss`; "
-        "extra memory is the peak above the features.\n\n" + table([*head, "memory ratio"], rows)
+        "extra memory is the peak above the features, the largest of the passes.\n\n"
+        + table([*head, "memory ratio"], rows)
     )
 
 
 def _loss_row(found: Result) -> list[str]:
     peer = found["peers"].get("local")
     beaten = isinstance(peer, dict)
+    none = "cannot" if peer or "peer_not_run" in found else "–"
     return [
         f"{found['seconds']:.2f}",
-        f"{peer['seconds']:.2f}" if beaten else "cannot",
+        f"{peer['seconds']:.2f}" if beaten else none,
         f"{found['time_ratio']:.2f}" if beaten else "–",
         f"{found['extra_mb']:,.0f}",
-        f"{peer['extra_mb']:,.0f}" if beaten else "cannot",
+        f"{peer['extra_mb']:,.0f}" if beaten else none,
         f"{found['memory_ratio']:.3f}" if beaten else "–",
     ]
 
