@@ -48,6 +48,7 @@ SCALE = 100.0
 SIZES = {"cpu": (4096, 16384, 65536), "cuda": (16384, 65536, 262144)}
 # Beyond this many pairs one of the peer's N×N matrices is larger than most machines' memory.
 CPU_PEER_LIMIT = 16384
+LEAST = 1024
 OURS, LOCAL, GATHERED = "navit_clip", "local", "gathered"
 
 
@@ -252,8 +253,9 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
-    if args.rounds < 1 or any(size < 4 or size % 4 for size in args.sizes or ()):
-        parser.error("--rounds must be at least 1, --sizes positive and divisible by 4")
+    # Fewer pairs take no memory that the resident set would show.
+    if args.rounds < 1 or any(size < LEAST or size % 4 for size in args.sizes or ()):
+        parser.error(f"--rounds must be at least 1, --sizes {LEAST} or more, divisible by 4")
     result: dict[str, Any] = {"device": device, "width": WIDTH}
     for pairs in args.sizes or SIZES[device]:
         if device == "cuda":
