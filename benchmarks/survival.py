@@ -15,33 +15,22 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launch import Launch, launch, run_to_end, torchrun
 from benchmarks.measure import output_argument, report
-from navit_clip.data.reader import ReaderState
-from navit_clip.data.resume import LoaderPosition
-from navit_clip.data.sample import PairBuilder
+from benchmarks.pairs_seen import count_pairs
 from navit_clip.data.shapes.write import ShapesConfig, write_shapes
-from navit_clip.data.shards import expand_shards, read_shard
-from navit_clip.data.sources import Sources
-from navit_clip.data.tokenizer import build_tokenizer
+from navit_clip.data.shards import expand_shards
 from navit_clip.data.train_tokenizer import train_tokenizer
-from train.checkpoint import SavedPositions
-from train.config import parse_config
-from train.trainer import build_pair_builder
 
-ROOT = Path(__file__).parents[1]
 RANKS, WORKERS = 2, 2
-_WAIT_S = 300.0
 _MOMENTS = ("step", "checkpoint", "worker", "checkpoint", "start", "step")
 
 
@@ -92,146 +81,9 @@ def write_run(root: Path, *, train: int = 1536, steps: int = 170) -> list[str]:
     return ["--config", str(root / "run.yaml")]
 
 
-def torchrun(flags: Sequence[str], *options: str) -> list[str]:
-    """The command of a run under torchrun."""
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "train", *flags]
-
-
 def two_ranks(flags: Sequence[str], *options: str) -> list[str]:
     """The command of a run on two ranks of this machine."""
     return torchrun(flags, "--standalone", f"--nproc-per-node={RANKS}", *options)
-
-
-def processes_below(pid: int) -> dict[int, int]:
-    """All running descendants of a process and the parent of each."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):  # ended meanwhile
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    parents[int(entry.name)] = int(parent)
-    below: dict[int, int] = {}
-    generation = {pid}
-    while generation:
-        children = {child: p for child, p in parents.items() if p in generation}
-        below |= children
-        generation = set(children)
-    return below
-
-
-class Launch:
-    """One start of a command, and the processes that it starts.
-
-    Args:
-        command: The command.
-        output: Gets what it prints.
-    """
-
-    def __init__(self, command: Sequence[str], output: Path) -> None:
-        self.output = output
-        with output.open("ab") as file:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                # Gloo would otherwise look for the host's name, which need not be in any table.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._seen: set[int] = set()
-
-    def ranks(self) -> dict[int, int]:
-        """Processes of the ranks that run now, by rank."""
-        below = self._below()
-        found: dict[int, int] = {}
-        for pid in (pid for pid, parent in below.items() if parent == self.process.pid):
-            with suppress(OSError):
-                environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
-                found |= {int(e[5:]): pid for e in environment if e.startswith(b"RANK=")}
-        return found
-
-    def workers(self, rank: int) -> list[int]:
-        """Data workers of a rank: forks of it, so they share its command line."""
-        pid = self.ranks().get(rank)
-        if pid is None:
-            return []
-        own = _command_line(pid)
-        children = [child for child, parent in self._below().items() if parent == pid]
-        return [child for child in children if own and _command_line(child) == own]
-
-    def wait(self, timeout_s: float = _WAIT_S) -> int:
-        """Waits for the end.
-
-        Raises:
-            TimeoutError: With the end of the output.
-        """
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"no end after {timeout_s:.0f} s:\n{self.tail()}") from error
-
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        """Waits until something is so.
-
-        Raises:
-            TimeoutError: If it takes too long, or the command ends before; with its output.
-        """
-        deadline = time.monotonic() + _WAIT_S
-        while not condition():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise TimeoutError(f"{what} was not reached:\n{self.tail()}")
-            time.sleep(0.002)
-
-    def kill_all(self) -> None:
-        """Ends the command and everything that it started, by SIGKILL, as a dying host does."""
-        self._below()
-        for pid in [self.process.pid, *self._seen]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def close(self) -> None:
-        """Leaves no process behind."""
-        if self.process.poll() is None:
-            self.kill_all()
-        # Orphans notice by themselves; those that do not must not disturb what comes next.
-        deadline = time.monotonic() + 10
-        while (left := [pid for pid in self._seen if _command_line(pid)]) and (
-            time.monotonic() < deadline
-        ):
-            time.sleep(0.05)
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def tail(self) -> str:
-        """The end of what the command printed."""
-        return self.output.read_text(errors="replace")[-4000:]
-
-    def _below(self) -> dict[int, int]:
-        below = processes_below(self.process.pid)
-        self._seen |= below.keys()
-        return below
-
-
-def _command_line(pid: int) -> bytes:
-    """Of a process; empty if it has ended."""
-    try:
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-@contextmanager
-def launch(command: Sequence[str], output: Path) -> Iterator[Launch]:
-    """Starts a command and leaves no process behind."""
-    started = Launch(command, output)
-    try:
-        yield started
-    finally:
-        started.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -333,87 +185,6 @@ def run_killed(
     return hits
 
 
-def run_to_end(command: Sequence[str], output: Path) -> None:
-    """Runs a command that must succeed.
-
-    Raises:
-        RuntimeError: If it does not; with the end of its output.
-    """
-    with launch(command, output) as running:
-        if running.wait() != 0:
-            raise RuntimeError(f"the run failed:\n{running.tail()}")
-
-
-def pairs_taken(
-    position: LoaderPosition,
-    sources: Sources,
-    build: PairBuilder,
-    reader: int,
-    ids: Sequence[Sequence[str]],
-) -> Counter[tuple[int, str]]:
-    """The pass and id of each pair that a reader has handed out, by its own account.
-
-    Args:
-        position: Of its rank.
-        sources: Of the run, only one.
-        build: Makes pairs.
-        reader: Its number.
-        ids: Of all samples of each shard.
-    """
-    own = position.reader(sources, build, reader)
-    state: ReaderState = position.state(own)
-    (walk,), (place,) = own.walks, state.walks
-    ahead = {(o.epoch, o.shard, o.index) for o in (*state.buffer, *state.pending)}
-    return Counter(
-        (epoch, name)
-        for epoch in range(place.epoch + 1)
-        for number, piece in enumerate(walk.pieces(epoch))
-        for index, name in enumerate(ids[piece.shard])
-        if index in piece
-        and (epoch, number, index) < place
-        and (epoch, piece.shard, index) not in ahead
-    )
-
-
-def count_pairs(flags: Sequence[str], run_dir: Path) -> dict[str, int]:
-    """Compares the logged pairs with what each reader says it handed out.
-
-    Returns:
-        ``pairs``, logged in all; ``pairs_in_epoch``; ``pairs_missing``: never handed out in the
-        first pass, or handed out and not logged; ``pairs_repeated``: handed out twice in one pass,
-        or logged more often than handed out.
-    """
-    config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
-    assert config.tokenizer is not None  # none of its runs starts from a model
-    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
-    sources = Sources.find(config.data)
-    ids = [
-        [sample.id for sample in read_shard(shard, None, name)]
-        for shard, name in zip(sources.shards, sources.names, strict=True)
-    ]
-    logged: Counter[tuple[int, str]] = Counter()
-    for path in run_dir.glob("pairs-*.jsonl"):
-        for line in path.read_text().splitlines():
-            batch = json.loads(line)
-            logged.update((batch["reader"], name) for name in batch["ids"])
-    saved = SavedPositions(run_dir / f"checkpoints/step-{config.steps:08d}", RANKS)
-    handed_out: Counter[tuple[int, str]] = Counter()
-    by_pass: Counter[tuple[int, str]] = Counter()
-    for reader in range(RANKS * WORKERS):
-        taken = pairs_taken(saved[reader // WORKERS], sources, build, reader, ids)
-        by_pass += taken
-        for (_, name), count in taken.items():
-            handed_out[reader, name] += count
-    never = {(0, name) for of_shard in ids for name in of_shard} - by_pass.keys()
-    return {
-        "pairs": sum(logged.values()),
-        "pairs_in_epoch": sum(map(len, ids)),
-        "pairs_missing": len(never) + sum((handed_out - logged).values()),
-        "pairs_repeated": sum(count - 1 for count in by_pass.values())
-        + sum((logged - handed_out).values()),
-    }
-
-
 def agent(flags: Sequence[str], port: int, number: int) -> list[str]:
     """The command of one of two hosts, here two addresses of this machine."""
     # Sharing its store, an agent that is still there tells one that comes back nothing, and waits.
@@ -495,7 +266,7 @@ def main() -> None:
             "kills": len(hits),
             "weights_equal": same_weights(whole, killed),
             "losses_equal": read_losses(whole) == read_losses(killed),
-            **count_pairs(flags, killed),
+            **count_pairs(flags, killed, RANKS),
             "steps": steps,
             "ranks": RANKS,
             "workers_per_rank": WORKERS,

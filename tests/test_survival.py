@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.launch import launch, run_to_end
+from benchmarks.pairs_seen import count_pairs
 from benchmarks.survival import (
-    count_pairs,
+    RANKS,
     last_step,
-    launch,
     read_losses,
     run_agents,
-    run_to_end,
     same_weights,
     two_ranks,
     write_run,
@@ -123,7 +123,7 @@ def run(tmp_path_factory):
 
 def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
     flags, whole = run
-    counts = count_pairs(flags, whole)
+    counts = count_pairs(flags, whole, RANKS)
     assert counts["pairs"] == sum(line[-1] for line in read_losses(whole))
     assert counts["pairs"] > 2 * counts["pairs_in_epoch"]
     assert counts["pairs_missing"] == counts["pairs_repeated"] == 0
@@ -132,7 +132,7 @@ def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
     lines = kept.splitlines()
     lost, twice = (len(json.loads(lines[i])["ids"]) for i in (4, 7))
     log.write_text("\n".join([*lines[:4], *lines[5:], lines[7]]))
-    counts = count_pairs(flags, whole)
+    counts = count_pairs(flags, whole, RANKS)
     log.write_text(kept)
     assert (counts["pairs_missing"], counts["pairs_repeated"]) == (lost, twice)
 
@@ -165,7 +165,7 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     assert (tmp_path / "output.txt").read_text().count("continuing from step") >= 1
     assert read_losses(run_dir) == read_losses(whole)
     assert same_weights(run_dir, whole)
-    assert count_pairs(flags, run_dir) == count_pairs(flags, whole)
+    assert count_pairs(flags, run_dir) == count_pairs(flags, whole, RANKS)
 
 
 def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):

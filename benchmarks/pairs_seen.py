@@ -1,0 +1,96 @@
+"""Which pairs the readers of a finished run handed out, beside those that it logged.
+
+The account of `benchmarks.survival`: a run that was killed must have seen each pair once in a pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from navit_clip.data.reader import ReaderState
+from navit_clip.data.resume import LoaderPosition
+from navit_clip.data.sample import PairBuilder
+from navit_clip.data.shards import read_shard
+from navit_clip.data.sources import Sources
+from navit_clip.data.tokenizer import build_tokenizer
+from train.checkpoint import SavedPositions
+from train.config import parse_config
+from train.trainer import build_pair_builder
+
+
+def pairs_taken(
+    position: LoaderPosition,
+    sources: Sources,
+    build: PairBuilder,
+    reader: int,
+    ids: Sequence[Sequence[str]],
+) -> Counter[tuple[int, str]]:
+    """The pass and id of each pair that a reader has handed out, by its own account.
+
+    Args:
+        position: Of its rank.
+        sources: Of the run, only one.
+        build: Makes pairs.
+        reader: Its number.
+        ids: Of all samples of each shard.
+    """
+    own = position.reader(sources, build, reader)
+    state: ReaderState = position.state(own)
+    (walk,), (place,) = own.walks, state.walks
+    ahead = {(o.epoch, o.shard, o.index) for o in (*state.buffer, *state.pending)}
+    return Counter(
+        (epoch, name)
+        for epoch in range(place.epoch + 1)
+        for number, piece in enumerate(walk.pieces(epoch))
+        for index, name in enumerate(ids[piece.shard])
+        if index in piece
+        and (epoch, number, index) < place
+        and (epoch, piece.shard, index) not in ahead
+    )
+
+
+def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, int]:
+    """Compares the logged pairs with what each reader says it handed out.
+
+    Args:
+        flags: Of the run, but for its directory.
+        run_dir: Of the run, with ``log.pairs``.
+        ranks: Of the run.
+
+    Returns:
+        ``pairs``, logged in all; ``pairs_in_epoch``; ``pairs_missing``: never handed out in the
+        first pass, or handed out and not logged; ``pairs_repeated``: handed out twice in one pass,
+        or logged more often than handed out.
+    """
+    config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
+    assert config.tokenizer is not None  # none of its runs starts from a model
+    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    sources = Sources.find(config.data)
+    ids = [
+        [sample.id for sample in read_shard(shard, None, name)]
+        for shard, name in zip(sources.shards, sources.names, strict=True)
+    ]
+    logged: Counter[tuple[int, str]] = Counter()
+    for path in run_dir.glob("pairs-*.jsonl"):
+        for line in path.read_text().splitlines():
+            batch = json.loads(line)
+            logged.update((batch["reader"], name) for name in batch["ids"])
+    saved = SavedPositions(run_dir / f"checkpoints/step-{config.steps:08d}", ranks)
+    handed_out: Counter[tuple[int, str]] = Counter()
+    by_pass: Counter[tuple[int, str]] = Counter()
+    for reader in range(ranks * config.data.workers):
+        taken = pairs_taken(saved[reader // config.data.workers], sources, build, reader, ids)
+        by_pass += taken
+        for (_, name), count in taken.items():
+            handed_out[reader, name] += count
+    never = {(0, name) for of_shard in ids for name in of_shard} - by_pass.keys()
+    return {
+        "pairs": sum(logged.values()),
+        "pairs_in_epoch": sum(map(len, ids)),
+        "pairs_missing": len(never) + sum((handed_out - logged).values()),
+        "pairs_repeated": sum(count - 1 for count in by_pass.values())
+        + sum((logged - handed_out).values()),
+    }
