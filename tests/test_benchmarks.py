@@ -173,6 +173,46 @@ def test_attention(monkeypatch, tmp_path):
         assert found[f"ratio_{peer}"] == pytest.approx(ratio)
 
 
+def test_loss(monkeypatch, tmp_path):
+    """Real ranks, and the table: a peer that was not tried differs from one that cannot."""
+    found = run(monkeypatch, tmp_path, "loss", "--sizes", "1024", "--rounds", "1")
+    sizes = found["1024"]
+    two = sizes["two_ranks"]
+    for field, ratio in (("seconds", "time_ratio"), ("extra_mb", "memory_ratio")):
+        best = min(peer[field] for peer in two["peers"].values())
+        assert two[ratio] == pytest.approx(two[field] / best)
+    assert sizes["four_ranks"]["extra_mb"] > 0
+    too_large = {**sizes["four_ranks"], "peer_not_run": "each of its matrices takes 17.2 GB"}
+    page = tables.section("loss", {**found, "65536": too_large})
+    cells = [
+        [c.strip() for c in row.split("|")[1:-1]] for row in page.splitlines() if row[:1] == "|"
+    ]
+    assert [row[:2] for row in cells[2:]] == [["1,024", r] for r in "124"] + [["65,536", "1"]]
+    assert cells[3][6] == f"{two['peers']['local']['extra_mb']:,.0f}"
+    assert [row[3] for row in cells[4:]] == [row[6] for row in cells[4:]] == ["–", "cannot"]
+
+
+def test_a_loss_too_small_to_measure_is_refused(monkeypatch, tmp_path, capsys):
+    for sizes in ("512", "1026"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tmp_path, "loss", "--sizes", sizes)
+        assert "1024 or more, divisible by 4" in capsys.readouterr().err
+
+
+def test_the_page_of_survival_says_when_a_run_differs():
+    good = {"weights_equal": True, "losses_equal": True}
+    result = {"ranks": 2, "workers_per_rank": 2, "kills": 3, "kills_while_writing": 1, **good}
+    result |= {"pairs": 4000, "pairs_missing": 0, "pairs_repeated": 5, "agents": good}
+    result["made"] = {"command": "c", "commit": "1", "machine": "m", "threads": 1, "versions": {}}
+    page = tables.section("survival", result)
+    assert "losses equal an undisturbed run's" in page
+    assert "4,000 pairs 0 are missing and 5 repeated" in page
+    assert "equal as well" in page
+    for field in good:
+        for differing in ({**result, field: False}, {**result, "agents": {**good, field: False}}):
+            assert "DIFFER" in tables.section("survival", differing)
+
+
 def test_the_page_of_results_keeps_what_was_not_measured_anew(monkeypatch, tmp_path):
     page = tmp_path / "RESULTS.md"
     page.write_text("# Results\n\nIntroduction.\n\n## Packing\n\nold\n\n## Survival\n\nas it was\n")
