@@ -41,9 +41,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Real photos with captions; open_clip's trainer and loader, which need an older webdataset than
-# there is, in an environment of their own.
-SHARDS := ../shared/data/coco-train
+# Photos with captions: SHARDS="tars or folders", or those beside the checkout. open_clip's trainer
+# and loader, which need an older webdataset than there is, have an environment of their own.
+GIVEN := $(if $(SHARDS),--shards $(SHARDS))
+PHOTOS := $(or $(GIVEN),--shards ../shared/data/coco-train)
 OUT := benchmarks/out
 PEER := .venv.peer
 MEASURE = $(BIN)/python -m benchmarks.$(1) --output $(OUT)/$(1).json
@@ -59,14 +60,14 @@ $(PEER)/.installed:
 
 bench: $(VENV)/.bench $(PEER)/.installed
 	$(call MEASURE,attention)
-	$(call MEASURE,packing)
-	$(call MEASURE,loader) --shards $(SHARDS) --peer-python $(PEER)/bin/python
+	$(call MEASURE,packing) $(GIVEN)
+	$(call MEASURE,loader) $(PHOTOS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,loader_memory)
 	$(call MEASURE,loss)
-	$(call MEASURE,step)
-	$(call MEASURE,towers) --compile
+	$(call MEASURE,step) $(GIVEN)
+	$(call MEASURE,towers) --compile $(GIVEN)
 	$(call MEASURE,sweep)
-	$(call MEASURE,end_to_end) --shards $(SHARDS) --peer-python $(PEER)/bin/python
+	$(call MEASURE,end_to_end) $(PHOTOS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,evaluation)
 	$(call MEASURE,survival) --agents
 	$(BIN)/python -m benchmarks.plot --results $(OUT)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import output_argument, report
+from benchmarks.pairs import FOLDERS, REAL_DATA
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig, sample_rate
@@ -33,7 +33,6 @@ STREAM, ROW, ROWS, TEXT_ROW = 16384, 256, 256, 77
 NO_LIMIT = 4096  # pairs, more than ever fit
 LOOK_AHEAD = 256
 MIN_PAIRS = 2000  # that fill a few batches and the 256 open rows
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pairs < MIN_PAIRS:
         parser.error(f"--pairs must be at least {MIN_PAIRS:,}, to fill what is compared")
-    real = [REAL_DATA / name for name in ("coco-train", "flickr8k-train")]
+    real = [REAL_DATA / name for name in FOLDERS]
     patterns = args.shards or [str(path) for path in real if path.is_dir()]
     rng = np.random.default_rng(0)
     with one_line_errors("benchmarks.packing"):
