@@ -165,7 +165,7 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     assert (tmp_path / "output.txt").read_text().count("continuing from step") >= 1
     assert read_losses(run_dir) == read_losses(whole)
     assert same_weights(run_dir, whole)
-    assert count_pairs(flags, run_dir) == count_pairs(flags, whole, RANKS)
+    assert count_pairs(flags, run_dir, RANKS) == count_pairs(flags, whole, RANKS)
 
 
 def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):
