@@ -2,9 +2,9 @@
 
 Forward and backward over N pairs of width 512. On the CPU in float32, in one process and in two
 gloo ranks that share the cores, this loss also in four where N allows several passes; on CUDA in
-one process, in float32 and in bfloat16. `ClipLoss`
-comes in two forms that differ only between ranks: `local` (local_loss, gather_with_grad) computes
-a rank's rows and columns, `gathered` (its default) the full matrix on every rank.
+one process, in float32 and in bfloat16. `ClipLoss` comes in two forms that differ only between
+ranks: `local` (local_loss, gather_with_grad) computes a rank's rows and columns, `gathered` (its
+default) the full matrix on every rank.
 
 Every measurement is one forward and backward pass in processes of its own, which have warmed up
 on a small problem (CUDA: on the same one). Losses take turns, so that a machine that slows down
@@ -235,7 +235,7 @@ def compare(
     if finished:
         fields["time_ratio"] = ours.seconds / min(result.seconds for result in finished)
         fields["memory_ratio"] = ours.extra / min(result.extra for result in finished)
-    elif pairs > CPU_PEER_LIMIT:
+    elif not peers and pairs > CPU_PEER_LIMIT:
         matrix = pairs**2 * getattr(torch, dtype).itemsize / 1e9
         fields["peer_not_run"] = f"each of its several N x N matrices takes {matrix:.1f} GB"
     return fields
