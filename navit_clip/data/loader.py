@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from navit_clip.data.pool import prepare_worker
 from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sources import Sources
@@ -59,7 +60,9 @@ def _leave_signals_to_trainer(worker: int) -> None:
 
     A forked worker would also inherit the trainer's SIGTERM handler, and then never end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch's own watch over the parent is not enough: a worker that has more to hand over than a
+    # pipe holds (64 kB) would wait for ever for a killed trainer to read it.
+    prepare_worker()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # torchrun signals a rank's whole process group; the workers must live until it has saved.
     os.setpgid(0, 0)
