@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from navit_clip.data.parcel import Parcel
 from navit_clip.data.pool import prepare_worker
 from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
@@ -33,7 +34,7 @@ class _Failure:
     message: str
 
 
-class _Readers(IterableDataset[PackedBatch | _Failure]):
+class _Readers(IterableDataset[PackedBatch | Parcel | _Failure]):
     """The readers of one rank; each worker process runs one of them."""
 
     def __init__(
@@ -43,14 +44,15 @@ class _Readers(IterableDataset[PackedBatch | _Failure]):
         self.per_rank = max(1, build.config.workers)
         self.first = rank * self.per_rank
 
-    def __iter__(self) -> Iterator[PackedBatch | _Failure]:
+    def __iter__(self) -> Iterator[PackedBatch | Parcel | _Failure]:
         info = get_worker_info()
         worker = info.id if info else 0
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
         number = self.first + (worker + self.position.batches) % self.per_rank
         reader = self.position.reader(self.sources, self.build, number)
         try:
-            yield from reader.batches(self.position.state(reader))
+            for batch in reader.batches(self.position.state(reader)):
+                yield Parcel(batch) if info else batch
         except UserError as error:
             yield _Failure(str(error))
 
@@ -96,7 +98,7 @@ def load_batches(
     if position is None:
         position = open_position([], sources, build, rank=rank, world_size=world_size)
     position = replace(position, readers=dict(position.readers))
-    loader: DataLoader[PackedBatch | _Failure] = DataLoader(
+    loader: DataLoader[PackedBatch | Parcel | _Failure] = DataLoader(
         _Readers(sources, build, rank, position),
         batch_size=None,
         num_workers=config.workers,
@@ -110,4 +112,5 @@ def load_batches(
     for batch in loader:
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
+        assert isinstance(batch, PackedBatch)  # a parcel arrives without its wrapping
         yield batch
