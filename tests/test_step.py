@@ -257,7 +257,8 @@ def test_locked_parameters_stay_and_the_others_get_their_gradient(lock, accumula
     assert np.isfinite(figures(stepper, range(3))[:, :3]).all()
     for name, weight in weights(stepper).items():
         assert torch.equal(weight, before[name]) != learns[name], name
-        assert torch.equal(stepper.ema.weights[name], before[name]) != learns[name], name
+        assert torch.equal(stepper.weights()[name], before[name]) != learns[name], name
+    assert stepper.ema.weights.keys() == {name for name in learns if learns[name]}
     with_state = {id(p) for p in stepper.optimizer.state}
     expected = {id(p) for name, p in stepper.model.named_parameters() if learns[name]}
     assert with_state == expected

@@ -41,7 +41,8 @@ class EMA:
     can be averaged where they are.
 
     Args:
-        model: Whose weights; possibly sharded, but not yet trained.
+        model: Whose weights; possibly sharded, but not yet trained. Locked ones stay what they are
+            and are not averaged.
         decay: Share of the old average kept.
 
     Attributes:
@@ -50,7 +51,9 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.weights: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
         self._average = get_ema_multi_avg_fn(decay)
 
@@ -61,5 +64,5 @@ class EMA:
 
     def update(self, model: nn.Module) -> None:
         """Takes the weights after a step into the average."""
-        current = [local(parameter.detach()) for parameter in model.parameters()]
+        current = [local(p.detach()) for p in model.parameters() if p.requires_grad]
         self._average([local(average) for average in self.weights.values()], current, 0)
