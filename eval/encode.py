@@ -300,7 +300,7 @@ def _as_it_is(message: Any) -> Any:
 
 
 def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
-    """A bar over the first rank's share, if somebody watches.
+    """A bar over the first rank's share, if somebody watches; gone when it is done.
 
     Args:
         what: It counts, in the plural.
@@ -308,7 +308,8 @@ def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
         ranks: This process among all of them.
     """
     shown = ranks.is_first and sys.stderr.isatty()
-    return tqdm(total=total, desc=what, unit=f" {what}", disable=not shown)
+    # A training run evaluates hundreds of times: what stays on the terminal must be the result.
+    return tqdm(total=total, desc=what, unit=f" {what}", disable=not shown, leave=False)
 
 
 def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:

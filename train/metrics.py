@@ -196,6 +196,10 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
         raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
 
 
+# tqdm's own leaves 28 of 80 columns to the figures, and cuts what is longer.
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
+
 class Progress:
     """The bar on a terminal; plain lines at each logged step elsewhere.
 
@@ -211,7 +215,10 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         if visible and sys.stderr.isatty():
             self._bar = tqdm(
-                total=steps, initial=step, desc="train", unit="step", dynamic_ncols=True
+                total=steps,
+                initial=step,
+                dynamic_ncols=True,
+                bar_format=BAR,
             )
 
     def advance(self) -> None:
@@ -221,18 +228,19 @@ class Progress:
 
     def show(self, values: dict[str, float]) -> None:
         """Shows the figures of a logged step."""
-        text = (
-            f"loss {values['loss']:.3f}, {values['images_per_s']:,.0f} images/s, "
-            f"{values['tokens_per_s']:,.0f} tokens/s, padding {values['padding']:.1%}, "
-            f"data wait {values['data_wait']:.1%}"
-        )
+        speed = f"loss {values['loss']:.3f}, {values['images_per_s']:,.0f} images/s"
+        wait = f"data wait {values['data_wait']:.1%}"
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(f"{speed}, {wait}")
         elif self.visible:
             step = int(values["step"])
             elapsed = time.perf_counter() - self.since
             left = elapsed / max(1, step - self.first) * (self.steps - step)
-            print(f"step {step}/{self.steps}: {text}, {left / 60:.1f} min left", flush=True)
+            print(
+                f"step {step}/{self.steps}: {speed}, {values['tokens_per_s']:,.0f} tokens/s, "
+                f"padding {values['padding']:.1%}, {wait}, {left / 60:.1f} min left",
+                flush=True,
+            )
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""
