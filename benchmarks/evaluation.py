@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import alternate, output_argument, report
-from benchmarks.pairs import CONTEXT, PATCH, REAL_DATA, SQUARE
+from benchmarks.pairs import CONTEXT, PATCH, REAL_DATA, SQUARE, samples_of
 from benchmarks.peers import WIDTHS, OpenClip, Ours
 from eval.encode import Embedded, embed_source
 from eval.models import PackedModel
@@ -42,7 +42,6 @@ from eval.texts import share_texts
 from eval.views import View
 from eval.zeroshot import class_vectors
 from navit_clip.data.decode import IMAGE_EXTENSIONS, EncodedImage, find_image
-from navit_clip.data.shards import expand_shards, read_shard
 from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.interop.pretrained import Preprocess, Pretrained
@@ -78,10 +77,9 @@ def find_photos(root: Path, most: int) -> list[bytes]:
         for path in (root / name).rglob("*")
         if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
     )
-    shards = [shard for name in SETS for shard in sorted((root / name).glob("*.tar"))]
+    shards = [str(shard) for name in SETS for shard in sorted((root / name).glob("*.tar"))]
     found = [path.read_bytes() for path in files]
-    for shard in expand_shards([str(shard) for shard in shards]) if shards else []:
-        found += [find_image(sample.members) for sample in read_shard(shard)]
+    found += [find_image(sample.members) for sample in samples_of(shards)] if shards else []
     if not found:
         raise UserError(f"no photos in {', '.join(SETS)} under {root}: give --data DIR")
     step = max(1.0, len(found) / most)

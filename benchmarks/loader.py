@@ -32,11 +32,12 @@ import torch
 from PIL import Image, ImageOps
 
 from benchmarks.measure import output_argument, report
+from benchmarks.pairs import samples_of
 from navit_clip.data import sample
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.sample import PairBuilder
-from navit_clip.data.shards import expand_shards, read_shard
+from navit_clip.data.shards import expand_shards
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError, one_line_errors
@@ -169,7 +170,7 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with one_line_errors("benchmarks.loader"):
         shards = expand_shards(args.shards)
-        images = sum(1 for shard in shards for _ in read_shard(shard))
+        images = sum(1 for _ in samples_of(shards))
         with open_clip_passes(args.peer_python, shards, images) as (open_clip, peer_versions):
             rates = measure(
                 {

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import output_argument, report
-from benchmarks.pairs import FOLDERS, REAL_DATA
+from benchmarks.pairs import FOLDERS, REAL_DATA, samples_of
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig, sample_rate
-from navit_clip.data.shards import expand_shards, read_shard
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
 from navit_clip.data.tokenizer import OpenClipTokenizer
-from navit_clip.errors import one_line_errors
+from navit_clip.errors import UserError, one_line_errors
 from navit_clip.packer import Budgets, Packer, PackingMode
 
 STREAM, ROW, ROWS, TEXT_ROW = 16384, 256, 256, 77
@@ -58,17 +58,24 @@ class Source:
 
 
 def read_sources(patterns: list[str]) -> list[Source]:
-    """Sizes from the images' headers and caption lengths of all samples in the shards."""
+    """Sizes from the images' headers and caption lengths of all samples in the shards.
+
+    Raises:
+        UserError: If a shard is damaged, or none holds a photo with a caption.
+    """
     tokenizer = OpenClipTokenizer()
     sources = []
-    for shard in expand_shards(patterns):
-        for sample in read_shard(shard):
+    for sample in samples_of(patterns):
+        with suppress(SkipSampleError):
             image = EncodedImage(find_image(sample.members))
             captions = find_captions(sample.members, "json.captions") or find_captions(
                 sample.members, "txt"
             )
             lengths = [len(tokenizer.encode(caption, TEXT_ROW)) for caption in captions]
-            sources.append(Source(image.height, image.width, lengths))
+            if lengths:
+                sources.append(Source(image.height, image.width, lengths))
+    if not sources:
+        raise UserError(f"no photos with captions in {' '.join(patterns)}")
     return sources
 
 

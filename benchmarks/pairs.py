@@ -7,6 +7,7 @@ does (decode, resize, cut, tokenise) happens here, before the clock runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from navit_clip.data.config import DataConfig
-from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sample import Origin, Pair, PairBuilder
-from navit_clip.data.shards import RawSample, expand_shards, read_shard
+from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError
@@ -62,13 +63,26 @@ def read_samples(patterns: Sequence[str] = ()) -> list[RawSample]:
         patterns: Tar files, folders, patterns; none takes the photos beside the checkout.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or a shard is damaged.
     """
     if not patterns:
         patterns = [str(path) for path in map(REAL_DATA.joinpath, FOLDERS) if path.is_dir()]
     if not patterns:
         raise UserError(f"no photos under {REAL_DATA}: give --shards")
-    return [sample for shard in expand_shards(patterns) for sample in read_shard(shard)]
+    return list(samples_of(patterns))
+
+
+def samples_of(patterns: Sequence[str]) -> Iterator[RawSample]:
+    """The samples of shards, one by one.
+
+    Raises:
+        UserError: If there are no shards, or one is damaged: what is measured must be whole.
+    """
+    for shard in expand_shards(patterns):
+        try:
+            yield from read_shard(shard)
+        except ShardError as error:
+            raise UserError(f"cannot read a shard: {error}") from error
 
 
 def draw_batches(
@@ -94,10 +108,8 @@ def draw_batches(
         max_side: Largest side drawn.
 
     Raises:
-        UserError: If there are too few samples.
+        UserError: If too few samples have a photo and a caption.
     """
-    if len(samples) < pairs * batches:
-        raise UserError(f"{len(samples)} samples cannot make {batches} batches of {pairs}")
     config = DataConfig(
         train="unused",
         resolution=ResolutionConfig(
@@ -106,7 +118,12 @@ def draw_batches(
         drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
     )
     build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, seed=0)
-    drawn = [RealPair(build(sample, Origin(0, 0, 0, 0)), sample) for sample in samples]
+    drawn = []
+    for sample in samples:
+        with suppress(SkipSampleError):
+            drawn.append(RealPair(build(sample, Origin(0, 0, 0, 0)), sample))
+    if len(drawn) < pairs * batches:
+        raise UserError(f"{len(drawn)} photos with captions cannot make {batches} × {pairs} pairs")
     drawn.sort(key=lambda real: real.pair.image_length)
     taken = [drawn[i] for i in np.linspace(0, len(drawn) - 1, pairs * batches).round().astype(int)]
     order = np.random.default_rng(0).permutation(pairs)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from shard_factory import make_shards
+from shard_factory import make_shards, sample, write_shard
 
 from benchmarks import contest, end_to_end, sweep, tables
 from benchmarks.contest import Course, Entry, hold
@@ -153,6 +153,29 @@ def test_both_embeddings_of_a_pair_are_in_one_row(name, shards):
     nearest = torch.cdist(found, wanted)
     assert sorted(nearest.argmin(1).tolist()) == list(range(5))
     assert nearest.min(1).values.max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["packing", "step"])
+def test_shards_that_cannot_be_measured_are_one_line(name, tmp_path, monkeypatch, capfd):
+    cut, texts = tmp_path / "cut.tar", tmp_path / "texts.tar"
+    write_shard(cut, {"a": sample(0)})
+    cut.write_bytes(cut.read_bytes()[:-11_000])
+    write_shard(texts, {"a": {"txt": b"a dog"}})
+    for shard, reason in ((cut, f"cannot read a shard: {cut}"), (texts, "photos with captions")):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, tmp_path, name, "--shards", str(shard))
+        assert stop.value.code == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"benchmarks.{name}: error: ")
+        assert reason in line
+
+
+def test_samples_that_the_loader_skips_are_in_no_batch(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a": sample(0), "b": {"txt": b"b"}, "c": sample(1)})
+    (pairs,) = draw_batches(read_samples([str(shard)]), 2, 1)
+    assert sorted(pair.sample.id for pair in pairs) == ["0/a", "0/c"]
+    with pytest.raises(UserError, match="2 photos with captions cannot make 1 × 3 pairs"):
+        list(draw_batches(read_samples([str(shard)]), 3, 1))
 
 
 def test_a_way_that_cannot_is_one_line(shards):
