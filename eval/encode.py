@@ -25,7 +25,7 @@ from eval.models import Model, Sizer
 from eval.sources import Item, Key, Source, block_of
 from eval.views import View
 from navit_clip.data.decode import EncodedImage, SkipSampleError
-from navit_clip.data.pool import prepare_worker
+from navit_clip.data.pool import prepare_worker, telling_of_killed_workers
 from navit_clip.errors import UserError
 from navit_clip.ranks import Ranks
 
@@ -272,16 +272,18 @@ def embed_source(
     embedder = _Embedder(looks, cache)
     failure: str | None = None
     total = None if source.count is None else -(-source.count // ranks.world_size)
-    with progress_bar("images", total, ranks) as progress:
-        for message in loader:
-            try:
+    try:
+        with (
+            progress_bar("images", total, ranks) as progress,
+            telling_of_killed_workers("give fewer --workers"),
+        ):
+            for message in loader:
                 if isinstance(message, _Failure):
                     raise UserError(message.message)
                 embedder.take(*message)
-            except UserError as error:
-                failure = str(error)
-                break
-            progress.update(not isinstance(message[1], _Close))
+                progress.update(not isinstance(message[1], _Close))
+    except UserError as error:
+        failure = str(error)
     # All ranks learn of a failure on one, or the others would wait for it for ever.
     failures = ranks.gather([failure] if failure else [])
     if failures:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,17 @@ def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
     (embedded,) = embed_source([(model, views)], FileSource([path], [0]), ALONE, workers=0)
     assert len(set(embedded.lengths)) == 5
     assert len(decoded) == 1
+
+
+def test_a_killed_worker_is_one_line(model_dir):
+    class Killed(FileSource):
+        def read(self, part, parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+            yield from super().read(part, parts)
+
+    model = PackedModel(load_pretrained(model_dir), "tiny")
+    with pytest.raises(UserError, match=r"^DataLoader worker .*give fewer --workers$"):
+        embed_source([(model, [View("capped", 4)])], Killed([], []), ALONE, workers=1)
 
 
 # open_clip

@@ -204,6 +204,16 @@ def test_too_many_bad_samples_in_a_row_are_an_error(workers, builder, tmp_path):
     assert len(take(builder([shard], **ONE_BY_ONE, max_bad_samples=7), 5)) == 5
 
 
+def test_no_room_in_shared_memory_is_an_error(builder, tmp_path, monkeypatch):
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the worker inherits it
+    build = builder(make_shards(tmp_path, [4]), workers=1)
+    with pytest.raises(UserError, match=r"a batch of 0\.\d MB \(.*No space.* --shm-size"):
+        take(build, 1)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("wrong", [None, HTML])
 def test_a_share_without_a_sample_is_an_error(workers, wrong, builder, tmp_path):

@@ -1,6 +1,7 @@
 """The trainer from the outside: what a run writes, how it continues, what a mistake prints."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from navit_clip.embedding import embed_texts
 from navit_clip.interop.pretrained import load_pretrained
 from train.config import parse_config
 from train.schedule import ScheduleConfig, lr_share
+from train.step import Stepper
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,6 +156,26 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     assert both >= done + 8
     # Threads may differ between processes only in speed, so losses are equal bit for bit.
     assert losses(stopped)[:both] == losses(whole)[:both]
+
+
+def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
+    take_step = Stepper.step
+
+    def step(stepper, batches, number, **options):
+        if number == 5:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+        return take_step(stepper, batches, number, **options)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    run_dir = tmp_path / "run"
+    options = {"data__workers": 1, "data__prefetch": 2, "checkpoint__every_steps": 4}
+    assert run(monkeypatch, tiny_flags(data, run_dir, 100, **options)) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("train: error: DataLoader worker (pid ")
+    assert "lower data.workers" in line
+    assert (run_dir / "checkpoints/step-00000004/run.json").is_file()
+    assert multiprocessing.active_children() == []
 
 
 def test_wandb_offline_writes_its_files(data, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from navit_clip.data.loader import load_batches
+from navit_clip.data.pool import telling_of_killed_workers
 from navit_clip.data.resume import LoaderPosition, open_position
 from navit_clip.data.sample import PairBuilder
 from navit_clip.data.sizing import default_max_tokens
@@ -113,7 +114,13 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
                     pin_memory=ranks.device.type == "cuda",
                 )
                 window = Window([source.name for source in sources.sources])
-                _loop(stepper, batches, checkpoints, evaluations, position, start, window, reports)
+                with telling_of_killed_workers(
+                    "lower data.workers, data.prefetch or data.shuffle_buffer; the same command "
+                    "continues from the last checkpoint"
+                ):
+                    _loop(
+                        stepper, batches, checkpoints, evaluations, position, start, window, reports
+                    )
             reports.watch.begin("the export of the model", slow=True)
             exported = stepper.export()
         if exported is not None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from navit_clip.errors import UserError
+
 _ALIGNMENT = 64  # bytes, as PyTorch aligns tensors of its own
 
 
@@ -25,25 +27,35 @@ class Parcel:
         content: What can be pickled; its tensors lie on the CPU, are of types that NumPy has and
             need no gradient. Each arrives with bytes of its own, all in one piece of memory, which
             lives as long as any of them.
+
+    Raises:
+        UserError: If there is not enough shared memory.
     """
 
+    # Packs here, in the thread that makes batches, and not in `__reduce__`, in the one that sends
+    # them: there an error is only printed, and the training process waits for the batch for ever.
     def __init__(self, content: object) -> None:
-        self.content = content
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[Tensor, list[tuple[int, int]]]]:
-        # Only here, in the thread that sends, so that the worker goes on with the next batch.
         file, arrays = io.BytesIO(), list[pickle.PickleBuffer]()
-        _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append).dump(self.content)
+        _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append).dump(content)
         pieces = [file.getbuffer(), *(array.raw() for array in arrays)]
         places, end = [], 0
         for piece in pieces:
             places.append((end, end + piece.nbytes))
             end += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
-        shared = torch.empty(end, dtype=torch.uint8).share_memory_()
+        try:
+            shared = torch.empty(end, dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            raise UserError(
+                f"no shared memory for a batch of {end / 2**20:.1f} MB ({error}): give /dev/shm "
+                "more room, in Docker by --shm-size, or lower data.workers or data.prefetch"
+            ) from error
         memory = shared.numpy().data
         for (begin, stop), piece in zip(places, pieces, strict=True):
             memory[begin:stop] = piece
-        return _unpack, (shared, places)
+        self._packed = shared, places
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Tensor, list[tuple[int, int]]]]:
+        return _unpack, self._packed
 
 
 class _Pickler(pickle.Pickler):

@@ -1,4 +1,8 @@
-"""Runs independent tasks in worker processes that end with their parent, however it ends."""
+"""Worker processes: tasks for them, and what happens when they or their parent are killed.
+
+`run_unordered` is for commands with independent tasks; the loaders of `navit_clip.data.loader` and
+`eval.encode` have torch's workers and take `prepare_worker` and `telling_of_killed_workers`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from navit_clip.errors import UserError
@@ -50,6 +55,28 @@ def run_unordered(
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def telling_of_killed_workers(fix: str) -> Iterator[None]:
+    """Says in one line that a worker of a torch DataLoader was killed.
+
+    torch notices by a signal, so that its error comes in the midst of anything, such as a forward
+    pass; a loader that waits for a batch notices itself.
+
+    Args:
+        fix: What to do about it.
+
+    Raises:
+        UserError: Instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).split(". ")[0].strip(" .")
+        if not first.startswith("DataLoader worker"):
+            raise
+        raise UserError(f"{first}, perhaps for want of memory: {fix}") from error
 
 
 def prepare_worker() -> None:
