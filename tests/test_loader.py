@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import select
+import signal
+import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -327,3 +331,39 @@ def test_no_process_is_left_behind(builder, tmp_path):
     assert len(multiprocessing.active_children()) == 2
     batches.close()
     assert multiprocessing.active_children() == []
+
+
+def _take_one_and_wait(build, connection):
+    with closing(load_batches(build)) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        connection.send(worker.pid)
+        time.sleep(600)
+
+
+def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent(
+    builder, tmp_path, monkeypatch
+):
+    def batches(reader, state):
+        yield from itertools.islice(take_batches(reader, state), 1)
+        raise UserError("no reader takes this from the pipe " * 30_000)
+
+    take_batches = Reader.batches
+    monkeypatch.setattr(Reader, "batches", batches)
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    alive, held = os.pipe()  # its end is held by the parent and, through it, by the worker
+    build = builder(make_shards(tmp_path, [4, 4]), workers=1)
+    parent = fork.Process(target=_take_one_and_wait, args=(build, theirs))
+    parent.start()
+    os.close(held)
+    assert ours.poll(60)
+    worker = ours.recv()
+    parent.kill()
+    parent.join()
+    try:
+        assert select.select([alive], [], [], 30)[0], "the worker is still there"
+    finally:
+        os.close(alive)
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)

