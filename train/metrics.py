@@ -197,7 +197,7 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
 
 
 # tqdm's own leaves 28 of 80 columns to the figures, and cuts what is longer.
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class Progress:
@@ -214,12 +214,7 @@ class Progress:
         self.since = time.perf_counter()
         self._bar: tqdm[Any] | None = None
         if visible and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=steps,
-                initial=step,
-                dynamic_ncols=True,
-                bar_format=BAR,
-            )
+            self._bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR)
 
     def advance(self) -> None:
         """One step further."""
