@@ -17,8 +17,8 @@ SHAPES := data/shapes
 DEMO := runs/demo
 
 demo: $(INSTALLED)
-	$(BIN)/python -m navit_clip.data.shapes --output $(SHAPES) --train 60000
-	$(BIN)/python -m navit_clip.data.train_tokenizer --shards $(SHAPES)/train \
+	$(BIN)/python -m navit_clip.tools.shapes --output $(SHAPES) --train 60000
+	$(BIN)/python -m navit_clip.tools.train_tokenizer --shards $(SHAPES)/train \
 		--captions json.captions json.names json.short --vocab-size 256 --model-type bpe \
 		--output $(DEMO)/tokenizer.model
 	$(BIN)/python -m train --config configs/demo.yaml

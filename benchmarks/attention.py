@@ -17,8 +17,8 @@ from benchmarks.measure import (
     precision_argument,
     report,
 )
-from navit_clip.attention import segment_attention
-from navit_clip.packing import Segments
+from navit_clip.models.attention import segment_attention
+from navit_clip.packed.segments import Segments
 
 HEADS, HEAD_WIDTH = 6, 64
 

@@ -29,7 +29,7 @@ from benchmarks.measure import Precision, flop_counter
 from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import WAYS, WIDTHS, Way
 from navit_clip.errors import UserError
-from navit_clip.loss import softmax_contrastive_loss
+from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 Part = Literal["step", "image", "text"]
 _TIMEOUT_S = 1800

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 PEER_SCRIPT = Path(__file__).with_name("end_to_end_peer.py")
 MIN_SIDE, MAX_SIDE = 64, 256
 MAX_TOKENS = (MAX_SIDE // PATCH) ** 2
-# `packing: constant` needs some room, see `navit_clip.packer.Packer`.
+# `packing: constant` needs some room, see `navit_clip.data.packer.Packer`.
 ROOM = 1.02
 NEWEST_WEBDATASET = (0, 2, 86)  # that open_clip allows
 _VERSIONS = (

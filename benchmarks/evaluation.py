@@ -2,11 +2,11 @@
 
 Towers of the same widths, depths and patch, with random weights, on the same photos and ImageNet's
 own prompts. Each side prepares its images as it does in an evaluation: this one through
-`eval.encode` (Pillow's full decode, bicubic to the grid of at most so many tokens), open_clip
-through its own `image_transform` (Pillow, 224 px squares: 196 tokens); prompts go through
-`eval.texts` here and open_clip's `build_zero_shot_classifier` there. Everything happens in this
-process, decoding included, in turns, on one thread by default, which other work on the machine
-disturbs least.
+`navit_clip.evaluation.embed` (Pillow's full decode, bicubic to the grid of at most so many tokens),
+open_clip through its own `image_transform` (Pillow, 224 px squares: 196 tokens); prompts go through
+`navit_clip.evaluation.texts` here and open_clip's `build_zero_shot_classifier` there. Everything
+happens in this process, decoding included, in turns, on one thread by default, which other work on
+the machine disturbs least.
 
 Figures are seconds of the same work, so a share of the prompts and photos is enough: by default
 what takes a few minutes on two cores.
@@ -35,17 +35,17 @@ from torch import Tensor, nn
 from benchmarks.measure import alternate, output_argument, report
 from benchmarks.pairs import CONTEXT, PATCH, REAL_DATA, SQUARE, samples_of
 from benchmarks.peers import WIDTHS, OpenClip, Ours
-from eval.encode import Embedded, embed_source
-from eval.models import PackedModel
-from eval.sources import Item, Source
-from eval.texts import share_texts
-from eval.views import View
-from eval.zeroshot import class_vectors
 from navit_clip.data.decode import IMAGE_EXTENSIONS, EncodedImage, find_image
-from navit_clip.data.tokenizer import OpenClipTokenizer
+from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.interop.pretrained import Preprocess, Pretrained
-from navit_clip.ranks import Ranks
+from navit_clip.evaluation.datasets import Item, Source
+from navit_clip.evaluation.embed import Embedded, embed_source
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.texts import share_texts
+from navit_clip.evaluation.zeroshot import class_vectors
+from navit_clip.export.pretrained import Preprocess, Pretrained
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SETS = ("coco-val", "coco-test", "imagenet-sample", "caltech-sample", "flickr8k-dev")
 TOKENS = (196, 98)  # what the square has, and half of it

@@ -33,14 +33,14 @@ from PIL import Image, ImageOps
 
 from benchmarks.measure import output_argument, report
 from benchmarks.pairs import samples_of
-from navit_clip.data import sample
+from navit_clip.data.builders import pairs as sample
+from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.sample import PairBuilder
 from navit_clip.data.shards import expand_shards
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError, one_line_errors
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 PATCH = 16
 CONTEXT_LENGTH = 77

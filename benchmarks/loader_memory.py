@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measure import output_argument, report
+from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.sample import PairBuilder
+from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.tokenizer import OpenClipTokenizer
-from navit_clip.packer import Budgets
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SHARDS, PER_SHARD = 10, 500
 POINTS = 20  # of the curve

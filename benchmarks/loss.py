@@ -41,7 +41,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from benchmarks.measure import output_argument, report
-from navit_clip.loss import softmax_contrastive_loss
+from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 WIDTH = 512
 SCALE = 100.0

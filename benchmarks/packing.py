@@ -24,10 +24,10 @@ from benchmarks.pairs import FOLDERS, REAL_DATA, samples_of
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig, sample_rate
+from navit_clip.data.packer import Budgets, Packer, PackingMode
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
-from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.packer import Budgets, Packer, PackingMode
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 STREAM, ROW, ROWS, TEXT_ROW = 16384, 256, 256, 77
 NO_LIMIT = 4096  # pairs, more than ever fit

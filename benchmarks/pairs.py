@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.sample import Origin, Pair, PairBuilder
 from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.tokenizer import OpenClipTokenizer
 from navit_clip.errors import UserError
-from navit_clip.packing import BatchCounts, PackedBatch, pack_images, pack_texts
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 PATCH, SQUARE, CONTEXT = 16, 224, 77
 FOLDERS = ("coco-train", "flickr8k-train")

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from navit_clip.checkpoints.checkpoint import SavedPositions
+from navit_clip.data.builders.pairs import PairBuilder
+from navit_clip.data.mixture import Sources
 from navit_clip.data.reader import ReaderState
-from navit_clip.data.resume import LoaderPosition
-from navit_clip.data.sample import PairBuilder
 from navit_clip.data.shards import read_shard
-from navit_clip.data.sources import Sources
-from navit_clip.data.tokenizer import build_tokenizer
-from train.checkpoint import SavedPositions
-from train.config import parse_config
-from train.trainer import build_pair_builder
+from navit_clip.data.state import LoaderPosition
+from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.training.config import parse_config
+from navit_clip.training.trainer import build_pair_builder
 
 
 def pairs_taken(

@@ -20,12 +20,12 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from benchmarks.pairs import CONTEXT, PATCH, SQUARE, RealPair, packed
-from navit_clip.clip import CLIPConfig, NaViTCLIP
 from navit_clip.errors import UserError
-from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.packing import PackedBatch
-from navit_clip.text_tower import TextTowerConfig
-from navit_clip.transformer import EncoderConfig
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.batch import PackedBatch
 
 VOCABULARY = 49408
 BUCKETS = 4  # of the padded way: images of one length side by side waste least

@@ -19,8 +19,8 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from benchmarks.contest import Entry
 from benchmarks.measure import RESULTS, read_results
 from benchmarks.peers import WAYS
-from eval.report.curve import save_figure
 from navit_clip.errors import UserError, one_line_errors
+from navit_clip.evaluation.report.curve import save_figure
 
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
 OURS = "navit_clip"

@@ -26,9 +26,9 @@ from typing import Any
 from benchmarks.launch import Launch, launch, run_to_end, torchrun
 from benchmarks.measure import output_argument, report
 from benchmarks.pairs_seen import count_pairs
-from navit_clip.data.shapes.write import ShapesConfig, write_shapes
 from navit_clip.data.shards import expand_shards
-from navit_clip.data.train_tokenizer import train_tokenizer
+from navit_clip.tools.shapes.write import ShapesConfig, write_shapes
+from navit_clip.tools.train_tokenizer import train_tokenizer
 
 RANKS, WORKERS = 2, 2
 _MOMENTS = ("step", "checkpoint", "worker", "checkpoint", "start", "step")

@@ -1,7 +1,7 @@
 """What one training step costs as images, batches, pairs and captions grow: linear where it should.
 
-This project's own step (`train.step`: both towers, loss, clipping, AdamW) on generated pixels and
-ids, on four curves:
+This project's own step (`navit_clip.training.step`: both towers, loss, clipping, AdamW) on
+generated pixels and ids, on four curves:
 
 - ``image_side``: squares of 64 to 512 px, as many as fill the stream. A token costs more the longer
   its image, since attention is quadratic within an image.
@@ -36,16 +36,18 @@ from benchmarks.measure import (
 )
 from benchmarks.pairs import CONTEXT, PATCH
 from benchmarks.peers import WIDTHS, Widths
-from navit_clip.clip import CLIPConfig, NaViTCLIP
-from navit_clip.data.tokenizer import TokenizerConfig
+from navit_clip.distributed import Ranks
 from navit_clip.errors import one_line_errors
-from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.packing import BatchCounts, ImagePatches, PackedBatch, pack_images, pack_texts
-from navit_clip.ranks import Ranks
-from navit_clip.text_tower import TextTowerConfig
-from navit_clip.transformer import EncoderConfig
-from train.config import TrainConfig
-from train.step import Stepper
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.load import TokenizerConfig
+from navit_clip.training.config import TrainConfig
+from navit_clip.training.step import Stepper
 
 # Its gradient and update cost the same at every point and, with a large vocabulary and narrow
 # towers, would hide what grows.

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.inspect.filling import unpack_images
-from navit_clip.data.inspect.patches import COLOURS, draw_on_grid, draw_stream
 from navit_clip.data.loader import load_batches
-from navit_clip.data.sample import PairBuilder
+from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.tokenizer import OpenClipTokenizer
-from navit_clip.packer import Budgets
-from navit_clip.packing import ImagePatches
+from navit_clip.packed.images import ImagePatches
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
+from navit_clip.tools.inspect.filling import unpack_images
+from navit_clip.tools.inspect.patches import COLOURS, draw_on_grid, draw_stream
 
 PATCH, TILE, COLUMNS, ROWS = 16, 24, 36, 8
 WIDTH = COLUMNS * (TILE + 2) + 40

@@ -1,9 +1,9 @@
 """navit-clip: CLIP at native resolution and aspect ratio, packed without padding.
 
 Data flows one way: `navit_clip.data` turns shards into sized, dropped, tokenised pairs;
-`navit_clip.packing` lays many pairs end to end in one token stream per tower; the image and
-text towers encode the streams; `navit_clip.loss` compares all pairs of all ranks. Shards know
-nothing of models, towers nothing of shards, the loss nothing of towers.
+`navit_clip.packed` lays many pairs end to end in one token stream per tower; the image and text
+towers encode the streams; `navit_clip.losses.contrastive` compares all pairs of all ranks. Shards
+know nothing of models, towers nothing of shards, the loss nothing of towers.
 
 Names of tensors carry their dimensions as a suffix where it helps (``q_THD``):
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from navit_clip.clip import NaViTCLIP
+    from navit_clip.models.clip import NaViTCLIP
 
 __all__ = ["NaViTCLIP"]
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Only when asked for: data tools and their workers need no towers, which take a second.
     if name == "NaViTCLIP":
-        from navit_clip.clip import NaViTCLIP
+        from navit_clip.models.clip import NaViTCLIP
 
         return NaViTCLIP
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

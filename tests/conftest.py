@@ -12,15 +12,15 @@ from hypothesis import settings
 from loader_cases import pair_builder
 from shard_factory import CAPTIONS, write_shard
 
-from navit_clip.clip import CLIPConfig, NaViTCLIP
-from navit_clip.data.sample import PairBuilder
-from navit_clip.data.tokenizer import SentencePieceTokenizer
-from navit_clip.data.train_tokenizer import train_tokenizer
-from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.interop.pretrained import Preprocess, save_pretrained
-from navit_clip.position import PositionConfig
-from navit_clip.text_tower import TextTowerConfig
-from navit_clip.transformer import EncoderConfig
+from navit_clip.data.builders.pairs import PairBuilder
+from navit_clip.export.pretrained import Preprocess, save_pretrained
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
+from navit_clip.tools.train_tokenizer import train_tokenizer
 
 # A busy machine fails no test by its clock, and a commit none by examples that it did not choose.
 settings.register_profile("steady", deadline=None, derandomize=True)

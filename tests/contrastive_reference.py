@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from navit_clip.loss import sigmoid_contrastive_loss, softmax_contrastive_loss
+from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
 
 KINDS = ("softmax", "sigmoid")
 

@@ -9,15 +9,16 @@ import torch
 from PIL import ExifTags, Image
 from shard_factory import CAPTIONS, HTML, SIZES, encode, make_shards, photo, sample, write_shard
 
-from eval import sources, texts
-from eval.__main__ import main
-from eval.captioned import open_captioned
-from eval.encode import Embedded, embed_source
-from eval.labelled import open_labelled
-from eval.models import Model
-from eval.sources import Source
-from eval.views import View
-from navit_clip.ranks import Ranks
+from navit_clip.distributed import Ranks
+from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import texts
+from navit_clip.evaluation.__main__ import main
+from navit_clip.evaluation.captioned import open_captioned
+from navit_clip.evaluation.datasets import Source
+from navit_clip.evaluation.embed import Embedded, embed_source
+from navit_clip.evaluation.labelled import open_labelled
+from navit_clip.evaluation.models import Model
+from navit_clip.evaluation.settings import View
 
 CLASSES = {"red_dog": 4, "lake": 3, "bicycle": 0, "boat": 4}  # folder and number of images
 # Of the tiny model of `conftest`: its own first; 32 pixels are 4 of its patches.

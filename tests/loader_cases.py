@@ -9,15 +9,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.sample import Origin, Pair, PairBuilder
+from navit_clip.data.packer import Budgets
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.tokenizer import Tokenizer
-from navit_clip.packer import Budgets
-from navit_clip.packing import PackedBatch
+from navit_clip.packed.batch import PackedBatch
+from navit_clip.tokenizers.base import Tokenizer
 
 PATCH = 8
 CONFIG = DataConfig(

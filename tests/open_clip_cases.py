@@ -19,10 +19,11 @@ from packed_examples import random_image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from navit_clip.clip import CLIPConfig, NaViTCLIP
 from navit_clip.interop.open_clip import config_of
 from navit_clip.interop.open_clip.names import model_pairs, to_ours
-from navit_clip.packing import ImagePatches, pack_images, pack_texts
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
 
 VOCAB = 49408  # of open_clip's tokenizer
 PAD = 1  # as SigLIP's tokenizers pad

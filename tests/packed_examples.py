@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from navit_clip.packing import ImagePatches
-from navit_clip.position import PositionConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.packed.images import ImagePatches
 
 POOLINGS = ("map", "mean", "cls", "last")
 FACTORISED = [

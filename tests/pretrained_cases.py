@@ -12,14 +12,15 @@ import torch
 from packed_examples import random_caption, random_image, randomise
 from safetensors.torch import load_file, save_file
 
-from navit_clip.clip import CLIPConfig, NaViTCLIP
-from navit_clip.data.tokenizer import SentencePieceTokenizer
-from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.interop.pretrained import Preprocess, save_pretrained
-from navit_clip.packing import pack_images, pack_texts
-from navit_clip.position import PositionConfig
-from navit_clip.text_tower import TextTowerConfig
-from navit_clip.transformer import EncoderConfig
+from navit_clip.export.pretrained import Preprocess, save_pretrained
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
 
 VOCAB = 49408  # open_clip's, the larger of the tokenizers used here
 ENCODER = EncoderConfig(width=16, depth=1, heads=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 from shard_factory import encode, photo
 
-from eval.sources import Item, Source
+from navit_clip.evaluation.datasets import Item, Source
 
 
 def read(source: Source) -> list[Item]:

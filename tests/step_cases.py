@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from packed_examples import random_caption, random_image
 
-from navit_clip.clip import CLIPConfig, NaViTCLIP
-from navit_clip.data.tokenizer import TokenizerConfig
-from navit_clip.image_tower import ImageTowerConfig
-from navit_clip.packing import BatchCounts, ImagePatches, PackedBatch, pack_images, pack_texts
-from navit_clip.position import PositionConfig
-from navit_clip.ranks import Ranks
-from navit_clip.text_tower import TextTowerConfig
-from navit_clip.transformer import EncoderConfig
-from train.config import LossConfig, OptimConfig, TrainConfig
-from train.schedule import ScheduleConfig
-from train.step import Stepper
+from navit_clip.distributed import Ranks
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.load import TokenizerConfig
+from navit_clip.training.config import LossConfig, OptimConfig, TrainConfig
+from navit_clip.training.schedule import ScheduleConfig
+from navit_clip.training.step import Stepper
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 Pair = tuple[str, ImagePatches, list[int]]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import main as evaluate
 from navit_clip.data.shards import expand_shards
-from navit_clip.data.train_tokenizer import train_tokenizer
-from train.__main__ import main as train
+from navit_clip.evaluation.__main__ import main as evaluate
+from navit_clip.tools.train_tokenizer import train_tokenizer
+from navit_clip.training.__main__ import main as train
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

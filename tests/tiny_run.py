@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from navit_clip.data.shapes.write import ShapesConfig, write_shapes
 from navit_clip.data.shards import expand_shards
-from navit_clip.data.train_tokenizer import train_tokenizer
-from train.__main__ import main
+from navit_clip.tools.shapes.write import ShapesConfig, write_shapes
+from navit_clip.tools.train_tokenizer import train_tokenizer
+from navit_clip.training.__main__ import main
 
 
 def write_tiny_data(root: Path) -> None:

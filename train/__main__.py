@@ -1,29 +1,6 @@
 """``python -m train --config FILE [--a.b value …]``, alone or under torchrun."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-import yaml
-
-from navit_clip.errors import one_line_errors
-from navit_clip.ranks import join_ranks
-from train.config import parse_config, write_config
-from train.stall import failing_at_once
-from train.trainer import train
-
-
-def main() -> None:
-    """The command line."""
-    with one_line_errors("train"):
-        config, resolved = parse_config(sys.argv[1:])
-        with join_ranks(config.device) as ranks, failing_at_once(ranks.world_size):
-            if ranks.is_first:
-                write_config(Path(config.run_dir), resolved)
-            ranks.barrier()
-            train(config, yaml.safe_load(resolved), ranks)
-
+from navit_clip.training.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from navit_clip.data.drop import DropConfig
+from navit_clip.data.packer import Budgets, PackingMode
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.packer import Budgets, PackingMode
 
 
 def _check_captions(name: str, captions: Mapping[str, float]) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from navit_clip.data.parcel import Parcel
-from navit_clip.data.pool import prepare_worker
-from navit_clip.data.resume import LoaderPosition, open_position
-from navit_clip.data.sample import PairBuilder
-from navit_clip.data.sources import Sources
+from navit_clip.data.builders.pairs import PairBuilder
+from navit_clip.data.mixture import Sources
+from navit_clip.data.shared_batch import Parcel
+from navit_clip.data.state import LoaderPosition, open_position
+from navit_clip.data.workers import prepare_worker
 from navit_clip.errors import UserError
-from navit_clip.packing import PackedBatch
+from navit_clip.packed.batch import PackedBatch
 
 
 @dataclass(frozen=True)

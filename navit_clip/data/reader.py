@@ -14,15 +14,17 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
 from navit_clip.data.decode import SkipSampleError
-from navit_clip.data.sample import Origin, Pair, PairBuilder
+from navit_clip.data.mixture import Sources
+from navit_clip.data.order import Inheritance, Piece, Walk, WalkPosition
+from navit_clip.data.packer import Packer
 from navit_clip.data.seeding import draw_index
 from navit_clip.data.shards import RawSample, ShardError, read_shard
-from navit_clip.data.sources import Sources
-from navit_clip.data.walk import Inheritance, Piece, Walk, WalkPosition
 from navit_clip.errors import UserError
-from navit_clip.packer import Packer
-from navit_clip.packing import BatchCounts, PackedBatch, pack_images, pack_texts
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
 
 _NAMED_SKIPS = 8  # samples named per batch; the rest is only counted
 # A dead server costs minutes of retries per shard; shards are read in random order, so as many in

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
-from navit_clip.data.remote import CommandStream, ForwardStream, HttpStream
+from navit_clip.data.http import CommandStream, ForwardStream, HttpStream
 from navit_clip.errors import UserError
 
 # Directory names may have dots, so the key ends at the first dot of the last component.

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.errors import UserError
-from navit_clip.image_tower import ImageTower, ImageTowerConfig
-from navit_clip.pooling import Pooling
-from navit_clip.position import PositionConfig
-from navit_clip.transformer import EncoderConfig
+from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
+from navit_clip.models.pooling import Pooling
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.transformer import EncoderConfig
 
 _POOLINGS: dict[str, Pooling] = {"avg": "mean", "map": "map", "token": "cls"}
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from navit_clip.clip import CLIPConfig, NaViTCLIP
 from navit_clip.errors import UserError
+from navit_clip.export.pretrained import Preprocess
 from navit_clip.interop.open_clip.architecture import (
     check_family,
     clip_config,
@@ -28,7 +28,7 @@ from navit_clip.interop.open_clip.checkpoint import (
 )
 from navit_clip.interop.open_clip.names import model_pairs, to_ours, to_theirs
 from navit_clip.interop.open_clip.tokenizer import own_tokenizer
-from navit_clip.interop.pretrained import Preprocess
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
 
 __all__ = ["config_of", "load", "state_for_open_clip", "supported_models"]
 

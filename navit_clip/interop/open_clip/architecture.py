@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from navit_clip.clip import CLIPConfig
 from navit_clip.errors import UserError
-from navit_clip.interop.pretrained import config_from_dict
+from navit_clip.export.pretrained import config_from_dict
+from navit_clip.models.clip import CLIPConfig
 
 OPEN_CLIP_EPS = 1e-5  # of its LayerNorms, where norm_kwargs name no other
 # big_vision leaves the scale of its sigmoid loss free, and released ones are past CLIP's 100.

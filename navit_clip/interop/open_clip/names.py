@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from navit_clip.clip import CLIPConfig
+from navit_clip.models.clip import CLIPConfig
 
 
 class Layout(NamedTuple):

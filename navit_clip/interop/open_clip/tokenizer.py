@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from navit_clip.data.siglip_tokenizer import SiglipTokenizer, released_pad
-from navit_clip.data.tokenizer import OpenClipTokenizer, Tokenizer
 from navit_clip.errors import UserError
+from navit_clip.tokenizers.base import Tokenizer
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
+from navit_clip.tokenizers.siglip import SiglipTokenizer, released_pad
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"  # says how to pad

@@ -1,0 +1,373 @@
+"""Checkpoints: the whole state of a run, written in the background, whole or not at all.
+
+A checkpoint is a folder ``step-00001000``: `torch.distributed.checkpoint` files, and for each rank
+its data position and random generators. The training thread only copies the state to the host;
+another one writes the copy under a name of its own, and once the files of all ranks are complete
+the first rank names them in a manifest and renames the folder. A folder with the right name was
+therefore complete, whenever the writer was killed, and `newest` compares it with its manifest,
+since disks fail too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from navit_clip.checkpoints.manifest import DamagedError, Manifest, file_mark, shapes
+from navit_clip.checkpoints.rank_state import (
+    SavedPositions,
+    rank_file,
+    rank_state,
+    restore_generators,
+)
+from navit_clip.data.state import LoaderPosition
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.training.config import CheckpointConfig
+
+_NAME = re.compile(r"^step-(\d{8})$")
+_PARTIAL, _REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
+# A slow disk is no failure: ranks wait for each other's writes without holding up the training.
+_WRITE_TIMEOUT = timedelta(hours=4)
+_LAST_WAIT_S = 60.0
+_SHARED_S = 20.0  # a network file system may show a new file that much later on other hosts
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: Where they are kept.
+        config: How they are written, and which are kept.
+        ranks: This process among all of them.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+        self.directory, self.config, self.ranks = directory, config, ranks
+        # The writing threads talk among themselves: in the training's group their messages would
+        # meet those of whatever step the other ranks have reached.
+        self._group: dist.ProcessGroup | None = None
+        if ranks.world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
+            self._group = cast(dist.ProcessGroup, group)
+        else:  # it says so on every save, and here it is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[str | None] | None = None
+        self._newest: int | None = None
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None without any."""
+        return max(self._steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` steps."""
+        return self.directory / f"step-{step:08d}"
+
+    def newest(self, report: Callable[[str], None]) -> int | None:
+        """Step of the newest checkpoint that is as it was written; every rank calls it.
+
+        Damaged ones are set aside under another name, and what a killed run left half-written is
+        removed.
+
+        Args:
+            report: Gets a line for each of those on the first rank.
+
+        Raises:
+            UserError: If there are checkpoints and all of them are damaged, or the ranks do not
+                share the directory.
+        """
+        self._open()
+        if self.ranks.is_first:
+            for leftover in sorted(self.directory.glob(f"step-*{_PARTIAL}")):
+                report(f"checkpoint {leftover.stem} was not written to its end; removed")
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.directory.glob(f"step-*{_REMOVED}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        damaged: list[tuple[Path, str]] = []
+        for step in self.ranks.broadcast(sorted(self._steps(), reverse=True)):
+            damage = self._damage(step)
+            if damage is None:
+                if self.ranks.is_first:
+                    for path, what in damaged:
+                        report(f"{_set_aside(path, what)}; going on from step {step}")
+                return step
+            damaged.append((self.path(step), damage))
+        if damaged:
+            # Going on from nothing would throw the run away; that is for the user to say.
+            path, what = damaged[0]
+            raise UserError(
+                f"checkpoint {path} is damaged ({what}), and no other in {self.directory} is whole:"
+                " restore one, or use another run_dir to begin anew"
+            )
+        return None
+
+    def save(self, step: int, state: dict[str, Any], position: LoaderPosition) -> Path:
+        """Takes a checkpoint of the state after `step` steps; every rank calls it.
+
+        Returns once the state is copied, unless checkpoints are configured to be synchronous; waits
+        first for the checkpoint before it.
+
+        Args:
+            step: Steps taken.
+            state: Of the training, as `Stepper.state` returns it; may change afterwards.
+            position: How far this rank is in its data; may change afterwards.
+
+        Returns:
+            Where the checkpoint will be.
+
+        Raises:
+            UserError: If the disk did not take the checkpoint before it (or this one, if
+                synchronous), the same on all ranks; earlier ones stay as they are.
+        """
+        self.wait()
+        final = self.path(step)
+        if step == self._newest:
+            return final
+        self._newest = step
+        where: dict[str, Any] = {
+            # Copied ahead to the host already; the default would reach for the first device.
+            "storage_writer": dcp.FileSystemWriter(_partial(final), per_thread_copy_ahead=0),
+            "process_group": self._group,
+            "no_dist": self._group is None,
+        }
+        finish = partial(
+            self._finish, step, rank_state(position, self.ranks.device), shapes(state["model"])
+        )
+        if self.config.asynchronous:
+            # Plain copies, done when `stage` returns: the next step changes what is copied.
+            options = StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+            stager = DefaultStager(options)
+            writing = cast("Future[Any]", dcp.async_save(state, async_stager=stager, **where))
+            self._writing = self._thread.submit(finish, writing.result)
+        else:
+            self._raise(step, finish(partial(dcp.save, state, **where)))
+        return final
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            UserError: If the disk did not take it, the same on all ranks.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            assert self._newest is not None
+            self._raise(self._newest, writing.result())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint is known to have failed; `wait` says why."""
+        writing = self._writing
+        if writing is None or not writing.done():
+            return False
+        return writing.exception() is not None or writing.result() is not None
+
+    def close(self) -> None:
+        """Waits a while for the last checkpoint, whatever becomes of it; for a run that fails.
+
+        It may still be written, and the process group may not go away under a thread that uses it;
+        but the ranks that it waits for may be the ones that failed.
+        """
+        if self._writing is not None:
+            with suppress(Exception, dcp.CheckpointException):
+                self._writing.result(_LAST_WAIT_S)
+        self._thread.shutdown(wait=False)
+
+    def load(self, step: int, state: dict[str, Any]) -> SavedPositions:
+        """Reads the state after `step` steps; every rank calls it.
+
+        Each rank that there was before also gets its random generators back.
+
+        Args:
+            step: Steps taken.
+            state: Of the training, as `Stepper.state` returns it; overwritten in place.
+
+        Returns:
+            How far each rank of the run that wrote it was in its data.
+
+        Raises:
+            UserError: If the checkpoint was taken with another model, or cannot be read.
+        """
+        path = self.path(step)
+        try:
+            manifest = Manifest.read(path)
+            difference = manifest.difference(state["model"])
+            if difference is not None:
+                raise _cannot_resume(path, f"it is of another model, {difference}")
+            dcp.load(state, checkpoint_id=str(path), no_dist=self._group is None)
+            if self.ranks.rank < manifest.world_size:
+                restore_generators(path, self.ranks.rank, self.ranks.device)
+        except (OSError, ValueError, KeyError, RuntimeError, DamagedError) as error:
+            raise _cannot_resume(path, error) from error
+        except dcp.CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise _cannot_resume(path, first) from error
+        self._newest = step
+        return SavedPositions(path, manifest.world_size)
+
+    def _open(self) -> None:
+        """Makes the directory, and makes sure that all ranks see the same one."""
+        token, problem = f".{uuid.uuid4().hex}", None
+        if self.ranks.is_first:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                (self.directory / token).touch()
+            except OSError as error:
+                problem = f"cannot write {self.directory}: {error.strerror}"
+        token, problem = self.ranks.broadcast((token, problem))
+        if problem is not None:
+            raise UserError(problem)
+        deadline = time.monotonic() + _SHARED_S
+        while not (self.directory / token).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        blind = self.ranks.any(not (self.directory / token).exists())
+        if self.ranks.is_first:
+            (self.directory / token).unlink(missing_ok=True)
+        if blind:
+            raise UserError(
+                f"the hosts do not share {self.directory}: put run_dir on a file system that all of"
+                " them see"
+            )
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, the same on all ranks, each of which reads a part."""
+        found: list[str] = []
+        try:
+            manifest = Manifest.read(self.path(step))
+            own = sorted(manifest.files)[self.ranks.rank :: self.ranks.world_size]
+            manifest.check(self.path(step), own)
+            if manifest.step != step:
+                found = [f"it is of step {manifest.step}"]
+        except DamagedError as error:
+            found = [str(error)]
+        return next(iter(self.ranks.gather(found)), None)
+
+    def _finish(
+        self, step: int, own: str, weights: dict[str, list[int]], write: Callable[[], object]
+    ) -> str | None:
+        """Writes the rest of a checkpoint and makes it visible; on every rank, in its own thread.
+
+        Returns:
+            What the disk objected to, the same on all ranks.
+        """
+        rank, final, problem = self.ranks.rank, self.path(step), None
+        folder, marks = _partial(final), {}
+        try:
+            write()  # returns or raises on all ranks alike
+            rank_file(folder, rank).write_text(own)
+            files = [rank_file(folder, rank), *folder.glob(f"__{rank}_*.distcp")]
+            if self.ranks.is_first:
+                files.append(folder / ".metadata")
+            marks = {file.name: file_mark(file) for file in files}
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            problem = _disk_error(error)
+            if problem is None:
+                raise
+        parts = [(marks, problem)]
+        if self._group is not None:
+            parts *= self.ranks.world_size
+            dist.all_gather_object(parts, (marks, problem), group=self._group)
+        problem = next((theirs for _, theirs in parts if theirs), None)
+        if self.ranks.is_first:
+            every = {name: mark for part, _ in parts for name, mark in part.items()}
+            manifest = Manifest(step, self.ranks.world_size, weights, every)
+            problem = problem or self._publish(manifest, final)
+            if problem is not None:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
+        outcome = [problem]
+        if self._group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        return outcome[0]
+
+    def _publish(self, manifest: Manifest, final: Path) -> str | None:
+        folder = _partial(final)
+        try:
+            manifest.write(folder)
+            if final.exists():
+                _remove(final)
+            folder.rename(final)
+        except OSError as error:
+            return error.strerror or str(error)
+        steps, every = sorted(self._steps()), self.config.keep_every
+        for step in steps[: -self.config.keep]:
+            if not every or step % every:
+                _remove(self.path(step))
+        return None
+
+    def _raise(self, step: int, problem: str | None) -> None:
+        if problem is not None:
+            raise UserError(
+                f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
+                f"{'of step ' + str(self.latest()) if self._steps() else 'none'}"
+            )
+
+    def _steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        matches = (_NAME.match(path.name) for path in self.directory.iterdir())
+        return [int(match[1]) for match in matches if match]
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + _PARTIAL)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; a kill halfway must not leave a part of it under its name."""
+    doomed = path.with_name(path.name + _REMOVED)
+    with suppress(OSError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _set_aside(path: Path, damage: str) -> str:
+    aside = path.with_name(path.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        path.rename(aside)
+    return f"checkpoint {path.name} is damaged ({damage}), kept as {aside.name}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    yield error
+    if isinstance(error, dcp.CheckpointException):
+        for failure, _ in error.failures.values():
+            yield from _causes(failure)
+    for inner in (error.__cause__, error.__context__):
+        if inner is not None:
+            yield from _causes(inner)
+
+
+def _disk_error(error: BaseException) -> str | None:
+    """The reason the disk gave, None if the error is none of the disk's."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+    return None
+
+
+def _cannot_resume(path: Path, error: BaseException | str) -> UserError:
+    return UserError(
+        f"cannot resume from {path}: {str(error).splitlines()[0]}; if the configuration changed "
+        "use another run_dir"
+    )

@@ -1,0 +1,1 @@
+"""Captions and labels as people have them: JSON, tables, label files, class folders."""

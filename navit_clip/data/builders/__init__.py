@@ -1,0 +1,1 @@
+"""From a raw sample to an example that is ready to be packed."""

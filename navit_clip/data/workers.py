@@ -1,0 +1,93 @@
+"""Worker processes: tasks for them, and what happens when they or their parent are killed.
+
+`run_unordered` is for commands with independent tasks; the loaders of `navit_clip.data.loader` and
+`navit_clip.evaluation.embed` have torch's workers and take `prepare_worker` and
+`telling_of_killed_workers`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from navit_clip.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_unordered(
+    run: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    """Yields the result of every task as it is done.
+
+    Args:
+        run: A function of a module; runs in this process if there is one worker or one task.
+        tasks: Its arguments, which travel to the workers.
+        workers: Number of processes.
+
+    Raises:
+        UserError: If a worker was killed.
+        Exception: Whatever `run` raises.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(run, tasks)
+        return
+    # Not fork, since the caller may have threads; nor spawn, since every worker would import torch
+    # again, which takes longer than most folders of images.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run.__module__])
+    with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as executor:
+        try:
+            for future in as_completed([executor.submit(run, task) for task in tasks]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: give fewer --workers"
+            ) from error
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def telling_of_killed_workers(fix: str) -> Iterator[None]:
+    """Says in one line that a worker of a torch DataLoader was killed.
+
+    torch notices by a signal, so that its error comes in the midst of anything, such as a forward
+    pass; a loader that waits for a batch notices itself.
+
+    Args:
+        fix: What to do about it.
+
+    Raises:
+        UserError: Instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).split(". ")[0].strip(" .")
+        if not first.startswith("DataLoader worker"):
+            raise
+        raise UserError(f"{first}, perhaps for want of memory: {fix}") from error
+
+
+def prepare_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends the worker if the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()

@@ -1,0 +1,144 @@
+"""The processes of a run or an evaluation: who this one is, and what all of them agree on.
+
+Started alone there is one rank and nothing to set up; under torchrun the process group comes from
+its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from navit_clip.errors import UserError
+
+T = TypeVar("T")
+
+# Long enough for one rank to compile while the others wait; `navit_clip.training.watchdog` reports
+# a hang earlier.
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them.
+
+    Attributes:
+        rank: This process.
+        world_size: How many there are.
+        device: Where this one computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and reports."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the ranks, on the host so that no device is waited for."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all ranks, rank after rank, on every rank."""
+        if self.world_size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def broadcast(self, item: T) -> T:
+        """The first rank's item, on every rank."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, the same answer on all."""
+        return self.sum([float(flag)])[0] > 0
+
+
+@contextmanager
+def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
+    """Joins the process group that torchrun announces, and leaves it at the end.
+
+    Args:
+        device: ``auto`` takes CUDA if there is one.
+
+    Raises:
+        UserError: If CUDA is asked for and absent.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch finds no CUDA device: use --device cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = torch.device("cpu")
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
+    if world_size > 1:
+        dist.init_process_group(
+            # gloo as well on CUDA: counts, stop flags and checkpoints travel between hosts.
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=_clean_store(rank, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+        )
+    try:
+        yield Ranks(rank, world_size, local)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def _clean_store(rank: int, world_size: int) -> dist.Store:
+    """The store of torchrun or of the first rank, without what earlier attempts left in it.
+
+    torchrun hands the same store to restarted ranks. In it they would find the addresses of dead
+    ones before their successors overwrite them, and fail with "connection refused" or wait for
+    ever. So all ranks first agree on a prefix that is new: each says hello under a name of its own,
+    which the first one answers with its own; answers to the dead do not matter.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=_TIMEOUT))
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", name)
+        first = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{first}/{rank}", "")
+        return dist.PrefixStore(first, store)
+    missing, deadline = set(range(1, world_size)), time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} did not join in {_TIMEOUT}")
+        for other in sorted(missing):
+            if store.check([f"heard/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)

@@ -1,0 +1,136 @@
+"""``python -m eval zeroshot | retrieval | summary``, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from tqdm import tqdm
+
+from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.errors import UserError, one_line_errors
+from navit_clip.evaluation.arguments import load_models, parse_arguments, read_spec
+from navit_clip.evaluation.cache import Cache
+from navit_clip.evaluation.evaluator import Outcome, judge
+from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_table
+from navit_clip.files import write_whole
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(words)
+    with one_line_errors("eval"):
+        if args.command == "summary":
+            print(summarise(args.directory))
+            return
+        with join_ranks(args.device) as ranks:
+            _run(args, words, ranks)
+
+
+def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks) -> None:
+    spec = read_spec(args)
+    _prepare(args)
+    cache = Cache(args.cache, _say) if args.cache is not None else None
+    model, baselines = load_models(args, ranks)
+    outcome = judge(
+        model,
+        spec,
+        ranks,
+        args.workers,
+        baselines=baselines,
+        cache=cache,
+        strict=args.strict,
+    )
+    if outcome is None:
+        return
+    for line in outcome.data.skips:
+        print(f"skipped {line}")
+    _write(args.output, outcome.result)
+    table = zeroshot_table if args.command == "zeroshot" else retrieval_table
+    print(table(outcome.result))
+    _draw(args, shlex.join(["python", "-m", "eval", *words]), outcome)
+
+
+def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
+    # Imported here: drawing takes a second to load, and most evaluations draw nothing.
+    data, own_ED = outcome.data, outcome.data.embeddings[outcome.model.own_view]
+    if args.report is not None:
+        from navit_clip.evaluation import report
+
+        if outcome.names is not None:
+            assert outcome.classes_CD is not None
+            shown = report.show_zeroshot(
+                outcome.result,
+                data,
+                own_ED,
+                outcome.classes_CD,
+                outcome.names,
+                outcome.model.scale,
+                outcome.source,
+                right=outcome.right,
+                only=outcome.only,
+            )
+        else:
+            assert outcome.texts_TD is not None
+            assert outcome.owner_T is not None
+            shown = report.show_retrieval(
+                data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.source
+            )
+        report.write_report(args.report, outcome.result, shown, command=command)
+        print(f"Report: {args.report}")
+    if args.curve is not None:
+        from navit_clip.evaluation import report
+
+        report.draw_curve(args.curve, outcome.result)
+        print(f"Picture: {args.curve}")
+    if args.command == "retrieval" and args.gallery is not None:
+        from navit_clip.evaluation.gallery import draw_gallery
+
+        assert outcome.texts_TD is not None
+        assert outcome.owner_T is not None
+        draw_gallery(data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.source, args.gallery)
+        print(f"Picture: {args.gallery}")
+
+
+def _say(line: str) -> None:
+    """A line on standard error that leaves a progress bar whole."""
+    tqdm.write(f"eval: {line}", file=sys.stderr)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Refuses what cannot be written before the hours of work and not after them."""
+    taken: dict[Path, str] = {}
+    for name in ("output", "report", "curve", "gallery"):
+        path = getattr(args, name, None)
+        if path is None:
+            continue
+        if (other := taken.setdefault(path.resolve(), name)) != name:
+            raise UserError(f"--{other} and --{name} are both {path}: give each its own file")
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: {path} is a folder, name a file in it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path.parent):
+                pass
+        except FileExistsError as error:
+            raise UserError(f"cannot write {path}: {path.parent} is no folder") from error
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_whole(path, json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The command line's words, and what they ask for: models, views, data."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from navit_clip.checkpoints.load_run import load_run
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.evaluation.baselines import OpenClipModel
+from navit_clip.evaluation.evaluator import RetrievalSpec, Spec, ZeroShotSpec
+from navit_clip.evaluation.models import Model, PackedModel
+from navit_clip.export.pretrained import load_pretrained
+
+_OPEN_CLIP = "open_clip:"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; ``--help`` shows how it is meant."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"eval: error: {message}\n")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses ``zeroshot | retrieval | summary`` and their flags.
+
+    Raises:
+        SystemExit: For ``--help`` and for words that make no sense, with code 2.
+    """
+    parser = _Parser(prog="python -m eval", description="Zero-shot classification and retrieval.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = _common()
+    zero = commands.add_parser(
+        "zeroshot", parents=[common], help="zero-shot classification of labelled images"
+    )
+    zero.add_argument(
+        "--data", required=True, help="class folders, a flat folder, or shards with .cls members"
+    )
+    zero.add_argument("--labels", help="for a flat folder: lines of file name and label, or a CSV")
+    zero.add_argument(
+        "--class-map",
+        help="class folder or label to class index: a file, imagenet, or index for plain numbers",
+    )
+    zero.add_argument(
+        "--only-present", action="store_true", help="only classes that occur in the data compete"
+    )
+    zero.add_argument(
+        "--classnames", help="text file, one name per line, or imagenet; default: folder names"
+    )
+    zero.add_argument(
+        "--templates",
+        default="openai",
+        help="openai (80), simple (7), plain (1), or a text file with {} in each line",
+    )
+
+    retrieve = commands.add_parser(
+        "retrieval", parents=[common], help="image-text retrieval, R@1/5/10 both ways"
+    )
+    retrieve.add_argument("--data", help="captioned shards")
+    retrieve.add_argument("--images", help="folder of images; of a table of captions: its own")
+    retrieve.add_argument(
+        "--captions",
+        help="captions_*.json (COCO), dataset_*.json (Karpathy), or a .csv, .tsv or .parquet table",
+    )
+    retrieve.add_argument("--image-column", default="path", help="of a table: the image's path")
+    retrieve.add_argument(
+        "--caption-column", action="append", help="of a table: captions; repeatable"
+    )
+    retrieve.add_argument(
+        "--fields", nargs="+", default=["txt"], help="caption sources in shards: txt json.FIELD"
+    )
+    retrieve.add_argument("--split", help="split of a Karpathy file (default: test if it has one)")
+    retrieve.add_argument(
+        "--gallery", type=Path, help="PNG of sample images with their best captions"
+    )
+
+    summary = commands.add_parser("summary", help="tables of the results in a directory")
+    summary.add_argument("directory", type=Path)
+    return parser.parse_args(argv)
+
+
+def _common() -> _Parser:
+    common = _Parser(add_help=False)
+    models = common.add_argument_group("models")
+    model = models.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="exported model, RUN_DIR/model, or open_clip:NAME")
+    model.add_argument("--run", type=Path, help="a training run: the newest of its checkpoints")
+    models.add_argument("--step", type=_number(0), help="with --run: the checkpoint of this step")
+    models.add_argument("--weights", type=Path, help="checkpoint for --model open_clip:NAME")
+    models.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        help="judged beside it: open_clip:NAME or an exported model; repeatable",
+    )
+    models.add_argument(
+        "--baseline-weights",
+        action="append",
+        type=Path,
+        default=[],
+        help="checkpoint for each --baseline open_clip:NAME, in their order",
+    )
+    models.add_argument(
+        "--random-weights",
+        type=_number(0),
+        metavar="SEED",
+        help="open_clip models without a checkpoint get random weights, for measuring",
+    )
+    views = common.add_argument_group("views")
+    views.add_argument(
+        "--max-tokens",
+        type=_numbers("64,128,256"),
+        default=(),
+        help="token budgets per image, such as 64,128,256; the model's own is always included",
+    )
+    views.add_argument(
+        "--native", action="store_true", help="images at their own size, never enlarged"
+    )
+    views.add_argument(
+        "--square",
+        type=_numbers("224,336"),
+        default=(),
+        help="images as squares of these sides in pixels, such as 224",
+    )
+    common.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    common.add_argument("--report", type=Path, help="HTML file to write: figures and pictures")
+    common.add_argument("--curve", type=Path, help="PNG to write: accuracy against tokens")
+    common.add_argument("--cache", type=Path, help="directory that keeps embeddings for next time")
+    common.add_argument(
+        "--strict", action="store_true", help="fail if any image or caption cannot be used"
+    )
+    common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    common.add_argument("--workers", type=_number(0), default=1, help="decoding processes per rank")
+    return common
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a number from {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _numbers(example: str) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(word) for word in text.split(","))
+        except ValueError:
+            values = ()
+        if not values or min(values) < 1:
+            raise argparse.ArgumentTypeError(f"expected numbers such as {example}, got {text!r}")
+        return values
+
+    return parse
+
+
+def read_spec(args: argparse.Namespace) -> Spec:
+    """What is judged, on what data and at which views.
+
+    Raises:
+        UserError: If the words contradict each other.
+    """
+    views = {"max_tokens": args.max_tokens, "native": args.native, "square": args.square}
+    try:
+        if args.command == "zeroshot":
+            return ZeroShotSpec(
+                args.data,
+                labels=args.labels,
+                class_map=args.class_map,
+                only_present=args.only_present,
+                classnames=args.classnames,
+                templates=args.templates,
+                **views,
+            )
+        if args.data is None and args.captions is None:
+            raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
+        return RetrievalSpec(
+            args.data,
+            args.images,
+            args.captions,
+            image_column=args.image_column,
+            caption_columns=tuple(args.caption_column or ("caption",)),
+            fields=tuple(args.fields),
+            split=args.split,
+            **views,
+        )
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from error
+
+
+def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Model]]:
+    """The model, and what it is compared with.
+
+    Raises:
+        UserError: If one cannot be loaded, or checkpoints and models do not pair up.
+    """
+    if args.step is not None and args.run is None:
+        raise UserError("--step belongs to --run: name the run")
+    open_clips = sum(name.startswith(_OPEN_CLIP) for name in args.baseline)
+    if args.weights is not None and not (args.model or "").startswith(_OPEN_CLIP):
+        raise UserError("--weights belongs to --model open_clip:NAME")
+    if len(args.baseline_weights) > open_clips:
+        raise UserError(
+            f"{len(args.baseline_weights)} --baseline-weights for {open_clips} --baseline "
+            "open_clip:NAME: give one for each, in the same order"
+        )
+    if args.run is not None:
+        pretrained, step = load_run(args.run, args.step, ranks.device)
+        model: Model = PackedModel(pretrained, f"{args.run} step {step}")
+    else:
+        model = _load(args.model, args.weights, args, ranks)
+    weights = iter(args.baseline_weights)
+    baselines = [
+        _load(name, next(weights, None) if name.startswith(_OPEN_CLIP) else None, args, ranks)
+        for name in args.baseline
+    ]
+    return model, baselines
+
+
+def _load(name: str, weights: Path | None, args: argparse.Namespace, ranks: Ranks) -> Model:
+    if not name.startswith(_OPEN_CLIP):
+        return PackedModel(load_pretrained(Path(name), ranks.device), name)
+    seed = args.random_weights if weights is None else None
+    architecture = name.removeprefix(_OPEN_CLIP)
+    return OpenClipModel(architecture, weights, seed, ranks.device, args.square)

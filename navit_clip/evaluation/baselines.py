@@ -1,0 +1,279 @@
+"""open_clip's models as the harnesses see them, to compare with on the same images and captions.
+
+A baseline gets what its authors gave it: open_clip's own evaluation transform, its own tokenizer
+padded to its context, squares only. Weights come from a local file; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from navit_clip.data.decode import EncodedImage
+from navit_clip.errors import UserError
+from navit_clip.evaluation.cache import tensors_digest
+from navit_clip.evaluation.models import Model
+from navit_clip.evaluation.settings import View
+
+_STRIDE = 32  # pixels per position of the last feature map of the convolutional models
+_IMAGES = 64  # per forward pass; texts come in blocks already
+
+
+@dataclass(frozen=True)
+class OpenClipSizer:
+    """open_clip's evaluation transforms.
+
+    Attributes:
+        transforms: By side of the square that comes out.
+    """
+
+    transforms: dict[int, Callable[[Image.Image], Tensor]]
+
+    def __call__(self, image: EncodedImage, view: View) -> np.ndarray:
+        """Float32 [3, S, S], normalised."""
+        assert view.size is not None
+        pixels_HWK = image.pixels(image.height, image.width, reduced=False)
+        # An array, not a tensor: tensors from worker processes take a file descriptor each.
+        return self.transforms[view.size](Image.fromarray(pixels_HWK)).numpy()
+
+
+class OpenClipModel(Model):
+    """A model of open_clip's.
+
+    Args:
+        architecture: open_clip's name of it, such as ``ViT-B-32``.
+        weights: A checkpoint that open_clip reads; None with `seed`.
+        seed: Of random weights, for measuring; None with `weights`.
+        device: Where it computes.
+        sides: Squares beside its own that it will be shown; its positions are interpolated to
+            those that it can take, see `check`.
+
+    Raises:
+        UserError: If there is no such model or its weights cannot be read.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        weights: Path | None,
+        seed: int | None,
+        device: torch.device,
+        sides: Sequence[int] = (),
+    ) -> None:
+        self.name = f"open_clip:{architecture}"
+        self._device = device
+        self._config = _config(architecture)
+        if weights is None and seed is None:
+            raise UserError(
+                f"{self.name} needs its weights: give --weights FILE for --model or "
+                "--baseline-weights FILE for --baseline, or --random-weights SEED to measure only"
+            )
+        own = _create(architecture, weights, seed, None).to(device)
+        side = _own_side(own)
+        self.own_view = View("square", side)
+        self._models: dict[int, nn.Module] = {side: own}
+        patch = _patch_size(own)
+        self._stride = patch or _STRIDE
+        self._refused: dict[int, str] = {}
+        for other in sorted(set(sides) - {side}):
+            if patch and other % patch:
+                self._refused[other] = f"no whole number of its patches of {patch} pixels"
+                continue
+            try:
+                self._models[other] = _create(architecture, weights, seed, other).to(device)
+            except UserError as error:
+                self._refused[other] = str(error)
+
+    @cached_property
+    def sizer(self) -> OpenClipSizer:
+        """The transforms for worker processes."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        transforms = {
+            side: image_transform_v2(PreprocessCfg(**_visual(model).preprocess_cfg), is_train=False)
+            for side, model in self._models.items()
+        }
+        return OpenClipSizer(transforms)
+
+    def check(self, view: View) -> None:
+        """Takes squares only."""
+        if view.kind != "square":
+            option = "--native" if view.kind == "native" else f"--max-tokens {view.size}"
+            raise UserError(f"{self.name} sees squares only: leave out {option}")
+        assert view.size is not None
+        if view.size not in self._models:
+            why = self._refused.get(view.size, "not asked for when it was loaded")
+            raise UserError(f"{self.name} cannot take --square {view.size}: {why}")
+
+    def length(self, sized: np.ndarray) -> int:
+        """Patches, or positions of a convolutional model's last feature map."""
+        return (sized.shape[-1] // self._stride) ** 2
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """In batches of squares, which need no padding."""
+        parts = [torch.zeros(0, self.embed_dim)]
+        for start in range(0, len(images), _IMAGES):
+            batch = torch.from_numpy(np.stack(images[start : start + _IMAGES])).to(self._device)
+            model: Any = self._models[batch.shape[-1]]
+            parts.append(model.encode_image(batch, normalize=True).float().cpu())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Padded to the model's context."""
+        if not texts:
+            return torch.zeros(0, self.embed_dim)
+        ids = self._tokenizer(list(texts)).to(self._device)
+        return self._own.encode_text(ids, normalize=True).float().cpu()
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return int(self._config["embed_dim"])
+
+    @property
+    def scale(self) -> float:
+        """The learned scale."""
+        return self._own.logit_scale.exp().item()
+
+    @property
+    def padding_tokens(self) -> int:
+        """None: all images of a batch have one size."""
+        return 0
+
+    def image_flops(self, tokens: int) -> int:
+        """Counted in a forward pass of the image tower at the side with so many tokens."""
+        return self._flops[tokens]
+
+    @cached_property
+    def _flops(self) -> dict[int, int]:
+        counted = {}
+        for side, model in self._models.items():
+            image_1CHW = torch.zeros(1, 3, side, side, device=self._device)
+            # With gradients and by plain products: the counter does not know the fused kernels
+            # that inference takes.
+            with (
+                torch.enable_grad(),
+                sdpa_kernel(SDPBackend.MATH),
+                FlopCounterMode(display=False) as counter,
+            ):
+                _visual(model)(image_1CHW)
+            counted[(side // self._stride) ** 2] = counter.get_total_flops()
+        return counted
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of weights at all sides, the transforms, open_clip's version, and the device."""
+        from open_clip import __version__
+
+        model = self._own
+        return tensors_digest(
+            model.state_dict(),
+            self.name,
+            repr(sorted(_visual(model).preprocess_cfg.items(), key=str)),
+            __version__,
+            self._device.type,
+        )
+
+    @property
+    def _own(self) -> Any:
+        assert self.own_view.size is not None
+        return self._models[self.own_view.size]
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
+        from open_clip import get_tokenizer
+
+        return get_tokenizer(self.name.partition(":")[2])
+
+
+def _config(architecture: str) -> dict[str, Any]:
+    from open_clip import get_model_config, list_models
+
+    known = list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise UserError(f"open_clip has no model {architecture!r}: {hint}")
+    config = get_model_config(architecture)
+    hub = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
+    if hub:
+        raise UserError(
+            f"open_clip's {architecture} reads texts with "
+            f"{config['text_cfg'][sorted(hub)[0]]} of the Hugging Face Hub, and nothing is "
+            "downloaded here: choose a model with open_clip's own tokenizer"
+        )
+    return config
+
+
+def _create(
+    architecture: str, weights: Path | None, seed: int | None, side: int | None
+) -> nn.Module:
+    """A model for squares of a side, its own if None, in evaluation mode on the host."""
+    from open_clip import create_model
+
+    if weights is not None and not weights.is_file():
+        raise UserError(f"no weights at {weights}: give a checkpoint that open_clip reads")
+    path = None if weights is None else str(weights.resolve())
+    try:
+        # Random weights have to be the same on all ranks, and the caller's draws his own.
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            model = create_model(architecture, path, force_image_size=side, weights_only=True)
+    # Whatever a damaged or foreign checkpoint makes torch and open_clip stumble over.
+    except Exception as error:
+        if weights is None:
+            what = f"open_clip's {architecture} does not take side {side}"
+        elif isinstance(error, (UnpicklingError, EOFError, IndexError)):
+            # torch's own words recommend to load it without care.
+            raise UserError(f"weights {weights} are no checkpoint of plain tensors") from error
+        else:
+            what = f"weights {weights} do not fit open_clip's {architecture}"
+        raise UserError(f"{what}: {textwrap.shorten(str(error), 200)}") from error
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of random weights, which are asked for here."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _visual(model: nn.Module) -> Any:
+    return model.visual
+
+
+def _own_side(model: nn.Module) -> int:
+    size = _visual(model).preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UserError(f"the model wants {height}×{width} pixels: only squares are supported")
+    return int(height)
+
+
+def _patch_size(model: nn.Module) -> int | None:
+    """Of a vision transformer, open_clip's or timm's; None for the others."""
+    visual = _visual(model)
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    size = getattr(embed, "patch_size", None) or getattr(visual, "patch_size", None)
+    return int(size if isinstance(size, int) else size[0]) if size else None

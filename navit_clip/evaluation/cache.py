@@ -1,0 +1,214 @@
+"""Embeddings kept from one evaluation to the next, found again by content.
+
+Stands beside `navit_clip.evaluation.embed` and `navit_clip.evaluation.texts`, which embed in
+blocks: each block is one file, written whole when it is embedded, so that a killed evaluation goes
+on behind the last of them. Its name is a hash of all that the embeddings depend on: the model, the
+view, and the bytes of all images of the block, since neighbours in a batch change the last digits.
+Nothing else has to be remembered, and nothing goes stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from navit_clip.errors import UserError
+from navit_clip.evaluation.settings import View
+
+FORMAT = 1  # raised whenever the same inputs would give other embeddings
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """The images of one block at one view.
+
+    Attributes:
+        embeddings: float32 [n, D] of the n images that could be used.
+        rows: Place of each of these within the block.
+        lengths: Tokens of each.
+        sizes: Native height and width of each.
+        padding: Tokens of padding that were computed.
+        skipped: Reason and detail of the images that could not be used, by place.
+    """
+
+    embeddings: Tensor
+    rows: list[int]
+    lengths: list[int]
+    sizes: list[tuple[int, int]]
+    padding: int
+    skipped: dict[int, tuple[str, str]]
+
+    def only(self, rows: Sequence[int]) -> ImageBlock:
+        """The same block with the images of some places only."""
+        if list(rows) == self.rows:
+            return self
+        kept = [self.rows.index(row) for row in rows]
+        lengths, sizes = [self.lengths[i] for i in kept], [self.sizes[i] for i in kept]
+        return replace(
+            self, embeddings=self.embeddings[kept], rows=list(rows), lengths=lengths, sizes=sizes
+        )
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values."""
+        heights, widths = [h for h, _ in self.sizes], [w for _, w in self.sizes]
+        rows = torch.tensor([self.rows, self.lengths, heights, widths])
+        plain = {"padding": self.padding, "skipped": list(self.skipped.items())}
+        return {"embeddings": self.embeddings, "rows": rows}, plain
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> ImageBlock:
+        """What `to_file` gave."""
+        rows, lengths, heights, widths = tensors["rows"].long().tolist()
+        skipped = {int(row): (str(why), str(what)) for row, (why, what) in plain["skipped"]}
+        return cls(
+            tensors["embeddings"],
+            rows,
+            lengths,
+            list(zip(heights, widths, strict=True)),
+            int(plain["padding"]),
+            skipped,
+        )
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """The texts of one block: float32 [n, D]."""
+
+    embeddings: Tensor
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values."""
+        return {"embeddings": self.embeddings}, {}
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> TextBlock:
+        """What `to_file` gave."""
+        return cls(tensors["embeddings"])
+
+
+Block = TypeVar("Block", ImageBlock, TextBlock)
+
+
+class Cache:
+    """A directory of embedded blocks; picklable, for worker processes.
+
+    Args:
+        directory: Made if need be.
+        report: Gets a line for each damaged file; a module-level function.
+
+    Raises:
+        UserError: If the directory cannot be made.
+    """
+
+    def __init__(self, directory: Path, report: Callable[[str], None] = print) -> None:
+        self.directory, self.report = directory, report
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+
+    def image_key(self, model: str, view: View, images: Iterable[bytes]) -> str:
+        """Name of a block.
+
+        Args:
+            model: Its fingerprint.
+            view: How the images are shown.
+            images: What identifies each of the block, in order, such as a hash of its file.
+        """
+        return _key(model, "images", view.kind, str(view.size), *images)
+
+    def text_key(self, model: str, texts: Sequence[str]) -> str:
+        """Name of a block of texts."""
+        return _key(model, "texts", *texts)
+
+    def read(self, key: str, kind: type[Block]) -> Block | None:
+        """A block, or None if it is not there; a damaged one is reported and counts as absent."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.report(f"cannot read cached {path}: {error.strerror}; embedding again")
+            return None
+        try:
+            tensors = load(content)
+            plain = json.loads(tensors.pop("plain").numpy().tobytes())
+            if plain["digest"] != tensors_digest(tensors):
+                raise ValueError("contents differ from what was written")
+            return kind.from_file(tensors, plain)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            self.report(f"cached {path} is damaged ({error}); embedding again")
+            return None
+
+    def write(self, key: str, block: ImageBlock | TextBlock) -> None:
+        """Keeps a block, whole or not at all.
+
+        Raises:
+            UserError: If the disk does not take it.
+        """
+        tensors, plain = block.to_file()
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        line = json.dumps({**plain, "digest": tensors_digest(tensors)}).encode()
+        # safetensors' own metadata has no fixed order, and equal blocks should be equal files.
+        tensors["plain"] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
+        path = self._path(key)
+        # Under a name of its own: two evaluations may write the same block at the same time.
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            partial.write_bytes(save(tensors))
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise _cannot_write(path, error) from error
+
+    def _path(self, key: str) -> Path:
+        # By first digits: some file systems are slow with a hundred thousand files in one place.
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], *more: str) -> str:
+    """Hash of tensors by name, type, shape and contents, and of more words."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        _add(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        _add(digest, raw.numpy().data)
+    for word in more:
+        _add(digest, word.encode())
+    return digest.hexdigest()
+
+
+def bytes_digest(data: bytes) -> bytes:
+    """Hash of a file's contents."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _key(*words: str | bytes) -> str:
+    digest = hashlib.blake2b(str(FORMAT).encode(), digest_size=16)
+    for word in words:
+        _add(digest, word.encode() if isinstance(word, str) else word)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib.blake2b, data: bytes | memoryview) -> None:
+    """With its length, so that words that run together in another way hash differently."""
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; check --cache")

@@ -1,0 +1,110 @@
+"""Opens captioned images: shards, or a folder with a JSON or a table of captions.
+
+From what the user names to a source of images, each with all its captions. Every caption is a
+query, a repeated one as well; empty ones are none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from navit_clip.data.annotations.caption_files import CaptionedImage, read_caption_file
+from navit_clip.data.annotations.tables import open_table
+from navit_clip.data.shards import expand_shards
+from navit_clip.errors import UserError
+from navit_clip.evaluation.datasets import FileSource, ShardSource, Source
+
+_TABLES = (".csv", ".tsv", ".parquet")
+
+
+def open_captioned(
+    data: str | None,
+    images: str | None,
+    captions: str | None,
+    fields: Sequence[str],
+    split: str | None,
+    image_column: str = "path",
+    caption_columns: Sequence[str] = ("caption",),
+) -> Source:
+    """Opens captioned shards, or a folder of images with a file of captions.
+
+    Args:
+        data: Shards, or None.
+        images: Folder of images, or None: that of a table if there is one.
+        captions: COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``, or a table that ends
+            in ``.csv``, ``.tsv`` or ``.parquet``; or None.
+        fields: Caption sources within shards.
+        split: Split of a Karpathy file; None takes ``test`` if there is one, else all.
+        image_column: Column of a table that holds the path.
+        caption_columns: Columns of a table that hold a caption each.
+
+    Raises:
+        UserError: If the files do not exist or hold no captioned image.
+    """
+    if data is not None:
+        if images is not None or captions is not None:
+            raise UserError("give --data SHARDS, or --images and --captions, not both")
+        if split is not None:
+            raise UserError("--split goes with a Karpathy file in --captions, not with --data")
+        return ShardSource(expand_shards([data]), fields)
+    is_table = captions is not None and Path(captions).suffix.lower() in _TABLES
+    if captions is None or (images is None and not is_table):
+        raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
+    file = Path(captions)
+    folder = Path(images) if images is not None else file.parent
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}: check --images")
+    if is_table:
+        if split is not None:
+            raise UserError(f"{file} has no splits: leave --split out")
+        rows = open_table(file, folder, image_column, caption_columns).rows
+        listed = [CaptionedImage(row.name, row.captions) for row in rows]
+    else:
+        listed = _of_split(read_caption_file(file), split, file)
+    return _captioned_files(folder, listed, file)
+
+
+def _of_split(
+    listed: Sequence[CaptionedImage], split: str | None, file: Path
+) -> list[CaptionedImage]:
+    splits = {image.split for image in listed if image.split is not None}
+    if split is None:
+        if "test" not in splits:
+            return list(listed)
+        split = "test"
+    if split not in splits:
+        has = f"the file has {', '.join(sorted(splits))}" if splits else "leave --split out"
+        raise UserError(f"no split {split!r} in {file}: {has}")
+    return [image for image in listed if image.split == split]
+
+
+def _captioned_files(folder: Path, listed: Sequence[CaptionedImage], file: Path) -> FileSource:
+    skipped: Counter[str] = Counter()
+    captions = [tuple(_usable(image.captions, skipped)) for image in listed]
+    if not any(captions):
+        raise UserError(f"no captioned image in {file}")
+    paths = [folder / image.name for image in listed]
+    if not any(path.is_file() for path in paths):
+        raise UserError(
+            f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"
+        )
+    return FileSource(paths, captions=captions, skipped=skipped)
+
+
+def _usable(captions: Sequence[str], skipped: Counter[str]) -> list[str]:
+    usable = []
+    for caption in captions:
+        text = caption.strip()
+        try:
+            # JSON may escape a lone surrogate, on which every tokenizer fails.
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            skipped["bad_caption"] += 1
+            continue
+        if text:
+            usable.append(text)
+        else:
+            skipped["empty_caption"] += 1
+    return usable

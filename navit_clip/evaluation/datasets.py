@@ -1,0 +1,194 @@
+"""Where evaluation data comes from: files and webdataset shards, with labels or captions.
+
+`labelled` and `captioned` open them. Every source can be read in parts, so that ranks and workers
+share it; the key of an item says where it stands in the whole, which puts the results of all parts
+in one order again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from navit_clip.data.annotations.labels import Labeller
+from navit_clip.data.captions import find_captions
+from navit_clip.data.decode import SkipSampleError, find_image
+from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.errors import UserError
+
+Key = tuple[int, int]
+
+# Items that are embedded together, wherever that is: neighbours in a batch change the last digits
+# of an embedding, and figures must not depend on the number of ranks.
+BLOCK = 64
+
+
+def block_of(key: Key) -> Key:
+    """The block of neighbouring items that the item at `key` belongs to."""
+    return key[0], key[1] // BLOCK
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Indices, within one file of a source, of the items that a part reads: every so many blocks.
+
+    Attributes:
+        part: Which part.
+        parts: How many there are.
+        number: Of the file, so that the first block of every small one is not the same part's.
+    """
+
+    part: int
+    parts: int
+    number: int = 0
+
+    def __contains__(self, index: object) -> bool:
+        assert isinstance(index, int)
+        return (self.number + index // BLOCK) % self.parts == self.part
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to be judged.
+
+    Attributes:
+        key: Place in the whole source.
+        name: File or sample, for messages and pictures.
+        data: The encoded image, or why there is none.
+        label: Class index, -1 for captioned data.
+        captions: Its captions, none for labelled data.
+    """
+
+    key: Key
+    name: str
+    data: bytes | SkipSampleError
+    label: int = -1
+    captions: tuple[str, ...] = ()
+
+
+class Source(ABC):
+    """Evaluation data that can be read in parts."""
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Captions that were dropped, by reason, before any image was read."""
+        return Counter()
+
+    @property
+    def count(self) -> int | None:
+        """Images in the whole source, None if only reading it tells."""
+        return None
+
+    @abstractmethod
+    def read(self, part: int, parts: int) -> Iterator[Item]:
+        """One part's items in order: whole blocks of neighbours (`block_of`), every so many."""
+
+
+class FileSource(Source):
+    """Images in files, each with a label or captions.
+
+    Args:
+        paths: One file each.
+        labels: Class index of each, or none.
+        captions: Captions of each, or none; an image with an empty tuple is skipped.
+        skipped: Captions dropped by reason.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int] | None = None,
+        captions: Sequence[tuple[str, ...]] | None = None,
+        skipped: Counter[str] | None = None,
+    ) -> None:
+        self.paths, self.labels, self.captions = paths, labels, captions
+        self._skipped = skipped or Counter()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """As given."""
+        return self._skipped
+
+    @property
+    def count(self) -> int:
+        """Files."""
+        return len(self.paths)
+
+    def read(self, part: int, parts: int) -> Iterator[Item]:
+        """Reads blocks `part`, `part` + `parts`, … of files."""
+        wanted = _Part(part, parts)
+        for index, path in enumerate(self.paths):
+            if index not in wanted:
+                continue
+            label = self.labels[index] if self.labels is not None else -1
+            captions = self.captions[index] if self.captions is not None else ()
+            data: bytes | SkipSampleError
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                data = SkipSampleError("missing_image", error.strerror or str(error))
+            if self.captions is not None and not captions:
+                data = SkipSampleError("no_caption", "nothing says what it shows")
+            yield Item((0, index), str(path), data, label, captions)
+
+
+class ShardSource(Source):
+    """Images in webdataset shards, labelled (``.cls``) or captioned.
+
+    Args:
+        shards: Tar files.
+        captions: Caption sources as in training; none reads labels.
+        labeller: What the labels mean; class indices if not given.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        captions: Sequence[str] = (),
+        labeller: Labeller | None = None,
+    ) -> None:
+        self.shards, self.captions = shards, captions
+        self.labeller = labeller or Labeller()
+
+    def read(self, part: int, parts: int) -> Iterator[Item]:
+        """Reads every `parts`-th block of samples of each shard."""
+        for number, path in enumerate(self.shards):
+            wanted = _Part(part, parts, number)
+            try:
+                for sample in read_shard(path, wanted):
+                    if sample.index in wanted:
+                        yield self._item((number, sample.index), sample)
+            except ShardError as error:
+                raise UserError(f"{error}; fetch the shard again") from error
+
+    def _item(self, key: Key, sample: RawSample) -> Item:
+        try:
+            data = find_image(sample.members)
+            if self.captions:
+                found = [c for s in self.captions for c in find_captions(sample.members, s)]
+                if not found:
+                    raise SkipSampleError(
+                        "no_caption", f"none of the fields {', '.join(self.captions)}"
+                    )
+                return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
+            return Item(key, sample.id, data, label=self._label(sample))
+        except SkipSampleError as error:
+            return Item(key, sample.id, error)
+
+    def _label(self, sample: RawSample) -> int:
+        try:
+            written = sample.members["cls"]
+        except KeyError as error:
+            raise UserError(
+                f"{sample.id} has no .cls member with its class: labelled shards need one"
+            ) from error
+        try:
+            label = self.labeller(written.decode().strip())
+        except ValueError as error:
+            raise SkipSampleError("bad_label", f"{written[:20]!r}") from error
+        if label is None:
+            raise SkipSampleError("class_left_out", f"{written[:20]!r}")
+        return label

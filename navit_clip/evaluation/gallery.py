@@ -1,0 +1,89 @@
+"""A picture of sample images, each with the captions a model finds nearest."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from navit_clip.errors import UserError
+from navit_clip.evaluation.datasets import Source
+from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.report.pictures import read_images, thumbnail
+from navit_clip.files import write_whole
+
+_COLUMNS, _ROWS = 4, 3
+_CELL, _THUMB, _MARGIN = 330, 190, 14
+_CAPTIONS, _LINE = 3, 17
+_RIGHT, _WRONG, _TEXT, _PAPER = "#1a7f37", "#b3261e", "#1f2328", "#ffffff"
+
+
+def draw_gallery(
+    data: Embedded,
+    images_ED: Tensor,
+    texts_TD: Tensor,
+    owner_T: Tensor,
+    source: Source,
+    output: Path,
+) -> None:
+    """Draws evenly spaced images of a source with their best captions and similarities.
+
+    Captions of the image itself are green, those of others red.
+
+    Args:
+        data: The embedded source, for names and captions.
+        images_ED: Image embeddings at one view.
+        texts_TD: Caption embeddings.
+        owner_T: Index of each caption's image.
+        source: Read again for the pixels of the images shown.
+        output: PNG file to write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    count = min(_COLUMNS * _ROWS, len(data.names))
+    shown = torch.linspace(0, len(data.names) - 1, count).long().tolist()
+    texts = [caption for captions in data.captions for caption in captions]
+    pixels = read_images(source, {data.names[i] for i in shown})
+    rows = -(-count // _COLUMNS)
+    cell_height = _THUMB + _MARGIN + _CAPTIONS * (2 * _LINE + 6) + _MARGIN
+    canvas = Image.new("RGB", (_COLUMNS * _CELL + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for place, index in enumerate(shown):
+        left = _MARGIN + place % _COLUMNS * _CELL
+        top = _MARGIN + place // _COLUMNS * cell_height
+        encoded = pixels.get(data.names[index], b"")
+        if thumb := thumbnail(encoded, _CELL - 2 * _MARGIN, _THUMB):
+            canvas.paste(thumb, (left, top + (_THUMB - thumb.height)))
+        scores = texts_TD @ images_ED[index]
+        best = scores.topk(min(_CAPTIONS, len(texts))).indices.tolist()
+        y = top + _THUMB + 8
+        for caption in best:
+            own = int(owner_T[caption]) == index
+            lines = _wrap(f"{scores[caption]:.2f} {texts[caption]}", font)
+            draw.multiline_text(
+                (left, y), "\n".join(lines), fill=_RIGHT if own else _WRONG, font=font, spacing=3
+            )
+            y += _LINE * len(lines) + 6
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        canvas.save(file, format="PNG")
+        write_whole(output, file.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """At most two lines that are no wider than a cell, by the width of their letters."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > _CELL - 2 * _MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines if len(lines) <= 2 else [lines[0], f"{lines[1]} …"]

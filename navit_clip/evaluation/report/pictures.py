@@ -1,0 +1,91 @@
+"""The pixels of a few images of a source, as thumbnails at their own aspect ratio."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from navit_clip.data.decode import EncodedImage, SkipSampleError
+from navit_clip.evaluation.datasets import FileSource, Source
+from navit_clip.evaluation.embed import Embedded
+
+_BOX = (240, 180)  # width and height that a report's thumbnail fits in
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as a report shows it.
+
+    Attributes:
+        name: File or sample.
+        height: Of the original, upright, in pixels.
+        width: Of the original.
+        thumbnail: WebP, never larger than the original; None where the source no longer has it.
+        shown: Width and height of the thumbnail.
+    """
+
+    name: str
+    height: int
+    width: int
+    thumbnail: bytes | None = None
+    shown: tuple[int, int] = (0, 0)
+
+    @property
+    def uri(self) -> str:
+        """The thumbnail as a ``data:`` address."""
+        return "data:image/webp;base64," + b64encode(self.thumbnail or b"").decode()
+
+
+def read_images(source: Source, names: Collection[str]) -> dict[str, bytes]:
+    """The encoded images of a source that have these names; files of others are not touched."""
+    wanted = set(names)
+    if isinstance(source, FileSource):
+        source = FileSource([path for path in source.paths if str(path) in wanted])
+    found: dict[str, bytes] = {}
+    if not wanted:
+        return found
+    for item in source.read(0, 1):
+        if item.name in wanted and isinstance(item.data, bytes):
+            found[item.name] = item.data
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def thumbnail(encoded: bytes, width: int, height: int) -> Image.Image | None:
+    """Shrinks an image into a box at its own aspect ratio; a small one stays as it is.
+
+    Returns:
+        None if it cannot be decoded: a cached evaluation may outlive its images.
+    """
+    try:
+        image = EncodedImage(encoded)
+        scale = min(width / image.width, height / image.height, 1.0)
+        rows, columns = round(image.height * scale), round(image.width * scale)
+        return Image.fromarray(image.pixels(max(1, rows), max(1, columns)))
+    except SkipSampleError:
+        return None
+
+
+def read_pictures(source: Source, data: Embedded, indices: Sequence[int]) -> dict[int, Picture]:
+    """Thumbnails of some images of an embedded source, by index.
+
+    Raises:
+        UserError: If the source itself can no longer be read.
+    """
+    indices = sorted(set(indices))
+    encoded = read_images(source, {data.names[i] for i in indices})
+    pictures = {}
+    for i in indices:
+        name, (height, width) = data.names[i], data.sizes[i]
+        pictures[i] = Picture(name, height, width)
+        thumb = thumbnail(encoded[name], *_BOX) if name in encoded else None
+        if thumb is not None:
+            file = io.BytesIO()
+            thumb.save(file, format="WEBP", quality=78)
+            pictures[i] = Picture(name, height, width, file.getvalue(), thumb.size)
+    return pictures

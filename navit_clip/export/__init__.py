@@ -1,0 +1,1 @@
+"""A trained model as a directory or a repository of the Hub."""

@@ -1,0 +1,1 @@
+"""Embedding images and captions with a trained model."""

@@ -1,0 +1,160 @@
+"""Embedding images and captions with a trained model, packed by token budget.
+
+What the harnesses and `navit_clip.inference.api` stand on: any number of images of any size in,
+vectors in the same order out, no token of padding computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from navit_clip.data.decode import EncodedImage, patchify
+from navit_clip.data.in_memory import OpenedImage
+from navit_clip.data.sizing import fit_grid
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
+
+if TYPE_CHECKING:
+    from navit_clip.export.pretrained import Pretrained
+    from navit_clip.models.clip import NaViTCLIP
+    from navit_clip.tokenizers.base import Tokenizer
+
+STREAM_TOKENS = 16384  # per forward pass; bounds memory, hardly changes speed
+
+T = TypeVar("T")
+
+
+def size_image(
+    image: EncodedImage | OpenedImage,
+    config: ImageTowerConfig,
+    max_tokens: int,
+    *,
+    square: bool = False,
+) -> ImagePatches:
+    """Resizes an image as for inference: native up to a budget, never enlarged, no drop.
+
+    Args:
+        image: The image, encoded or in memory.
+        config: Of the tower that will read it.
+        max_tokens: Most patches.
+        square: Squash to the largest square of at most `max_tokens` patches.
+
+    Raises:
+        SkipSampleError: If the pixels cannot be decoded.
+    """
+    patch, most = config.patch_size, config.position.max_grid_side
+    if square:
+        side = min(int(max_tokens**0.5), most)
+        rows, columns = side, side
+    else:
+        rows, columns = fit_grid(image.height, image.width, patch, max_tokens, most)
+    pixels = image.pixels(rows * patch, columns * patch, reduced=False)
+    coords = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.int32)
+    return ImagePatches(patchify(pixels, patch), coords, (rows, columns))
+
+
+def embed_images(pretrained: Pretrained, images: Iterable[ImagePatches]) -> Tensor:
+    """Embeds sized images.
+
+    Args:
+        pretrained: The model.
+        images: As `size_image` makes them; consumed as a stream.
+
+    Returns:
+        float32 [E, D] unit vectors on the host, in order.
+    """
+    return image_vectors(pretrained.model, images)
+
+
+def embed_texts(pretrained: Pretrained, texts: Sequence[str]) -> Tensor:
+    """Embeds captions.
+
+    Args:
+        pretrained: The model and its tokenizer.
+        texts: Captions of any length; cut at the model's context.
+
+    Returns:
+        float32 [E, D] unit vectors on the host, in order.
+    """
+    return text_vectors(pretrained.model, pretrained.tokenizer, texts)
+
+
+def image_vectors(
+    model: NaViTCLIP, images: Iterable[ImagePatches], *, normalize: bool = True
+) -> Tensor:
+    """Embeds sized images, as many per forward pass as `STREAM_TOKENS` hold.
+
+    Args:
+        model: On any device.
+        images: As `size_image` makes them; consumed as a stream.
+        normalize: Unit vectors; else the projections as they are.
+
+    Returns:
+        float32 [E, D] on the host, in order.
+    """
+
+    def embed(batch: Sequence[ImagePatches]) -> Tensor:
+        packed = pack_images(batch).to(model.device)
+        if normalize:
+            return model.embed_images(packed)
+        return model.image_projection(model.image(packed))
+
+    return _embed(model, images, lambda image: len(image.patches), embed)
+
+
+def text_vectors(
+    model: NaViTCLIP, tokenizer: Tokenizer, texts: Iterable[str], *, normalize: bool = True
+) -> Tensor:
+    """Embeds captions, as many per forward pass as `STREAM_TOKENS` hold.
+
+    Args:
+        model: On any device.
+        tokenizer: The one that the model was trained with.
+        texts: Captions of any length; cut at the model's context.
+        normalize: Unit vectors; else the projections as they are.
+
+    Returns:
+        float32 [E, D] on the host, in order.
+    """
+    context = model.config.text.context_length
+
+    def embed(batch: Sequence[list[int]]) -> Tensor:
+        packed = pack_texts(batch).to(model.device)
+        if normalize:
+            return model.embed_texts(packed)
+        return model.text_projection(model.text(packed))
+
+    return _embed(model, (tokenizer.encode(text, context) for text in texts), len, embed)
+
+
+# Not inference_mode: its tensors could not be trained on, by a linear probe for one.
+@torch.no_grad()
+def _embed(
+    model: NaViTCLIP,
+    items: Iterable[T],
+    length: Callable[[T], int],
+    embed: Callable[[Sequence[T]], Tensor],
+) -> Tensor:
+    parts = [embed(batch).float().cpu() for batch in _streams(items, length)]
+    return torch.cat(parts) if parts else torch.zeros(0, model.config.embed_dim)
+
+
+def _streams(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive items, as many as one stream holds; a single longer one goes alone."""
+    batch: list[T] = []
+    tokens = 0
+    for item in items:
+        size = length(item)
+        if batch and tokens + size > STREAM_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(item)
+        tokens += size
+    if batch:
+        yield batch

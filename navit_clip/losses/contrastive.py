@@ -1,0 +1,278 @@
+"""Contrastive losses over all pairs of all ranks, computed tile by tile.
+
+The last step of a forward pass: the towers' pooled features of this rank's pairs go in, a scalar
+comes out that is the same on every rank. Text blocks travel around the ring of ranks (ring.py); a
+rank multiplies its own images with each block in tiles of at most `chunk_size` × `chunk_size`
+logits (tiles.py). The forward pass keeps, besides the features, two numbers per pair (softmax: the
+log-sum-exp of the pair's row and column); the backward pass recomputes the tiles. This is the
+chunked loss of NaViT (arXiv 2307.06304) in an exact form.
+
+Gradients: a feature's gradient is that of the global loss. `logit_scale` and `logit_bias` get
+this rank's share, so that their full gradient is the SUM over the ranks. Both facts together mean
+that parameters' gradients must be summed over ranks; under DDP, which averages them, multiply the
+loss by the world size before `backward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from navit_clip.losses import _tiles as tiles
+from navit_clip.losses._ring import DTYPES, Ring
+
+
+def softmax_contrastive_loss(
+    image_features_ED: Tensor,
+    text_features_ED: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE loss over the pairs of all ranks (CLIP, arXiv 2103.00020).
+
+    With logits s_ij = logit_scale · image_i · text_j over all N pairs, the loss is
+    1/(2N) · Σ_i (logsumexp_j s_ij + logsumexp_j s_ji - 2 s_ii).
+
+    A collective call: every rank of the group makes it, and every rank runs the backward pass or
+    none does. A rank without pairs passes features of shape [0, D].
+
+    Args:
+        image_features_ED: Image features of this rank's pairs, [E, D]; E may differ between ranks
+            and be 0. float16, bfloat16, float32 or float64, the same on all ranks. Sums are in
+            float32 at least, and so are products, but for bfloat16 on CUDA: there the tensor cores
+            multiply it, with the backward pass's weights rounded to it, and sum up in float32.
+        text_features_ED: Text features of the same pairs in the same order, [E, D].
+        logit_scale: One element, multiplies the similarities (already exponentiated).
+        group: Ranks whose pairs make up the batch; None is the default group, or this process
+            alone if `torch.distributed` is not initialised.
+        chunk_size: Side of the largest tile of logits that exists at any time; None takes 4096
+            on CUDA and on the CPU 1024 to 4096, more for more pairs.
+
+    Returns:
+        Scalar, the same on every rank; float64 for float64 features, else float32. For the
+        gradients' scaling see the module docstring.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit, chunk_size < 1, no pair on any
+            rank, or a caller outside `group`.
+    """
+    pairs = _Pairs.of(image_features_ED, text_features_ED, chunk_size, group)
+    with _full_precision(image_features_ED):
+        return _SoftmaxLoss.apply(
+            *pairs.features,
+            pairs.scalar(logit_scale, "logit_scale"),
+            pairs.ring,
+            pairs.chunk_size,
+        )
+
+
+def sigmoid_contrastive_loss(
+    image_features_ED: Tensor,
+    text_features_ED: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss over the pairs of all ranks (SigLIP, arXiv 2303.15343).
+
+    With logits l_ij = logit_scale · image_i · text_j + logit_bias over all N pairs, the loss is
+    1/N · Σ_ij softplus(-z_ij · l_ij), where z_ij is +1 for i = j and -1 otherwise.
+
+    Args:
+        image_features_ED: As for `softmax_contrastive_loss`.
+        text_features_ED: As for `softmax_contrastive_loss`.
+        logit_scale: One element, multiplies the similarities (already exponentiated).
+        logit_bias: One element, added to the scaled similarities.
+        group: As for `softmax_contrastive_loss`.
+        chunk_size: As for `softmax_contrastive_loss`.
+
+    Returns:
+        As for `softmax_contrastive_loss`.
+
+    Raises:
+        ValueError: As for `softmax_contrastive_loss`.
+    """
+    pairs = _Pairs.of(image_features_ED, text_features_ED, chunk_size, group)
+    with _full_precision(image_features_ED):
+        return _SigmoidLoss.apply(
+            *pairs.features,
+            pairs.scalar(logit_scale, "logit_scale"),
+            pairs.scalar(logit_bias, "logit_bias"),
+            pairs.ring,
+            pairs.chunk_size,
+        )
+
+
+class _Pairs(NamedTuple):
+    """Checked features of this rank's pairs in one dtype, and the ring they belong to."""
+
+    features: tuple[Tensor, Tensor]
+    ring: Ring
+    chunk_size: int
+
+    @classmethod
+    def of(
+        cls,
+        image_ED: Tensor,
+        text_ED: Tensor,
+        chunk_size: int | None,
+        group: dist.ProcessGroup | None,
+    ) -> _Pairs:
+        if image_ED.ndim != 2 or image_ED.shape != text_ED.shape:
+            raise ValueError(
+                "image_features_ED and text_features_ED must both be [pairs, width], got "
+                f"{list(image_ED.shape)} and {list(text_ED.shape)}"
+            )
+        if image_ED.device != text_ED.device:
+            raise ValueError(
+                "image_features_ED and text_features_ED must be on one device, got "
+                f"{image_ED.device} and {text_ED.device}"
+            )
+        if image_ED.dtype not in DTYPES or text_ED.dtype not in DTYPES:
+            raise ValueError(
+                "image_features_ED and text_features_ED must be floating point of 16, 32 or 64 "
+                f"bits, got {image_ED.dtype} and {text_ED.dtype}"
+            )
+        if chunk_size is None:
+            chunk_size = tiles.default_chunk_size(image_ED)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        dtype = torch.promote_types(image_ED.dtype, text_ED.dtype)
+        features = (image_ED.to(dtype).contiguous(), text_ED.to(dtype).contiguous())
+        ring = Ring.join(features[1].detach(), group)
+        if ring.total == 0:
+            raise ValueError("a contrastive loss needs at least one pair, got none on any rank")
+        return cls(features, ring, chunk_size)
+
+    def scalar(self, value: Tensor, name: str) -> Tensor:
+        """`value` as a 0-d tensor beside the features, in the precision of the logits."""
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
+        return value.reshape(()).to(self.features[0].device, tiles.logit_dtype(self.features[0]))
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast would turn the tiles' float32 products into half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image_ED: Tensor, text_ED: Tensor, scale: Tensor, ring: Ring, chunk_size: int
+    ) -> Tensor:
+        tiler = tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size)
+        row_lse = tiler.vector(len(image_ED), -torch.inf)
+        matching_E = scale.new_empty(len(image_ED))
+
+        def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+            (text_MD,) = blocks
+            column_lse = tiler.vector(len(text_MD), -torch.inf)
+            for tile in tiler.tiles(text_MD, own):
+                if tile.has_matches:
+                    matching_E[tile.rows] = tile.matching()
+                row_lse[tile.row_span], column_lse[tile.column_span] = tiler.run(
+                    tiles.softmax_statistics,
+                    tile,
+                    row_lse[tile.row_span],
+                    column_lse[tile.column_span],
+                )
+            return column_lse[: len(text_MD)]
+
+        column_lse_E = ring.circulate((text_ED,), visit, merge=torch.logaddexp)
+        row_lse_E = row_lse[: len(image_ED)]
+        ctx.save_for_backward(image_ED, text_ED, scale, row_lse_E, column_lse_E)
+        ctx.ring, ctx.chunk_size = ring, chunk_size
+        # Subtracted pair by pair: the sums of each term alone are large where the loss is small.
+        terms_E = (row_lse_E - matching_E) + (column_lse_E - matching_E)
+        return ring.sum(terms_E.sum()) / (2 * ring.total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image_ED, text_ED, scale, row_lse_E, column_lse_E = ctx.saved_tensors
+        with _full_precision(image_ED):
+            tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+            gradients = tiles.Gradients(tiler)
+            row_lse = tiler.padded(row_lse_E)
+
+            def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+                text_MD, column_lse_M = blocks
+                column_lse = tiler.padded(column_lse_M)
+                text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
+                for tile in tiler.tiles(text_MD, own):
+                    weights = tiler.run(
+                        tiles.softmax_weights,
+                        tile,
+                        row_lse[tile.row_span],
+                        column_lse[tile.column_span],
+                        tile.has_matches,
+                        tile.image.dtype,
+                    )
+                    gradients.add(tile, weights, text_gradient_MD)
+                return text_gradient_MD
+
+            text_gradient_ED = ctx.ring.circulate((text_ED, column_lse_E), visit, merge=Tensor.add_)
+            factor = loss_gradient / (2 * ctx.ring.total)
+            return (*gradients.finish(text_gradient_ED, factor), None, None)
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_ED: Tensor,
+        text_ED: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        ring: Ring,
+        chunk_size: int,
+    ) -> Tensor:
+        tiler = tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size)
+
+        def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+            (text_MD,) = blocks
+            column_loss = tiler.vector(len(text_MD), 0.0)
+            for tile in tiler.tiles(text_MD, own):
+                column_loss[tile.column_span] += tiler.run(
+                    tiles.sigmoid_losses, tile, bias, tile.has_matches
+                )
+            return column_loss[: len(text_MD)]
+
+        column_loss_E = ring.circulate((text_ED,), visit, merge=Tensor.add_)
+        ctx.save_for_backward(image_ED, text_ED, scale, bias)
+        ctx.ring, ctx.chunk_size = ring, chunk_size
+        return ring.sum(column_loss_E.sum()) / ring.total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image_ED, text_ED, scale, bias = ctx.saved_tensors
+        with _full_precision(image_ED):
+            tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+            gradients = tiles.Gradients(tiler)
+            bias_gradient = torch.zeros_like(bias)
+
+            def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+                (text_MD,) = blocks
+                text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
+                for tile in tiler.tiles(text_MD, own):
+                    weights, column_sums = tiler.run(
+                        tiles.sigmoid_weights, tile, bias, tile.has_matches, tile.image.dtype
+                    )
+                    bias_gradient.add_(column_sums[: len(tile.text)].sum())
+                    gradients.add(tile, weights, text_gradient_MD)
+                return text_gradient_MD
+
+            text_gradient_ED = ctx.ring.circulate((text_ED,), visit, merge=Tensor.add_)
+            factor = loss_gradient / ctx.ring.total
+            image, text, scale_gradient = gradients.finish(text_gradient_ED, factor)
+            return image, text, scale_gradient, bias_gradient * factor, None, None

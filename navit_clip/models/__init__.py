@@ -1,0 +1,1 @@
+"""Packed sequences in, vectors out; knows no files."""

@@ -1,0 +1,143 @@
+"""Attention within segments: one function, one backend per device.
+
+Called by the encoder (self-attention) and by attention pooling (one query per example). Tokens
+of different examples never see each other, and no mask is built: CUDA in half precision uses
+PyTorch's variable-length flash attention; everywhere else each run of equally long segments is
+one batched `scaled_dot_product_attention`, of views alone, without a copy of q, k or v.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from navit_clip.packed.segments import Segments
+
+
+def segment_attention(
+    q_THD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
+    segments_q: Segments,
+    segments_k: Segments,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Softmax attention of each query segment over the key segment of the same index.
+
+    Args:
+        q_THD: [T, H, D] queries; on a processor q and k may be float32 beside values in half
+            precision.
+        k_SHD: [S, H, D] keys.
+        v_SHD: [S, H, D] values.
+        segments_q: Segments of the T query tokens.
+        segments_k: Segments of the S key tokens, as many examples as `segments_q`, and padding
+            if and only if `segments_q` has some.
+        causal: Each token sees itself and what stands before it in its segment; query and key
+            segments must then be the same.
+
+    Returns:
+        [T, H, D] in the values' precision; what it holds on padding is finite, and of no meaning.
+
+    Raises:
+        ValueError: If the two sides hold different numbers of examples, one alone is padded, or
+            causal attention is asked for across different segments.
+    """
+    if segments_q.num_examples != segments_k.num_examples:
+        raise ValueError(
+            f"{segments_q.num_examples} query segments against {segments_k.num_examples} key ones"
+        )
+    if len(segments_q.lengths) != len(segments_k.lengths):
+        # The variable-length kernel counts segments by the queries' offsets: it would read past
+        # the keys' offsets, or leave the gradient of padded keys unwritten.
+        raise ValueError(
+            f"padding on one side only: {segments_q.padding} tokens of queries against "
+            f"{segments_k.padding} of keys; see Segments.without_padding"
+        )
+    if causal and segments_q.lengths != segments_k.lengths:
+        # The backends would align the triangle at different corners.
+        raise ValueError("causal attention needs the same segments for queries and keys")
+    dtype = v_SHD.dtype
+    if q_THD.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+    if q_THD.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # A processor's kernel takes twice as long backward in half precision, although its matrix
+        # products are faster (benchmarks/LOG.md).
+        q_THD, k_SHD, v_SHD = q_THD.float(), k_SHD.float(), v_SHD.float()
+        with torch.autocast("cpu", enabled=False):
+            out_THD = _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+        return out_THD.to(dtype)
+    return _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+
+
+def _varlen(
+    q_THD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
+    segments_q: Segments,
+    segments_k: Segments,
+    causal: bool,
+) -> Tensor:
+    # Imported here: the module asks for a flash-attention build, which a CPU wheel may lack.
+    from torch.nn.attention.varlen import varlen_attn
+
+    out_THD = varlen_attn(
+        q_THD,
+        k_SHD,
+        v_SHD,
+        segments_q.offsets,
+        segments_k.offsets,
+        segments_q.max_length,
+        segments_k.max_length,
+        window_size=(-1, 0) if causal else (-1, -1),
+    )
+    assert isinstance(out_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
+    return out_THD
+
+
+def _by_runs(
+    q_THD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
+    segments_q: Segments,
+    segments_k: Segments,
+    causal: bool,
+) -> Tensor:
+    runs = _shared_runs(segments_q, segments_k)
+    sizes_q = [count * length for length, _, count in runs] + [segments_q.padding]
+    sizes_k = [count * length for _, length, count in runs] + [segments_k.padding]
+    # split, not slicing: the backward of a slice writes a gradient of the full size each.
+    blocks_q = q_THD.split(sizes_q)
+    blocks_k = k_SHD.split(sizes_k)
+    blocks_v = v_SHD.split(sizes_k)
+    outputs = []
+    for (length_q, length_k, count), q, k, v in zip(
+        runs, blocks_q, blocks_k, blocks_v, strict=False
+    ):
+        out_EHLD = F.scaled_dot_product_attention(
+            q.unflatten(0, (count, length_q)).transpose(1, 2),
+            k.unflatten(0, (count, length_k)).transpose(1, 2),
+            v.unflatten(0, (count, length_k)).transpose(1, 2),
+            is_causal=causal,
+        )
+        outputs.append(out_EHLD.transpose(1, 2).flatten(0, 1))
+    outputs.append(torch.zeros_like(blocks_q[-1]))
+    return torch.cat(outputs)
+
+
+def _shared_runs(segments_q: Segments, segments_k: Segments) -> list[tuple[int, int, int]]:
+    """Neighbouring examples equally long on both sides: (query length, key length, count)."""
+    if segments_q is segments_k:
+        return [(length, length, count) for length, count in segments_q.runs]
+    shared: list[tuple[int, int, int]] = []
+    runs_q, runs_k = list(segments_q.runs[::-1]), list(segments_k.runs[::-1])
+    while runs_q:
+        (length_q, count_q), (length_k, count_k) = runs_q.pop(), runs_k.pop()
+        count = min(count_q, count_k)
+        shared.append((length_q, length_k, count))
+        if count_q > count:
+            runs_q.append((length_q, count_q - count))
+        if count_k > count:
+            runs_k.append((length_k, count_k - count))
+    return shared

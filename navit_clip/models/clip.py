@@ -1,0 +1,198 @@
+"""NaViTCLIP: two packed towers, their projections, and the temperature.
+
+What the trainer trains and the harnesses judge. It maps packed images and packed captions to unit
+vectors of one space; comparing them is the loss's task.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from navit_clip.configs import check_choices
+from navit_clip.export.hub import HubMixin
+from navit_clip.inference.api import EncodeMixin
+from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
+from navit_clip.models.linear import linear
+from navit_clip.models.text_tower import TextTower, TextTowerConfig
+from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.images import PackedImages
+from navit_clip.packed.texts import PackedTexts
+
+Projection = Literal["linear", "affine", "none"]
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Shape of the whole model.
+
+    Attributes:
+        embed_dim: D, width of the shared space.
+        image: The image tower.
+        text: The text tower.
+        init_scale: First value of the factor on cosine similarities (1 / temperature).
+        max_scale: The factor never exceeds this; CLIP clamps at 100.
+        init_bias: First value of the bias that the sigmoid loss adds to logits (SigLIP: -10);
+            null for the softmax loss, which has none.
+        image_projection: From the image tower to the shared space: ``linear``, ``affine`` (with
+            a bias), or ``none`` where the tower's vectors are the embeddings.
+        text_projection: Likewise from the text tower.
+
+    Raises:
+        ValueError: If `embed_dim` is below 1, the scales are not 0 < init ≤ max, a projection is
+            unknown, or there is none and the widths differ.
+    """
+
+    embed_dim: int = 512
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    init_scale: float = 1 / 0.07
+    max_scale: float = 100.0
+    init_bias: float | None = None
+    image_projection: Projection = "linear"
+    text_projection: Projection = "linear"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim must be at least 1, got {self.embed_dim}")
+        if not 0 < self.init_scale <= self.max_scale:
+            raise ValueError(
+                "init_scale must be positive and at most max_scale, got "
+                f"init_scale={self.init_scale} max_scale={self.max_scale}"
+            )
+        for name, tower in (("image", self.image), ("text", self.text)):
+            width = tower.encoder.width
+            if getattr(self, f"{name}_projection") == "none" and width != self.embed_dim:
+                raise ValueError(
+                    f"{name}_projection: none needs embed_dim equal to {name}.encoder.width, got "
+                    f"embed_dim={self.embed_dim} width={width}"
+                )
+
+
+class CLIPOutput(NamedTuple):
+    """Embeddings of one batch and what the loss multiplies and adds.
+
+    Attributes:
+        image_ED: [E, D] unit vectors.
+        text_ED: [E, D] unit vectors.
+        logit_scale: Scalar factor on similarities.
+        logit_bias: Scalar added to logits by the sigmoid loss, None without one.
+    """
+
+    image_ED: Tensor
+    text_ED: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+class NaViTCLIP(EncodeMixin, HubMixin, nn.Module):
+    """A packed image tower and a packed text tower with one embedding space.
+
+    Pictures and sentences in, vectors out: `navit_clip.inference.api`. Files and the Hub:
+    `navit_clip.export.hub`.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config.image)
+        self.text = TextTower(config.text)
+        self.image_projection = _projection(
+            config.image_projection, config.image.encoder.width, config.embed_dim
+        )
+        self.text_projection = _projection(
+            config.text_projection, config.text.encoder.width, config.embed_dim
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.init_scale)))
+        # A bias that no loss uses would stall DDP, which waits for its gradient.
+        self.logit_bias: nn.Parameter | None = None
+        if config.init_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.init_bias))
+
+    @classmethod
+    def from_open_clip(cls, name: str, pretrained: str | Path | None = None) -> NaViTCLIP:
+        """A released open_clip model as packed towers, with its tokenizer and preprocessing.
+
+        At the model's own square size the embeddings are open_clip's; other sizes and aspect
+        ratios interpolate its positions.
+
+        Args:
+            name: open_clip's name of a ViT of CLIP's family or of a SigLIP, such as ``ViT-B-32``.
+            pretrained: A tag of open_clip's, whose weights it downloads; a local checkpoint,
+                beside which a SigLIP's ``tokenizer.json`` should lie; or None for weights as
+                open_clip initialises them.
+
+        Returns:
+            The model in evaluation mode, float32, on the host. Without a tag, a SigLIP whose
+            tokenizer is not on this machine has None as `tokenizer`.
+
+        Raises:
+            UserError: If the model is not supported (the message lists those that are), or the
+                weights cannot be had, read, or belong to another model.
+        """
+        from navit_clip.interop.open_clip import load
+
+        return load(name, pretrained)
+
+    def to_open_clip(self) -> dict[str, Tensor]:
+        """The parameters under open_clip's names, which its model of the same shape loads.
+
+        Raises:
+            UserError: If open_clip has no such model; the message names the switch.
+        """
+        from navit_clip.interop.open_clip import state_for_open_clip
+
+        return state_for_open_clip(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.log_scale.device
+
+    def embed_images(self, images: PackedImages) -> Tensor:
+        """[E, D] unit vectors of packed images, in the order in which they were packed."""
+        return _unit(self.image_projection(self.image(images)))
+
+    def embed_texts(self, texts: PackedTexts) -> Tensor:
+        """[E, D] unit vectors of packed captions, in the order in which they were packed."""
+        return _unit(self.text_projection(self.text(texts)))
+
+    def forward(self, batch: PackedBatch) -> CLIPOutput:
+        """Embeds both sides of a batch.
+
+        Scale and bias are outputs, not attributes read from outside, because DDP only reduces
+        gradients of parameters that its forward used.
+        """
+        return CLIPOutput(
+            self.embed_images(batch.images),
+            self.embed_texts(batch.texts),
+            self.log_scale.exp(),
+            self.logit_bias,
+        )
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keeps the scale within its maximum; called after each optimiser step.
+
+        Clamped here and not in `forward`, where a parameter past the maximum would get no
+        gradient and never return.
+        """
+        self.log_scale.clamp_(max=math.log(self.config.max_scale))
+
+
+def _projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    return linear(width, embed_dim, bias=kind == "affine")
+
+
+def _unit(x_ED: Tensor) -> Tensor:
+    """Unit vectors, in float32 at least: similarities are multiplied by up to 100."""
+    return F.normalize(x_ED.to(torch.promote_types(x_ED.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,154 @@
+"""Counted floating-point operations of the towers: accuracy against cost, and the trainer's MFU.
+
+A multiply–add counts as two. Matrix products only, attention's included, as is usual; norms,
+activations and gathers are left out (below 1%), and causal attention counts whole. What a packed
+stream costs depends on how many examples it holds and on the sums of their lengths and of their
+squares (`LengthSums`): nothing is counted token by token. Padding costs time, but no FLOPs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.text_tower import TextTowerConfig
+from navit_clip.models.transformer import EncoderConfig
+
+
+class LengthSums(NamedTuple):
+    """All that the cost of a packed stream depends on.
+
+    Attributes:
+        examples: How many there are.
+        tokens: Sum of their lengths.
+        squares: Sum of the squares of their lengths.
+    """
+
+    examples: int
+    tokens: int
+    squares: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> LengthSums:
+        """Those of examples of the given lengths in tokens."""
+        array = np.asarray(lengths, dtype=np.int64)
+        return cls(len(array), int(array.sum()), int(array @ array))
+
+    def longer(self, added: int) -> LengthSums:
+        """Those of the same examples with so many more tokens each."""
+        squares = self.squares + 2 * added * self.tokens + added**2 * self.examples
+        return LengthSums(self.examples, self.tokens + added * self.examples, squares)
+
+
+class TowerFlops(NamedTuple):
+    """Forward FLOPs of one tower by what its backward pass may leave out.
+
+    Attributes:
+        embed: Embedding of patches; looking up token ids is no product.
+        blocks: All blocks of the encoder.
+        pool: Pooling.
+        projection: To the shared space.
+    """
+
+    embed: int
+    blocks: int
+    pool: int
+    projection: int
+
+
+def encoder_flops(config: EncoderConfig, sums: LengthSums) -> int:
+    """Forward FLOPs of the encoder: two per weight and token, 4·n²·C for attention's products."""
+    width = config.width
+    weights = 4 * width**2 + 2 * width * config.mlp_width
+    return config.depth * (2 * weights * sums.tokens + 4 * width * sums.squares)
+
+
+def image_tower_flops(config: ImageTowerConfig, embed_dim: int, sums: LengthSums) -> TowerFlops:
+    """Forward FLOPs of the image tower for images of so many patches each.
+
+    Args:
+        config: Of the tower.
+        embed_dim: Width of the shared space; 0 without a projection.
+        sums: Of the images' lengths in patches, class token and registers left out.
+    """
+    width = config.encoder.width
+    return TowerFlops(
+        2 * 3 * config.patch_size**2 * width * sums.tokens,
+        encoder_flops(config.encoder, sums.longer((config.pooling == "cls") + config.registers)),
+        _pooling_flops(config.encoder, config.pooling, sums),
+        2 * width * embed_dim * sums.examples,
+    )
+
+
+def text_tower_flops(config: TextTowerConfig, embed_dim: int, sums: LengthSums) -> TowerFlops:
+    """Forward FLOPs of the text tower for captions of so many tokens each.
+
+    Args:
+        config: Of the tower.
+        embed_dim: Width of the shared space; 0 without a projection.
+        sums: Of the captions' lengths.
+    """
+    return TowerFlops(
+        0,
+        encoder_flops(config.encoder, sums),
+        _pooling_flops(config.encoder, config.pooling, sums),
+        2 * config.encoder.width * embed_dim * sums.examples,
+    )
+
+
+def _pooling_flops(config: EncoderConfig, pooling: str, sums: LengthSums) -> int:
+    if pooling != "map":
+        return 0
+    width = config.width
+    keys_values, scores = 4 * width**2 * sums.tokens, 4 * width * sums.tokens
+    each = 2 * width**2 + 4 * width * config.mlp_width
+    # The probe is projected once for all.
+    return keys_values + scores + each * sums.examples + 2 * width**2
+
+
+def image_flops(config: ImageTowerConfig, embed_dim: int, tokens: int) -> int:
+    """Forward FLOPs of the image tower and projection for one image of so many patches.
+
+    A projection is counted whether a model has one or not (below 0.1%).
+    """
+    return sum(image_tower_flops(config, embed_dim, LengthSums.of([tokens])))
+
+
+def mean_image_flops(config: ImageTowerConfig, embed_dim: int, lengths: Iterable[int]) -> float:
+    """Mean forward FLOPs over images of the given lengths in patches."""
+    costs = [image_flops(config, embed_dim, tokens) for tokens in lengths]
+    return sum(costs) / len(costs)
+
+
+def forward_flops(
+    config: CLIPConfig, images: LengthSums, texts: LengthSums
+) -> dict[str, TowerFlops]:
+    """Forward FLOPs of both towers, ``image`` and ``text``, for one batch."""
+    embed_dims = {
+        name: 0 if kind == "none" else config.embed_dim
+        for name, kind in (("image", config.image_projection), ("text", config.text_projection))
+    }
+    return {
+        "image": image_tower_flops(config.image, embed_dims["image"], images),
+        "text": text_tower_flops(config.text, embed_dims["text"], texts),
+    }
+
+
+def backward_flops(forward: TowerFlops, *, trained_share: float | None = None) -> float:
+    """FLOPs of a tower's backward pass: one product each for the weights' and inputs' gradients.
+
+    Args:
+        forward: Of the same tower and batch.
+        trained_share: Of a locked tower, the share of its blocks, the last ones, that learn; with
+            0 pooling is locked too and the projection's input takes no gradient. None if the
+            tower is not locked; then everything learns, and only patches take no gradient.
+    """
+    if trained_share is None:
+        return forward.embed + 2 * (forward.blocks + forward.pool + forward.projection)
+    if trained_share == 0:
+        return forward.projection
+    return 2 * (forward.blocks * trained_share + forward.pool + forward.projection)

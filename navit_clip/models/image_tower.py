@@ -1,0 +1,167 @@
+"""The packed NaViT image tower: patches of many images in, one vector per image out.
+
+Takes `PackedImages` as the data pipeline left them (uint8), normalises pixels on the device,
+embeds patches, adds positions by coordinate, encodes the stream and pools each image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from navit_clip.configs import check_choices
+from navit_clip.models.linear import linear
+from navit_clip.models.pooling import Pooling, build_pooling
+from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
+from navit_clip.models.transformer import Encoder, EncoderConfig, layer_norm
+from navit_clip.packed.images import PackedImages
+from navit_clip.packed.segments import Segments
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """Shape of the image tower.
+
+    Attributes:
+        patch_size: P, side of a patch in pixels.
+        encoder: The transformer over the patches.
+        position: How a patch knows where it lies.
+        pooling: How one vector is made of an image's tokens; ``cls`` puts a learned class token
+            before each image's patches.
+        pixel_mean: Mean per channel on [0, 1], subtracted from pixels.
+        pixel_std: Standard deviation per channel on [0, 1], which pixels are divided by.
+        patch_bias: A bias in the embedding of patches.
+        class_position: The class token has a position of its own, as in ViT and CLIP; needs
+            ``cls`` pooling.
+        registers: Learned tokens between class token and patches, which the encoder reads and
+            pooling leaves out.
+        pooled_norm: Normalise the pooled vector too; models with mean pooling often do so in
+            place of `encoder.final_norm`.
+
+    Raises:
+        ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
+            causal, `pooling` is unknown, a class token that is not there has a position, or
+            `registers` is negative.
+    """
+
+    patch_size: int = 16
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    pooling: Pooling = "map"
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    patch_bias: bool = True
+    class_position: bool = False
+    registers: int = 0
+    pooled_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        if min(self.pixel_std) <= 0:
+            raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
+        if self.encoder.causal:
+            raise ValueError("encoder.causal must be false for images: patches have no order")
+        if self.class_position and self.pooling != "cls":
+            raise ValueError(f"class_position needs pooling: cls, got pooling={self.pooling}")
+        if self.registers < 0:
+            raise ValueError(f"registers must not be negative, got {self.registers}")
+
+
+class ImageTower(nn.Module):
+    """Encodes packed images to one vector of the encoder's width each."""
+
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(self, config: ImageTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, pixels = config.encoder.width, config.patch_size**2
+        std, mean = torch.tensor(config.pixel_std), torch.tensor(config.pixel_mean)
+        # (x/255 - mean) / std as one multiply and one add over a whole patch.
+        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
+        self.embed = linear(3 * pixels, width, bias=config.patch_bias)
+        self.position = build_position(config.position, width)
+        self.class_token: nn.Parameter | None = None
+        if config.pooling == "cls":
+            self.class_token = nn.Parameter(torch.zeros(width))
+        self.class_position: nn.Parameter | None = None
+        if config.class_position:
+            self.class_position = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.class_position, std=TABLE_STD)
+        self.registers: nn.Parameter | None = None
+        if config.registers:
+            # Alike at first, they would stay alike.
+            self.registers = nn.Parameter(torch.empty(config.registers, width))
+            nn.init.normal_(self.registers, std=TABLE_STD)
+        self.encoder = Encoder(config.encoder)
+        self.pool = build_pooling(config.pooling, config.encoder)
+        self.norm = layer_norm(width, config.encoder) if config.pooled_norm else nn.Identity()
+
+    def forward(self, images: PackedImages) -> Tensor:
+        """Encodes packed images.
+
+        Args:
+            images: Patches on the tower's device.
+
+        Returns:
+            [E, C] one vector per image, in the order in which the images were packed.
+        """
+        segments = images.segments
+        pixels_TK = images.patches.to(self.pixel_scale.dtype)
+        x_TC = self.embed(torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale))
+        sides_T2 = images.grids[segments.ids]
+        x_TC = x_TC + self.position(images.coords, sides_T2)
+        prefix = self._prefix()
+        if not prefix:
+            x_TC = self.encoder(x_TC, segments)
+        else:
+            x_TC, with_prefix, places_T = _prepend(torch.stack(prefix), x_TC, segments)
+            x_TC = self.encoder(x_TC, with_prefix)
+            if self.class_token is None:
+                x_TC = x_TC.index_select(0, places_T)
+            else:
+                segments = with_prefix
+        return self.norm(self.pool(x_TC, segments))[images.order]
+
+    def _prefix(self) -> list[Tensor]:
+        """The tokens before each image's patches, [C] each."""
+        prefix: list[Tensor] = []
+        if self.class_token is not None:
+            token_C: Tensor = self.class_token
+            if self.class_position is not None:
+                token_C = token_C + self.class_position
+            prefix.append(token_C)
+        if self.registers is not None:
+            prefix.extend(self.registers)
+        return prefix
+
+
+def _prepend(
+    prefix_RC: Tensor, x_TC: Tensor, segments: Segments
+) -> tuple[Tensor, Segments, Tensor]:
+    """Puts the same tokens before each example's; padding stays at the end as it is.
+
+    Returns:
+        The longer stream, its segments, and int64 [T] where each token of `x_TC` is in it.
+    """
+    count, added = segments.num_examples, len(prefix_RC)
+    ids = segments.ids.clamp(max=count - 1)
+    with_prefix = Segments.from_lengths(
+        [length + added for length in segments.lengths[:count]],
+        padding=segments.padding,
+        device=x_TC.device,
+    )
+    out_TC = x_TC.new_empty(with_prefix.num_tokens, x_TC.shape[-1])
+    index = torch.arange(max(added, len(x_TC)), device=x_TC.device)
+    starts_E1 = with_prefix.offsets[:count, None].long()
+    out_TC = out_TC.index_copy(
+        0, (starts_E1 + index[:added]).flatten(), prefix_RC.to(x_TC.dtype).repeat(count, 1)
+    )
+    places_T = index[: len(x_TC)] + added * (ids + 1)
+    return out_TC.index_copy(0, places_T, x_TC), with_prefix, places_T

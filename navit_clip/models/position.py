@@ -1,0 +1,251 @@
+"""Position embeddings of patches at any resolution and aspect ratio.
+
+Added to the embedded patches at the entry of the image tower. All kinds of NaViT's ablation
+(positional embeddings): factorised over rows and columns, each absolute or fractional, from a
+learned table, sinusoids or learned Fourier features, summed, multiplied or stacked; and the two it
+compares with, Pix2Struct's learned 2D table and ViT's learned 1D table interpolated in 2D, with
+the ways in which released models resize theirs. Every kind is a gather by coordinate over all
+patches at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from navit_clip.configs import check_choices
+from navit_clip.models.interpolate import Interpolation, exact_dtype, resized_axis, resized_square
+
+ANY_SIDE = 1 << 20  # of positions relative to the side, which know every length
+TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Which position embedding the image tower uses.
+
+    Attributes:
+        kind: ``factorised`` over rows and columns; ``learned_2d``, one vector per (row, column)
+            as Pix2Struct; ``learned_1d``, a square table interpolated to each image's grid as ViT.
+        coordinates: Of ``factorised``: ``absolute`` patch index; ``fractional`` of the side; or
+            ``interpolated``, each axis's table resized to the side, as NaFlex has them.
+        embedding: Of ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
+        combine: Of ``factorised``: rows and columns are summed, multiplied (``product``), or
+            stacked, each with half the width.
+        max_side: Longest side in patches (maxLen); for tables that are resized, their own side.
+        interpolation: How tables of ``learned_1d`` and ``interpolated`` are resized: ``bilinear``
+            (SigLIP 2 NaFlex) or ``bicubic`` (open_clip, timm), as `F.interpolate` has them.
+        antialias: Of those: average more of the table where a side is shorter than it, as
+            open_clip, timm and SigLIP 2 do.
+        keep_aspect: Of those: resize to the square of an image's longer side, of which the image
+            takes the upper left part.
+
+    Raises:
+        ValueError: If `max_side` is below 2, a choice is unknown, or Fourier features, which have
+            no table, are to be ``interpolated``.
+    """
+
+    kind: Literal["factorised", "learned_2d", "learned_1d"] = "factorised"
+    coordinates: Literal["absolute", "fractional", "interpolated"] = "absolute"
+    embedding: Literal["learned", "sinusoidal", "fourier"] = "learned"
+    combine: Literal["sum", "product", "stack"] = "sum"
+    max_side: int = 64
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = False
+    keep_aspect: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.max_side < 2:
+            raise ValueError(f"max_side must be at least 2 patches, got {self.max_side}")
+        if (
+            self.kind == "factorised"
+            and self.coordinates == "interpolated"
+            and self.embedding == "fourier"
+        ):
+            raise ValueError(
+                "coordinates: interpolated needs a table to resize, "
+                "embedding: learned or sinusoidal, got fourier"
+            )
+
+    @property
+    def max_grid_side(self) -> int:
+        """Most rows or columns of patches that have an embedding."""
+        relative = self.kind == "learned_1d" or (
+            self.kind == "factorised" and self.coordinates != "absolute"
+        )
+        return ANY_SIDE if relative else self.max_side
+
+
+def build_position(config: PositionConfig, width: int) -> nn.Module:
+    """The module for `config`: (coords [T, 2], sides [T, 2]) to embeddings [T, width]."""
+    if config.kind == "learned_2d":
+        return Learned2D(config.max_side, width)
+    if config.kind == "learned_1d":
+        return Interpolated1D(config, width)
+    return Factorised(config, width)
+
+
+class Factorised(nn.Module):
+    """φ_y(row) and φ_x(column), combined (NaViT, factorised positional embeddings)."""
+
+    def __init__(self, config: PositionConfig, width: int) -> None:
+        super().__init__()
+        if config.combine == "stack" and width % 2:
+            raise ValueError(f"width must be even to stack positions, got {width}")
+        self.combine = config.combine
+        self.keep_aspect = config.coordinates == "interpolated" and config.keep_aspect
+        axis_width = width // 2 if config.combine == "stack" else width
+        self.row = _axis(config, axis_width)
+        self.column = _axis(config, axis_width)
+
+    def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
+        """Embeds patch coordinates.
+
+        Args:
+            coords_T2: Integer [T, 2] row and column of each patch.
+            sides_T2: Integer [T, 2] rows and columns of its image's grid.
+
+        Returns:
+            [T, C] float.
+        """
+        if self.keep_aspect:
+            sides_T2 = _longer_sides(sides_T2)
+        row = self.row(coords_T2[:, 0], sides_T2[:, 0])
+        column = self.column(coords_T2[:, 1], sides_T2[:, 1])
+        if self.combine == "sum":
+            return row + column
+        if self.combine == "product":
+            return row * column
+        return torch.cat([row, column], dim=-1)
+
+
+def _axis(config: PositionConfig, width: int) -> nn.Module:
+    if config.embedding == "fourier":
+        return FourierAxis(config, width)
+    if config.embedding == "sinusoidal":
+        return TableAxis(config, sinusoids(config.max_side, width), learned=False)
+    table = torch.empty(config.max_side, width)
+    if config.combine == "product":
+        # A product of two small tables would start near zero and hardly move: start near one.
+        nn.init.normal_(table, mean=1.0, std=TABLE_STD)
+    else:
+        nn.init.normal_(table, std=TABLE_STD)
+    return TableAxis(config, table, learned=True)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """[length, width] sines and cosines at geometric wavelengths from 2π to 20,000π."""
+    half = (width + 1) // 2
+    frequency = 10_000.0 ** (-torch.arange(half) / half)
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
+
+
+def _exact(index: Tensor, like: Tensor) -> Tensor:
+    """Integers as floats of `like`'s precision, float32 at least."""
+    return index.to(exact_dtype(like.dtype))
+
+
+def _longer_sides(sides_T2: Tensor) -> Tensor:
+    """The longer side of each patch's grid, on both axes."""
+    return sides_T2.amax(1, keepdim=True).expand(-1, 2)
+
+
+class TableAxis(nn.Module):
+    """One axis from a table: by index, by linear interpolation if fractional, or resized."""
+
+    def __init__(self, config: PositionConfig, table: Tensor, *, learned: bool) -> None:
+        super().__init__()
+        self.coordinates = config.coordinates
+        self.interpolation = config.interpolation
+        self.antialias = config.antialias
+        if learned:
+            self.table = nn.Parameter(table)
+        else:
+            self.register_buffer("table", table, persistent=False)
+
+    def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
+        """[T] integers to [T, C]."""
+        if self.coordinates == "absolute":
+            return F.embedding(index_T, self.table)
+        if self.coordinates == "interpolated":
+            return resized_axis(
+                self.table, index_T, side_T, self.interpolation, antialias=self.antialias
+            )
+        position_T = _exact(index_T, self.table) / side_T * (len(self.table) - 1)
+        below = position_T.long()
+        weight = (position_T - below)[:, None].to(self.table.dtype)
+        # The highest fraction is below one, so the upper neighbour exists.
+        return torch.lerp(
+            F.embedding(below, self.table), F.embedding(below + 1, self.table), weight
+        )
+
+
+class FourierAxis(nn.Module):
+    """Learned Fourier features: a linear map of the coordinate, then sines and cosines stacked.
+
+    Absolute coordinates are divided by `max_side`, so that both kinds lie in [0, 1). Frequencies
+    start as a normal with standard deviation max_side / 8 turns (our choice, the paper states
+    none): neighbouring patches differ, and the far ends do not alias.
+    """
+
+    def __init__(self, config: PositionConfig, width: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"width must be even for fourier positions, got {width}")
+        self.max_side = None if config.coordinates == "fractional" else config.max_side
+        std = config.max_side / 8
+        self.frequency = nn.Parameter(torch.randn(width // 2) * std)
+
+    def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
+        """[T] integers to [T, C]."""
+        side = side_T if self.max_side is None else self.max_side
+        fraction_T = _exact(index_T, self.frequency) / side
+        angle = 2 * math.pi * fraction_T[:, None] * self.frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.frequency.dtype)
+
+
+class Learned2D(nn.Module):
+    """One learned vector per (row, column), as Pix2Struct."""
+
+    def __init__(self, max_side: int, width: int) -> None:
+        super().__init__()
+        self.max_side = max_side
+        self.table = nn.Parameter(torch.empty(max_side * max_side, width))
+        nn.init.normal_(self.table, std=TABLE_STD)
+
+    def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
+        """[T, 2] integers to [T, C]."""
+        return F.embedding(coords_T2[:, 0] * self.max_side + coords_T2[:, 1], self.table)
+
+
+class Interpolated1D(nn.Module):
+    """ViT's learned table of a square grid, resized to each image's grid.
+
+    Agrees with `F.interpolate` of the square table, but is computed over all patches at once,
+    whatever image they belong to.
+    """
+
+    def __init__(self, config: PositionConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.table = nn.Parameter(torch.empty(config.max_side**2, width))
+        nn.init.normal_(self.table, std=TABLE_STD)
+
+    def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
+        """[T, 2] integers to [T, C]."""
+        if self.config.keep_aspect:
+            sides_T2 = _longer_sides(sides_T2)
+        return resized_square(
+            self.table,
+            coords_T2,
+            sides_T2,
+            self.config.interpolation,
+            antialias=self.config.antialias,
+        )

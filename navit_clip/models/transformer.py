@@ -1,0 +1,247 @@
+"""The packed pre-norm encoder that both towers share.
+
+Reads one stream of tokens [T, C] with its `Segments` and returns a stream of the same shape. With
+NaViT's switches (query-key norm, no bias in QKV projections and norms) it is the
+paper's encoder; with others it is a plain ViT, or either tower of CLIP or SigLIP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from navit_clip.configs import check_choices
+from navit_clip.models.attention import segment_attention
+from navit_clip.models.linear import linear
+from navit_clip.packed.segments import Segments
+
+# A processor's caches hold what a short stream needs between two operators, and its allocator
+# keeps small blocks: a stream of more elements takes up to 25% longer in one piece than in parts.
+# A smaller one takes 3% longer in parts, whose weight gradients are added (benchmarks/LOG.md).
+_WHOLE_ELEMENTS = 2_500_000
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and switches of the encoder.
+
+    Attributes:
+        width: C, width of the token stream.
+        depth: Number of blocks.
+        heads: H, attention heads; must divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        qk_norm: Normalise queries and keys per head before attention.
+        qkv_bias: Biases in the QKV projection.
+        norm_bias: Biases in the LayerNorms.
+        mlp_bias: Biases in the MLP and the attention's output projection.
+        activation: Non-linearity of the MLP; ``quick_gelu`` is x·sigmoid(1.702x), ``gelu_tanh``
+            the approximation with a hyperbolic tangent.
+        causal: Tokens see only what stands before them in their segment.
+        pre_norm: Normalise the stream before the first block too (CLIP's ``ln_pre``).
+        final_norm: Normalise the stream after the last block.
+        norm_eps: Added to the variance in the LayerNorms; big_vision and timm have 1e-6,
+            open_clip 1e-5.
+
+    Raises:
+        ValueError: If a size is below 1, `heads` does not divide `width`, `norm_eps` is not
+            positive, or a choice is unknown.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    norm_bias: bool = False
+    mlp_bias: bool = True
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    causal: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, got heads={self.heads} width={self.width}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(
+                "mlp_ratio must give the MLP a width of at least 1, got "
+                f"mlp_ratio={self.mlp_ratio} width={self.width}"
+            )
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that the first CLIP models were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+
+
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm whose parameters may have a lower precision than its input.
+
+    So it is when FSDP gathers them in bfloat16 beside a residual stream in float32. Autocast on
+    CUDA raises them itself; the CPU's kernel refuses the mixture.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+
+
+def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
+    """A LayerNorm over `width`, its bias and epsilon as the encoder has them."""
+    return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class SegmentAttention(nn.Module):
+    """Multi-head self-attention within each segment, with optional query-key norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.causal = config.causal
+        self.attend = segment_attention
+        head_width = config.width // config.heads
+        self.qkv = linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
+        self.out = linear(config.width, config.width, bias=config.mlp_bias)
+        norm: Callable[[], nn.Module] = (
+            partial(layer_norm, head_width, config) if config.qk_norm else nn.Identity
+        )
+        self.q_norm = norm()
+        self.k_norm = norm()
+
+    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        """Attends within segments; [T, C] to [T, C]."""
+        q_THD, k_THD, v_THD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
+        if v_THD.device.type != "cpu":
+            # Under autocast a LayerNorm returns float32, which kernels would not accept beside
+            # half-precision values. A processor attends in float32 anyway.
+            q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
+        y_THD = self.attend(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
+        return self.out(y_THD.flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a non-linearity, token by token."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up = linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        """[T, C] to [T, C]."""
+        return self.down(self.activation(self.up(x_TC)))
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = layer_norm(config.width, config)
+        self.attention = SegmentAttention(config)
+        self.mlp_norm = layer_norm(config.width, config)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
+    ) -> tuple[Tensor, ...]:
+        """Streams [T, C], each with its segments, to streams of the same shapes.
+
+        All in one call, so that FSDP gathers the parameters once.
+        """
+        return tuple(self._transform(x, part) for x, part in zip(streams, parts, strict=True))
+
+    def _transform(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments)
+        return x_TC + self.mlp(self.mlp_norm(x_TC))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks and a final norm over one packed stream.
+
+    Attributes:
+        recompute_blocks: Keep only the blocks' inputs for the backward pass, which computes each
+            block again (activation checkpointing); changes memory and time, not results.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute_blocks = False
+        self._compiled = False
+        self.pre_norm = layer_norm(config.width, config) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = layer_norm(config.width, config) if config.final_norm else nn.Identity()
+
+    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+        """Encodes a packed stream.
+
+        Args:
+            x_TC: [T, C] embedded tokens.
+            segments: Segments of the T tokens.
+
+        Returns:
+            [T, C] outputs, normalised by default.
+        """
+        x_TC = self.pre_norm(x_TC)
+        if (
+            x_TC.device.type != "cpu"
+            or x_TC.numel() <= _WHOLE_ELEMENTS
+            or self._compiled
+            or torch.compiler.is_compiling()
+        ):
+            return self.norm(*self._transform((x_TC,), (segments,)))
+        streams = x_TC.split([part.num_tokens for part in segments.parts])
+        return self.norm(torch.cat(self._transform(streams, segments.parts)))
+
+    def _transform(
+        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
+    ) -> tuple[Tensor, ...]:
+        for block in self.blocks:
+            if self.recompute_blocks and torch.is_grad_enabled():
+                streams = checkpoint(block, streams, parts, use_reentrant=False)
+            else:
+                streams = block(streams, parts)
+        return streams
+
+    def compile_blocks(self) -> None:
+        """Compiles each block in place at its next call; names of parameters stay."""
+        self._compiled = True
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            # Its segments' lengths are host numbers, other ones in every batch: traced, each
+            # batch would be compiled anew.
+            block.attention.attend = torch.compiler.disable(segment_attention)
+            block.compile()

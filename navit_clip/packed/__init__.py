@@ -1,0 +1,1 @@
+"""What a packed sequence is: segments, packed images and captions, batches."""

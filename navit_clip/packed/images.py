@@ -1,0 +1,109 @@
+"""Patches of many images, end to end in one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from navit_clip.packed.segments import Segments, order_by_length
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """One image, cut into patches, perhaps with some of them dropped.
+
+    Attributes:
+        patches: uint8 [n, P·P·3] kept patches, each row by row with channels last.
+        coords: int32 [n, 2] row and column of each kept patch on the image's own grid.
+        grid: Rows and columns of the whole grid, before any patch was dropped.
+    """
+
+    patches: np.ndarray
+    coords: np.ndarray
+    grid: tuple[int, int]
+
+    @property
+    def tokens_before_drop(self) -> int:
+        """Patches of the whole grid."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Patches of many images, end to end.
+
+    Attributes:
+        patches: uint8 [T, P·P·3]; normalised on the device by the image tower.
+        coords: int32 [T, 2] row and column of each patch on its image's grid.
+        grids: int32 [len(segments.lengths), 2] rows and columns of each image's whole grid.
+        segments: Where each image lies; sorted by length, see `pack_images`.
+        order: int64 [E]: the caller's i-th image is segment `order[i]`.
+    """
+
+    patches: Tensor
+    coords: Tensor
+    grids: Tensor
+    segments: Segments
+    order: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
+        """The same images on another device."""
+        return PackedImages(
+            self.patches.to(device, non_blocking=non_blocking),
+            self.coords.to(device, non_blocking=non_blocking),
+            self.grids.to(device, non_blocking=non_blocking),
+            self.segments.to(device, non_blocking),
+            self.order.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> PackedImages:
+        """The same images in page-locked memory."""
+        return PackedImages(
+            self.patches.pin_memory(),
+            self.coords.pin_memory(),
+            self.grids.pin_memory(),
+            self.segments.pin_memory(),
+            self.order.pin_memory(),
+        )
+
+
+def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) -> PackedImages:
+    """Lays the patches of many images end to end.
+
+    Segments are sorted by length, so that images of equal length lie side by side and attention
+    without a variable-length kernel can take each run of them as one batched call. `order`
+    undoes the sorting after pooling.
+
+    Args:
+        images: At least one image.
+        budget: Pad the stream to this many tokens, so that its shape never changes.
+
+    Raises:
+        ValueError: If there is no image, or more tokens than `budget`.
+    """
+    lengths = [len(image.patches) for image in images]
+    sort, padding = order_by_length("image", lengths, budget)
+    rows = [images[i] for i in sort]
+    patches = _concatenate([image.patches for image in rows], padding)
+    coords = _concatenate([image.coords for image in rows], padding)
+    grids = np.array([image.grid for image in rows] + [(1, 1)] * bool(padding), dtype=np.int32)
+    return PackedImages(
+        torch.from_numpy(patches),
+        torch.from_numpy(coords),
+        torch.from_numpy(grids),
+        Segments.from_lengths([lengths[i] for i in sort], padding=padding),
+        torch.from_numpy(np.argsort(sort)),
+    )
+
+
+def _concatenate(parts: Sequence[np.ndarray], padding: int) -> np.ndarray:
+    """Joins along the first axis and adds rows of zeros, in one copy of what may be 12 MB."""
+    total = sum(map(len, parts))
+    joined = np.empty((total + padding, *parts[0].shape[1:]), parts[0].dtype)
+    np.concatenate(parts, out=joined[:total])
+    joined[total:] = 0
+    return joined

@@ -1,0 +1,143 @@
+"""Segments: where each example lies on a packed axis.
+
+No mask over tokens is ever built (NaViT packs into rows with a mask; a single stream with
+variable-length attention needs neither).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PART_TOKENS = 2048  # of `Segments.parts`
+
+
+# Not frozen: of a frozen dataclass that it passes on, torch.compile in 2.11 guards all fields,
+# and compiles anew for each batch.
+@dataclass(eq=False)
+class Segments:
+    """Where each example lies on a packed axis of T tokens; never changed once made.
+
+    Examples come first; what a fixed token budget leaves unused is one dummy segment at the end,
+    which attention keeps to itself and pooling and loss ignore.
+
+    Attributes:
+        lengths: Tokens of each segment, on the host; the dummy segment last, if there is one.
+        offsets: int32 [len(lengths) + 1] on the device, cumulative lengths from 0 (cu_seqlens).
+        num_examples: E, the number of real examples; `len(lengths)` is E or E + 1.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+    num_examples: int
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], *, padding: int = 0, device: torch.device | str | None = None
+    ) -> Segments:
+        """Lays out examples of the given lengths, then `padding` unused tokens.
+
+        Args:
+            lengths: Tokens of each example, each at least 1.
+            padding: Unused tokens at the end of the stream.
+            device: Where `offsets` lives.
+
+        Raises:
+            ValueError: If an example is empty or `padding` is negative.
+        """
+        if any(length < 1 for length in lengths):
+            raise ValueError(f"every segment needs at least one token, got {min(lengths)}")
+        if padding < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
+        full = (*lengths, padding) if padding else tuple(lengths)
+        offsets = torch.from_numpy(np.cumsum([0, *full], dtype=np.int32))
+        return cls(full, offsets.to(device), len(lengths))
+
+    @classmethod
+    def singles(cls, count: int, device: torch.device | str) -> Segments:
+        """`count` examples of one token each, made on the device without a host sync."""
+        return cls((1,) * count, torch.arange(count + 1, dtype=torch.int32, device=device), count)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return sum(self.lengths)
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens that belong to an example."""
+        return sum(self.lengths[: self.num_examples])
+
+    @property
+    def padding(self) -> int:
+        """Unused tokens at the end of the stream."""
+        return self.num_tokens - self.num_real_tokens
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest segment, 0 without any."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Neighbouring examples of equal length as (length, count), dummy left out."""
+        return tuple(
+            (length, len(list(group)))
+            for length, group in groupby(self.lengths[: self.num_examples])
+        )
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """int64 [T]: the segment each token belongs to, computed without a host sync."""
+        index = torch.arange(len(self.lengths), device=self.offsets.device)
+        return index.repeat_interleave(
+            self.offsets.diff().to(torch.int64), output_size=self.num_tokens
+        )
+
+    @cached_property
+    def parts(self) -> tuple[Segments, ...]:
+        """The same examples on several short streams, laid end to end; padding in the last."""
+        parts: list[Segments] = []
+        lengths: list[int] = []
+        total = 0
+        for length in self.lengths[: self.num_examples]:
+            if lengths and total + length > PART_TOKENS:
+                parts.append(Segments.from_lengths(lengths, device=self.offsets.device))
+                lengths, total = [], 0
+            lengths.append(length)
+            total += length
+        last = Segments.from_lengths(lengths, padding=self.padding, device=self.offsets.device)
+        return (*parts, last)
+
+    def without_padding(self) -> Segments:
+        """The same examples on a stream that ends with the last of them."""
+        if not self.padding:
+            return self
+        end = self.num_examples
+        return Segments(self.lengths[:end], self.offsets[: end + 1], end)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        """The same segments with `offsets` on another device."""
+        return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Segments:
+        """The same segments with `offsets` in page-locked memory."""
+        return replace(self, offsets=self.offsets.pin_memory())
+
+
+def order_by_length(
+    tower: str, lengths: Sequence[int], budget: int | None
+) -> tuple[np.ndarray, int]:
+    """The stable order by length, and the tokens left unused."""
+    if not lengths:
+        raise ValueError(f"nothing to pack: a batch needs at least one {tower}")
+    total = sum(lengths)
+    if budget is not None and total > budget:
+        raise ValueError(f"{total} {tower} tokens do not fit a budget of {budget}")
+    return np.argsort(lengths, kind="stable"), 0 if budget is None else budget - total

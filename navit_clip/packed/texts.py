@@ -1,0 +1,61 @@
+"""Token ids of many captions, end to end in one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from navit_clip.packed.segments import Segments, order_by_length
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Token ids of many captions, end to end.
+
+    Attributes:
+        token_ids: int32 [T].
+        segments: Where each caption lies; sorted by length, see `pack_images`.
+        order: int64 [E]: the caller's i-th caption is segment `order[i]`.
+    """
+
+    token_ids: Tensor
+    segments: Segments
+    order: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTexts:
+        """The same captions on another device."""
+        return PackedTexts(
+            self.token_ids.to(device, non_blocking=non_blocking),
+            self.segments.to(device, non_blocking),
+            self.order.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> PackedTexts:
+        """The same captions in page-locked memory."""
+        return PackedTexts(
+            self.token_ids.pin_memory(), self.segments.pin_memory(), self.order.pin_memory()
+        )
+
+
+def pack_texts(token_ids: Sequence[Sequence[int]], *, budget: int | None = None) -> PackedTexts:
+    """Lays the tokens of many captions end to end, sorted as in `pack_images`.
+
+    Args:
+        token_ids: At least one caption of at least one token.
+        budget: Pad the stream to this many tokens with id 0.
+
+    Raises:
+        ValueError: If there is no caption, or more tokens than `budget`.
+    """
+    lengths = [len(ids) for ids in token_ids]
+    sort, padding = order_by_length("text", lengths, budget)
+    stream = np.concatenate([np.asarray(token_ids[i], dtype=np.int32) for i in sort])
+    return PackedTexts(
+        torch.from_numpy(np.pad(stream, (0, padding))),
+        Segments.from_lengths([lengths[i] for i in sort], padding=padding),
+        torch.from_numpy(np.argsort(sort)),
+    )

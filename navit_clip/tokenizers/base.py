@@ -1,0 +1,47 @@
+"""Captions to token ids.
+
+SentencePiece as the paper has it, or open_clip's byte-pair encoding, both without padding; or
+SigLIP's (`navit_clip.tokenizers.siglip`), which pads because its model reads the padding. Every
+caption ends with an end-of-text token, which survives truncation, so that `last` pooling always
+reads it. A tokenizer saves itself beside the model, so that inference needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from navit_clip.files import write_whole
+
+DESCRIPTION_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+TOKENIZER_FILES = (DESCRIPTION_FILE, MODEL_FILE)  # all that any tokenizer saves
+PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without the ampersand
+
+
+class Tokenizer(ABC):
+    """Turns captions into ids.
+
+    Attributes:
+        kind: As in `TokenizerConfig`.
+        pad_id: Of the token that every caption is filled up with to the context; None if captions
+            stay as long as they are.
+    """
+
+    kind: str
+    pad_id: int | None = None
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @abstractmethod
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Ids of one caption, at most `context_length`, the last one marking its end."""
+
+    def save(self, directory: Path) -> None:
+        """Writes what `load_tokenizer` needs into a model's directory."""
+        write_whole(directory / DESCRIPTION_FILE, json.dumps({"kind": self.kind}) + "\n")

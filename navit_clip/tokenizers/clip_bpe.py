@@ -1,0 +1,65 @@
+"""open_clip's byte-pair encoding, without its padding."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from navit_clip.tokenizers.base import PLAIN, Tokenizer
+
+_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
+_MAX_WORD = 512  # characters; open_clip takes minutes over 100 kB without a space
+_MAX_WORDS = 100_000
+
+
+class OpenClipTokenizer(Tokenizer):
+    """open_clip's byte-pair encoding with its start and end tokens, without the padding."""
+
+    kind = "open_clip"
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # Imported on first use: open_clip takes seconds, and most runs do not need it.
+        from open_clip.tokenizer import SimpleTokenizer
+
+        return SimpleTokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._tokenizer.vocab_size
+
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Start, tokens, end; cut as open_clip cuts, keeping the end."""
+        tokenizer = self._tokenizer
+        # open_clip's repair of broken Unicode and of HTML entities takes most of its time, and
+        # finds nothing in these.
+        text = text.lower() if PLAIN.fullmatch(text) else tokenizer.clean_fn(text)
+        ids = [tokenizer.sot_token_id]
+        # No token spans a space, so what stands between two is looked up as a whole.
+        for word in text.split():
+            ids += self._words.get(word) or self._encode_word(word)
+            # Nobody reads on in a caption of 100 kB.
+            if len(ids) >= context_length - 1:
+                break
+        return [*ids[: context_length - 1], tokenizer.eot_token_id]
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Ids of what stands between two spaces, kept for the next time."""
+        tokenizer = self._tokenizer
+        word = word[:_MAX_WORD]
+        letters = (
+            "".join(map(tokenizer.byte_encoder.__getitem__, part.encode()))
+            for part in tokenizer.pat.findall(word)
+        )
+        ids = [tokenizer.encoder[t] for part in letters for t in tokenizer.bpe(part).split(" ")]
+        if len(self._words) == _MAX_WORDS:
+            # open_clip's own cache has no end, and the web has no end of words.
+            self._words.clear()
+            tokenizer.cache = {token: token for token in _SPECIAL_TOKENS}
+        self._words[word] = ids
+        return ids
+
+    @cached_property
+    def _words(self) -> dict[str, list[int]]:
+        return {}

@@ -1,0 +1,53 @@
+"""SentencePiece models, as the paper has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from navit_clip.errors import UserError
+from navit_clip.files import write_whole
+from navit_clip.tokenizers.base import MODEL_FILE, Tokenizer
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; ids end with its end-of-sentence piece.
+
+    Args:
+        path: The model file.
+
+    Raises:
+        UserError: If the file is missing or no SentencePiece model.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._model = path.read_bytes()
+            self._processor = SentencePieceProcessor(model_proto=self._model)
+        except OSError as error:
+            raise UserError(
+                f"no tokenizer at {path}: {error.strerror}; train one with "
+                "python -m navit_clip.tools.train_tokenizer"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a SentencePiece model") from error
+        self._end = self._processor.eos_id()
+        if self._end < 0:
+            raise UserError(f"{path} has no end-of-sentence piece; train it with one")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Pieces of the caption, cut to leave room for the end piece."""
+        return [*self._processor.encode(text)[: context_length - 1], self._end]
+
+    def save(self, directory: Path) -> None:
+        """Writes the SentencePiece model beside the kind."""
+        super().save(directory)
+        write_whole(directory / MODEL_FILE, self._model)

@@ -1,0 +1,163 @@
+"""The tokenizer of SigLIP and SigLIP 2: cleaned captions that fill the whole context.
+
+Their text towers attend to padding like to any token and read the last position, so padding is a
+part of the input here and not the packer's. Ids are those of open_clip's `HFTokenizer` with
+``clean='canonicalize'`` on the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from navit_clip.errors import UserError
+from navit_clip.files import write_whole
+from navit_clip.tokenizers.base import DESCRIPTION_FILE, MODEL_FILE, PLAIN, Tokenizer
+
+
+class SiglipTokenizer(Tokenizer):
+    """Lower case without punctuation, an end token, padding up to the context.
+
+    Args:
+        path: A ``tokenizer.json`` of Hugging Face, or a SentencePiece model.
+        pad: Id of the padding token, or the token itself.
+
+    Raises:
+        UserError: If the file is missing or neither of the two, has no end token, does not know
+            `pad`, or the package that reads it is not installed.
+    """
+
+    kind = "huggingface"
+    pad_id: int
+
+    def __init__(self, path: Path, pad: int | str) -> None:
+        try:
+            self._model = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"no tokenizer at {path}: {error.strerror}") from error
+        vocabulary: _Json | _SentencePiece
+        if self._model.lstrip().startswith(b"{"):
+            vocabulary = _Json(path, self._model)
+        else:
+            vocabulary = _SentencePiece(path, self._model)
+        self._vocabulary = vocabulary
+        pad_id = vocabulary.id_of(pad) if isinstance(pad, str) else pad
+        if pad_id is None or not 0 <= pad_id < vocabulary.size:
+            raise UserError(
+                f"{path} has no padding token {pad!r} among its {vocabulary.size} ids: set pad_id"
+            )
+        self.pad_id = pad_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._vocabulary.size
+
+    def encode(self, text: str, context_length: int) -> list[int]:
+        """Exactly `context_length` ids: tokens, cut to leave room for the end, end, padding."""
+        ids = [*self._vocabulary.tokens(self._clean(text))[: context_length - 1]]
+        ids.append(self._vocabulary.end_id)
+        return ids + [self.pad_id] * (context_length - len(ids))
+
+    def save(self, directory: Path) -> None:
+        """Writes the vocabulary's file beside the kind and the padding."""
+        description = {"kind": self.kind, "pad_id": self.pad_id}
+        write_whole(directory / DESCRIPTION_FILE, json.dumps(description) + "\n")
+        write_whole(directory / MODEL_FILE, self._model)
+
+    def _clean(self, text: str) -> str:
+        repair, canonicalize = self._cleaners
+        # Nothing in these is in need of repair, which takes most of the time.
+        return canonicalize(text if PLAIN.fullmatch(text) else repair(text))
+
+    @cached_property
+    def _cleaners(self) -> tuple[Callable[[str], str], Callable[[str], str]]:
+        # Imported on first use: open_clip takes seconds.
+        from open_clip.tokenizer import basic_clean, canonicalize_text
+
+        return basic_clean, canonicalize_text
+
+
+class _SentencePiece:
+    """A SentencePiece model, as the repositories of SigLIP 1 have it."""
+
+    def __init__(self, path: Path, model: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{path} is neither a tokenizer.json nor a SentencePiece model") from (
+                error
+            )
+        self.size: int = self._processor.vocab_size()
+        self.end_id: int = self._processor.eos_id()
+        if self.end_id < 0:
+            raise UserError(f"{path} has no end-of-sentence piece")
+
+    def tokens(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def id_of(self, token: str) -> int | None:
+        index = self._processor.piece_to_id(token)
+        return index if self._processor.id_to_piece(index) == token else None
+
+
+class _Json:
+    """A ``tokenizer.json``, read by the package tokenizers."""
+
+    def __init__(self, path: Path, model: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer as Rust
+        except ImportError as error:
+            raise UserError(
+                f"reading {path} needs the package tokenizers: pip install 'navit-clip[siglip]'"
+            ) from error
+        try:
+            self._tokenizer: Any = Rust.from_str(model.decode())
+        # UnicodeDecodeError, or a bare Exception of the package's.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is no tokenizer.json: {reason}") from error
+        # Length is decided here, whatever the file says.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.size: int = self._tokenizer.get_vocab_size()
+        empty, word = self._tokenizer.encode("").ids, self._tokenizer.encode("a").ids
+        if not empty or empty[-1] != word[-1]:
+            raise UserError(f"{path} puts no end token behind a caption: it is not SigLIP's")
+        self.end_id: int = empty[-1]
+
+    def tokens(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids[:-1]
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+
+def released_pad(path: Path) -> str:
+    """The padding token that a released tokenizer's ``tokenizer_config.json`` names.
+
+    Args:
+        path: The tokenizer's file, beside which it lies.
+
+    Raises:
+        UserError: If it is missing, damaged, or names none.
+    """
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        raise UserError(
+            f"no {config} to say what fills up captions: put it there, or set tokenizer.pad_id "
+            "(1 for SigLIP, 0 for SigLIP 2)"
+        )
+    try:
+        token = json.loads(config.read_text(encoding="utf-8"))["pad_token"]
+        token = token["content"] if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise TypeError(f"pad_token is {token!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read a pad_token from {config}: {error}") from error
+    return token

@@ -1,0 +1,1 @@
+"""Command lines around the data; not needed to train."""

@@ -1,0 +1,109 @@
+"""``python -m navit_clip.tools.inspect shards/ --config run.yaml --picture a.png``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from navit_clip.data.mixture import Sources
+from navit_clip.errors import UserError, one_line_errors
+from navit_clip.files import write_whole
+from navit_clip.tools.inspect.filling import measure_filling
+from navit_clip.tools.inspect.picture import draw_batch
+from navit_clip.tools.inspect.report import figures, render
+from navit_clip.tools.inspect.settings import (
+    DataSettings,
+    pair_builder,
+    read_settings,
+    with_choices,
+)
+from navit_clip.tools.inspect.survey import survey_shards
+
+_DESCRIPTION = """Counts what shards hold, what training would pass over and why, and how full its
+batches would be; draws one batch patch by patch."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Looks at shards.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 130 when interrupted. A mistake of the user's exits with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m navit_clip.tools.inspect", description=_DESCRIPTION
+    )
+    parser.add_argument("shards", nargs="*", help="tars, folders or patterns; the config's if none")
+    parser.add_argument("--config", type=Path, help="a training YAML: also measure its packing")
+    parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
+    parser.add_argument(
+        "--captions", nargs="+", help="caption sources, such as txt json.captions; the config's"
+    )
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw one batch")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures")
+    parser.add_argument(
+        "--max-samples", type=int, help="look at so many, taken from the front of every shard"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    args = parser.parse_args(argv)
+    with one_line_errors("inspect"):
+        try:
+            return _inspect(args)
+        except KeyboardInterrupt:
+            return 130
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    for name in ("max_samples", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not args.shards and args.config is None:
+        raise UserError("no shards given: name tars, folders or patterns, or a --config with them")
+    settings = read_settings(args.config) if args.config else DataSettings()
+    settings = with_choices(settings, args.shards, args.captions, args.tokenizer)
+    if args.config and settings.tokenizer is None:
+        raise UserError(f"--config {args.config} names no tokenizer: give --tokenizer")
+    build = pair_builder(settings)
+    sources = Sources.find(build.config)
+    survey = survey_shards(sources, build, max_samples=args.max_samples, workers=args.workers)
+    if not survey.samples:
+        raise UserError(
+            f"no sample in {len(sources.shards)} shard(s), the first one {sources.shards[0]}"
+            + "".join(f": {line}" for line in survey.skip_log[:1])
+        )
+    wanted = survey.usable and (args.config or args.picture)
+    filling = measure_filling(sources, build, survey.usable) if wanted else None
+    tokenised = settings.tokenizer is not None
+    found = figures(survey, build.context_length, filling, tokenised)
+    print(render(found))
+    if filling and survey.usable < filling.batches[0].pairs:
+        print("\nOne batch holds more pairs than were looked at: some stand in it several times.")
+    _save(args, found)
+    if args.picture and filling:
+        title = args.config.name if args.config else "the default settings"
+        draw_batch(filling, title, args.picture)
+        print(f"\ndrew {args.picture}")
+    elif args.picture:
+        raise UserError("no usable sample: nothing to draw")
+    return 0
+
+
+def _save(args: argparse.Namespace, found: dict[str, object]) -> None:
+    if args.output is None:
+        return
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.output, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Draws one packed batch: how full it is, some of its pairs, and how their patches lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from navit_clip.errors import UserError
+from navit_clip.tools.inspect.filling import DrawnPair, Filling
+from navit_clip.tools.inspect.patches import COLOURS, draw_on_grid, draw_stream, patch_side
+
+_WIDTH, _MARGIN = 1460, 30
+_INNER = _WIDTH - 2 * _MARGIN
+_COLUMNS, _ROWS = 6, 3
+_CELL = _INNER // _COLUMNS
+_THUMB = _CELL - 18  # most pixels of a picture's side
+_MOST_ZOOM, _LEAST_ZOOM = 2.5, 0.5
+_LINES, _LINE = 3, 18
+_BAR = 26
+_LEAST_CELL = 8  # pixels of a patch below which lines between patches would hide the photo
+_TILES, _STREAM_HEIGHT = (18, 12, 8), 640
+_TEXT, _FAINT, _PAPER = "#1f2328", "#656d76", "#ffffff"
+_BLANK, _GRID = 246, "#d0d7de"  # a dropped patch is an empty cell, unlike any grey of a photo
+_OTHERS = ("#d0d7de", "#e6eaef")  # segments that are not shown, by turns
+
+
+def draw_batch(filling: Filling, title: str, output: Path) -> None:
+    """Draws the first batch of a filling.
+
+    Args:
+        filling: See `measure_filling`.
+        title: What the batch was made of.
+        output: PNG file to write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    shown = _choose(filling.pairs)
+    canvas = Image.new("RGB", (_WIDTH, 4000), _PAPER)
+    y = _draw_head(canvas, filling, title, shown)
+    y = _draw_gallery(canvas, shown, y)
+    y = _draw_patches(canvas, shown, y)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        canvas.crop((0, 0, _WIDTH, y + _MARGIN)).save(output, format="PNG", optimize=True)
+    except OSError as error:
+        raise UserError(f"cannot write --picture {output}: {error.strerror}") from error
+
+
+def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:
+    """Pairs spread evenly over the batch, from the shortest image to the longest."""
+    count = min(_COLUMNS * _ROWS, len(pairs))
+    step = (len(pairs) - 1) / max(1, count - 1)
+    return [pairs[round(i * step)] for i in range(count)]
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _write(
+    canvas: Image.Image, corner: tuple[int, int], text: str, size: int, colour: str = _TEXT
+) -> None:
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(canvas).text(corner, text, fill=colour, font=font)
+
+
+def _draw_head(
+    canvas: Image.Image, filling: Filling, title: str, shown: Sequence[DrawnPair]
+) -> int:
+    counts = filling.batches[0]
+    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {counts.pairs:,} pairs", 26)
+    y = 62
+    if len(shown) < counts.pairs:
+        note = (
+            f"Every pair is a piece of both streams; the coloured ones are the {len(shown)} below"
+        )
+        _write(canvas, (_MARGIN, y), note, 15, _FAINT)
+        y += 30
+    image = (filling.image_tokens, counts.image_tokens, counts.image_budget)
+    text = (filling.text_tokens, counts.text_tokens, counts.text_budget)
+    dropped = counts.image_tokens_before_drop - counts.image_tokens
+    notes = {
+        "image": f" ({dropped:,} of {counts.image_tokens_before_drop:,} patches were dropped)"
+        if dropped
+        else "",
+        "text": "",
+    }
+    for name, (lengths, tokens, budget) in {"image": image, "text": text}.items():
+        line = (
+            f"{name.capitalize()} stream: {tokens:,} of {budget:,} tokens used, "
+            f"{1 - tokens / budget:.2%} padding{notes[name]}"
+        )
+        _write(canvas, (_MARGIN, y), line, 17)
+        places = {p.place if name == "image" else p.text_place: n for n, p in enumerate(shown)}
+        _draw_bar(canvas, y + 26, lengths, budget, places)
+        y += 26 + _BAR + 16
+    return y
+
+
+def _draw_bar(
+    canvas: Image.Image, y: int, lengths: Sequence[int], budget: int, places: dict[int, int]
+) -> None:
+    """The whole stream as one bar: a piece per segment, what is left of the budget empty."""
+    draw = ImageDraw.Draw(canvas)
+    end = 0
+    for segment, length in enumerate(lengths):
+        left, end = end, end + length
+        number = places.get(segment)
+        colour = _OTHERS[segment % 2] if number is None else _colour(number)
+        box = (
+            _MARGIN + left * _INNER // budget,
+            y,
+            # Even a segment of less than a pixel is seen if it is one of those shown below.
+            max(_MARGIN + end * _INNER // budget - 1, _MARGIN + left * _INNER // budget),
+            y + _BAR,
+        )
+        draw.rectangle(box, fill=colour)
+    draw.rectangle((_MARGIN, y, _MARGIN + _INNER - 1, y + _BAR), outline=_FAINT)
+
+
+def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
+    sides = [max(pair.image.grid) * patch_side(pair.image) for pair in shown]
+    zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
+    # One long strip would make all the others too small to see.
+    zooms = [min(zoom, _THUMB / side) for side in sides]
+    title = "Images from few patches to many" + (", at one scale" if len(set(zooms)) == 1 else "")
+    if any(pair.image_length < pair.image.tokens_before_drop for pair in shown):
+        title += "; empty cells are dropped patches"
+    _write(canvas, (_MARGIN, y), title, 17)
+    y += 34
+    draw = ImageDraw.Draw(canvas)
+    for first in range(0, len(shown), _COLUMNS):
+        line = range(first, min(first + _COLUMNS, len(shown)))
+        pictures = {number: _picture(shown[number], zooms[number]) for number in line}
+        tallest = max(picture.height for picture in pictures.values())
+        for number, picture in pictures.items():
+            left = _MARGIN + (number - first) * _CELL
+            top = y + tallest - picture.height
+            canvas.paste(picture, (left + 3, top))
+            box = (left, top - 3, left + picture.width + 5, top + picture.height + 2)
+            draw.rectangle(box, outline=_colour(number), width=3)
+            _draw_caption(canvas, shown[number], number, left, y + tallest + 10)
+        y += tallest + 10 + (_LINES + 1) * _LINE + 22
+    return y
+
+
+def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
+    """The image on its grid, with thin lines between the patches."""
+    rows, columns = pair.image.grid
+    side = patch_side(pair.image) * zoom
+    size = (max(1, round(columns * side)), max(1, round(rows * side)))
+    picture = draw_on_grid(pair.image, _BLANK).resize(size, Image.Resampling.LANCZOS)
+    if side < _LEAST_CELL:
+        return picture
+    draw = ImageDraw.Draw(picture)
+    for column in range(1, columns):
+        draw.line((round(column * side), 0, round(column * side), size[1]), fill=_GRID)
+    for row in range(1, rows):
+        draw.line((0, round(row * side), size[0], round(row * side)), fill=_GRID)
+    return picture
+
+
+def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, y: int) -> None:
+    whole = pair.image.tokens_before_drop
+    kept = pair.image_length
+    patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
+    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, _colour(number))
+    for line, text in enumerate(_wrap(pair.caption), start=1):
+        _write(canvas, (left, y + line * _LINE), text, 14)
+
+
+def _wrap(text: str) -> list[str]:
+    """The first few lines of a text, as wide as a cell of the gallery."""
+    font = ImageFont.load_default(14)
+    lines: list[str] = []
+    line = ""
+    # A caption without spaces, or of 100 kB, is cut; measuring all of it would take seconds.
+    for word in (word[:30] for word in text[:500].split()):
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > _CELL - 24:
+            lines.append(line)
+            longer = word
+        line = longer
+    lines.append(line)
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"{lines[_LINES - 1]} …"]
+
+
+def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
+    """The patches of the pairs shown as they lie in the stream, as many as there is room for."""
+    images = [pair.image for pair in shown]
+    for tile in _TILES:
+        columns, line = _INNER // (tile + 2), tile + 8
+        room = columns * (_STREAM_HEIGHT // line)
+        if sum(len(image.patches) for image in images) <= room:
+            break
+    whole = len(images)
+    while len(images) > 1 and sum(len(image.patches) for image in images) > room:
+        images.pop()
+    which = "all" if len(images) == whole else f"the first {len(images)}"
+    title = f"Their patches as the image tower reads them: {which} end to end, underlined by colour"
+    _write(canvas, (_MARGIN, y), title, 17)
+    return draw_stream(canvas, images, (_MARGIN, y + 32), columns, tile, line)

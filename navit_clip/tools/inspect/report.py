@@ -1,0 +1,171 @@
+"""The figures of shards, as a JSON object and as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from navit_clip.tools.inspect.filling import Filling
+from navit_clip.tools.inspect.survey import Survey
+
+_QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+_HEADER = ("min", "5%", "median", "mean", "95%", "max")
+
+# Column of the survey, label, decimals, unit.
+_IMAGE_ROWS = (
+    ("width", "width, px", 0),
+    ("height", "height, px", 0),
+    ("side", "side √(w·h), px", 0),
+    ("aspect", "aspect ratio w/h", 2),
+    ("image_kb", "file, kB", 1),
+)
+_CAPTION_ROWS = (
+    ("captions", "captions per image", 0),
+    ("characters", "characters", 0),
+    ("words", "words", 0),
+    ("text_tokens", "tokens", 0),
+)
+_TOKEN_ROWS = (("tokens", "image tokens", 0), ("kept_tokens", "after token drop", 0))
+
+
+def summarise(values: np.ndarray) -> dict[str, float]:
+    """Minimum, quantiles, mean and maximum of one figure, which must not be empty."""
+    found = {name: float(np.quantile(values, quantile)) for name, quantile in _QUANTILES.items()}
+    return {**found, "mean": float(values.mean())}
+
+
+def figures(
+    survey: Survey, context_length: int, filling: Filling | None, tokenised: bool
+) -> dict[str, Any]:
+    """All figures as plain JSON values.
+
+    Args:
+        survey: What the samples are like.
+        context_length: Most text tokens, at which captions are cut.
+        filling: What packing reaches, None if no configuration was given.
+        tokenised: Whether a tokenizer was given, so that tokens mean something.
+    """
+    columns = dict(survey.columns)
+    if "image_bytes" in columns:
+        columns["image_kb"] = columns.pop("image_bytes") / 1000
+    left_out = set() if tokenised else {"text_tokens"}
+    left_out |= set() if filling else {"tokens", "kept_tokens"}
+    found: dict[str, Any] = {
+        "shards": survey.shards,
+        "samples": survey.samples,
+        "usable": survey.usable,
+        "bytes": survey.bytes,
+        "formats": dict(survey.formats.most_common()),
+        "skipped": dict(survey.skipped.most_common()),
+        "skip_log": survey.skip_log,
+        "distributions": {
+            name: summarise(column)
+            for name, column in columns.items()
+            if len(column) and name not in left_out
+        },
+    }
+    if tokenised and len(columns.get("text_tokens", ())):
+        found["captions_cut"] = float((columns["text_tokens"] > context_length).mean())
+        found["context_length"] = context_length
+    if filling:
+        found["packing"] = _packing(filling)
+    return found
+
+
+def _packing(filling: Filling) -> dict[str, Any]:
+    pairs = filling.pairs_per_batch
+    count = len(filling.batches)
+    return {
+        "batches": count,
+        "pairs": {"min": int(pairs.min()), "mean": float(pairs.mean()), "max": int(pairs.max())},
+        "pairs_cv": filling.pairs_cv,
+        "image_budget": filling.batches[0].image_budget,
+        "text_budget": filling.batches[0].text_budget,
+        "image_padding": filling.image_padding,
+        "text_padding": filling.text_padding,
+        "image_tokens_before_drop": sum(b.image_tokens_before_drop for b in filling.batches)
+        / count,
+        "image_tokens": sum(b.image_tokens for b in filling.batches) / count,
+        "text_tokens": sum(b.text_tokens for b in filling.batches) / count,
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The figures as lines of aligned columns."""
+    lines = [_heading("samples"), *_counts(found)]
+    distributions = found["distributions"]
+    sections = {"images": _IMAGE_ROWS, "captions": _CAPTION_ROWS, "as configured": _TOKEN_ROWS}
+    for title, rows in sections.items():
+        present = [row for row in rows if row[0] in distributions]
+        if present:
+            lines += ["", _heading(title, _HEADER)]
+            lines += [_row(label, distributions[name], digits) for name, label, digits in present]
+        if title == "captions" and "captions_cut" in found:
+            cut = f"cut at {found['context_length']} tokens"
+            lines.append(_line(cut, f"{found['captions_cut']:.1%}"))
+    if "packing" in found:
+        lines += ["", *_packing_lines(found["packing"])]
+    return "\n".join(lines)
+
+
+def _counts(found: dict[str, Any]) -> list[str]:
+    samples, usable = found["samples"], found["usable"]
+    lines = [
+        _line("shards", f"{found['shards']:,}", f"{found['bytes'] / 1e6:,.1f} MB in files"),
+        _line("samples", f"{samples:,}"),
+        _line("usable", f"{usable:,}", f"{usable / max(1, samples):.1%}"),
+    ]
+    formats = ", ".join(f"{name} {count:,}" for name, count in found["formats"].items())
+    if formats:
+        lines[-1] += f"  ({formats})"
+    skipped = found["skipped"]
+    lines.append(_line("skipped", f"{sum(skipped.values()):,}"))
+    lines += [_line(f"  {reason}", f"{count:,}") for reason, count in skipped.items()]
+    shown = found["skip_log"][:5]
+    lines += [f"    {line}" for line in shown]
+    more = sum(skipped.values()) - len(shown)
+    return [*lines, f"    … {more:,} more"] if more else lines
+
+
+def _packing_lines(packing: dict[str, Any]) -> list[str]:
+    pairs = packing["pairs"]
+    before, after = packing["image_tokens_before_drop"], packing["image_tokens"]
+    return [
+        _heading(f"packing, mean of {packing['batches']} batches"),
+        _line(
+            "pairs per batch",
+            f"{pairs['mean']:,.1f}",
+            f"{pairs['min']:,} to {pairs['max']:,}, coefficient of variation "
+            f"{packing['pairs_cv']:.3f}",
+        ),
+        _line("image tokens before drop", f"{before:,.0f}"),
+        _line(
+            "image tokens",
+            f"{after:,.0f}",
+            f"of {packing['image_budget']:,}, {packing['image_padding']:.2%} padding, "
+            f"{1 - after / before:.1%} dropped",
+        ),
+        _line(
+            "text tokens",
+            f"{packing['text_tokens']:,.0f}",
+            f"of {packing['text_budget']:,}, {packing['text_padding']:.2%} padding",
+        ),
+    ]
+
+
+def _heading(title: str, columns: Sequence[str] = ()) -> str:
+    return (f"{title.upper():<26}" + "".join(f"{column:>10}" for column in columns)).rstrip()
+
+
+def _line(label: str, value: str, note: str = "") -> str:
+    return f"{label:<26}{value:>10}  {note}".rstrip()
+
+
+def _row(label: str, values: dict[str, float], digits: int) -> str:
+    order = ("min", "p5", "median", "mean", "p95", "max")
+    # A mean of whole numbers is not one.
+    decimals = [digits + (name == "mean" and digits == 0) for name in order]
+    cells = [f"{values[name]:>10,.{d}f}" for name, d in zip(order, decimals, strict=True)]
+    return f"{label:<26}" + "".join(cells)

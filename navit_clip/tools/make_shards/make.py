@@ -1,0 +1,194 @@
+"""Makes all shards of a source, and checks them afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from navit_clip.data.seeding import generator
+from navit_clip.data.workers import run_unordered
+from navit_clip.errors import UserError
+from navit_clip.files import write_whole
+from navit_clip.tools.make_shards.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardCheck,
+    begin_manifest,
+    find_damage,
+    read_manifest,
+    sole_writer,
+)
+from navit_clip.tools.make_shards.rows import Row, RowSource
+from navit_clip.tools.make_shards.write import ShardRecord, ShardTask, write_shard
+
+CLASSNAMES = "classnames.txt"
+_PROBED = 100  # rows whose files are looked for before anything is written
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a folder of shards holds.
+
+    Attributes:
+        records: One per shard, in order.
+        rows: Rows they were made of.
+        written: Shards that were written now; the others were there already.
+    """
+
+    records: Sequence[ShardRecord]
+    rows: int
+    written: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(record.samples for record in self.records)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(record.bytes for record in self.records)
+
+    @property
+    def shards(self) -> int:
+        """Shards that hold a sample."""
+        return sum(record.samples > 0 for record in self.records)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows that gave no sample, by reason."""
+        return sum((Counter(record.skipped) for record in self.records), Counter())
+
+    @property
+    def skip_log(self) -> list[str]:
+        """A line for each of the first few of them in every shard."""
+        return [line for record in self.records for line in record.skip_log]
+
+
+def make_shards(
+    source: RowSource,
+    output: Path,
+    *,
+    samples_per_shard: int = 1000,
+    shuffle_seed: int | None = None,
+    workers: int = 1,
+) -> Summary:
+    """Writes what is missing of a source's shards.
+
+    Args:
+        source: Images and captions.
+        output: A folder that is new, empty or of an earlier run with the same source and settings.
+        samples_per_shard: Rows per shard; those skipped leave it with fewer samples.
+        shuffle_seed: Put the rows into a random order, the same for the same seed; None keeps the
+            source's.
+        workers: Number of processes; it does not change what is written.
+
+    Raises:
+        UserError: If the output cannot be used or no row has a usable image.
+    """
+    _probe(source)
+    rows = _ordered(source.rows, shuffle_seed)
+    starts = range(0, len(rows), samples_per_shard)
+    # Wide enough that the shards' names sort in their order.
+    width = max(5, len(str(len(starts) - 1)))
+    settings = {
+        "rows": len(rows),
+        "rows_sha256": source.digest(),
+        "images": str(source.images.resolve()),
+        "samples_per_shard": samples_per_shard,
+        "shuffle_seed": shuffle_seed,
+        "shards": len(starts),
+    }
+    with sole_writer(output):
+        manifest = begin_manifest(output, settings)
+        tasks = [
+            ShardTask(
+                output / f"{shard:0{width}d}.tar",
+                source.images,
+                start,
+                rows[start : start + samples_per_shard],
+            )
+            for shard, start in enumerate(starts)
+        ]
+        missing = [task for task in tasks if not manifest.is_whole(task.path.name)]
+        try:
+            _write(missing, manifest, len(rows), workers)
+            if source.classnames:
+                write_whole(output / CLASSNAMES, "\n".join(source.classnames) + "\n")
+            for partial in output.glob("*.tar.partial"):
+                partial.unlink()
+            manifest.save()
+        except OSError as error:
+            raise UserError(
+                f"cannot write --output {output}: {error.strerror}; "
+                "once mended, the same command goes on"
+            ) from error
+    records = [manifest.records[task.path.name] for task in tasks]
+    summary = Summary(records, len(rows), len(missing))
+    if not summary.samples:
+        raise UserError(f"no usable image among {len(rows):,}, the first: {summary.skip_log[0]}")
+    return summary
+
+
+def _write(tasks: Sequence[ShardTask], manifest: Manifest, total: int, workers: int) -> None:
+    sizes = {task.path.name: len(task.rows) for task in tasks}
+    done = total - sum(sizes.values())
+    with tqdm(total=total, initial=done, unit="image", desc="making shards") as bar:
+        for record in run_unordered(write_shard, tasks, workers):
+            manifest.add(record)
+            bar.update(sizes[record.shard])
+
+
+def _probe(source: RowSource) -> None:
+    if not source.images.is_dir():
+        raise UserError(f"no folder at {source.images}: check --images")
+    first = [row.name for row in itertools.islice(source.rows, _PROBED) if row.name]
+    if first and not any((source.images / name).exists() for name in first):
+        raise UserError(
+            f"none of the first {len(first)} images exists, such as {source.images / first[0]}: "
+            "check --images"
+        )
+
+
+def _ordered(rows: Sequence[Row], seed: int | None) -> list[Row]:
+    if seed is None:
+        return list(rows)
+    order = generator(seed, "make_shards").permutation(len(rows))
+    return [rows[place] for place in order.tolist()]
+
+
+def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
+    """Reads every shard of a folder and compares it with the manifest.
+
+    Args:
+        folder: Written by `make_shards`.
+        workers: Number of processes.
+
+    Returns:
+        What the manifest says, and a line for each thing that is wrong, none if all is well.
+
+    Raises:
+        UserError: If the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"no {MANIFEST} in {folder}: only shards made by make_shards have one")
+    records = [manifest.records[name] for name in sorted(manifest.records)]
+    checks = [ShardCheck(folder / record.shard, record) for record in records]
+    found: list[str] = []
+    with tqdm(total=len(checks), unit="shard", desc="verifying") as bar:
+        for problem in run_unordered(find_damage, checks, workers):
+            bar.update()
+            if problem is not None:
+                found.append(problem)
+    unknown = {path.name for path in folder.glob("*.tar")} - set(manifest.records)
+    found += [f"{folder / name}: not in {MANIFEST}" for name in unknown]
+    unfinished = manifest.settings["shards"] - len(records)
+    if unfinished:
+        found.append(f"{folder}: {unfinished} shards are not made yet, repeat the command")
+    return Summary(records, manifest.settings["rows"], 0), sorted(found)

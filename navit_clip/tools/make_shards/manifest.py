@@ -1,0 +1,174 @@
+"""The record of a folder of shards: what it was made of, and which shards are whole.
+
+``manifest.jsonl`` begins with the settings and has one line per shard. Lines are added as shards
+are finished, in any order, and put into the shards' order at the end, so that an interrupted and
+continued run leaves the same file as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from navit_clip.errors import UserError
+from navit_clip.files import write_whole
+from navit_clip.tools.make_shards.write import ShardRecord, sha256_of
+
+MANIFEST = "manifest.jsonl"
+VERSION = 1  # raised when the same rows and files give other bytes
+
+
+@dataclass
+class Manifest:
+    """A manifest in memory.
+
+    Attributes:
+        folder: Where it and the shards lie.
+        settings: What the shards were made of; ``shards`` says how many there are to be.
+        records: Finished shards by file name.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    records: dict[str, ShardRecord]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / MANIFEST
+
+    def add(self, record: ShardRecord) -> None:
+        """Adds a finished shard; on the disk when this returns."""
+        self.records[record.shard] = record
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self) -> None:
+        """Writes the whole file again, shards in order."""
+        records = [asdict(self.records[name]) for name in sorted(self.records)]
+        lines = [json.dumps(line, ensure_ascii=False) for line in (self.settings, *records)]
+        write_whole(self.path, "\n".join(lines) + "\n")
+
+    def is_whole(self, shard: str) -> bool:
+        """Whether a shard is recorded and its file there at its full size."""
+        record = self.records.get(shard)
+        if record is None or not record.samples:
+            return record is not None
+        try:
+            return (self.folder / shard).stat().st_size == record.bytes
+        except OSError:
+            return False
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None if it has none.
+
+    Raises:
+        UserError: If it is not one.
+    """
+    path = folder / MANIFEST
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        settings = json.loads(lines[0])
+        # What follows the last line's end was cut off when the writer was killed.
+        records = [ShardRecord(**json.loads(line)) for line in lines[1:-1]]
+        if settings["version"] != VERSION:
+            raise UserError(f"{path} was written by another version: make the shards again")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): make the shards again") from error
+    return Manifest(folder, settings, {record.shard: record for record in records})
+
+
+def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
+    """Goes on with a folder's manifest or begins one.
+
+    Args:
+        folder: Created if need be.
+        settings: What the shards are made of, as plain JSON values.
+
+    Raises:
+        UserError: If the folder holds something else, or shards of other settings.
+    """
+    wanted = {"version": VERSION, **settings}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            if any(folder.iterdir()):
+                raise UserError(f"--output {folder} holds other files: name a new or empty folder")
+            manifest = Manifest(folder, wanted, {})
+        changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]
+        if changed:
+            differences = ", ".join(
+                f"{key} was {manifest.settings.get(key)}, now {wanted[key]}" for key in changed
+            )
+            raise UserError(
+                f"--output {folder} has shards made otherwise ({differences}): repeat the command "
+                "they were made with, name another folder or delete this one"
+            )
+        # Also drops a line that was cut off.
+        manifest.save()
+    except OSError as error:
+        raise UserError(f"cannot write --output {folder}: {error.strerror}") from error
+    return manifest
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of a folder; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: If another run is writing there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write --output {folder}: {error.strerror}") from error
+    try:
+        # Some network file systems have no locks; there the user has to take care.
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another run is writing to {folder}: wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """One shard to be compared with its record."""
+
+    path: Path
+    record: ShardRecord
+
+
+def find_damage(check: ShardCheck) -> str | None:
+    """Reads a shard; one line that says what is wrong with it, None if nothing is."""
+    path, record = check.path, check.record
+    try:
+        if not record.samples:
+            return f"{path}: should not exist" if path.exists() else None
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{path}: {size:,} bytes instead of {record.bytes:,}"
+        if sha256_of(path) != record.sha256:
+            return f"{path}: content differs from its SHA-256"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None

@@ -1,0 +1,172 @@
+"""Writes one shard: files read, checked and put into a tar as they are.
+
+The bytes of a shard follow from its rows and files alone, so that whoever writes it again, after
+an interruption or on another machine, gets the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from navit_clip.data.decode import MAX_BYTES, EncodedImage, SkipSampleError
+from navit_clip.tools.make_shards.rows import Row
+
+NAMED_SKIPS = 8  # per shard; the rest is only counted
+
+_SIGNATURES = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+}
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What one shard is made of.
+
+    Attributes:
+        path: The tar to write.
+        images: Folder that the rows' names are relative to.
+        first: Place of the first row among all rows; keys count from it.
+        rows: What goes in.
+    """
+
+    path: Path
+    images: Path
+    first: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard.
+
+    Attributes:
+        shard: File name; there is no file if `samples` is 0.
+        samples: Samples in it.
+        bytes: Size of the file.
+        sha256: Of the file, in hexadecimal digits.
+        skipped: Rows that gave no sample, by reason.
+        skip_log: A line for each of the first few of them.
+    """
+
+    shard: str
+    samples: int
+    bytes: int
+    sha256: str
+    skipped: dict[str, int] = field(default_factory=dict)
+    skip_log: list[str] = field(default_factory=list)
+
+
+def write_shard(task: ShardTask) -> ShardRecord:
+    """Writes a shard beside its place and renames it once it is whole and on the disk.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    skipped: Counter[str] = Counter()
+    skip_log: list[str] = []
+    samples = 0
+    partial = task.path.with_name(task.path.name + ".partial")
+    with partial.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for place, row in enumerate(task.rows, task.first):
+                try:
+                    members = make_members(task.images, row)
+                except SkipSampleError as error:
+                    skipped[error.reason] += 1
+                    if len(skip_log) < NAMED_SKIPS:
+                        skip_log.append(f"{row.name or 'a row'}: {error}")
+                    continue
+                for extension, content in members.items():
+                    # A fresh TarInfo has no time or owner.
+                    info = tarfile.TarInfo(f"{place:09d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                samples += 1
+        file.flush()
+        os.fsync(file.fileno())
+    skips = dict(sorted(skipped.items()))
+    if not samples:
+        partial.unlink()
+        task.path.unlink(missing_ok=True)
+        return ShardRecord(task.path.name, 0, 0, "", skips, skip_log)
+    record = ShardRecord(
+        task.path.name, samples, partial.stat().st_size, sha256_of(partial), skips, skip_log
+    )
+    partial.replace(task.path)
+    return record
+
+
+def make_members(images: Path, row: Row) -> dict[str, bytes]:
+    """The files of one sample, by extension: image, captions, label.
+
+    Raises:
+        SkipSampleError: If training could not use it; the reason says why.
+    """
+    captions = [caption.strip() for caption in row.captions if caption.strip()]
+    try:
+        "".join(captions).encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half a character
+        raise SkipSampleError("bad_caption", str(error)) from error
+    if not row.name:
+        raise SkipSampleError("no_path", "names no image")
+    if not captions:
+        raise SkipSampleError("no_caption", "every caption is empty or missing")
+    data = _read(images / row.name)
+    image = EncodedImage(data)
+    # The header does not tell whether the pixels are all there; an eighth of them is enough to.
+    image.pixels(max(1, image.height // 8), max(1, image.width // 8))
+    fields: dict[str, Any] = {
+        "captions": captions,
+        "width": image.width,
+        "height": image.height,
+        "file_name": row.name,
+    }
+    members = {
+        _extension(data, row.name): data,
+        "json": json.dumps(fields, ensure_ascii=False).encode(),
+        "txt": captions[0].encode(),
+    }
+    if row.label is not None:
+        members["cls"] = str(row.label).encode()
+    return members
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            # One byte past the cap is enough to be refused by it.
+            return file.read(MAX_BYTES + 1)
+    # ValueError: a path with a zero byte.
+    except (OSError, ValueError) as error:
+        detail = getattr(error, "strerror", None) or str(error)
+        raise SkipSampleError("missing_image", detail) from error
+
+
+def _extension(data: bytes, name: str) -> str:
+    """By content, since names lie; by name if the content is of a kind not listed here."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    for signature, extension in _SIGNATURES.items():
+        if data.startswith(signature):
+            return extension
+    return Path(name).suffix.lower().lstrip(".")

@@ -1,0 +1,68 @@
+"""A moving average of the weights, updated after each step.
+
+Held by `navit_clip.training.step`, saved in checkpoints beside the weights, and exported in their
+place: the average is usually the better model, the weights themselves remain in the checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from navit_clip.training.parallel import local
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """The moving average of the weights.
+
+    Attributes:
+        decay: Share of the old average kept at each step, 0.9999 say; 0 keeps no average. With
+            one, model/ of the run directory holds the average instead of the last weights.
+
+    Raises:
+        ValueError: If `decay` is not in [0, 1).
+    """
+
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+
+
+class EMA:
+    """average ← decay · average + (1 - decay) · weights, from the first weights on.
+
+    Not `AveragedModel`, which copies the module: a sharded one cannot be copied, and its shards
+    can be averaged where they are.
+
+    Args:
+        model: Whose weights; possibly sharded, but not yet trained. Locked ones stay what they are
+            and are not averaged.
+        decay: Share of the old average kept.
+
+    Attributes:
+        weights: The averages by parameter name, sharded as the parameters are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.weights: dict[str, Tensor] = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self._average = get_ema_multi_avg_fn(decay)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Goes on from saved averages, sharded as these are."""
+        for name, average in self.weights.items():
+            local(average).copy_(local(weights[name]))
+
+    def update(self, model: nn.Module) -> None:
+        """Takes the weights after a step into the average."""
+        current = [local(p.detach()) for p in model.parameters() if p.requires_grad]
+        self._average([local(average) for average in self.weights.values()], current, 0)

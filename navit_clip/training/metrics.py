@@ -1,0 +1,271 @@
+"""What a run reports: metrics.jsonl, the wandb dashboard, and the line the user watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.files import write_whole
+from navit_clip.packed.batch import PackedBatch
+from navit_clip.training.config import LogConfig
+
+
+@dataclass
+class Window:
+    """Counts since the last logged step on one rank.
+
+    Attributes:
+        sources: Names of the sources that are mixed.
+        steps: Steps taken.
+        pairs: Pairs trained on.
+        image_tokens: Real image tokens, after drop.
+        text_tokens: Real text tokens.
+        flops: Counted operations of training on them.
+        tokens_before_drop: Image tokens before drop, plus text tokens.
+        slots: Tokens the towers computed, padding included.
+        wait: Seconds spent waiting for data.
+        skipped: Samples passed over.
+        by_source: Pairs by source.
+        since: When the window began.
+    """
+
+    sources: Sequence[str] = ()
+    steps: int = 0
+    pairs: int = 0
+    image_tokens: int = 0
+    text_tokens: int = 0
+    flops: float = 0.0
+    tokens_before_drop: int = 0
+    slots: int = 0
+    wait: float = 0.0
+    skipped: int = 0
+    by_source: Counter[str] = field(default_factory=Counter)
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, batch: PackedBatch, wait: float, flops: float) -> None:
+        """Counts one batch, the seconds it was waited for, and what training on it computes."""
+        counts = batch.counts
+        self.pairs += counts.pairs
+        self.image_tokens += counts.image_tokens
+        self.text_tokens += counts.text_tokens
+        self.flops += flops
+        self.tokens_before_drop += counts.image_tokens_before_drop + counts.text_tokens
+        self.slots += batch.images.segments.num_tokens + batch.texts.segments.num_tokens
+        self.wait += wait
+        self.skipped += sum(counts.skipped.values())
+        self.by_source += counts.sources
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside counts as no time of the training's."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def rates(self, ranks: Ranks) -> dict[str, float]:
+        """Figures of the window over all ranks; every rank calls it."""
+        seconds = time.perf_counter() - self.since
+        pairs, images, texts, flops, before, slots, wait, skipped, *by_source = ranks.sum(
+            [
+                self.pairs,
+                self.image_tokens,
+                self.text_tokens,
+                self.flops,
+                self.tokens_before_drop,
+                self.slots,
+                self.wait,
+                self.skipped,
+                *(self.by_source[name] for name in self.sources),
+            ]
+        )
+        tokens = images + texts
+        shares = {
+            f"share/{name}": taken / pairs
+            for name, taken in zip(self.sources, by_source, strict=True)
+        }
+        return {
+            "pairs": pairs,
+            "images_per_s": pairs / seconds,
+            "tokens_per_s": tokens / seconds,
+            "image_tokens_per_s": images / seconds,
+            "text_tokens_per_s": texts / seconds,
+            "step_s": seconds / max(1, self.steps),
+            "model_flops_per_s": flops / seconds,
+            "padding": 1 - tokens / slots,
+            "token_drop": 1 - tokens / before,
+            "data_wait": wait / ranks.world_size / seconds,
+            "skipped": skipped,
+            **(shares if len(shares) > 1 else {}),
+        }
+
+
+class MetricsLog:
+    """metrics.jsonl and wandb, written by the first rank.
+
+    Args:
+        run_dir: Where metrics.jsonl lies.
+        config: Whether and where wandb reports.
+        resolved: The run's configuration as plain values, for the dashboard.
+        step: The step the run goes on from; lines past it, from before a restart, are removed.
+
+    Attributes:
+        resumed: Keys that stand in the log for that step.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
+    ) -> None:
+        path = run_dir / "metrics.jsonl"
+        self.resumed = truncate_log(path, step)
+        self._file = path.open("a")
+        self._wandb: Any = None
+        if config.wandb != "disabled":
+            self._wandb = _start_wandb(run_dir, config, resolved)
+
+    def write(self, values: dict[str, float]) -> None:
+        """Appends one line; visible at once to whoever follows the file."""
+        # A skipped step's loss is not a number, and NaN is not JSON.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(values["step"]))
+
+    def close(self) -> None:
+        """Ends the file and the dashboard."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def truncate_log(path: Path, step: int) -> set[str]:
+    """Drops lines past `step` and a last line that a kill cut short.
+
+    Returns:
+        The keys of the lines of `step`.
+    """
+    if not path.exists():
+        return set()
+    kept, last = [], set()
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] > step:
+                continue
+            if values["step"] == step:
+                last.update(values)
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+    return last
+
+
+def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
+    import wandb
+
+    # The same id after a restart continues the same curve.
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
+    id_file.write_text(run_id + "\n")
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=config.wandb,
+            dir=str(run_dir),
+            config=resolved,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
+
+
+# tqdm's own leaves 28 of 80 columns to the figures, and cuts what is longer.
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
+
+class Progress:
+    """The bar on a terminal; plain lines at each logged step elsewhere.
+
+    Args:
+        steps: Steps of the whole run.
+        step: Steps done before.
+        visible: False on all ranks but the first.
+    """
+
+    def __init__(self, steps: int, step: int, *, visible: bool) -> None:
+        self.steps, self.first, self.visible = steps, step, visible
+        self.since = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        if visible and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR)
+
+    def advance(self) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, values: dict[str, float]) -> None:
+        """Shows the figures of a logged step."""
+        speed = f"loss {values['loss']:.3f}, {values['images_per_s']:,.0f} images/s"
+        wait = f"data wait {values['data_wait']:.1%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{speed}, {wait}")
+        elif self.visible:
+            step = int(values["step"])
+            elapsed = time.perf_counter() - self.since
+            left = elapsed / max(1, step - self.first) * (self.steps - step)
+            print(
+                f"step {step}/{self.steps}: {speed}, {values['tokens_per_s']:,.0f} tokens/s, "
+                f"padding {values['padding']:.1%}, {wait}, {left / 60:.1f} min left",
+                flush=True,
+            )
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self.visible:
+            tqdm.write(line) if self._bar is not None else print(line, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SkipReport:
+    """Names skipped samples: the first few of each reason, then ever more rarely.
+
+    A source of a million broken images would otherwise drown everything else.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._next = 1
+
+    def lines(self, batch: PackedBatch) -> list[str]:
+        """What to print after a batch, usually nothing."""
+        self.counts += batch.counts.skipped
+        total = sum(self.counts.values())
+        if total < self._next:
+            return []
+        self._next = max(2 * self._next, total + 1)
+        summary = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common())
+        return [f"skipped {line}" for line in batch.counts.skip_log] + [
+            f"skipped so far: {summary}"
+        ]

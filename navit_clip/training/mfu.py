@@ -1,0 +1,168 @@
+"""What a step ought to cost and what its machine could do: FLOPs counted, peaks, memory.
+
+The trainer hands each batch to `Accounting.flops` before the step and asks for the figures of a
+logged step; `navit_clip.training.metrics` adds up and writes. MFU is PaLM's (arXiv 2204.02311,
+appendix B): the FLOPs of one forward and one backward pass of the model as it is, per second, over
+the machine's peak. What padding, GradCache's extra forward pass and recomputed blocks cost beyond
+that counts as time only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from navit_clip.distributed import Ranks
+from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
+from navit_clip.packed.batch import PackedBatch
+from navit_clip.training.freeze import LockConfig
+
+# Dense TFLOP/s in bf16 (tensor cores, float32 sums) and fp32 (no TF32, PyTorch's default), from
+# NVIDIA's data sheets and the white paper of Ada; the first name that matches is taken. Volta has
+# no bf16.
+_GPUS: tuple[tuple[str, float, float], ...] = (
+    (r"\b(H100|H200) NVL\b", 835, 60),
+    (r"\bH100 PCIe\b", 756, 51),
+    (r"\b(H100|H200|GH200)\b", 989, 67),
+    (r"\bA100\b", 312, 19.5),
+    (r"\bL40S\b", 362, 91.6),
+    (r"\bRTX 4090\b(?! D| Laptop)", 165, 82.6),
+    (r"\bV100S?-PCIE\b", 0, 14),
+    (r"\bV100-SXM", 0, 15.7),
+)
+_PRODUCT_SIDE = 1024  # of the matrices a processor is measured with
+_MEASURING_S = 0.1
+
+
+def gpu_peak(name: str, precision: str) -> float:
+    """FLOP/s of dense matrix products of an NVIDIA GPU.
+
+    Args:
+        name: As CUDA reports it.
+        precision: ``bf16`` or ``fp32``.
+
+    Returns:
+        0 if it is not known; of a GPU that is cut into instances (MIG) it is not.
+    """
+    if re.search(r"\bMIG\b", name):
+        return 0.0
+    for pattern, bf16, fp32 in _GPUS:
+        if re.search(pattern, name):
+            return 1e12 * (bf16 if precision == "bf16" else fp32)
+    return 0.0
+
+
+def cpu_peak(precision: str) -> float:
+    """FLOP/s of a matrix product on this process's threads, the best of a tenth of a second.
+
+    Args:
+        precision: ``bf16`` or ``fp32``.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=dtype)
+    best, begin = float("inf"), time.perf_counter()
+    a @ a  # the first one starts threads and allocates
+    while True:
+        before = time.perf_counter()
+        a @ a
+        now = time.perf_counter()
+        best = min(best, now - before)
+        if now - begin > _MEASURING_S:
+            return 2 * _PRODUCT_SIDE**3 / best
+
+
+def training_flops(model: CLIPConfig, lock: LockConfig, batch: PackedBatch) -> float:
+    """FLOPs of one forward and one backward pass of both towers, the loss left out.
+
+    Args:
+        model: Shape of both towers.
+        lock: What of them is passed forward only.
+        batch: Of any device; only the lengths of its examples are read, which the host holds.
+    """
+    images, texts = (
+        LengthSums.of(segments.lengths[: segments.num_examples])
+        for segments in (batch.images.segments, batch.texts.segments)
+    )
+    total = 0.0
+    for tower, forward in forward_flops(model, images, texts).items():
+        trained = None
+        if lock.locks(tower):
+            trained = lock.unlocked_blocks(tower) / getattr(model, tower).encoder.depth
+        total += sum(forward) + backward_flops(forward, trained_share=trained)
+    return total
+
+
+def memory_bytes(device: torch.device) -> float:
+    """Most memory that tensors held on a GPU since the last call; else what the process holds.
+
+    Returns:
+        0 on a processor whose system does not say.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(peak)
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return float(resident_pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+class Accounting:
+    """Counts the cost of batches and compares it with the machine; a collective constructor.
+
+    Args:
+        model: Shape of both towers.
+        lock: What of them is passed forward only.
+        precision: ``bf16`` or ``fp32``.
+        ranks: This process among all of them.
+
+    Attributes:
+        peak: FLOP/s of matrix products on the devices of all ranks; 0 if that of any is unknown.
+    """
+
+    def __init__(self, model: CLIPConfig, lock: LockConfig, precision: str, ranks: Ranks) -> None:
+        self.model, self.lock, self.ranks = model, lock, ranks
+        if ranks.device.type == "cuda":
+            peak = gpu_peak(torch.cuda.get_device_name(ranks.device), precision)
+        else:
+            ranks.barrier()  # all at once, as they will compute
+            peak = cpu_peak(precision)
+        total, unknown = ranks.sum([peak, float(not peak)])
+        self.peak = 0.0 if unknown else total
+
+    def describe(self) -> str:
+        """The peak, for the line a run begins with."""
+        if not self.peak:
+            return "peak unknown"
+        if self.ranks.device.type == "cuda":
+            return f"peak {self.peak / 1e12:,.0f} TFLOP/s"
+        return f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s"
+
+    def flops(self, batch: PackedBatch) -> float:
+        """FLOPs of training on one batch, see `training_flops`."""
+        return training_flops(self.model, self.lock, batch)
+
+    def figures(self, model_flops_per_s: float) -> dict[str, float]:
+        """Figures of a logged step; every rank calls it.
+
+        Args:
+            model_flops_per_s: FLOPs counted over all ranks, per second.
+
+        Returns:
+            ``mfu`` if the peak is known, and ``memory_gb`` of the rank that holds the most, if
+            its system tells.
+        """
+        by_rank = [0.0] * self.ranks.world_size
+        by_rank[self.ranks.rank] = memory_bytes(self.ranks.device) / 1e9
+        memory = max(self.ranks.sum(by_rank))
+        return {
+            **({"mfu": model_flops_per_s / self.peak} if self.peak else {}),
+            **({"memory_gb": memory} if memory else {}),
+        }

@@ -1,0 +1,145 @@
+"""What happens when a loss or a gradient is no longer a number.
+
+`navit_clip.training.step` asks here after each backward pass, before the optimiser may spread it to
+every weight: the run stops, or the step is skipped, and either way the pairs are named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from navit_clip.distributed import Ranks
+from navit_clip.models.clip import CLIPOutput
+from navit_clip.packed.batch import PackedBatch
+
+NONFINITE_FILE = "nonfinite.jsonl"
+_NAMED = 8
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A step that made no update.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Over the pairs of all ranks.
+        grad_norm: Global norm of the gradient.
+        pairs: Ids of all pairs of all ranks and micro-batches.
+        suspects: Those of them whose own features are not finite; none if only the loss or the
+            gradient overflowed.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    pairs: tuple[str, ...]
+    suspects: tuple[str, ...]
+
+    def __str__(self) -> str:
+        named = self.suspects or self.pairs
+        more = len(named) - _NAMED
+        return (
+            f"loss {self.loss}, gradient norm {self.grad_norm} at step {self.step}, pairs "
+            f"{', '.join(named[:_NAMED])}{f' and {more} more' if more > 0 else ''}"
+            f"{', which have non-finite features' if self.suspects else ''} "
+            f"(all {len(self.pairs)} pairs in {NONFINITE_FILE})"
+        )
+
+    def record(self, run_dir: Path) -> None:
+        """Appends everything as one line to nonfinite.jsonl."""
+        line = {
+            "step": self.step,
+            "loss": str(self.loss),  # JSON has no NaN
+            "grad_norm": str(self.grad_norm),
+            "suspects": self.suspects,
+            "pairs": self.pairs,
+        }
+        with (run_dir / NONFINITE_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class NonFiniteError(Exception):
+    """The run cannot go on; no update was made.
+
+    Args:
+        found: The step.
+        in_row: How many steps in a row were like it, if the run skips such steps.
+    """
+
+    def __init__(self, found: NonFinite, in_row: int | None = None) -> None:
+        self.found = found
+        super().__init__(str(found) + (f"; {in_row} steps in a row skipped" if in_row else ""))
+
+
+def find_pairs(
+    step: int,
+    loss: float,
+    grad_norm: float,
+    batches: Sequence[PackedBatch],
+    output: CLIPOutput,
+    ranks: Ranks,
+) -> NonFinite:
+    """Collects the pairs of a failed step from all ranks; every rank calls it.
+
+    Args:
+        step: Its number, from 0.
+        loss: Over the pairs of all ranks.
+        grad_norm: Global norm of the gradient.
+        batches: This rank's micro-batches.
+        output: Features of all their pairs, in order.
+        ranks: This process among all of them.
+    """
+    ids = [name for batch in batches for name in batch.ids]
+    fine_E = torch.isfinite(output.image_ED).all(1) & torch.isfinite(output.text_ED).all(1)
+    suspects = [name for name, fine in zip(ids, fine_E.tolist(), strict=True) if not fine]
+    return NonFinite(
+        step + 1, loss, grad_norm, tuple(ranks.gather(ids)), tuple(ranks.gather(suspects))
+    )
+
+
+class NonFiniteGuard:
+    """Decides whether a run goes on.
+
+    Args:
+        policy: ``stop`` at the first non-finite step, or ``skip`` it.
+        max_in_row: Skipped steps in a row after which a run that skips stops as well.
+
+    Attributes:
+        skipped_steps: Steps skipped so far in the whole run.
+        in_row: How many of them were the latest steps.
+    """
+
+    def __init__(self, policy: Literal["stop", "skip"], max_in_row: int) -> None:
+        self.policy, self.max_in_row = policy, max_in_row
+        self.skipped_steps = self.in_row = 0
+
+    def passed(self) -> None:
+        """Counts a finite step."""
+        self.in_row = 0
+
+    def failed(self, found: NonFinite) -> None:
+        """Counts a non-finite step.
+
+        Raises:
+            NonFiniteError: If the run must stop.
+        """
+        if self.policy == "stop":
+            raise NonFiniteError(found)
+        self.skipped_steps += 1
+        self.in_row += 1
+        if self.in_row >= self.max_in_row:
+            raise NonFiniteError(found, self.in_row)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped_steps": self.skipped_steps, "in_row": self.in_row}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Goes on from a checkpoint."""
+        self.skipped_steps, self.in_row = state["skipped_steps"], state["in_row"]

@@ -1,0 +1,123 @@
+"""The optimiser: AdamW, with decay where it belongs and a learning rate by depth.
+
+Built by `navit_clip.training.step` over the parameters that are trained;
+`navit_clip.training.schedule` says how the learning rate moves over the steps, the groups here how
+it differs between parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.training.schedule import ScheduleConfig
+
+_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices and tables; norms, biases, probe and scale have
+            none.
+        layer_decay: Each layer of a tower learns at this share of the rate of the one above it
+            (BEiT): final norm, pooling, projection and scale at the full rate, embeddings slowest.
+            1 trains all alike; fine-tuning takes 0.65 to 0.9.
+        clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
+        schedule: Course of the learning rate over the steps.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    layer_decay: float = 1.0
+    clip_norm: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
+        if self.clip_norm < 0:
+            raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are updated alike.
+
+    Attributes:
+        parameters: Of one kind, see `parameter_groups`.
+        lr_factor: What the learning rate is multiplied by.
+        weight_decay: Decoupled decay.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    lr_factor: float
+    weight_decay: float
+
+
+def layers_above(name: str, config: CLIPConfig) -> int:
+    """How many layers lie between a parameter and the outputs.
+
+    Args:
+        name: Of a parameter of `NaViTCLIP`.
+        config: Of the model.
+
+    Returns:
+        0 for the final norm, the pooling, the projections, the scale and the bias; 1 for the last
+        block, depth for the first; depth + 1 for whatever comes before the blocks.
+    """
+    tower, _, rest = name.partition(".")
+    if tower not in ("image", "text") or rest.startswith(("encoder.norm.", "pool.")):
+        return 0
+    depth: int = getattr(config, tower).encoder.depth
+    block = _BLOCK.match(rest)
+    return depth - int(block[1]) if block else depth + 1
+
+
+def parameter_groups(model: NaViTCLIP, config: OptimConfig) -> list[ParameterGroup]:
+    """The parameters that are trained, by learning rate and decay.
+
+    Decay is for matrices and tables only. Scalars have a group of their own: under FSDP they are
+    not sharded, and no operator takes sharded and other tensors together.
+    """
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = config.layer_decay ** layers_above(name, model.config)
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((factor, decay, parameter.ndim == 0), []).append(parameter)
+    return [
+        ParameterGroup(tuple(members), factor, decay)
+        for (factor, decay, _), members in groups.items()
+    ]
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the groups, in their order, for `set_lr` to set their learning rates."""
+    options = [{"params": list(g.parameters), "weight_decay": g.weight_decay} for g in groups]
+    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], lr: float) -> None:
+    """Gives each group its share of a learning rate."""
+    for options, group in zip(optimizer.param_groups, groups, strict=True):
+        options["lr"] = lr * group.lr_factor

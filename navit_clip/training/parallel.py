@@ -1,0 +1,198 @@
+"""How the ranks share one model: DDP or FSDP2, recomputed and compiled blocks, global norms.
+
+Stands between the model and `navit_clip.training.step`, which runs forward and backward passes
+through `ParallelModel` and never asks which of the two it is. Alone, one process holds everything
+and neither applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from navit_clip.configs import check_choices
+from navit_clip.distributed import Ranks
+from navit_clip.models.clip import CLIPOutput, NaViTCLIP
+from navit_clip.models.transformer import Block, Encoder
+from navit_clip.packed.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the model, and what is traded for memory and speed.
+
+    Attributes:
+        kind: ``ddp``: every rank holds the whole model. ``fsdp``: FSDP2; parameters, gradients
+            and optimiser state are cut into one shard per rank, and each block is gathered when
+            it is needed. One process alone runs without either.
+        reshard_after_forward: With ``fsdp``: free a block's gathered parameters after its forward
+            and gather them again in the backward pass; false keeps them between the two, which
+            takes more memory and less communication.
+        activation_checkpointing: Keep only each block's input in the forward pass and compute the
+            block again in the backward pass: less memory, about a third more arithmetic.
+        compile: Compile each block with `torch.compile`; attention itself stays as it is. Worth
+            most with data.pad_to_budget, which keeps shapes fixed.
+
+    Raises:
+        ValueError: If `kind` is unknown.
+    """
+
+    kind: Literal["ddp", "fsdp"] = "ddp"
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+class ParallelModel:
+    """A model as all ranks hold it together.
+
+    After a backward pass inside `reducing(last=True)` and `finish_gradients`, each parameter's
+    gradient is the SUM over the ranks of what their backward passes computed from
+    `loss * gradient_factor`, divided by `gradient_factor`; this is what the contrastive loss needs
+    (navit_clip.losses.contrastive).
+
+    Args:
+        model: On the ranks' device; sharded in place under FSDP.
+        config: How it is shared.
+        ranks: This process among all of them.
+        half_blocks: Gather the blocks' parameters as bfloat16 under FSDP. Only the blocks': they
+            run under autocast, which would round their matrices anyway, while embeddings in
+            bfloat16 would make the residual stream bfloat16, unlike under DDP. Gradients are
+            reduced in float32.
+
+    Attributes:
+        model: The model itself.
+        gradient_factor: What the loss must be multiplied by before `backward`.
+    """
+
+    def __init__(
+        self, model: NaViTCLIP, config: ParallelConfig, ranks: Ranks, *, half_blocks: bool
+    ) -> None:
+        self.model = model
+        self.gradient_factor = 1
+        self._forward: nn.Module = model
+        self._replicated: list[nn.Parameter] = []
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.recompute_blocks = config.activation_checkpointing
+                if config.compile:
+                    module.compile_blocks()
+        if ranks.world_size == 1:
+            return
+        if config.kind == "ddp":
+            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.gradient_factor = ranks.world_size  # DDP averages over ranks
+        else:
+            self._shard(config, ranks, half_blocks)
+
+    def __call__(self, batch: PackedBatch) -> CLIPOutput:
+        """The model's forward pass; a collective call under FSDP."""
+        return cast(CLIPOutput, self._forward(batch))
+
+    @contextmanager
+    def reducing(self, *, last: bool) -> Iterator[None]:
+        """Around one micro-batch's forward and backward pass.
+
+        Args:
+            last: Reduce the gradients over the ranks; before the last micro-batch of a step they
+                only add up locally.
+        """
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            with self._forward.no_sync():
+                yield
+            return
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        yield
+
+    def finish_gradients(self) -> None:
+        """Reduces what no wrapper reduces; after the last backward pass of a step."""
+        for parameter in self._replicated:
+            assert parameter.grad is not None  # an output of every forward pass
+            dist.all_reduce(parameter.grad)
+
+    def _shard(self, config: ParallelConfig, ranks: Ranks, half_blocks: bool) -> None:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        # FSDP cannot cut a scalar: scale and bias stay whole on every rank.
+        self._replicated = [p for p in self.model.parameters() if p.ndim == 0]
+        half = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for block in [m for m in self.model.modules() if isinstance(m, Block)]:
+            fully_shard(
+                block,
+                mesh=mesh,
+                reshard_after_forward=config.reshard_after_forward,
+                mp_policy=half if half_blocks else MixedPrecisionPolicy(),
+            )
+        # The root's own parameters are needed again as soon as the backward pass begins.
+        fully_shard(
+            self.model,
+            mesh=mesh,
+            reshard_after_forward=False,
+            ignored_params=set(self._replicated),
+        )
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                # A factor alone asks for a multiplying reduction, which only NCCL has.
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank may hold a shard; a collective call for a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, which is all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of many tensors as one vector, the same on every rank.
+
+    A collective call if any of them is sharded.
+    """
+    norms = [whole(nn.utils.get_total_norm(group)) for group in _by_kind(tensors)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients down to a global norm, as `nn.utils.clip_grad_norm_`, shards included.
+
+    Args:
+        parameters: With gradients.
+        max_norm: The largest norm allowed; 0 leaves the gradients alone.
+
+    Returns:
+        The norm before clipping.
+    """
+    parameters = list(parameters)
+    norm = global_norm(p.grad for p in parameters if p.grad is not None)
+    if max_norm:
+        for group in _by_kind(parameters):
+            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Sharded tensors and others apart, since no operator takes both in one list."""
+    sharded: list[Tensor] = []
+    others: list[Tensor] = []
+    for tensor in tensors:
+        (sharded if isinstance(tensor, DTensor) else others).append(tensor)
+    return [group for group in (sharded, others) if group]

@@ -1,0 +1,40 @@
+"""Which pairs each step saw, for audits of the data order; off unless configured.
+
+Beside metrics.jsonl in the run directory, one file per rank, cut at a restart in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from navit_clip.packed.batch import PackedBatch
+from navit_clip.training.metrics import truncate_log
+
+
+class PairLog:
+    """Appends ``{"step", "reader", "ids"}`` for each batch to ``pairs-RANK.jsonl``.
+
+    Args:
+        run_dir: Where the file lies.
+        rank: Whose batches.
+        step: The step the run goes on from; lines past it, from before a restart, are removed.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, step: int) -> None:
+        path = run_dir / f"pairs-{rank}.jsonl"
+        truncate_log(path, step)
+        self._file = path.open("a")
+
+    def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
+        """Notes the batches of a step, counted from 1; on disk before the step's checkpoint is."""
+        for batch in batches:
+            reader = int(next(iter(batch.position)))
+            line = {"step": step, "reader": reader, "ids": batch.ids}
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()

@@ -1,0 +1,139 @@
+"""A rank that hangs, or would hang while it fails: what it did is written down, then it is ended.
+
+Without this a rank that waits for ever (a network file system, a dead peer that the network does
+not report, a deadlock) makes all others wait with it, silently. `navit_clip.training.trainer` tells
+the watch what it begins; a thread notices when that does not end. Since the others wait for the one
+that hangs, all ranks report at about the same time, and the report whose stack is not inside a
+collective is the cause's. After as much time again each ends itself, so that torchrun can restart
+them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from navit_clip.errors import UserError
+
+STALL_EXIT_CODE = 70
+_PATIENCE = 3.0
+
+
+class StallWatch:
+    """Watches one rank.
+
+    Args:
+        run_dir: Reports go to ``stalls/rank-N.txt`` in it, and to standard error.
+        rank: This rank.
+        timeout_s: Seconds without progress before the report, and again before the end; 0 watches
+            nothing.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
+        self.path = run_dir / "stalls" / f"rank-{rank}.txt"
+        self.rank, self.timeout_s = rank, timeout_s
+        self._what, self._limit_s, self._since = "", 0.0, 0.0
+        self._ended = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[StallWatch]:
+        """Watches inside; does nothing before the first `begin`."""
+        thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+        if self.timeout_s:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            if self.timeout_s:
+                faulthandler.cancel_dump_traceback_later()
+                thread.join()
+
+    def begin(self, what: str, *, slow: bool = False) -> None:
+        """Notes progress.
+
+        Args:
+            what: What begins now, for the report.
+            slow: It may well take long (compilation, a checkpoint): three times as much is allowed.
+        """
+        if not self.timeout_s:
+            return
+        limit_s = self.timeout_s * (_PATIENCE if slow else 1.0)
+        self._what, self._limit_s, self._since = what, limit_s, time.monotonic()
+        # Its timer is a thread without Python, so it also ends a process whose hanging call keeps
+        # the interpreter's lock, in which `_watch` cannot run.
+        stderr = sys.__stderr__
+        if stderr is not None:
+            faulthandler.dump_traceback_later(2 * limit_s + 5, exit=True, file=stderr)
+
+    def _watch(self) -> None:
+        reported = 0.0
+        while not self._ended.wait(min(1.0, self.timeout_s / 10)):
+            since, silent_s = self._since, time.monotonic() - self._since
+            if not self._limit_s or silent_s < self._limit_s:
+                continue
+            if reported != since:
+                reported = since
+                self._report(silent_s, f"ending this process if {self._limit_s:g} s more pass")
+            elif silent_s > 2 * self._limit_s:
+                self._report(silent_s, "ending this process")
+                _end(STALL_EXIT_CODE)
+
+    def _report(self, silent_s: float, outlook: str) -> None:
+        line = (
+            f"rank {self.rank} stalled: no progress for {silent_s:.0f} s in {self._what}; "
+            f"{outlook}. Stacks of its threads, also in {self.path}:\n"
+        )
+        self._dump(sys.__stderr__, line)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                self._dump(file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        except OSError:
+            pass  # a file system that hangs or is full may be the very cause
+
+    @staticmethod
+    def _dump(file: IO[str] | None, line: str) -> None:
+        if file is not None:
+            file.write(line)
+            file.flush()
+            faulthandler.dump_traceback(file)
+
+
+@contextmanager
+def failing_at_once(world_size: int) -> Iterator[None]:
+    """Ends one of several ranks as soon as something unexpected is raised inside.
+
+    Python ends only when its threads have, and leaves the process group before. A thread that
+    writes a checkpoint may wait for ranks that in turn wait for this one: a data worker killed
+    while a checkpoint began once left two ranks waiting for each other, and torchrun for both.
+
+    Args:
+        world_size: Number of ranks; with one nobody waits, and the exception passes.
+    """
+    try:
+        yield
+    except (UserError, SystemExit):
+        raise
+    except BaseException:
+        if world_size == 1:
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> None:
+    for child in multiprocessing.active_children():
+        child.kill()  # data workers; those that hang would outlive this process
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,145 @@
+"""The harnesses on 1, 2 and 3 ranks, equal to the last bit, with fewer blocks than ranks too."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from eval_cases import ALONE, VIEWS, embed, open_source, small_blocks, write_all
+
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import texts
+from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.export.pretrained import load_pretrained
+
+SOURCES = ("classes", "coco", "mixed", "single", "bad", "cut")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Puts the sizes of blocks back."""
+    monkeypatch.setattr(sources, "BLOCK", sources.BLOCK)
+    monkeypatch.setattr(texts, "TEXT_BLOCK", texts.TEXT_BLOCK)
+
+
+def specs(root: Path) -> list[ZeroShotSpec | RetrievalSpec]:
+    views = {"max_tokens": (6,), "native": True, "square": (32,)}
+    templates = str(root / "templates.txt")
+    images, captions = str(root / "coco/images"), str(root / "coco/captions.json")
+    return [
+        ZeroShotSpec(str(root / "classes"), templates=templates, **views),
+        # The label without a name is found by the first rank alone.
+        ZeroShotSpec(str(root / "classes"), classnames=templates, templates="plain"),
+        RetrievalSpec(images=images, captions=captions, **views),
+        RetrievalSpec(str(root / "single"), **views),
+    ]
+
+
+def everything(model_dir: Path, root: Path, ranks: Ranks, cases):
+    """What embedding gives by (source, workers), or the line it fails with, and all figures."""
+    small_blocks()
+    model = PackedModel(load_pretrained(model_dir), "tiny")
+    embedded: dict[tuple[str, int], Embedded | str] = {}
+    for name, workers in cases:
+        try:
+            embedded[name, workers] = embed(model, open_source(root, name), ranks, workers)
+        except UserError as error:
+            embedded[name, workers] = str(error)
+    figures = []
+    for spec in specs(root):
+        try:
+            figures.append(json.dumps(evaluate(model, spec, ranks, 0)))
+        except UserError as error:
+            figures.append(str(error))
+    return embedded, figures
+
+
+def on_rank(model_dir: Path, root: Path, store: Path, cases):
+    """`everything` among three ranks, and then among the first two of them."""
+    cpu = torch.device("cpu")
+    results = [everything(model_dir, root, Ranks(dist.get_rank(), 3, cpu), cases)]
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        results.append(everything(model_dir, root, Ranks(rank, 2, cpu), cases))
+    return results
+
+
+def assert_equal(one: Embedded, other: Embedded) -> None:
+    for field in fields(Embedded):
+        if field.name != "embeddings":
+            assert getattr(one, field.name) == getattr(other, field.name), field.name
+    assert list(one.embeddings) == list(other.embeddings) == VIEWS
+    for view in VIEWS:
+        assert torch.equal(one.embeddings[view], other.embeddings[view]), view
+
+
+@pytest.fixture
+def one_thread():
+    """As `run_ranks` gives each rank: matrix products of two threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("blocks", "one_thread")
+def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
+    alone, figures = everything(model_dir, data, ALONE, [(name, 0) for name in SOURCES])
+    with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
+    assert multiprocessing.active_children() == []
+    # Without workers: those of a spawned rank import everything anew, with blocks of full size.
+    cases = [(name, 0) for name in SOURCES]
+    ranks = run_ranks(on_rank, 3, model_dir, data, tmp_path / "store", cases)
+    three, two = [result[0] for result in ranks], [result[1] for result in ranks[:2]]
+    for embedded in (with_workers, *(result[0] for result in (*three, *two))):
+        for (name, _), one in embedded.items():
+            # Every rank learns of a failure that only one of them met.
+            if isinstance(one, str):
+                assert one == alone[name, 0]
+            else:
+                assert_equal(one, alone[name, 0])
+    assert "no image could be read: 1 skipped (unreadable_image 1), the first" in alone["bad", 0]
+    assert "fetch the shard again" in alone["cut", 0]
+    assert alone["mixed", 0].names == ["0/0", "0/2", "0/3", "1/0"]
+
+    assert [len(json.loads(figures[i])["views"]) for i in (0, 2, 3)] == [4, 4, 4]
+    assert "2 class names for 4" in figures[1]
+    for world in (three, two):
+        assert world[0][1] == figures
+        for _, others in world[1:]:
+            assert others == ["null", figures[1], "null", "null"]
+
+
+def test_blocks_are_whole_wherever_they_are_read(data, blocks):
+    small_blocks()
+    for name in ("classes", "coco", "mixed"):
+        source = open_source(data, name)
+        whole = [item.key for item in source.read(0, 1)]
+        assert whole == sorted(whole)
+        for parts in (2, 3, 5):
+            read = [[item.key for item in source.read(part, parts)] for part in range(parts)]
+            assert sorted(key for part in read for key in part) == whole
+            owners: dict[tuple[int, int], set[int]] = {}
+            for part, keys in enumerate(read):
+                assert keys == sorted(keys)
+                for key in keys:
+                    owners.setdefault(sources.block_of(key), set()).add(part)
+            assert all(len(parts_of_block) == 1 for parts_of_block in owners.values())
+            assert len(set().union(*owners.values())) > 1

@@ -1,0 +1,340 @@
+"""Models under evaluation: views, open_clip's own pipeline, and checkpoints of training runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from eval_cases import ALONE, run, write_all
+from PIL import Image, ImageFile
+from safetensors.torch import load_file
+from shard_factory import CAPTIONS, encode, photo
+from tiny_run import run as run_trainer
+from tiny_run import tiny_flags, write_tiny_data
+
+from navit_clip.checkpoints.load_run import load_run
+from navit_clip.data.decode import EncodedImage
+from navit_clip.errors import UserError
+from navit_clip.evaluation.baselines import OpenClipModel
+from navit_clip.evaluation.datasets import FileSource
+from navit_clip.evaluation.embed import embed_source
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.settings import View, make_views, order_views
+from navit_clip.export.pretrained import Preprocess, Pretrained, load_pretrained
+
+CPU = torch.device("cpu")
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+SIDES = ((50, 90), (90, 50), (32, 32), (20, 24), (200, 36))
+
+
+# Views
+
+
+def test_views_are_named_ordered_and_unique():
+    views = make_views([64, 16, 64], native=True, square=[336, 224])
+    assert [view.label for view in views] == ["16", "64", "native", "224²", "336²"]
+    assert order_views(reversed(views)) == views
+    assert [view.max_tokens for view in views] == [16, 64, None, None, None]
+    assert [view.side for view in views] == [None, None, None, 224, 336]
+    assert make_views() == []
+
+
+@pytest.mark.parametrize(
+    "words", [("capped",), ("capped", 0), ("square", -1), ("native", 3), ("round", 3)]
+)
+def test_impossible_views(words):
+    with pytest.raises(ValueError, match=r"size|kind"):
+        View(*words)
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_a_packed_model_sees_what_a_view_says(square, model_dir):
+    pretrained = load_pretrained(model_dir)
+    model = PackedModel(Pretrained(pretrained.model, pretrained.tokenizer,
+                                   Preprocess(12, square)), "tiny")  # fmt: skip
+    assert model.own_view == View("capped", 12)
+    sizer = pickle.loads(pickle.dumps(model.sizer))
+    for height, width in ((24, 40), (7, 5), (300, 20), (130, 200)):
+        image = EncodedImage(encode(photo(0, height, width)))
+        for view in make_views([1, 5, 12], native=True, square=[8, 32, 128]):
+            sized = sizer(image, view)
+            rows, columns = sized.grid
+            assert model.length(sized) == rows * columns
+            if view.kind == "square":
+                assert rows == columns == view.size // 8
+                with Image.fromarray(image.pixels(height, width, reduced=False)) as whole:
+                    squashed = whole.resize((view.size, view.size), Image.Resampling.BICUBIC)
+                first = np.asarray(squashed.crop((0, 0, 8, 8)))
+                assert np.array_equal(sized.patches[0], first.flatten())
+            elif view.kind == "capped":
+                assert rows * columns <= view.size
+                assert not square or rows == columns == int(view.size**0.5)
+            else:
+                native = max(1, height / 8), max(1, width / 8)
+                shrink = max(1, *(side / 16 for side in native))
+                for side, exact in zip(sized.grid, native, strict=True):
+                    assert side <= exact
+                    assert abs(side - exact / shrink) <= 1 or side == 1
+    for side in (8, 128):
+        model.check(View("square", side))
+    for side, why in ((9, "patches of 8 pixels.* use 8"), (136, "128 pixels"), (1, "use 8")):
+        with pytest.raises(UserError, match=why):
+            model.check(View("square", side))
+
+
+def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode(photo(0, 100, 140), "JPEG"))
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (
+        decoded.append(self) if self.tile else None, load(self))[1])  # fmt: skip
+    model = PackedModel(load_pretrained(model_dir), "tiny")
+    views = make_views([4, 12, 50], native=True, square=[64])
+    (embedded,) = embed_source([(model, views)], FileSource([path], [0]), ALONE, workers=0)
+    assert len(set(embedded.lengths)) == 5
+    assert len(decoded) == 1
+
+
+def test_a_killed_worker_is_one_line(model_dir):
+    class Killed(FileSource):
+        def read(self, part, parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+            yield from super().read(part, parts)
+
+    model = PackedModel(load_pretrained(model_dir), "tiny")
+    with pytest.raises(UserError, match=r"^DataLoader worker .*give fewer --workers$"):
+        embed_source([(model, [View("capped", 4)])], Killed([], []), ALONE, workers=1)
+
+
+# open_clip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """open_clip's configuration and checkpoint of a tiny model."""
+    root = tmp_path_factory.mktemp("open_clip")
+    (root / "tiny-test.json").write_text(json.dumps(TINY))
+    squash = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "patch_size": 16}}
+    (root / "other-test.json").write_text(json.dumps(squash))
+    open_clip.add_model_config(root)
+    torch.manual_seed(1)
+    torch.save(open_clip.create_model("tiny-test").state_dict(), root / "tiny.pt")
+    return root / "tiny.pt"
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_a_baseline_is_open_clips_own_pipeline(side, tiny, tmp_path):
+    reference, _, transform = open_clip.create_model_and_transforms(
+        "tiny-test", str(tiny), force_image_size=side
+    )
+    reference.eval()
+    tokenizer = open_clip.get_tokenizer("tiny-test")
+    files = []
+    for seed, (height, width) in enumerate(SIDES):
+        files.append(tmp_path / f"{seed}.jpg")
+        files[-1].write_bytes(encode(photo(seed, height, width), "JPEG"))
+    model = OpenClipModel("tiny-test", tiny, None, CPU, [48, 50])
+    view = View("square", side)
+    sizer = pickle.loads(pickle.dumps(model.sizer))
+    sized = [sizer(EncodedImage(path.read_bytes()), view) for path in files]
+    pixels = torch.stack([transform(Image.open(path)) for path in files])
+    assert torch.equal(torch.stack([torch.from_numpy(one) for one in sized]), pixels)
+    long = [*CAPTIONS, "a very long caption " * 20]
+    with torch.no_grad():
+        expected = reference.encode_image(pixels, normalize=True)
+        texts = reference.encode_text(tokenizer(long), normalize=True)
+    torch.testing.assert_close(model.embed_images(sized), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.embed_texts(long), texts, atol=1e-6, rtol=0)
+    assert model.scale == pytest.approx(reference.logit_scale.exp().item())
+    assert model.own_view == View("square", 32)
+    tokens = (side // 8) ** 2
+    assert model.length(sized[0]) == tokens
+    # Patches, two blocks over patches and the class token, and the projection; two per product.
+    n, c = tokens + 1, 64
+    blocks = 2 * (2 * n * 12 * c * c + 4 * n * n * c)
+    assert model.image_flops(tokens) == 2 * tokens * 3 * 64 * c + blocks + 2 * c * 16
+    assert model.embed_images([]).shape == model.embed_texts([]).shape == (0, 16)
+    for impossible, why in (
+        (View("native"), "--native"), (View("capped", 9), "--max-tokens 9"),
+        (View("square", 50), "patches of 8"), (View("square", 64), "--square 64"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=why):
+            model.check(impossible)
+
+
+def test_fingerprints_differ_where_models_do(tiny, model_dir):
+    def of(name, weights, seed):
+        return OpenClipModel(name, weights, seed, CPU).fingerprint
+
+    prints = [of("tiny-test", tiny, None), of("tiny-test", None, 0), of("tiny-test", None, 2)]
+    prints.append(of("other-test", None, 0))
+    prints.append(PackedModel(load_pretrained(model_dir), "a").fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert of("tiny-test", tiny, None) == prints[0]
+    assert of("tiny-test", None, 2) == prints[2]
+    assert PackedModel(load_pretrained(model_dir), "b").fingerprint == prints[-1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("eval"))
+
+
+def flags(data, tmp_path):
+    return ["zeroshot", "--data", data / "classes", "--templates", "plain", "--workers", 0,
+            "--device", "cpu", "--output", tmp_path / "r.json"]  # fmt: skip
+
+
+def test_baselines_beside_a_model_and_alone(tiny, model_dir, data, tmp_path, capsys):
+    beside = tmp_path / "beside.json"
+    assert run(
+        *flags(data, tmp_path), "--model", model_dir, "--max-tokens", 6, "--native",
+        "--square", "48,64", "--baseline", "open_clip:tiny-test", "--baseline-weights", tiny,
+        "--baseline", model_dir, "--baseline", "open_clip:other-test", "--random-weights", 3,
+        "--output", beside, "--cache", tmp_path / "cache",
+    ) == 0  # fmt: skip
+    result = json.loads(beside.read_text())
+    assert result["model"] == str(model_dir)
+    names = ["open_clip:tiny-test", str(model_dir), "open_clip:other-test"]
+    assert [baseline["model"] for baseline in result["baselines"]] == names
+    seen = [[entry["label"] for entry in one["views"]] for one in result["baselines"]]
+    own = ["6", "12", "native", "48²", "64²"]
+    assert seen == [["32²", "48²", "64²"], own, ["32²", "48²", "64²"]]
+    assert result["baselines"][1]["views"] == result["views"]
+    capsys.readouterr()
+
+    assert run(*flags(data, tmp_path), "--model", "open_clip:tiny-test", "--weights", tiny,
+               "--square", "48,64") == 0  # fmt: skip
+    alone = json.loads((tmp_path / "r.json").read_text())
+    assert alone["model"] == "open_clip:tiny-test"
+    assert alone["views"] == result["baselines"][0]["views"]
+    assert alone["top1"] == alone["views"][0]["top1"]
+    assert alone["max_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model", "open_clip:tiny-test"], "--weights"),
+        (["--model", "open_clip:tiny-tst", "--random-weights", 0], "did you mean tiny-test"),
+        (["--model", "open_clip:", "--random-weights", 0], "no model ''"),
+        (["--model", "open_clip:ViT-B-16-SigLIP", "--random-weights", 0], "Hugging Face"),
+        (["--model", "open_clip:tiny-test", "--weights", "{tmp}/none.pt"], "{tmp}/none.pt"),
+        (["--model", "open_clip:tiny-test", "--weights", "{data}/templates.txt"], "plain tensors"),
+        (["--model", "open_clip:other-test", "--weights", "{tiny}"], "do not fit open_clip's"),
+        (["--model", "open_clip:tiny-test", "--random-weights", 0, "--native"], "--native"),
+        (["--model", "open_clip:tiny-test", "--random-weights", 0, "--square", 50], "--square 50"),
+        (["--model", "open_clip:tiny-test", "--random-weights", "x"], "--random-weights"),
+        (["--model", "open_clip:tiny-test", "--random-weights", -1], "--random-weights"),
+        (["--model", "{model}", "--weights", "{tiny}"], "--weights belongs"),
+        (["--model", "{model}", "--step", 3], "--step belongs"),
+        (["--model", "{model}", "--step", "x"], "--step"),
+        (["--model", "{model}", "--run", "{tmp}"], "--run"),
+        (["--run", "{tmp}"], "no training run at {tmp}"),
+        ([], "--model"),
+        (["--model", "{model}", "--baseline", "open_clip:tiny-test"], "--baseline-weights"),
+        (["--model", "{model}", "--baseline", "{tmp}/none"], "no model at {tmp}/none"),
+        (["--model", "{model}", "--baseline-weights", "{tiny}"], "1 --baseline-weights for 0"),
+        (["--model", "{model}", "--square", "20"], "use 16"),
+        (["--model", "{model}", "--square", "160"], "128 pixels"),
+        (["--model", "{model}", "--square", "0"], "--square"),
+        (["--model", "{model}", "--square", "8.5"], "--square"),
+        (["--model", "{model}", "--cache", "{data}/templates.txt/c"], "--cache"),
+        (["--model", "{model}", "--strict"], "1 skipped (unreadable_image 1)"),
+        (["--model", "{model}", "--report", "{data}/templates.txt/r.html"], "cannot write"),
+        (["--model", "{model}", "--curve", "{data}/templates.txt/r.png"], "cannot write"),
+    ],
+)
+def test_a_mistake_is_one_line(words, named, tiny, model_dir, data, tmp_path, capsys):
+    places = {"tmp": tmp_path, "data": data, "tiny": tiny, "model": model_dir}
+    filled = [str(word).format(**places) for word in words]
+    assert run(*flags(data, tmp_path), *filled) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval: error: ")
+    assert named.format(**places) in line
+
+
+def test_strict_writes_nothing_and_passes_on_whole_data(model_dir, data, tmp_path):
+    words = [*flags(data, tmp_path), "--model", model_dir, "--strict"]
+    assert run(*words) == 2
+    assert not (tmp_path / "r.json").exists()
+    whole = shutil.copytree(data / "classes", tmp_path / "whole")
+    (whole / "lake" / "broken.jpg").unlink()
+    assert run(*words, "--data", whole) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["skipped"] == {}
+
+
+# Training runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run without and one with an average, of four steps with three checkpoints each."""
+    root = tmp_path_factory.mktemp("runs")
+    write_tiny_data(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, decay in (("plain", 0), ("averaged", 0.5)):
+            words = tiny_flags(
+                root, root / name, 4, ema__decay=decay, checkpoint__every_steps=2,
+                checkpoint__keep=3,
+            )  # fmt: skip
+            assert run_trainer(patch, words) == 0
+    return root
+
+
+@pytest.mark.parametrize("name", ["plain", "averaged"])
+def test_the_newest_checkpoint_is_what_the_run_exported(name, runs):
+    exported = load_file(runs / name / "model/model.safetensors")
+    loaded, step = load_run(runs / name, None)
+    assert step == 4
+    weights = loaded.model.state_dict()
+    assert weights.keys() == exported.keys()
+    for key, weight in weights.items():
+        assert torch.equal(weight, exported[key]), key
+    assert not loaded.model.training
+    other = load_pretrained(runs / name / "model")
+    assert (loaded.preprocess, loaded.model.config) == (other.preprocess, other.model.config)
+    assert loaded.tokenizer.encode("a red dog", 9) == other.tokenizer.encode("a red dog", 9)
+    earlier, step = load_run(runs / name, 2)
+    assert step == 2
+    assert not torch.equal(earlier.model.image.embed.weight, weights["image.embed.weight"])
+
+
+def test_damaged_and_missing_checkpoints(runs, tmp_path, capsys):
+    copy = Path(shutil.copytree(runs / "plain", tmp_path / "run"))
+    file = next((copy / "checkpoints/step-00000004").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert load_run(copy, None)[1] == 2
+    with pytest.raises(UserError, match=r"step-00000004 is damaged .*--step"):
+        load_run(copy, 4)
+    with pytest.raises(UserError, match=r"step 3 .* there are 2, 4"):
+        load_run(copy, 3)
+    for path in (copy / "checkpoints").glob("step-*/run.json"):
+        path.write_text("{")
+    with pytest.raises(UserError, match="all checkpoints"):
+        load_run(copy, None)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_run(copy, None)
+    (copy / "config.yaml").write_text("steps: x\n")
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+        load_run(copy, None)
+
+
+def test_a_run_is_judged_by_its_name(runs, data, tmp_path, capsys):
+    assert run(*flags(data, tmp_path), "--run", runs / "averaged", "--step", 2) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["model"] == f"{runs / 'averaged'} step 2"

@@ -1,0 +1,393 @@
+"""Reports and the gallery: what people see of images and captions."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from report_cases import KINDS, VIEWS, figures_of, make_result
+from shard_factory import encode, photo, write_shard
+
+from navit_clip.errors import UserError
+from navit_clip.evaluation import retrieval
+from navit_clip.evaluation.calibration import expected_calibration_error
+from navit_clip.evaluation.datasets import FileSource, ShardSource
+from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.gallery import draw_gallery
+from navit_clip.evaluation.report import Shown, show_retrieval, show_zeroshot, write_report
+from navit_clip.evaluation.report.samples import _evenly
+from navit_clip.evaluation.summary import zeroshot_table
+
+EVIL = '<script>alert("1")</script> & </style> {{ 7 * 7 }} "\'>'
+
+
+# Samples
+
+
+def make_photos(root: Path, count: int) -> list[Path]:
+    root.mkdir()
+    paths = []
+    for i in range(count):
+        sizes = [(30, 40), (250, 100), (10, 300), (60, 60)]
+        paths.append(root / f"{i:03}.png")
+        paths[-1].write_bytes(encode(photo(i, *sizes[i % len(sizes)])))
+    return paths
+
+
+def embedded(names, *, labels=None, captions=None, sizes=None):
+    count = len(names)
+    return Embedded(
+        names=[str(name) for name in names],
+        labels=labels or [-1] * count,
+        captions=captions or [()] * count,
+        sizes=sizes or [(30, 40)] * count,
+        embeddings={},
+        lengths={},
+        padding={},
+        skipped=Counter(),
+    )
+
+
+def random_units(*shape, seed):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def captioned(paths, seed=0, noise=0.5):
+    """Images with one to three captions, near to them."""
+    rng = random.Random(seed)
+    captions = [tuple(f"{i} {j}" for j in range(rng.randint(1, 3))) for i in range(len(paths))]
+    owner_T = torch.tensor([i for i, c in enumerate(captions) for _ in c])
+    images_ED = random_units(len(paths), 16, seed=seed)
+    texts_TD = images_ED[owner_T] + noise * random_units(len(owner_T), 16, seed=seed + 1)
+    return captions, owner_T, images_ED, F.normalize(texts_TD, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("count", "noise"), [(40, 1.0), (40, 0.01), (40, 30.0), (1, 1.0), (3, 9.0)]
+)
+def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
+    paths = make_photos(tmp_path / "photos", count)
+    captions, owner_T, images_ED, texts_TD = captioned(paths, noise=noise)
+    texts = [text for of_image in captions for text in of_image]
+    data = embedded(paths, captions=captions)
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+
+    scores_ET = (images_ED.double() @ texts_TD.double().T).numpy()
+    owner = owner_T.numpy()
+    name_of = {str(path): i for i, path in enumerate(paths)}
+    for query in shown.images:
+        image = name_of[query.picture.name]
+        order = np.argsort(-scores_ET[image], kind="stable")
+        assert query.hit == (owner[order[0]] == image)
+        check_matches(query, order, owner == image, [texts.index(m.text) for m in query.matches])
+    for query in shown.captions:
+        caption = texts.index(query.text)
+        order = np.argsort(-scores_ET[:, caption], kind="stable")
+        assert query.hit == (order[0] == owner[caption])
+        own = np.arange(count) == owner[caption]
+        check_matches(query, order, own, [name_of[m.picture.name] for m in query.matches])
+
+    ranks = retrieval.pair_ranks(images_ED, texts_TD, owner_T)
+    for queries, rank in zip((shown.images, shown.captions), ranks, strict=True):
+        hits, misses = int((rank == 0).sum()), int((rank >= 5).sum() or (rank > 0).sum())
+        found = sum(query.hit for query in queries)
+        assert len(queries) == min(12, hits + misses)
+        assert found == (min(6, hits) if misses >= 6 else min(hits, 12 - misses)) or hits < 6
+        assert len({q.text or q.picture.name for q in queries}) == len(queries)
+    again = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    assert again == shown
+
+
+def check_matches(query, order, own, found):
+    expected = list(order[:5])
+    if not any(own[i] for i in expected):
+        expected.append(next(i for i in order if own[i]))
+    assert found == expected
+    places = list(order)
+    assert [m.place for m in query.matches] == [places.index(i) + 1 for i in found]
+    assert [m.own for m in query.matches] == [bool(own[i]) for i in found]
+
+
+def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
+    paths = make_photos(tmp_path / "photos", 60)
+    names = ["crane", "dog", "lake", "crane", "boat", "unused"]
+    labels = [i % 5 for i in range(60)]
+    right, only = {4: (4, 2)}, [0, 1, 2, 3, 4]
+    classes_CD = random_units(6, 16, seed=3)
+    noise = random_units(60, 16, seed=4)
+    images_ED = F.normalize(classes_CD[labels] + 2.5 * noise, dim=-1)
+    result = make_result("zeroshot")
+    told = ["crane (0)", "dog", "lake", "crane (3)", "boat / lake"]
+    result["views"][0]["confusions"] = [
+        {"class": name, "images": 12, "top1": 0.1, "taken_for": []} for name in (*told, "gone")
+    ]
+    data = embedded(paths, labels=labels)
+    shown = show_zeroshot(
+        result, data, images_ED, classes_CD, names, 7.0, FileSource(paths), right=right, only=only
+    )
+
+    logits = 7.0 * images_ED.double() @ classes_CD[:5].double().T
+    chances = (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy()
+    good = [set(right.get(label, (label,))) for label in labels]
+    best = chances.argmax(1)
+    wrong = [i for i in np.argsort(-chances.max(1), kind="stable") if best[i] not in good[i]]
+    place = {str(path): i for i, path in enumerate(paths)}
+
+    def indices(queries):
+        return [place[query.picture.name] for query in queries]
+
+    assert indices(shown.mistakes) == wrong[:12]
+    assert len(wrong) > 12
+    assert indices(shown.images) == [round(i * 59 / 7) for i in range(8)]
+    for label, name in enumerate(told):
+        assert indices(shown.classes[name]) == [i for i in wrong if labels[i] == label][:4]
+    assert shown.classes["gone"] == ()
+    competitors = ["crane (0)", "dog", "lake", "crane (3)", "boat"]
+    for query in (*shown.images, *shown.mistakes):
+        i = place[query.picture.name]
+        order = np.argsort(-chances[i], kind="stable")
+        assert query.text == told[labels[i]]
+        for match, index in zip(query.matches[:3], order[:3], strict=True):
+            assert match.text == competitors[index]
+            assert match.score == pytest.approx(chances[i, index])
+            assert match.own == (index in good[i])
+        assert any(match.own for match in query.matches)
+        assert query.hit == (i not in wrong)
+
+    hits = torch.tensor([i not in wrong for i in range(60)])
+    gaps = [b.images * abs(b.accuracy - b.confidence) for b in shown.calibration]
+    ece = expected_calibration_error(torch.from_numpy(chances).amax(1), hits)
+    assert sum(gaps) / 60 == pytest.approx(ece)
+    assert sum(b.images for b in shown.calibration) == 60
+
+
+def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, monkeypatch):
+    paths = make_photos(tmp_path / "photos", 50)
+    captions, owner_T, images_ED, texts_TD = captioned(paths)
+    read = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
+    data = embedded(paths, captions=captions)
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    pictures = {q.picture.name: q.picture for q in shown.images}
+    pictures |= {m.picture.name: m.picture for q in shown.captions for m in q.matches}
+    assert sorted(map(str, read)) == sorted(pictures)
+    for name, picture in pictures.items():
+        with Image.open(name) as original, Image.open(uri_file(picture, tmp_path)) as small:
+            assert small.format == "WEBP"
+            assert small.size == picture.shown
+            assert small.width <= min(240, original.width)
+            assert small.height <= min(180, original.height)
+            assert abs(small.width / original.width - small.height / original.height) < 0.06
+    for path in paths[::2]:
+        path.unlink()
+    paths[1].write_bytes(b"not an image")
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    write_report(tmp_path / "r.html", make_result("retrieval"), shown)
+    page = (tmp_path / "r.html").read_text()
+    assert "no picture" in page
+    assert "data:image/webp" in page
+    draw_gallery(
+        data, images_ED, texts_TD, owner_T, FileSource(paths), tmp_path / "new" / "gallery.png"
+    )
+    with Image.open(tmp_path / "new" / "gallery.png") as picture:
+        assert len(picture.getcolors(1 << 24)) > 100
+
+
+def uri_file(picture, folder):
+    (folder / "thumbnail").write_bytes(picture.thumbnail)
+    return folder / "thumbnail"
+
+
+def test_pictures_come_out_of_shards(tmp_path):
+    members = {
+        str(i): {"png": encode(photo(i, 30, 40)), "txt": f"photo {i}".encode()} for i in range(9)
+    }
+    shard = write_shard(tmp_path / "0.tar", members)
+    source = ShardSource([str(shard)], ["txt"])
+    items = list(source.read(0, 1))
+    owner_T = torch.arange(9)
+    vectors = random_units(9, 16, seed=5)
+    data = embedded([item.name for item in items], captions=[item.captions for item in items])
+    shown = show_retrieval(data, vectors, vectors, owner_T, source)
+    assert len(shown.images) == 9
+    assert all(query.picture.thumbnail and query.hit for query in shown.images)
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 5), (1, 5), (5, 5), (6, 5), (1000, 12)])
+def test_samples_are_evenly_spaced(count, most):
+    found = _evenly(list(range(count)), most)
+    assert len(found) == min(count, most)
+    assert found == sorted(set(found))
+    if count > most:
+        assert (found[0], found[-1]) == (0, count - 1)
+        steps = [b - a for a, b in itertools.pairwise(found)]
+        assert max(steps) - min(steps) <= 1
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order and that nothing is fetched or run."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.words: list[str] = []
+        self.style = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            assert name not in ("href", "srcset", "action")
+            if name == "src":
+                assert value.startswith("data:image/webp;base64,")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "style":
+            self.style += data
+        elif data.strip():
+            self.words.append(data.strip())
+
+
+def evil_everywhere(value, name=""):
+    """The same result with every text that data could have brought made hostile."""
+    if isinstance(value, dict):
+        mine = name in ("per_class", "skipped")
+        return {f"{EVIL}{k}" if mine else k: evil_everywhere(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [evil_everywhere(v) for v in value]
+    return f"{EVIL}{value}" if isinstance(value, str) and name != "view" else value
+
+
+def evil_shown(kind, tmp_path):
+    paths = make_photos(tmp_path / "photos<b>&", 30)
+    if kind == "retrieval":
+        captions, owner_T, images_ED, texts_TD = captioned(paths, noise=1.0)
+        captions = [tuple(f"{EVIL}{c}" for c in of_image) for of_image in captions]
+        data = embedded(paths, captions=captions)
+        return show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    names = [f"{EVIL}{name}" for name in ("dog", "lake", "boat")]
+    labels = [i % 3 for i in range(30)]
+    data = embedded(paths, labels=labels)
+    vectors = random_units(33, 16, seed=6)
+    result = evil_everywhere(make_result("zeroshot"))
+    return show_zeroshot(result, data, vectors[3:], vectors[:3], names, 9.0, FileSource(paths))
+
+
+@KINDS
+def test_hostile_text_stays_text(kind, tmp_path):
+    result = evil_everywhere(make_result(kind))
+    shown = evil_shown(kind, tmp_path)
+    path = tmp_path / "new" / "report.html"
+    write_report(path, result, shown, command=f"python -m eval {EVIL}")
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert page.tags["script"] == 0
+    assert "<script" not in text
+    assert " 49 " not in text  # 7 × 7, had it been a template
+    assert page.tags["style"] == 1
+    assert "prefers-color-scheme: dark" in page.style
+    assert not any(word in page.style for word in ("url(", "@import", "alert"))
+    joined = " ".join(page.words)
+    for what in ("runs/a/model", "data/val", "open_clip:ViT-B-16", "unreadable_image"):
+        assert f"{EVIL}{what}" in joined
+    if kind == "zeroshot":
+        assert f"{EVIL}dog" in joined
+        assert page.tags["circle"] >= 4  # dots of confidence and rings
+    else:
+        assert any(query.text in joined for query in shown.captions)
+    assert page.tags["svg"] > 2
+    assert page.tags["img"] == text.count("data:image/webp") > 20
+    # A report of the same is the same.
+    write_report(tmp_path / "again.html", result, shown, command=f"python -m eval {EVIL}")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
+
+
+@KINDS
+def test_a_report_says_the_figures(kind, tmp_path):
+    result = make_result(kind)
+    result["skipped"] = {}
+    write_report(tmp_path / "r.html", result, command="python -m eval x")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    for entry in (*result["views"], *(e for b in result["baselines"] for e in b["views"])):
+        for value in figures_of(entry, kind):
+            assert f"{value:.1%}" in page.words
+        for group in (*entry["by_aspect"], *entry["by_size"]):
+            first = group["top1"] if kind == "zeroshot" else group["text_to_image"]["R@1"]
+            assert f"{first:.1%}" in page.words
+    assert {"nothing", "python -m eval x", "1–1.1", "≥640", "64 *"} <= {*page.words, "64 *"}
+    assert any(word.startswith("Python 3") and "torch" in word for word in page.words)
+    assert page.tags["img"] == 0
+
+
+OPTIONAL = ("padding", "flops_per_image", "by_aspect", "by_size", "confusions", "per_class",
+            "mean_per_class", "ece", "max_tokens", "side")  # fmt: skip
+
+
+@KINDS
+def test_optional_parts_may_be_missing(kind, tmp_path):
+    result = make_result(kind, views=VIEWS[:1], baselines=0)
+    for key in ("model", "data", "baselines", "max_tokens"):
+        del result[key]
+    rng = random.Random(7)
+    for _ in range(6):
+        partial = copy.deepcopy(result)
+        for key in rng.sample(OPTIONAL, rng.randint(1, len(OPTIONAL))):
+            partial["views"][0].pop(key, None)
+        write_report(tmp_path / "r.html", partial, Shown())
+        Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+        assert "None" not in zeroshot_table(partial)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_report(tmp_path / "file" / "r.html", result)
+
+
+def test_a_report_of_many_classes_and_large_photos_is_small(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"class number {i} of a data set" for i in range(1000)]
+    grainy = [rng.integers(0, 256, (60, 80, 3), dtype=np.uint8) for _ in range(8)]
+    paths = []
+    for i in range(60):
+        photograph = Image.fromarray(grainy[i % 8]).resize((1200, 900), Image.Resampling.BILINEAR)
+        paths.append(tmp_path / f"{i}.jpg")
+        paths[-1].write_bytes(encode(photograph, "JPEG"))
+    data = embedded([paths[i % 60] for i in range(1000)], labels=list(range(1000)))
+    result = make_result("zeroshot")
+    result["views"][0]["per_class"] = dict.fromkeys(names, 0.25)
+    result["views"][0]["confusions"] = [
+        {"class": name, "images": 1, "top1": 0.0, "taken_for": []} for name in names[:10]
+    ]
+    vectors = random_units(2000, 16, seed=8)
+    shown = show_zeroshot(
+        result, data, vectors[1000:], vectors[:1000], names, 50.0, FileSource(paths)
+    )
+    write_report(tmp_path / "r.html", result, shown)
+    assert (tmp_path / "r.html").stat().st_size < 2_000_000

@@ -1,0 +1,255 @@
+"""Results read back, curves and tables: what people see of figures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+from eval_cases import run
+from PIL import Image
+from report_cases import KINDS, VIEWS, figures_of, make_result
+
+from navit_clip.errors import UserError
+from navit_clip.evaluation.report import draw_curve, write_report
+from navit_clip.evaluation.report.axes import cost_axis, place_labels, share_axis
+from navit_clip.evaluation.report.curve import COSTS, lines_of
+from navit_clip.evaluation.results import read_result
+from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_table
+
+
+@KINDS
+def test_rows_hold_what_the_result_says(kind):
+    result = make_result(kind)
+    read = read_result(result)
+    entries = [(result["model"], 0, e) for e in result["views"]]
+    entries += [
+        (b["model"], i, e) for i, b in enumerate(result["baselines"], 1) for e in b["views"]
+    ]
+    assert len(read.rows) == len(entries)
+    for row, (model, series, entry) in zip(read.rows, entries, strict=True):
+        assert (row.model, row.series, row.label) == (model, series, entry["label"])
+        assert row.gflops == pytest.approx(entry["flops_per_image"] / 1e9)
+        if kind == "zeroshot":
+            assert list(row.figures) == ["top-1", "top-5", "mean per class", "ECE"]
+            assert row.figures["top-1"] == entry["top1"]
+            assert row.aspect[1].figures == {
+                "top-1": entry["by_aspect"][1]["top1"],
+                "top-5": entry["by_aspect"][1]["top5"],
+            }
+        else:
+            assert row.figures["I→T R@5"] == entry["image_to_text"]["R@5"]
+            assert row.figures["T→I median"] == 3.5
+            assert row.size[0].figures["T→I R@1"] == entry["by_size"][0]["text_to_image"]["R@1"]
+    assert read.own is read.rows[0]
+    assert (read.images, read.others, read.has_baselines) == (1200, 30, True)
+
+
+def damaged_results():
+    yield "neither", {}
+    yield "neither", []
+    yield "neither", None
+    yield "views", {"top1": 0.5}
+    for kind in ("zeroshot", "retrieval"):
+        needed = ["views", "images", "skipped", "classes" if kind == "zeroshot" else "captions"]
+        for key in needed:
+            result = make_result(kind)
+            del result[key]
+            yield key, result
+        for key in ("label", "mean_tokens", "own", "view"):
+            result = make_result(kind)
+            del result["views"][1][key]
+            yield key, result
+        for path, value in (
+            (("views",), []),
+            (("views",), 3),
+            (("views", 0), None),
+            (("views", 0, "mean_tokens"), "many"),
+            (("views", 0, "by_size"), [{}]),
+            (("baselines", 0), {"model": "x"}),
+            (("baselines",), 5),
+            (("skipped",), 1),
+            (("images",), "x"),
+        ):
+            result = make_result(kind)
+            place = result
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            yield "damaged result", result
+
+
+@pytest.mark.parametrize(("named", "result"), list(damaged_results()))
+def test_damaged_results_are_one_line(named, result, tmp_path):
+    for use in (
+        lambda: draw_curve(tmp_path / "c.png", result),
+        lambda: write_report(tmp_path / "r.html", result),
+        lambda: zeroshot_table(result),
+    ):
+        with pytest.raises(UserError, match=named) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Axes
+
+
+def test_axes_have_round_ticks_within_and_keep_the_order():
+    rng = random.Random(0)
+    for _ in range(300):
+        count, spread = rng.randint(1, 6), rng.choice([0.0, 0.001, 1, 3])
+        values = [10 ** rng.uniform(-2, 4) * 10 ** rng.uniform(0, spread) for _ in range(count)]
+        if spread == 0:
+            values = values[:1] * count
+        axis = cost_axis(values)
+        places = [axis.place(value) for value in sorted(values)]
+        assert all(0 <= place <= 1 for place in places)
+        assert places == sorted(places)
+        assert all(-1e-6 <= axis.place(tick) <= 1 + 1e-6 for tick in axis.ticks if tick > 0)
+        assert 1 <= len(axis.ticks) <= 9
+        assert list(axis.ticks) == sorted(set(axis.ticks))
+        shares = [rng.random() for _ in range(count)] + rng.choice([[], [0.0], [1.0]])
+        axis = share_axis(shares)
+        assert all(0 <= axis.place(share) <= 1 for share in shares)
+        assert all(0 <= tick <= 1 for tick in axis.ticks)
+
+
+def test_labels_keep_clear_of_each_other_and_of_points():
+    rng = random.Random(1)
+    shown = 0
+    for _ in range(200):
+        points = [(rng.uniform(0, 300), rng.uniform(0, 200)) for _ in range(rng.randint(1, 12))]
+        labels = [rng.choice(["64", "native", "224²"]) for _ in points]
+        centres = place_labels(
+            points, labels, [points], width=6, height=12, gap=8, bounds=(300, 200)
+        )
+        boxes = [
+            (x - 3 * len(label), y - 6, x + 3 * len(label), y + 6)
+            for centre, label in zip(centres, labels, strict=True)
+            if centre
+            for x, y in [centre]
+        ]
+        shown += len(boxes)
+        for left, top, right, bottom in boxes:
+            assert left >= 0
+            assert top >= 0
+            assert right <= 300
+            assert bottom <= 200
+            assert not any(left < x < right and top < y < bottom for x, y in points)
+        for a, b in itertools.combinations(boxes, 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    assert shown > 600  # of about 1,300: most find a place
+
+
+# The curve
+
+
+@KINDS
+def test_lines_join_the_right_views_in_order_of_cost(kind):
+    result = make_result(kind)
+    random.Random(2).shuffle(result["views"])
+    result["views"][0]["flops_per_image"] = None
+    missing = result["views"][0]["label"]
+    read = read_result(result)
+    main = ("top-1", "top-5") if kind == "zeroshot" else ("I→T R@1", "T→I R@1")
+    for (_, cost), without in zip(COSTS, ({}, {missing}), strict=True):
+        found = {
+            (line.series, line.figure, line.rows[0].kind == "square"): [r.label for r in line.rows]
+            for line in lines_of(read, cost)
+        }
+        expected = {}
+        for series, figure in itertools.product(range(3), main):
+            packed = ["64", "256", "native"] if series == 0 else []
+            squares = ["224²", "336²"] if series == 0 else ["224²"]
+            for square, labels in ((False, packed), (True, squares)):
+                labels = [x for x in labels if series or x not in without]
+                if labels:
+                    expected[series, figure, square] = labels
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("zeroshot", {}),
+        ("retrieval", {"views": VIEWS[:1], "baselines": 0}),
+        ("zeroshot", {"views": [("capped", n) for n in range(1, 40)], "baselines": 9}),
+    ],
+)
+def test_a_curve_is_a_picture_written_whole(kind, options, tmp_path):
+    result = make_result(kind, **options)
+    path = tmp_path / "new" / "curve.png"
+    draw_curve(path, result)
+    assert [p.name for p in path.parent.iterdir()] == ["curve.png"]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        colours = {tuple(c[:3]) for _, c in picture.convert("RGB").getcolors(1 << 24)}
+    blue, orange = (0x25, 0x63, 0xEB), (0xC2, 0x57, 0x0C)
+    assert blue in colours
+    assert (orange in colours) == bool(result["baselines"])
+
+
+def test_a_curve_without_costs_or_figures(tmp_path):
+    result = make_result("zeroshot", baselines=0)
+    for entry in result["views"]:
+        entry["flops_per_image"] = None
+    result["views"][0]["top5"] = math.nan
+    draw_curve(tmp_path / "a.png", result)
+    for entry in result["views"]:
+        entry["top1"] = entry["top5"] = None
+    draw_curve(tmp_path / "b.png", result)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        draw_curve(tmp_path / "file" / "c.png", result)
+
+
+# Tables
+
+
+@KINDS
+@pytest.mark.parametrize("baselines", [0, 2])
+def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
+    result = make_result(kind, baselines=baselines)
+    table = (zeroshot_table if kind == "zeroshot" else retrieval_table)(result)
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == "skipped: unreadable_image 3"
+    assert f"1,200 images, 30 {'classes' if kind == 'zeroshot' else 'captions'}" in lines[0]
+    entries = [e for b in result["baselines"] for e in b["views"]]
+    body = lines[-2 - len(VIEWS) - len(entries) : -2]
+    for line, entry in zip(body, [*result["views"], *entries], strict=True):
+        assert entry["label"] + (" *" if entry["own"] else "") in line
+        words = line.split()
+        for value in figures_of(entry, kind):
+            assert f"{value:.1%}" in words
+        assert ("3.5" in words) == (kind == "retrieval")
+    assert ("ViT-B-32" in table or "weights" in table) == bool(baselines)
+    assert ("runs/a/model" in table) == bool(baselines)
+
+
+def test_a_summary_lists_results_reports_and_pictures(tmp_path, capsys):
+    for name, kind in (("zeroshot", "zeroshot"), ("retrieval_coco", "retrieval")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(make_result(kind)))
+    for name in ("b.html", "a.html", "curve.png", "other.txt"):
+        (tmp_path / name).write_text("")
+    assert run("summary", tmp_path) == 0
+    printed = capsys.readouterr().out
+    order = ["Zero-shot: 1,200", "Retrieval: 1,200", "a.html", "b.html", "curve.png"]
+    places = [printed.index(word) for word in order]
+    assert places == sorted(places)
+    assert "other.txt" not in printed
+    (tmp_path / "zeroshot.json").write_bytes(b"\xff\xfe{")
+    assert run("summary", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "zeroshot.json" in line
+
+
+def test_a_summary_leaves_out_what_the_trainer_wrote(tmp_path):
+    result = make_result("zeroshot")
+    (tmp_path / "zeroshot.json").write_text(json.dumps(result))
+    (tmp_path / "zeroshot-step-00000010.json").write_text("")
+    first, *rest = zeroshot_table(result).splitlines()
+    assert summarise(tmp_path).splitlines() == [f"{first} (zeroshot.json)", *rest]

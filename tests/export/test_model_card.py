@@ -1,0 +1,157 @@
+"""The model card: what the files and the run say, in the Hub's format, and no secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from navit_clip import NaViTCLIP
+from navit_clip.errors import UserError
+from navit_clip.export.card import write_card
+from navit_clip.training.config import parse_config
+
+
+@pytest.fixture
+def directory(model_dir: Path, tmp_path: Path) -> Path:
+    """A run's export, without its run."""
+    target = tmp_path / "shapes-b16" / "model"
+    NaViTCLIP.from_pretrained(model_dir).save_pretrained(target)
+    return target
+
+
+def split(directory: Path) -> tuple[dict[str, Any], str]:
+    """The header's values, and the rest."""
+    _, header, body = (directory / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(header), body
+
+
+def rows(body: str) -> dict[str, str]:
+    """First to second cell of all tables."""
+    cells = [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("|")]
+    return {row[0]: row[1] for row in cells if len(row) == 2}
+
+
+def write_run(run_dir: Path, **data: object) -> None:
+    """What a training run leaves, its configuration written by the trainer's own parser."""
+    flags = {
+        "run_dir": run_dir,
+        "steps": 30,
+        "tokenizer.kind": "open_clip",
+        "optim.lr": 0.002,
+        "seed": 5,
+        **{f"data.{name}": value for name, value in data.items()},
+    }
+    _, resolved = parse_config([word for k, v in flags.items() for word in (f"--{k}", str(v))])
+    (run_dir / "config.yaml").write_text(resolved)
+    lines = [{"step": 10 * i, "loss": 3.0 / i, "pairs": 1000, "logit_scale": 14.3} for i in (1, 2)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run_dir / "metrics.jsonl").write_text(text + '{"step": 30, "lo')  # cut by a kill
+
+
+def test_a_card_without_a_run(directory):
+    header, body = split(directory)
+    assert header["library_name"] == "navit-clip"
+    assert header["pipeline_tag"] == "zero-shot-image-classification"
+    assert "license" not in header  # the user's choice
+    assert ModelCard.load(directory / "README.md").data.to_dict() == header
+    assert body.startswith("\n# ")
+    model = NaViTCLIP.from_pretrained(directory)
+    table = rows(body)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert table["parameters"] == f"{count / 1e6:.1f}M"
+    assert table["embedding"] == "8 numbers"
+    assert "patches of 8×8" in table["image tower"]
+    assert table["images"].startswith("at most 12 patches")
+    assert table["texts"].startswith("at most 16 of ")
+    for heading in ("## Training", "## Evaluation"):
+        assert heading not in body
+
+
+def test_a_card_of_a_run(directory):
+    run_dir = directory.parent
+    write_run(run_dir, train="shards/{00..11}.tar", captions='{"txt": 1.0, "json.alt": 0.5}')
+    write_card(directory, run_dir)
+    _, body = split(directory)
+    assert "# shapes-b16\n" in body
+    table = rows(body)
+    assert table["data"] == "`shards/{00..11}.tar`"
+    assert table["captions"] == "txt, json.alt"
+    assert table["steps"] == "20"
+    assert table["pairs seen"] == "2,000"
+    assert table["last loss"] == "1.5"
+    assert table["optimiser"].startswith("lr 0.002")
+    assert table["seed"] == "5"
+    assert "## Evaluation" not in body
+
+
+def test_results_and_pictures_are_told(directory):
+    run_dir = directory.parent
+    (run_dir / "eval").mkdir()
+    zeroshot = {"top1": 0.5125, "top5": 0.875, "images": 1200, "classes": 10, "max_tokens": 12}
+    recall = {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "median_rank": 4}
+    retrieval = {"image_to_text": recall, "text_to_image": recall, "images": 5, "captions": 25}
+    (run_dir / "eval/zeroshot.json").write_text(json.dumps(zeroshot))
+    (run_dir / "eval/retrieval.json").write_text(json.dumps(retrieval))
+    (run_dir / "eval/curve.png").write_bytes(b"a picture")
+    write_card(directory, run_dir)
+    _, body = split(directory)
+    assert rows(body)["top-1"] == "51.2%"
+    assert rows(body)["top-5"] == "87.5%"
+    assert "1,200 images, 10 classes, at most 12 patches" in body
+    assert "| image to text | 25.0% | 50.0% | 75.0% |" in body
+    assert "![curve](curve.png)" in body
+    assert (directory / "curve.png").read_bytes() == b"a picture"
+    NaViTCLIP.from_pretrained(directory)  # the picture disturbs nothing
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "https://user:secret@host/a/{0..9}.tar?token=secret#secret",
+            "`https://host/a/{0..9}.tar`",
+        ),
+        ("pipe:curl -H secret https://host/a.tar", "the output of a command"),
+        ("train.txt", "`train.txt`"),
+    ],
+)
+def test_what_may_be_secret_is_not_told(directory, source, told):
+    write_run(directory.parent, train=source, allow_commands="true")
+    write_card(directory, directory.parent)
+    _, body = split(directory)
+    assert rows(body)["data"] == told
+    assert "secret" not in body
+
+
+def test_a_mix_is_told_by_name(directory):
+    mix = {"web": {"shards": ["a.tar", "b.tar"]}, "coco": {"shards": "pipe:secret", "weight": 2}}
+    write_run(directory.parent, mix=json.dumps(mix), allow_commands="true")
+    write_card(directory, directory.parent)
+    table = rows(split(directory)[1])
+    assert table["data"] == "web: `a.tar`, web: `b.tar`, coco: the output of a command"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\x00", "{data: 3}", "a: [", "null"])
+def test_a_run_of_odd_files_still_gets_a_card(directory, content):
+    run_dir = directory.parent
+    (run_dir / "eval").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "eval/zeroshot.json", "eval/retrieval.json"):
+        (run_dir / name).write_text(content)
+    write_card(directory, run_dir)
+    assert split(directory)[0]["library_name"] == "navit-clip"
+
+
+def test_a_pipe_in_a_value_does_not_break_the_table(directory):
+    write_run(directory.parent, train="a|b.tar")
+    write_card(directory, directory.parent)
+    assert "| data | `a\\|b.tar` |" in split(directory)[1]
+
+
+def test_no_model_no_card(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write the model card of .*config\.json"):
+        write_card(tmp_path)

@@ -1,0 +1,381 @@
+"""The Python API: any image in any form, the same vectors as one image at a time by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from image_cases import cmyk_and_ycck, sideways_file
+from PIL import Image
+from shard_factory import encode, photo
+
+from navit_clip import NaViTCLIP
+from navit_clip.data.decode import EncodedImage
+from navit_clip.data.sizing import fit_grid
+from navit_clip.errors import UserError
+from navit_clip.export.pretrained import Preprocess, load_pretrained
+from navit_clip.inference import api as encode_module
+from navit_clip.inference import embed as embedding
+from navit_clip.inference.embed import embed_images, embed_texts, size_image
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
+
+PATCH, BUDGET = 8, 12  # of the model in conftest
+RNG = np.random.default_rng(0)
+SIZES = [
+    (1, 1), (1, 300), (300, 1), (8, 8), (7, 9), (90, 31),
+    *(tuple(RNG.integers(1, 120, 2)) for _ in range(17)), (40, 60),
+]  # fmt: skip
+ARRAYS = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+TEXTS = ["a red square", "", "blue", "a photo of a green circle on the left " * 3, "red"]
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> NaViTCLIP:
+    return NaViTCLIP.from_pretrained(model_dir)
+
+
+def by_hand(
+    model: NaViTCLIP, pixels: np.ndarray, max_tokens: int = BUDGET, square: bool = False
+) -> torch.Tensor:
+    """One image: resized by Pillow, cut by loops, alone in its stream."""
+    height, width, _ = pixels.shape
+    rows, columns = fit_grid(height, width, PATCH, max_tokens, 16)
+    if square:
+        rows = columns = math.isqrt(max_tokens)
+    resized = np.asarray(
+        Image.fromarray(pixels).resize((columns * PATCH, rows * PATCH), Image.Resampling.BICUBIC)
+    )
+    coords = [(row, column) for row in range(rows) for column in range(columns)]
+    patches = [
+        resized[r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH].reshape(-1)
+        for r, c in coords
+    ]
+    image = ImagePatches(np.stack(patches), np.array(coords, dtype=np.int32), (rows, columns))
+    with torch.no_grad():
+        return model.image_projection(model.image(pack_images([image])))[0]
+
+
+def text_by_hand(model: NaViTCLIP, text: str) -> torch.Tensor:
+    assert model.tokenizer is not None
+    with torch.no_grad():
+        ids = model.tokenizer.encode(text, model.config.text.context_length)
+        return model.text_projection(model.text(pack_texts([ids])))[0]
+
+
+@pytest.fixture
+def small_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many forward passes, many windows, groups of labels that the templates do not divide."""
+    monkeypatch.setattr(embedding, "STREAM_TOKENS", 25)
+    monkeypatch.setattr(encode_module, "_WINDOW", 5)
+    monkeypatch.setattr(encode_module, "_PROMPTS", 5)
+
+
+# Images
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.usefixtures("small_streams")
+def test_images_are_embedded_as_each_alone_and_in_their_order(model, normalize):
+    expected = torch.stack([by_hand(model, pixels) for pixels in ARRAYS])
+    if normalize:
+        expected = F.normalize(expected, dim=-1)
+    actual = model.encode_image(ARRAYS, normalize=normalize)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert actual.dtype == torch.float32
+    reverse = model.encode_image(ARRAYS[::-1], normalize=normalize)
+    torch.testing.assert_close(reverse.flip(0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_default_streams_give_the_same(model):
+    expected = F.normalize(torch.stack([by_hand(model, pixels) for pixels in ARRAYS]), dim=-1)
+    torch.testing.assert_close(model.encode_image(ARRAYS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_form_of_an_image_gives_the_same_vector(model, tmp_path):
+    pixels = ARRAYS[-1]
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+    forms = [
+        pixels,
+        pixels[:, ::-1][:, ::-1],  # not contiguous
+        Image.fromarray(pixels),
+        Image.open(path),
+        path.read_bytes(),
+        path,
+        str(path),
+        channels_first,
+        channels_first / 255,
+        (channels_first / 255).double().requires_grad_(),
+        (channels_first / 255).half(),
+    ]
+    vectors = model.encode_image(forms)
+    for index, vector in enumerate(vectors):
+        torch.testing.assert_close(vector, vectors[0], rtol=1e-5, atol=1e-6, msg=f"form {index}")
+    reference = F.normalize(by_hand(model, pixels), dim=-1)
+    torch.testing.assert_close(vectors[0], reference, rtol=1e-4, atol=1e-5)
+
+
+def test_grey_and_opacity_in_arrays_and_tensors(model):
+    grey = ARRAYS[-1][..., 0]
+    opaque = np.dstack([ARRAYS[-1], np.full_like(grey, 255)])
+    invisible = np.dstack([ARRAYS[-1], np.zeros_like(grey)])
+    expected = model.encode_image(
+        [np.dstack([grey] * 3), ARRAYS[-1], np.full_like(ARRAYS[-1], 255)]
+    )
+    for forms in (
+        [grey, opaque, invisible],
+        [grey[..., None], opaque, invisible],
+        [torch.from_numpy(np.atleast_3d(a)).permute(2, 0, 1) for a in (grey, opaque, invisible)],
+        [torch.from_numpy(grey), opaque, invisible],
+    ):
+        torch.testing.assert_close(model.encode_image(forms), expected, rtol=1e-5, atol=1e-6)
+
+
+def odd_files() -> dict[str, bytes]:
+    base = photo(5, 40, 56)
+    rng = np.random.default_rng(0)
+    alpha = Image.fromarray(rng.integers(0, 256, (40, 56), dtype=np.uint8))
+    palette = base.quantize(16)
+    deep = Image.fromarray(rng.integers(0, 65536, (40, 56), dtype=np.uint16))
+    cmyk, ycck, _ = cmyk_and_ycck()
+    files = {
+        "grey": encode(base.convert("L"), "PNG"),
+        "one bit": encode(base.convert("1"), "PNG"),
+        "16-bit": encode(deep, "PNG"),
+        "palette": encode(palette, "PNG"),
+        "transparent palette": encode(palette, "PNG", transparency=3),
+        "grey with opacity": encode(Image.merge("LA", (base.convert("L"), alpha)), "PNG"),
+        "opacity": encode(Image.merge("RGBA", (*base.split(), alpha)), "PNG"),
+        "cmyk": cmyk,
+        "ycck": ycck,
+    }
+    upright = np.asarray(base)
+    for orientation in range(1, 9):
+        files[f"exif {orientation}"] = sideways_file(upright, orientation, "PNG")
+    return files
+
+
+def test_pillow_images_of_every_mode_are_read_as_their_files_are(model):
+    files = odd_files()
+    opened = model.encode_image([Image.open(io.BytesIO(data)) for data in files.values()])
+    encoded = model.encode_image(files.values())
+    for name, actual, expected in zip(files, opened, encoded, strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6), name
+    turned = [i for i, name in enumerate(files) if name.startswith("exif")]
+    assert torch.allclose(encoded[turned], encoded[turned[:1]], atol=1e-6)
+
+
+def test_files_are_seen_as_the_harnesses_see_them(model, model_dir):
+    pretrained = load_pretrained(model_dir)
+    files = [encode(photo(i, 30 + i, 90 - i), "JPEG") for i in range(4)]
+    sized = [size_image(EncodedImage(data), model.config.image, BUDGET) for data in files]
+    assert torch.equal(model.encode_image(files), embed_images(pretrained, sized))
+    assert torch.equal(model.encode_text(TEXTS), embed_texts(pretrained, TEXTS))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4, 30])
+def test_a_budget_of_the_callers(model, max_tokens):
+    expected = torch.stack([by_hand(model, pixels, max_tokens) for pixels in ARRAYS])
+    actual = model.encode_image(ARRAYS, max_tokens=max_tokens, normalize=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_squares_squashes(model):
+    squares = copy.copy(model)
+    squares.preprocess = Preprocess(9, square=True)
+    expected = torch.stack([by_hand(model, pixels, 9, square=True) for pixels in ARRAYS])
+    actual = squares.encode_image(ARRAYS, normalize=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_streams")
+def test_an_iterator_is_not_held_as_a_whole(model, monkeypatch):
+    pulled, seen = 0, []
+
+    def images():
+        nonlocal pulled
+        for pixels in ARRAYS:
+            pulled += 1
+            yield pixels
+
+    embed = model.embed_images
+    monkeypatch.setattr(
+        model, "embed_images", lambda packed: (seen.append(pulled), embed(packed))[1]
+    )
+    expected = F.normalize(torch.stack([by_hand(model, pixels) for pixels in ARRAYS]), dim=-1)
+    torch.testing.assert_close(model.encode_image(images()), expected, rtol=1e-4, atol=1e-5)
+    # At 12 tokens an image, a stream of 25 is left over at most from the window before.
+    assert seen[0] <= 2 * 5
+    assert len(seen) > 4
+
+
+def test_nothing_in_nothing_out(model):
+    assert model.encode_image([]).shape == (0, 8)
+    assert model.encode_text([]).shape == (0, 8)
+    assert model.similarity([], []).shape == (0, 0)
+    assert model.similarity(ARRAYS[:2], []).shape == (2, 0)
+    assert model.classify([], ["a", "b"]).shape == (0, 2)
+
+
+GOOD = ARRAYS[-1]
+PNG = encode(Image.fromarray(GOOD), "PNG")
+BAD_IMAGES = {
+    "a number": (3, "int is no image: give a PIL image"),
+    "nothing": (None, "NoneType is no image"),
+    "float array": (GOOD / 255, "array of float64: give uint8"),
+    "integers": (GOOD.astype(np.int64), "array of int64: give uint8"),
+    "channels first": (GOOD.transpose(2, 0, 1)[:, :7, :9], r"array of shape \(3, 7, 9\): give \[H"),
+    "two channels": (GOOD[..., :2], "give \\[H, W, 3\\]"),
+    "a line": (GOOD[0, :, 0], "give \\[H, W, 3\\]"),
+    "four axes": (GOOD[None], "give \\[H, W, 3\\]"),
+    "an empty array": (GOOD[:0], "no pixels"),
+    "channels last": (torch.from_numpy(GOOD), r"tensor of shape .* give \[3, H, W\]"),
+    "an empty tensor": (torch.zeros(3, 0, 4), "no pixels"),
+    "normalised": (torch.linspace(-2, 2, 48).view(3, 4, 4), "values from -2 to 2: give \\[0, 1\\]"),
+    "0 to 255 as floats": (torch.full((3, 4, 4), 255.0), "values from 255 to 255"),
+    "not numbers": (torch.full((3, 4, 4), math.nan), "values from nan to nan"),
+    "long integers": (torch.zeros(3, 4, 4, dtype=torch.int64), "tensor of torch.int64"),
+    "floating mode": (Image.new("F", (4, 4)), "mode F"),
+    "no path": ("/nowhere/at.jpg", "No such file or directory: '/nowhere/at.jpg'"),
+    "no file": (Path("/"), "cannot read it: .*directory"),
+    "not an image": (b"<html>", "no known format"),
+    "empty bytes": (b"", "no known format"),
+    "cut bytes": (PNG[: len(PNG) // 2], "truncated"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_what_is_no_image_is_named_by_its_index(model, case):
+    bad, reason = BAD_IMAGES[case]
+    with pytest.raises(ValueError, match=rf"images\[2\]: .*{reason}") as caught:
+        model.encode_image([GOOD, PNG, bad, GOOD])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pillow_image_of_a_damaged_file_is_named(model):
+    with pytest.raises(ValueError, match=r"images\[0\]: .*truncated"):
+        model.encode_image([Image.open(io.BytesIO(PNG[: len(PNG) // 2]))])
+
+
+@pytest.mark.parametrize("one", [GOOD, "photo.jpg", PNG, Path("x"), Image.fromarray(GOOD)])
+def test_one_image_is_no_list_of_images(model, one):
+    with pytest.raises(ValueError, match="images must be a list"):
+        model.encode_image(one)
+
+
+def test_a_batch_of_images_in_one_tensor_is_a_list(model):
+    batch = torch.from_numpy(np.stack([GOOD, GOOD[::-1]])).permute(0, 3, 1, 2)
+    assert torch.equal(model.encode_image(batch), model.encode_image([GOOD, GOOD[::-1]]))
+
+
+def test_a_budget_of_nothing(model):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        model.encode_image([GOOD], max_tokens=0)
+
+
+# Texts
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.usefixtures("small_streams")
+def test_texts_are_embedded_as_each_alone_and_in_their_order(model, normalize):
+    expected = torch.stack([text_by_hand(model, text) for text in TEXTS])
+    if normalize:
+        expected = F.normalize(expected, dim=-1)
+    actual = model.encode_text(iter(TEXTS), normalize=normalize)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [3, None, b"bytes", ["nested"]])
+def test_what_is_no_text_is_named_by_its_index(model, bad):
+    with pytest.raises(ValueError, match=r"texts\[1\]: .* is no string"):
+        model.encode_text(["a", bad])
+
+
+def test_one_text_is_no_list_of_texts(model):
+    with pytest.raises(ValueError, match="texts must be a list of strings, got one str"):
+        model.encode_text("a photo")
+
+
+# Both
+
+
+def test_similarity_is_the_cosine_of_every_pair(model):
+    actual = model.similarity(ARRAYS[:5], TEXTS)
+    for i, pixels in enumerate(ARRAYS[:5]):
+        for j, text in enumerate(TEXTS):
+            expected = F.cosine_similarity(by_hand(model, pixels), text_by_hand(model, text), dim=0)
+            assert actual[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("templates", [None, ["{}"], ["a {}", "the {}, a {}", "{} alone"]])
+@pytest.mark.usefixtures("small_streams")
+def test_classification_is_a_softmax_over_mean_prompts(model, templates):
+    labels = ["red square", "dot", "blue", "stripes"]
+    actual = model.classify(ARRAYS[:3], labels, templates)
+    for i, pixels in enumerate(ARRAYS[:3]):
+        image = F.normalize(by_hand(model, pixels), dim=0).double().numpy()
+        logits = []
+        for label in labels:
+            prompts = [t.replace("{}", label) for t in templates or ["a photo of a {}."]]
+            mean = sum(F.normalize(text_by_hand(model, p), dim=0).double().numpy() for p in prompts)
+            logits.append(model.log_scale.exp().item() * image @ mean / np.linalg.norm(mean))
+        expected = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(actual[i], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "labels is empty"),
+        ((["a"], []), "templates is empty"),
+        ((["a"], ["{}", "a photo"]), r"templates\[1\] has no {} for the label: 'a photo'"),
+        ((["a", 2],), r"labels\[1\]: int is no string"),
+        (("dog",), "labels must be a list"),
+        ((["a"], "a {}"), "templates must be a list"),
+    ],
+)
+def test_labels_and_templates_that_make_no_sense(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.classify([GOOD], *arguments)
+
+
+def test_a_model_that_was_built_says_what_it_lacks(model):
+    bare = NaViTCLIP(model.config)
+    with pytest.raises(UserError, match=r"no preprocess .*: give max_tokens"):
+        bare.encode_image([GOOD])
+    assert bare.encode_image([GOOD], max_tokens=4).shape == (1, 8)
+    with pytest.raises(UserError, match="no tokenizer: load it with"):
+        bare.encode_text(["a"])
+
+
+def test_a_linear_probe_can_be_trained_on_the_vectors(model):
+    vectors = model.encode_image(ARRAYS[:4])
+    assert not vectors.requires_grad
+    probe = torch.nn.Linear(8, 2)
+    F.cross_entropy(probe(vectors), torch.tensor([0, 1, 0, 1])).backward()
+    assert probe.weight.grad is not None
+
+
+def test_a_model_in_half_precision_gives_float32(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    vectors = half.encode_image(ARRAYS)
+    assert vectors.dtype == torch.float32
+    assert F.cosine_similarity(vectors, model.encode_image(ARRAYS)).min() > 0.98
+    assert half.classify(ARRAYS[:2], ["a", "b"]).dtype == torch.float32
+
+
+def test_the_package_names_its_model():
+    import navit_clip
+
+    assert navit_clip.NaViTCLIP is NaViTCLIP
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = navit_clip.nothing

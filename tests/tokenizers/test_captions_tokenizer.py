@@ -1,0 +1,315 @@
+"""Captions and their tokens: drawn by weight, refused when unreadable, never without an end."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from shard_factory import CAPTIONS, write_shard, write_tar
+
+from navit_clip.data.captions import choose_caption, find_captions
+from navit_clip.data.decode import SkipSampleError
+from navit_clip.errors import UserError
+from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
+from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
+from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
+from navit_clip.tools import train_tokenizer as training
+
+
+def as_json(**fields: object) -> bytes:
+    return json.dumps(fields).encode()
+
+
+# Captions
+
+
+def test_captions_of_a_member_and_of_json_fields():
+    members = {
+        "txt": b"  one caption\n",
+        "text": "Grüße aus Köln".encode(),
+        "json": as_json(captions=[" a ", "", "  ", "b", 3, None], title="t", width=640, url=None),
+    }
+    assert find_captions(members, "txt") == ["one caption"]
+    assert find_captions(members, "text") == ["Grüße aus Köln"]
+    assert find_captions(members, "json.captions") == ["a", "b"]
+    assert find_captions(members, "json.title") == ["t"]
+    for absent in ("json.width", "json.url", "json.none", "cls", "cls.field"):
+        assert find_captions(members, absent) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "members"),
+    [
+        ("txt", {"txt": b"\xff\xfe caption"}),
+        ("json.a", {"json": b"\xff{}"}),
+        ("json.a", {"json": b"{"}),
+        ("json.a", {"json": b""}),
+        ("json.a", {"json": b"[1, 2]"}),
+        ("json.a", {"json": b'"text"'}),
+        ("json.a", {"json": b'{"a": ' + b"1" * 5000 + b"}"}),
+        ("json.a", {"json": b"[" * 100_000}),
+        ("json.a", {"json": b'{"a": "half a \\ud83d character"}'}),
+    ],
+)
+def test_unreadable_captions_are_refused_with_their_source(source, members):
+    with pytest.raises(SkipSampleError) as caught:
+        find_captions(members, source)
+    assert caught.value.reason == "bad_caption"
+    assert source in str(caught.value)
+
+
+@pytest.mark.parametrize("members", [{}, {"txt": b""}, {"txt": b" \n"}, {"json": b'{"txt": "x"}'}])
+def test_a_sample_without_a_caption(members):
+    with pytest.raises(SkipSampleError) as caught:
+        choose_caption(members, {"txt": 1.0, "json.alt": 1.0}, np.random.default_rng(0))
+    assert caught.value.reason == "no_caption"
+    assert "txt, json.alt" in str(caught.value)
+
+
+def shares(members, weights, draws=8000):
+    rng = np.random.default_rng(0)
+    counts = Counter(choose_caption(members, weights, rng) for _ in range(draws))
+    return {caption: n / draws for caption, n in counts.items()}
+
+
+def assert_shares(found, expected, draws=8000):
+    assert set(found) == set(expected)
+    for caption, share in expected.items():
+        assert abs(found[caption] - share) < 4 * math.sqrt(share * (1 - share) / draws)
+
+
+MEMBERS = {"txt": b"alt", "json": as_json(ocr=["x", "y"], title="title")}
+
+
+def test_sources_are_drawn_by_weight_and_captions_evenly_within():
+    found = shares(MEMBERS, {"txt": 3.0, "json.ocr": 2.0, "json.title": 1.0})
+    assert_shares(found, {"alt": 3 / 6, "x": 1 / 6, "y": 1 / 6, "title": 1 / 6})
+
+
+def test_absent_sources_leave_their_weight_to_the_others():
+    found = shares(MEMBERS, {"txt": 3.0, "json.none": 100.0, "json.title": 1.0})
+    assert_shares(found, {"alt": 3 / 4, "title": 1 / 4})
+
+
+def test_the_same_generator_draws_the_same_captions():
+    weights = {"txt": 1.0, "json.ocr": 1.0}
+    draws = [
+        [choose_caption(MEMBERS, weights, rng) for _ in range(30)]
+        for rng in (np.random.default_rng(3), np.random.default_rng(3))
+    ]
+    assert draws[0] == draws[1]
+
+
+# SentencePiece
+
+
+def test_sentencepiece_ids_are_the_models_and_end_with_the_end(tokenizer, tokenizer_path):
+    pieces = SentencePieceProcessor(model_file=str(tokenizer_path))
+    for caption in CAPTIONS:
+        assert tokenizer.encode(caption, 1000) == [*pieces.encode(caption), pieces.eos_id()]
+    assert tokenizer.vocab_size == pieces.vocab_size()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 20))
+def test_any_text_keeps_its_end_and_the_context(tokenizer, text, context):
+    ids = tokenizer.encode(text, context)
+    whole = tokenizer.encode(text, 10_000)
+    assert 1 <= len(ids) <= context
+    assert ids[-1] == whole[-1] == tokenizer.encode("", 1)[-1]
+    assert ids[:-1] == whole[: context - 1][: len(ids) - 1]
+    assert max(ids) < tokenizer.vocab_size
+    assert len(ids) == min(len(whole), context)
+
+
+def test_a_tokenizer_works_in_another_process(tokenizer):
+    for one in (tokenizer, OpenClipTokenizer()):
+        again = pickle.loads(pickle.dumps(one))
+        assert again.encode(CAPTIONS[0], 20) == one.encode(CAPTIONS[0], 20)
+
+
+# open_clip
+
+
+TEXTS = (
+    *CAPTIONS,
+    "",
+    "  Upper CASE,   spaces &amp; entities  ",
+    "naïve café 東京 🐈",
+    "word " * 200,
+    "don't &amp;amp;lt; we'LL 100% 'ſ",
+    "tab\tfile\x1cseparator\x85line\u2028separator\u3000ideographic \ufeff\u200b",
+)
+
+
+@pytest.mark.parametrize("context", [8, 16, 77])
+def test_open_clip_ids_are_its_own_without_the_padding(context):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    ours, theirs = OpenClipTokenizer(), SimpleTokenizer()
+    assert ours.vocab_size == theirs.vocab_size
+    for text, row in zip(TEXTS, theirs(list(TEXTS), context).tolist(), strict=True):
+        end = row.index(theirs.eot_token_id)
+        assert ours.encode(text, context) == row[: end + 1]
+
+
+def test_a_caption_of_100_kb_without_a_space_takes_no_minutes():
+    # open_clip's encoding takes time quadratic in the length of a word.
+    letters = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 100_000)))
+    tokenizer = OpenClipTokenizer()
+    ids = tokenizer.encode(letters, 77)
+    assert len(ids) == 77
+    assert ids[:70] == tokenizer.encode(letters[:400], 77)[:70]
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "open_clip"])
+def test_a_saved_tokenizer_gives_the_same_ids(kind, tokenizer_path, tmp_path):
+    built = build_tokenizer(TokenizerConfig(kind, str(tokenizer_path)))
+    built.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.vocab_size == built.vocab_size
+    assert [loaded.encode(text, 20) for text in TEXTS] == [built.encode(text, 20) for text in TEXTS]
+
+
+def test_a_tokenizer_needs_nothing_but_its_own_directory(tokenizer, tmp_path):
+    (tmp_path / "a").mkdir()
+    tokenizer.save(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_tokenizer(tmp_path / "b").encode(CAPTIONS[0], 9) == tokenizer.encode(CAPTIONS[0], 9)
+
+
+def test_sentencepiece_needs_a_path():
+    with pytest.raises(ValueError, match=r"path.*train_tokenizer"):
+        TokenizerConfig("sentencepiece")
+
+
+def test_a_missing_model_file_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"no\.model.*train_tokenizer"):
+        SentencePieceTokenizer(tmp_path / "no.model")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        SentencePieceTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\0" * 200])
+def test_a_wrong_model_file_is_named(content, tmp_path):
+    (tmp_path / "wrong.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"wrong\.model"):
+        SentencePieceTokenizer(tmp_path / "wrong.model")
+
+
+def test_a_model_without_an_end_piece_is_refused(tmp_path):
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(tmp_path / "endless"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match=r"endless\.model has no end-of-sentence piece"):
+        SentencePieceTokenizer(tmp_path / "endless.model")
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{}", "[]", "null", '{"kind": "other"}', '{"kind": ["sentencepiece"]}']
+)
+def test_a_damaged_tokenizer_description_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_description_without_its_model_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
+# Training a model
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    return write_shard(
+        tmp_path / "shards" / "0.tar",
+        {
+            **{
+                str(i): {"txt": text.encode(), "json": as_json(more=["zebra zebra"])}
+                for i, text in enumerate(CAPTIONS)
+            },
+            "bad": {"txt": b"\xff", "json": b"{"},
+        },
+    )
+
+
+def train(*words: object) -> int:
+    try:
+        training.main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_training_reads_every_source_and_passes_over_bad_captions(captioned, tmp_path, capsys):
+    output = tmp_path / "new" / "t.model"
+    flags = ("--shards", captioned.parent, "--vocab-size", 64, "--output", output)
+    assert train(*flags) == 0
+    assert "pieces" in capsys.readouterr().out
+    without = SentencePieceTokenizer(output)
+    assert train(*flags, "--captions", "txt", "json.more") == 0
+    both = SentencePieceTokenizer(output)
+    unknown = SentencePieceProcessor(model_file=str(output)).unk_id()
+    assert unknown in without.encode("zebra", 20)
+    assert unknown not in both.encode("zebra", 20)
+    assert unknown not in both.encode(CAPTIONS[0], 50)
+
+
+def test_training_twice_gives_the_same_model(captioned, tmp_path):
+    models = []
+    for name in ("a.model", "b.model"):
+        train("--shards", captioned, "--vocab-size", 64, "--output", tmp_path / name)
+        models.append((tmp_path / name).read_bytes())
+    assert models[0] == models[1]
+
+
+def test_training_keeps_what_was_readable_of_a_truncated_shard(captioned, tmp_path):
+    data = captioned.read_bytes()
+    captioned.write_bytes(data[: len(data) // 2 // 512 * 512 + 100])
+    output = tmp_path / "t.model"
+    assert train("--shards", captioned, "--vocab-size", 64, "--output", output) == 0
+    unknown = SentencePieceProcessor(model_file=str(output)).unk_id()
+    assert unknown not in SentencePieceTokenizer(output).encode(CAPTIONS[0], 50)
+
+
+@pytest.mark.parametrize(
+    ("named", "flags"),
+    [
+        ("nowhere", {"--shards": "nowhere"}),
+        ("json.none", {"--captions": "json.none"}),
+        ("--vocab-size", {"--vocab-size": 3}),
+        ("SentencePiece cannot train 9 pieces", {"--vocab-size": 9}),
+        ("cannot write", {"--output": "{shard}/t.model"}),
+        ("no caption found", {"--shards": "{empty}"}),
+    ],
+)
+def test_mistakes_in_training_are_one_line(named, flags, captioned, tmp_path, capsys):
+    empty = write_tar(tmp_path / "empty.tar", [])
+    values = {"--shards": captioned, "--vocab-size": 64, "--output": tmp_path / "t.model", **flags}
+    words = [
+        str(word).format(shard=captioned, empty=empty) for item in values.items() for word in item
+    ]
+    assert train(*words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train_tokenizer: error: ")
+    assert named in error

@@ -1,0 +1,333 @@
+"""Looking at shards: figures against a slow count, skips as training counts them, the picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loader_cases import CONFIG, ONE_BY_ONE, take
+from PIL import Image
+from shard_factory import (
+    CAPTIONS,
+    HTML,
+    SIZES,
+    encode,
+    make_shards,
+    photo,
+    png_of_size,
+    sample,
+    write_shard,
+    write_tar,
+)
+
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.mixture import Sources
+from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.packed.images import ImagePatches
+from navit_clip.tools.inspect.__main__ import main
+from navit_clip.tools.inspect.filling import measure_filling
+from navit_clip.tools.inspect.patches import draw_on_grid
+from navit_clip.tools.inspect.picture import draw_batch
+from navit_clip.tools.inspect.survey import survey_shards
+
+BAD = {
+    "page": {"jpg": HTML, "txt": b"a page"},
+    "cut": {"jpg": encode(photo(1, 300, 300), "JPEG")[:2000], "txt": b"cut"},
+    "huge": {"png": png_of_size(30_000, 30_000), "txt": b"huge"},
+    "mute": {"png": encode(photo(2, 20, 20))},
+    "blank": {"png": encode(photo(2, 20, 20)), "txt": b" \n"},
+    "latin": {"png": encode(photo(2, 20, 20)), "txt": b"caf\xe9"},
+    "words": {"txt": b"no image"},
+}
+
+YAML = """
+steps: 10
+optim: {{lr: 1.0e-3}}
+tokenizer: {{path: {tokenizer}}}
+model:
+  image: {{patch_size: 8, position: {{max_side: 64}}}}
+  text: {{vocab_size: 64, context_length: 12}}
+data:
+  train: {train}
+  resolution: {{min_side: 16, max_side: 48, max_tokens: 24}}
+  drop: {{kind: beta, rate: 0.3}}
+  budget: {{image_tokens: 128, text_tokens: 96, max_pairs: 6}}
+  shuffle_buffer: 7
+  workers: 3
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.format(tokenizer=tokenizer_path, train="nowhere"))
+    return path
+
+
+def inspect(*words: object) -> int:
+    return main([*map(str, words), "--workers", "1"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line with which a command is refused."""
+    with pytest.raises(SystemExit) as stop:
+        inspect(*words)
+    assert stop.value.code == 2
+    return next(
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("inspect: error: ")
+    )
+
+
+# Figures
+
+
+def test_figures_without_a_config(tmp_path, capsys):
+    make_shards(tmp_path / "shards", [5, 3])
+    numbers = [0, 1, 2, 3, 4, 100, 101, 102]
+    assert inspect(tmp_path / "shards", "--output", tmp_path / "a/b.json") == 0
+    found = json.loads((tmp_path / "a/b.json").read_text())
+    assert (found["shards"], found["samples"], found["usable"]) == (2, 8, 8)
+    assert found["formats"] == {"png": 8}
+    assert found["skipped"] == {}
+    heights, widths = np.array([SIZES[n % len(SIZES)] for n in numbers]).T
+    captions = [CAPTIONS[n % len(CAPTIONS)] for n in numbers]
+    expected = {
+        "width": widths,
+        "height": heights,
+        "side": np.sqrt(widths * heights),
+        "aspect": widths / heights,
+        "image_kb": np.array([len(sample(n)["png"]) for n in numbers]) / 1000,
+        "captions": np.ones(8),
+        "characters": np.array([len(c) for c in captions]),
+        "words": np.array([len(c.split()) for c in captions]),
+    }
+    assert found["distributions"].keys() == expected.keys()
+    for name, values in expected.items():
+        assert found["distributions"][name] == pytest.approx(
+            {
+                "min": values.min(),
+                "p5": np.quantile(values, 0.05),
+                "median": np.median(values),
+                "p95": np.quantile(values, 0.95),
+                "max": values.max(),
+                "mean": values.mean(),
+            }
+        )
+    table = capsys.readouterr().out
+    assert re.search(r"^usable +8  100.0%  \(png 8\)$", table, re.MULTILINE)
+    header, *rows = [line for line in table.splitlines() if line.startswith(("IMAGES", "width"))]
+    assert len(header) == len(rows[0])  # columns are aligned
+
+
+def test_several_captions_and_a_tokenizer(tmp_path, tokenizer, tokenizer_path):
+    texts = [CAPTIONS[0], CAPTIONS[6]]
+    members = {**sample(0), "json": json.dumps({"captions": texts}).encode()}
+    shard = write_shard(tmp_path / "0.tar", {"a": members})
+    inspect(shard, "--captions", "json.captions", "--tokenizer", tokenizer_path, "--output",
+            tmp_path / "out.json")  # fmt: skip
+    found = json.loads((tmp_path / "out.json").read_text())
+    lengths = [len(tokenizer.encode(text, 1000)) for text in texts]
+    assert found["distributions"]["captions"]["mean"] == 2
+    assert found["distributions"]["text_tokens"]["max"] == max(lengths)
+    assert found["distributions"]["text_tokens"]["mean"] == np.mean(lengths)
+    assert found["captions_cut"] == np.mean([n > found["context_length"] for n in lengths])
+
+
+def test_skips_are_counted_as_training_counts_them(tmp_path, builder):
+    # Each shard ends with a good sample, so a batch per good one has met all that is bad.
+    shards = [
+        write_shard(tmp_path / "0.tar", {"a": sample(0), **BAD, "b": sample(1)}),
+        write_shard(tmp_path / "1.tar", {**BAD, "c": sample(2)}),
+    ]
+    build = builder(shards, **ONE_BY_ONE)
+    training = sum((batch.counts.skipped for batch in take(build, 3)), Counter())
+    survey = survey_shards(Sources.find(build.config), build)
+    assert survey.skipped == training
+    assert survey.skipped.total() == 2 * len(BAD)
+    assert (survey.samples, survey.usable) == (2 * len(BAD) + 3, 3)
+    assert any("0/page: unreadable_image" in line for line in survey.skip_log)
+
+
+def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, builder):
+    (whole,) = make_shards(tmp_path, [6])
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    build = builder([whole, cut])
+    survey = survey_shards(Sources.find(build.config), build)
+    assert survey.skipped == {"bad_shard": 1}
+    assert 6 < survey.usable < 12
+
+
+def test_figures_do_not_depend_on_workers(tmp_path, builder):
+    build = builder(make_shards(tmp_path, [4, 1, 6]))
+    sources = Sources.find(build.config)
+    alone, together = (survey_shards(sources, build, workers=n) for n in (1, 2))
+    assert alone.columns.keys() == together.columns.keys()
+    for name, column in alone.columns.items():
+        np.testing.assert_array_equal(column, together.columns[name])
+
+
+def test_max_samples_takes_from_every_shard(tmp_path, builder):
+    build = builder(make_shards(tmp_path, [9, 9, 9]))
+    survey = survey_shards(Sources.find(build.config), build, max_samples=8)
+    expected = [
+        SIZES[(100 * s + i) % len(SIZES)][1] for s, n in enumerate((3, 3, 2)) for i in range(n)
+    ]
+    assert survey.columns["width"].tolist() == expected
+
+
+# Packing
+
+
+def test_filling_is_what_training_packs(tmp_path, builder):
+    build = builder(make_shards(tmp_path, [12, 9]))
+    filling = measure_filling(Sources.find(build.config), build, 21)
+    expected = take(build, len(filling.batches))
+    assert [b.pairs for b in filling.batches] == [b.counts.pairs for b in expected]
+    before = sum(b.counts.pairs for b in expected[:-1])
+    assert before < 21 <= before + expected[-1].counts.pairs
+    tokens = sum(sum(b.images.segments.lengths[: len(b.ids)]) for b in expected)
+    budget = CONFIG.budget.image_tokens * len(expected)
+    assert filling.image_padding == pytest.approx(1 - tokens / budget)
+    pairs = np.array([len(b.ids) for b in expected])
+    assert filling.pairs_cv == pytest.approx(pairs.std() / pairs.mean())
+
+    first = expected[0]
+    order = first.images.order.tolist()
+    assert [pair.id for pair in filling.pairs] == [
+        first.ids[order.index(place)] for place in range(len(first.ids))
+    ]
+    texts = {
+        f"{s:05d}/{i}": CAPTIONS[(100 * s + i) % len(CAPTIONS)] for s in (0, 1) for i in range(12)
+    }
+    assert [pair.caption for pair in filling.pairs] == [texts[pair.id] for pair in filling.pairs]
+    for pair in filling.pairs:
+        assert pair.image_length == first.images.segments.lengths[pair.place]
+        assert pair.text_tokens == first.texts.segments.lengths[pair.text_place]
+
+
+def test_packing_of_a_config(tmp_path, config, capsys):
+    make_shards(tmp_path / "shards", [20, 20])
+    words = (tmp_path / "shards", "--config", config, "--output", tmp_path / "out.json")
+    inspect(*words)
+    found = json.loads((tmp_path / "out.json").read_text())
+    packing = found["packing"]
+    assert packing["image_budget"] == 128
+    assert packing["image_tokens"] == pytest.approx(128 * (1 - packing["image_padding"]))
+    assert packing["text_tokens"] == pytest.approx(96 * (1 - packing["text_padding"]))
+    assert packing["pairs"]["max"] <= 6
+    assert packing["image_tokens"] < packing["image_tokens_before_drop"]
+    assert found["distributions"]["tokens"]["max"] <= 24
+    assert found["context_length"] == 12
+    assert "pairs per batch" in capsys.readouterr().out
+
+
+def test_a_config_may_name_the_shards(tmp_path, tokenizer_path, capsys):
+    make_shards(tmp_path / "shards", [3])
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML.format(tokenizer=tokenizer_path, train=tmp_path / "shards"))
+    inspect("--config", path, "--max-samples", 2)
+    printed = capsys.readouterr().out
+    assert re.search("^samples +2$", printed, re.MULTILINE)
+    assert "some stand in it several times" in printed
+
+
+# The picture
+
+
+def test_picture_of_a_batch(tmp_path, config):
+    make_shards(tmp_path / "shards", [20, 20])
+    inspect(tmp_path / "shards", "--config", config, "--picture", tmp_path / "a/b.png")
+    with Image.open(tmp_path / "a/b.png") as picture:
+        assert picture.format == "PNG"
+        assert 1000 < picture.width < 2000
+        assert 300 < picture.height < 3000
+        pixels = np.asarray(picture.convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500  # photos, not a blank page
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ONE_BY_ONE,
+        {"drop": DropConfig(kind="none")},
+        {"resolution": ResolutionConfig(mode="native", max_tokens=64)},
+    ],
+)
+def test_picture_of_every_kind_of_batch(tmp_path, builder, fields):
+    long = {"png": encode(photo(3, 1, 4000)), "txt": ("x" * 100_000).encode()}
+    shard = write_shard(tmp_path / "0.tar", {"long": long, "a": sample(0), "b": sample(1)})
+    build = builder([shard], **fields)
+    filling = measure_filling(Sources.find(build.config), build, 3)
+    draw_batch(filling, "a test", tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.height < 3000
+
+
+def test_kept_patches_are_drawn_where_they_were():
+    rng = np.random.default_rng(0)
+    patches = rng.integers(0, 256, (3, 4 * 4 * 3), dtype=np.uint8)
+    coords = np.array([[0, 0], [0, 2], [1, 1]], np.int32)
+    pixels = np.asarray(draw_on_grid(ImagePatches(patches, coords, (2, 3)), blank=200))
+    assert pixels.shape == (8, 12, 3)
+    for row in range(2):
+        for column in range(3):
+            window = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            kept = np.flatnonzero((coords == (row, column)).all(axis=1))
+            expected = patches[kept[0]].reshape(4, 4, 3) if len(kept) else 200
+            assert (window == expected).all()
+
+
+# A user's mistakes
+
+
+def test_wrong_paths_and_empty_shards(tmp_path, capsys):
+    assert "no shard found at" in refused(capsys, tmp_path / "none.tar")
+    assert "no shards given" in refused(capsys)
+    empty = write_tar(tmp_path / "empty.tar", [])
+    assert f"no sample in 1 shard(s), the first one {empty}" in refused(capsys, empty)
+    (tmp_path / "page.tar").write_bytes(HTML)
+    assert "page.tar: not a tar" in refused(capsys, tmp_path / "page.tar")
+    (shard,) = make_shards(tmp_path, [1])
+    assert "--max-samples must be at least 1" in refused(capsys, shard, "--max-samples", 0)
+    assert "no tokenizer at" in refused(capsys, shard, "--tokenizer", tmp_path / "none.model")
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, shard, "--output", tmp_path / "file" / "out.json")
+    assert "cannot write --output" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: [1\n", "is not YAML"),
+        ("steps: 3\n", "has no data section"),
+        ("data: {workrs: 3}\ntokenizer: {kind: open_clip}\n", "workrs"),
+        ("data: {look_ahead: 0}\ntokenizer: {kind: open_clip}\n", "look_ahead must be at least 1"),
+        ("data: {look_ahead: many}\ntokenizer: {kind: open_clip}\n", "look_ahead"),
+        ("data: {look_ahead: 3}\n", "names no tokenizer"),
+        ("data: {look_ahead: 3}\ntokenizer: {kind: sentencepiece}\n", "path must name"),
+    ],
+)
+def test_bad_configs(tmp_path, capsys, text, message):
+    (shard,) = make_shards(tmp_path, [1])
+    (tmp_path / "run.yaml").write_text(text)
+    line = refused(capsys, shard, "--config", tmp_path / "run.yaml")
+    assert "run.yaml" in line
+    assert message in line
+
+
+def test_budgets_that_no_pair_fits(tmp_path, config, capsys):
+    (shard,) = make_shards(tmp_path, [3])
+    config.write_text(config.read_text().replace("text_tokens: 96", "text_tokens: 2"))
+    assert "cannot pack with this configuration" in refused(capsys, shard, "--config", config)
+
+
+def test_only_unusable_samples(tmp_path, config, capsys):
+    shard = write_shard(tmp_path / "0.tar", BAD)
+    assert inspect(shard, "--config", config) == 0
+    assert re.search("^usable +0  0.0%$", capsys.readouterr().out, re.MULTILINE)
+    assert "nothing to draw" in refused(capsys, shard, "--picture", tmp_path / "a.png")

@@ -1,0 +1,380 @@
+"""The generated data set: true captions, recognisable pictures, clean splits, stable files."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from navit_clip.tools.shapes import scene as scenes
+from navit_clip.tools.shapes.__main__ import main
+from navit_clip.tools.shapes.captions import full_caption, training_captions
+from navit_clip.tools.shapes.render import BACKGROUND_RGB, OBJECT_RGB, render
+from navit_clip.tools.shapes.scene import Attributes, Description, Scene
+from navit_clip.tools.shapes.write import (
+    retrieval_descriptions,
+    retrieval_sample,
+    train_sample,
+    zeroshot_sample,
+)
+
+SMALL = ["--train", "23", "--shard-size", "10", "--zeroshot-per-class", "1", "--retrieval", "12"]
+
+SIZE_OF = {"small": "small", "little": "small", "large": "large", "big": "large"}
+TEXTURE_OF = {"stripes": "striped", "dots": "dotted", "checks": "checkered"}
+OBJECT = re.compile(
+    rf"an? (?:({'|'.join(SIZE_OF)}) )?(?:({'|'.join(scenes.TEXTURES)}) )?"
+    rf"(?:({'|'.join(scenes.COLOURS)}) )?({'|'.join(scenes.SHAPES)})"
+    rf"(?: with ({'|'.join(TEXTURE_OF)}))?"
+)
+
+
+def sample_scenes(count: int) -> list[tuple[Scene, np.random.Generator]]:
+    result = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        result.append((scenes.lay_out(scenes.sample_description(rng), rng), rng))
+    return result
+
+
+def mentioned(caption: str) -> list[tuple[str | None, str | None, str | None, str]]:
+    return [
+        (SIZE_OF.get(size), TEXTURE_OF.get(noun, texture or None), colour or None, shape)
+        for size, texture, colour, shape, noun in OBJECT.findall(caption)
+    ]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_objects_lie_inside_and_apart():
+    for scene, _ in sample_scenes(1000):
+        for o in scene.objects:
+            assert o.side / 2 <= o.x <= scene.width - o.side / 2
+            assert o.side / 2 <= o.y <= scene.height - o.side / 2
+        for a, b in itertools.combinations(scene.objects, 2):
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.side + b.side) / 2
+
+
+def test_every_scene_of_several_objects_has_a_clear_relation():
+    for scene, _ in sample_scenes(1000):
+        pairs = list(itertools.combinations(scene.objects, 2))
+        assert not pairs or any(scenes.relation(a, b) for a, b in pairs)
+
+
+def test_image_sizes():
+    drawn = [scene for scene, _ in sample_scenes(2000)]
+    sides = np.array([(scene.width, scene.height) for scene in drawn])
+    aspect = sides.max(axis=1) / sides.min(axis=1)
+    assert sides.min() >= 48
+    assert sides.max() <= 320
+    assert aspect.max() <= 3.0
+    assert 0.4 < (aspect > 1.2).mean() < 0.6
+    assert 0.4 < (sides[:, 0] > sides[:, 1]).mean() < 0.6
+    counts = Counter(len(scene.objects) for scene in drawn)
+    shares = [counts[n] / len(drawn) for n in (1, 2, 3)]
+    np.testing.assert_allclose(shares, scenes.OBJECT_COUNT_WEIGHTS, atol=0.04)
+
+
+def test_small_and_large_do_not_meet():
+    extents: dict[str, list[float]] = {"small": [], "large": []}
+    for scene, _ in sample_scenes(500):
+        for o in scene.objects:
+            extents[o.attributes.size].append(o.side / (scene.width * scene.height) ** 0.5)
+    assert min(extents["large"]) > 1.04 * max(extents["small"])
+
+
+def test_full_captions_name_everything():
+    for scene, rng in sample_scenes(500):
+        expected = sorted((a.size, a.texture, a.colour, a.shape) for a in scene.description.objects)
+        for _ in range(5):
+            caption = full_caption(scene, rng)
+            assert sorted(mentioned(caption)) == expected, caption
+            assert f"{scene.background} background" in caption
+
+
+def test_training_captions_are_several_short_and_different():
+    for scene, rng in sample_scenes(500):
+        captions = training_captions(scene, rng)
+        assert len(set(captions)) == len(captions) == 5
+        for caption in captions:
+            assert 3 <= len(caption.split()) <= 30, caption
+            assert caption == caption.lower()
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption), caption
+
+
+def test_every_caption_is_true():
+    for scene, rng in sample_scenes(500):
+        for caption in training_captions(scene, rng):
+            for background in scenes.BACKGROUNDS:
+                if f"{background} background" in caption:
+                    assert background == scene.background
+            named = mentioned(caption)
+            objects = []
+            for words in named:
+                fitting = [
+                    o
+                    for o in scene.objects
+                    if all(
+                        word in (None, actual)
+                        for word, actual in zip(
+                            words,
+                            (
+                                o.attributes.size,
+                                o.attributes.texture,
+                                o.attributes.colour,
+                                o.attributes.shape,
+                            ),
+                            strict=True,
+                        )
+                    )
+                ]
+                assert fitting, caption
+                objects.append(fitting)
+            # Between the first two objects named stands their relation, if one is stated.
+            gaps = OBJECT.split(caption)
+            clean = [gaps[i] for i in range(0, len(gaps), OBJECT.groups + 1)]
+            for number, text in enumerate(clean[1:-1], start=1):
+                holds = {
+                    "left of": lambda a, b: b.x - a.x > abs(a.y - b.y),
+                    "right of": lambda a, b: a.x - b.x > abs(a.y - b.y),
+                    "above": lambda a, b: b.y - a.y > abs(a.x - b.x),
+                    "below": lambda a, b: a.y - b.y > abs(a.x - b.x),
+                    "under": lambda a, b: a.y - b.y > abs(a.x - b.x),
+                }
+                for phrase, true in holds.items():
+                    if phrase in text:
+                        assert any(true(a, b) for a in objects[0] for b in objects[number]), caption
+
+
+def nearest(pixel: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
+    return min(table, key=lambda name: np.abs(np.array(table[name]) - pixel).sum())
+
+
+@pytest.mark.parametrize(("colour", "shape"), scenes.CLASSES)
+def test_colours_can_be_read_from_the_picture(colour, shape):
+    for background in scenes.BACKGROUNDS:
+        rng = np.random.default_rng(0)
+        description = Description(background, (Attributes("small", "plain", colour, shape),))
+        scene = scenes.lay_out(description, rng)
+        pixels = np.asarray(render(scene, rng)).astype(int)
+        assert pixels.shape == (scene.height, scene.width, 3)
+        placed = scene.objects[0]
+        everything = {**BACKGROUND_RGB, **OBJECT_RGB}
+        # The middle of a ring is background; its band lies at 0.8 of the radius.
+        right = 0.4 * placed.side if shape == "ring" else 0.0
+        assert nearest(pixels[int(placed.y), int(placed.x + right)], everything) == colour
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert nearest(np.median(edge, axis=0), everything) == background
+
+
+def test_object_colours_contrast_with_backgrounds_and_each_other():
+    for a, b in itertools.combinations({**BACKGROUND_RGB, **OBJECT_RGB}.values(), 2):
+        if not (a in BACKGROUND_RGB.values() and b in BACKGROUND_RGB.values()):
+            assert np.linalg.norm(np.subtract(a, b)) > 70
+
+
+def test_textures_change_the_inside_of_an_object():
+    for texture in scenes.TEXTURES:
+        shares = []
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            attributes = Attributes("small", texture, "red", "square")
+            scene = scenes.lay_out(Description("white", (attributes,)), rng)
+            placed = scene.objects[0]
+            reach = placed.side / 3
+            box = (placed.x - reach, placed.y - reach, placed.x + reach, placed.y + reach)
+            inside = np.asarray(render(scene, rng).crop(tuple(round(v) for v in box)))
+            shares.append((inside[..., 0] < 160).mean())
+        if texture == "plain":
+            assert max(shares) == 0.0
+        else:
+            assert 0.1 < min(shares) < max(shares) < 0.9
+
+
+def test_retrieval_captions_fit_one_picture_only():
+    descriptions = list(itertools.islice(retrieval_descriptions(seed=0), 400))
+    for a, b in itertools.permutations(descriptions, 2):
+        if a.background == b.background:
+            assert not set(a.objects) <= set(b.objects)
+    assert {len(d.objects) for d in descriptions} == {1, 2, 3}
+
+
+def test_held_out_combinations_are_not_in_training():
+    for description in itertools.islice(retrieval_descriptions(seed=0), 200):
+        assert description.is_reserved() == (len(description.objects) > 1)
+    for index in range(300):
+        objects = tuple(
+            Attributes(*words) for words in mentioned(train_sample(0, index).captions[0])
+        )
+        for background in scenes.BACKGROUNDS:
+            assert not Description(background, objects).is_reserved()
+
+
+def test_reserved_does_not_depend_on_order_or_background():
+    drawn = (scenes.sample_description(np.random.default_rng(seed)) for seed in itertools.count())
+    description = next(d for d in drawn if len(d.objects) == 3)
+    variants = {
+        Description(background, objects).is_reserved()
+        for background in scenes.BACKGROUNDS
+        for objects in itertools.permutations(description.objects)
+    }
+    assert len(variants) == 1
+
+
+def test_zeroshot_samples_show_their_class():
+    for index, (colour, shape) in enumerate(scenes.CLASSES):
+        sample = zeroshot_sample(0, index, 3)
+        assert [words[2:] for words in mentioned(sample.captions[0])] == [(colour, shape)]
+
+
+def test_a_sample_is_a_function_of_seed_split_and_index():
+    assert train_sample(0, 7) == train_sample(0, 7)
+    description = next(retrieval_descriptions(0))
+    pictures = [
+        train_sample(0, 7),
+        train_sample(0, 8),
+        train_sample(1, 7),
+        zeroshot_sample(0, 0, 7),
+        retrieval_sample(0, 7, description),
+    ]
+    assert len({picture.data for picture in pictures}) == len(pictures)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("shapes") / "out"
+    assert main(["--output", str(output), *SMALL, "--workers", "1"]) == 0
+    return output
+
+
+def test_training_shards(written):
+    shards = sorted((written / "train").iterdir())
+    assert [shard.name for shard in shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    seen, extensions = [], set()
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}
+        for key, names in itertools.groupby(members, key=lambda name: name.split(".")[0]):
+            fields = {name.split(".")[1]: members[name] for name in names}
+            extension = next(e for e in fields if e in ("jpg", "png"))
+            assert set(fields) == {extension, "txt", "json"}
+            image, meta = Image.open(io.BytesIO(fields[extension])), json.loads(fields["json"])
+            assert image.size == (meta["width"], meta["height"])
+            assert image.format == {"jpg": "JPEG", "png": "PNG"}[extension]
+            assert fields["txt"].decode() == meta["captions"][0]
+            seen.append(key)
+            extensions.add(extension)
+    assert len(set(seen)) == len(seen) == 23
+    assert extensions == {"jpg", "png"}
+
+
+def test_zeroshot_folders(written):
+    folders = {
+        folder.name: len(list(folder.iterdir())) for folder in (written / "zeroshot").iterdir()
+    }
+    assert folders == {f"{colour}_{shape}": 1 for colour, shape in scenes.CLASSES}
+
+
+def test_retrieval_files(written):
+    coco = json.loads((written / "retrieval" / "captions.json").read_text())
+    images = {image["id"]: image for image in coco["images"]}
+    assert len(images) == len(coco["annotations"]) == 12
+    assert {a["image_id"] for a in coco["annotations"]} == set(images)
+    for image in images.values():
+        with Image.open(written / "retrieval" / "images" / image["file_name"]) as file:
+            assert file.size == (image["width"], image["height"])
+
+
+def test_files_do_not_depend_on_the_number_of_processes(written, tmp_path):
+    output = tmp_path / "two"
+    assert main(["--output", str(output), *SMALL, "--workers", "2"]) == 0
+    assert files_below(output) == files_below(written)
+
+
+def test_second_run_changes_nothing(written, capsys):
+    before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
+    assert main(["--output", str(written), *SMALL]) == 0
+    assert "already there" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == before
+
+
+def test_other_arguments_are_refused(written, capsys):
+    assert main(["--output", str(written), *SMALL, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--output" in error
+    assert error.count("\n") == 1
+
+
+def test_interrupted_output_is_regenerated(written, tmp_path):
+    output = tmp_path / "out"
+    (output / "train").mkdir(parents=True)
+    (output / "train" / "00009.tar").write_bytes(b"left over")
+    (output / "shapes.partial.json").write_text("{}")
+    assert main(["--output", str(output), *SMALL, "--workers", "1"]) == 0
+    assert files_below(output) == files_below(written)
+
+
+def test_foreign_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.tar").write_bytes(b"mine")
+    assert main(["--output", str(tmp_path), *SMALL]) == 2
+    assert "other files" in capsys.readouterr().err
+    assert files_below(tmp_path) == {"train/mine.tar": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--train", "-1"], "--train"),
+        (["--shard-size", "0"], "--shard-size"),
+        (["--zeroshot-per-class", "-1"], "--zeroshot-per-class"),
+        (["--retrieval", "-5"], "--retrieval"),
+        (["--seed", "-1"], "--seed"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_bad_values_give_one_line(arguments, named, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_a_file(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for output in (path, path / "below"):
+        assert main(["--output", str(output), *SMALL]) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert error.count("\n") == 1
+    assert path.read_text() == "mine"
+
+
+def test_empty_splits(tmp_path):
+    counts = ["--train", "0", "--zeroshot-per-class", "0", "--retrieval", "0"]
+    assert main(["--output", str(tmp_path / "out"), *counts]) == 0
+    coco = json.loads((tmp_path / "out" / "retrieval" / "captions.json").read_text())
+    assert coco == {"images": [], "annotations": []}
+
+
+def test_command_line_starts_without_torch():
+    code = "import sys, navit_clip.tools.shapes.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

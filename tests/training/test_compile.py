@@ -1,0 +1,156 @@
+"""Compiled blocks: the same results, and nothing compiled anew when only the content changes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+import torch
+from packed_examples import random_caption, random_image
+from step_cases import new_stepper, tiny_config
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from navit_clip.data.shared_batch import Parcel
+from navit_clip.models.transformer import Encoder, EncoderConfig
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.segments import PART_TOKENS, Segments
+from navit_clip.packed.texts import pack_texts
+from navit_clip.training.freeze import LockConfig
+from navit_clip.training.parallel import ParallelConfig
+
+COMPILED = ParallelConfig(compile=True)
+WARM_UP, STEPS = 3, 24
+
+
+def has_compiler() -> bool:
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    # Past the limit, blocks would silently run uncompiled.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Traces and guards as always, but generates no code, which takes most of the time."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
+    )
+
+
+def compilations() -> tuple[int, int]:
+    return counters["stats"]["unique_graphs"], counters["frames"]["total"]
+
+
+def varied_batch(seed: int) -> PackedBatch:
+    """1 to 15 pairs, padded to a budget; images of 1 to 25 patches, captions of 1 to 7 tokens.
+
+    As it arrives from a data worker, since the compiler's guards also see how tensors lie.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = 1 if seed % 7 == 0 else int(rng.integers(1, 16))
+    images = [
+        random_image(100 * seed + i, (int(r), int(c)))
+        for i, (r, c) in enumerate(rng.integers(1, 6, (pairs, 2)))
+    ]
+    captions = [
+        random_caption(100 * seed + i, int(n)) for i, n in enumerate(rng.integers(1, 8, pairs))
+    ]
+    batch = PackedBatch(
+        pack_images(images, budget=400),
+        pack_texts(captions, budget=120),
+        tuple(map(str, range(pairs))),
+        BatchCounts(pairs, 0, 0, 0, 0, 0),
+    )
+    received: PackedBatch = ForkingPickler.loads(ForkingPickler.dumps(Parcel(batch)))
+    return received
+
+
+def compiled_late(step: Callable[[int], object]) -> tuple[int, int]:
+    """Graphs and frames compiled after the first steps."""
+    for number in range(WARM_UP):
+        step(number)
+    early = compilations()
+    assert min(early) > 0, "nothing was compiled at all"
+    for number in range(WARM_UP, STEPS):
+        step(number)
+    graphs, frames = compilations()
+    return graphs - early[0], frames - early[1]
+
+
+MODEL = tiny_config().model
+UNLIKE = replace(
+    MODEL,
+    text=replace(MODEL.text, encoder=replace(MODEL.text.encoder, width=24, causal=True)),
+    image=replace(MODEL.image, pooling="cls", registers=2),
+)
+CASES = {
+    "padded": {},
+    "unlike towers, one locked in part, micro-batches": {
+        "lock": LockConfig(image=True, image_unlocked_blocks=1),
+        "accumulate": 2,
+        "precision": "bf16",
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
+    config = tiny_config(steps=1000, parallel=COMPILED, **CASES[case])
+    if "unlike" in case:
+        config = replace(config, model=UNLIKE)
+    stepper = new_stepper(config)
+
+    def step(number: int) -> None:
+        seeds = range(number * config.accumulate, (number + 1) * config.accumulate)
+        stepper.step([varied_batch(seed) for seed in seeds], number)
+
+    assert compiled_late(step) == (0, 0)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler here")
+@torch._inductor.config.patch(compile_threads=1)  # processes of its own would take seconds more
+@torch.no_grad()  # those of the backward pass take as long again to build
+def test_compiled_kernels_agree_and_are_built_once():
+    torch.manual_seed(0)
+    config = EncoderConfig(width=16, depth=2, heads=2)
+    compiled, plain = Encoder(config), Encoder(config)
+    plain.load_state_dict(compiled.state_dict())
+    compiled.compile_blocks()
+
+    def step(number: int) -> None:
+        segments = varied_batch(number).images.segments
+        x_TC = torch.randn(segments.num_tokens, 16)
+        real = segments.num_real_tokens
+        found, expected = (encoder(x_TC, segments)[:real] for encoder in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    assert compiled_late(step) == (0, 0)
+
+
+def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels, monkeypatch):
+    # Parts, in which an uncompiled encoder reads it on a processor, would be other shapes to them.
+    monkeypatch.setattr("navit_clip.models.transformer._WHOLE_ELEMENTS", 0)
+    config = EncoderConfig(width=8, depth=1, heads=2)
+    for compiled in (True, False):
+        encoder = Encoder(config)
+        if compiled:
+            encoder.compile_blocks()
+        segments = Segments.from_lengths([PART_TOKENS // 2] * 5)
+        encoder(torch.zeros(segments.num_tokens, 8), segments).sum().backward()
+        assert ("parts" in vars(segments)) is not compiled

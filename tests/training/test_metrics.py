@@ -1,0 +1,190 @@
+"""Figures of a logged step: counts, rates, cost over the machine's peak, memory."""
+
+import json
+import mmap
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from packed_examples import random_caption, random_image
+from step_cases import ALONE, tiny_config
+from tiny_run import run, tiny_flags, write_tiny_data
+
+from navit_clip.data.loader import load_batches
+from navit_clip.distributed import Ranks
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.training import mfu as accounting
+from navit_clip.training.config import parse_config
+from navit_clip.training.freeze import LockConfig
+from navit_clip.training.metrics import Window
+from navit_clip.training.mfu import Accounting, cpu_peak, gpu_peak, memory_bytes, training_flops
+from navit_clip.training.trainer import build_pair_builder
+
+TINY = tiny_config().model
+
+
+def random_batch(rng: np.random.Generator, padding: int) -> PackedBatch:
+    pairs = int(rng.integers(1, 9))
+    grids = rng.integers(1, 5, (pairs, 2)).tolist()
+    texts = rng.integers(1, 9, pairs).tolist()
+    tokens = sum(rows * columns for rows, columns in grids)
+    images = [random_image(i, (rows, columns)) for i, (rows, columns) in enumerate(grids)]
+    captions = [random_caption(i, length) for i, length in enumerate(texts)]
+    sources = Counter(rng.choice(["a", "b"], pairs).tolist())
+    counts = BatchCounts(
+        pairs, tokens, tokens + int(rng.integers(0, 20)), sum(texts), 0, 0, sources, Counter(odd=2)
+    )
+    return PackedBatch(
+        pack_images(images, budget=tokens + padding),
+        pack_texts(captions, budget=sum(texts) + padding),
+        tuple(map(str, range(pairs))),
+        counts,
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_window_of_several_batches(monkeypatch, padding):
+    rng = np.random.default_rng(padding)
+    batches = [random_batch(rng, padding) for _ in range(6)]
+    window = Window(["a", "b"], since=100.0)
+    for number, batch in enumerate(batches):
+        window.add(batch, wait=0.25, flops=1000.0 * number)
+        window.steps += number % 2  # two micro-batches a step
+    monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: 104.0)
+    counts = [batch.counts for batch in batches]
+    pairs = sum(c.pairs for c in counts)
+    images, texts = sum(c.image_tokens for c in counts), sum(c.text_tokens for c in counts)
+    before = sum(c.image_tokens_before_drop for c in counts) + texts
+    assert window.rates(ALONE) == pytest.approx(
+        {
+            "pairs": pairs,
+            "images_per_s": pairs / 4,
+            "tokens_per_s": (images + texts) / 4,
+            "image_tokens_per_s": images / 4,
+            "text_tokens_per_s": texts / 4,
+            "step_s": 4 / 3,
+            "model_flops_per_s": 15_000 / 4,
+            "padding": 12 * padding / (images + texts + 12 * padding),
+            "token_drop": 1 - (images + texts) / before,
+            "data_wait": 1.5 / 4,
+            "skipped": 12,
+            "share/a": sum(c.sources["a"] for c in counts) / pairs,
+            "share/b": sum(c.sources["b"] for c in counts) / pairs,
+        }
+    )
+
+
+def figures_of_a_rank() -> tuple[float, dict[str, float], dict[str, float]]:
+    rank = dist.get_rank()
+    accounting.cpu_peak = lambda precision: 100.0 + rank
+    accounting.memory_bytes = lambda device: 1e9 * (3 - rank)
+    ranks = Ranks(rank, dist.get_world_size(), torch.device("cpu"))
+    account = Accounting(TINY, LockConfig(), "fp32", ranks)
+    window = Window()
+    batch = random_batch(np.random.default_rng(rank), 0)
+    window.add(batch, 0.0, account.flops(batch))
+    window.steps += 1
+    rates = window.rates(ranks)
+    return account.peak, rates, account.figures(1.0)
+
+
+def test_figures_of_several_ranks():
+    ones = [random_batch(np.random.default_rng(rank), 0) for rank in range(2)]
+    for peak, rates, figures in run_ranks(figures_of_a_rank, 2):
+        assert peak == 100 + 101
+        assert figures == {"mfu": 1 / 201, "memory_gb": 3.0}
+        flops = sum(training_flops(TINY, LockConfig(), batch) for batch in ones)
+        # The ranks' clocks differ, what they count does not.
+        assert rates["model_flops_per_s"] * rates["step_s"] == pytest.approx(flops)
+        assert rates["pairs"] == sum(batch.counts.pairs for batch in ones)
+
+
+def test_no_mfu_without_a_peak(monkeypatch):
+    monkeypatch.setattr(accounting, "cpu_peak", lambda precision: 0.0)
+    monkeypatch.setattr(accounting, "memory_bytes", lambda device: 0.0)
+    account = Accounting(TINY, LockConfig(), "fp32", ALONE)
+    assert account.figures(5.0) == {}
+    assert account.describe() == "peak unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA H200 NVL", 835, 60),
+        ("NVIDIA GH200 480GB", 989, 67),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 4090", 165, 82.6),
+        ("Tesla V100-SXM2-16GB", 0, 15.7),
+        ("Tesla V100-PCIE-32GB", 0, 14),
+        # Others, and parts of one, are not guessed.
+        ("NVIDIA L40", 0, 0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0, 0),
+        ("NVIDIA GeForce RTX 4090 D", 0, 0),
+        ("NVIDIA A10", 0, 0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0, 0),
+    ],
+)
+def test_peaks_of_gpus(name, bf16, fp32):
+    assert gpu_peak(name, "bf16") == pytest.approx(bf16 * 1e12)
+    assert gpu_peak(name, "fp32") == pytest.approx(fp32 * 1e12)
+
+
+def test_the_measured_peak_of_a_processor_costs_the_run_no_random_number():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for precision in ("fp32", "bf16"):
+        assert 1e7 < cpu_peak(precision) < 1e15
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not memory_bytes(ALONE.device), reason="this system has no /proc")
+def test_memory_of_a_process():
+    before = memory_bytes(ALONE.device)
+    size = 200_000_000
+    # Not from the allocator, which may have as much left from other tests.
+    with mmap.mmap(-1, size) as held:
+        held.write(b"1" * size)
+        assert memory_bytes(ALONE.device) - before == pytest.approx(size, rel=0.1)
+
+
+def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
+    write_tiny_data(tmp_path)
+    monkeypatch.setattr(accounting, "cpu_peak", lambda precision: 5e9)
+    flags = tiny_flags(tmp_path, tmp_path / "run", 6, accumulate=2, log__every_steps=3)
+    lock = LockConfig(image=True, image_unlocked_blocks=1)
+    assert run(monkeypatch, [*flags, "--lock.image=true", "--lock.image_unlocked_blocks=1"]) == 0
+    assert "fp32, matrix products at 5 GFLOP/s, from step 0" in capsys.readouterr().out
+    config, _ = parse_config(flags)
+    loader = load_batches(build_pair_builder(config, build_tokenizer(config.tokenizer)))
+    batches = list(islice(loader, 12))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line, taken in zip(lines, (batches[:6], batches[6:]), strict=True):
+        seconds = 3 * line["step_s"]
+        flops = sum(training_flops(config.model, lock, batch) for batch in taken)
+        assert line["model_flops_per_s"] * seconds == pytest.approx(flops)
+        assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / 5e9)
+        assert line["images_per_s"] * seconds == pytest.approx(line["pairs"])
+        for side in ("image", "text"):
+            tokens = sum(getattr(batch.counts, f"{side}_tokens") for batch in taken)
+            assert line[f"{side}_tokens_per_s"] * seconds == pytest.approx(tokens)
+        assert line["memory_gb"] > 0.05
+    free = sum(
+        training_flops(config.model, replace(lock, image=False, image_unlocked_blocks=0), b)
+        for b in batches[:6]
+    )
+    assert free > lines[0]["model_flops_per_s"] * 3 * lines[0]["step_s"]

@@ -1,0 +1,143 @@
+"""Whatever way the ranks share a model, they train it like one process with all pairs."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from step_cases import ALONE, figures, new_stepper, tiny_config
+from tiny_run import tiny_flags, write_tiny_data
+
+from navit_clip.distributed import Ranks
+from navit_clip.export.pretrained import load_pretrained
+from navit_clip.training.config import parse_config
+from navit_clip.training.ema import EMAConfig
+from navit_clip.training.parallel import ParallelConfig
+from navit_clip.training.trainer import train
+
+FSDP = ParallelConfig("fsdp")
+KEPT = ParallelConfig("fsdp", reshard_after_forward=False, activation_checkpointing=True)
+AVERAGED = EMAConfig(0.9)
+FLOAT, DOUBLE = torch.float32, torch.float64
+# Configuration, precision and number of steps. In float64 what is equal shows as equal.
+CASES = {
+    2: {
+        "ddp": (tiny_config(ema=AVERAGED), FLOAT, 30),
+        "ddp, 3 micro-batches": (tiny_config(accumulate=3), FLOAT, 30),
+        "fsdp": (tiny_config(parallel=FSDP, ema=AVERAGED), FLOAT, 30),
+        "fsdp, 3 micro-batches": (
+            tiny_config(kind="sigmoid", parallel=KEPT, accumulate=3),
+            DOUBLE,
+            6,
+        ),
+        "ddp in bf16": (tiny_config(precision="bf16"), FLOAT, 3),
+        "fsdp in bf16": (tiny_config(precision="bf16", parallel=FSDP, accumulate=2), FLOAT, 3),
+    },
+    3: {
+        "ddp": (tiny_config(), FLOAT, 30),
+        # 3 does not divide the parameters' rows: shards are uneven, some of them empty.
+        "fsdp": (tiny_config(parallel=FSDP, accumulate=2, ema=AVERAGED), DOUBLE, 4),
+    },
+}
+TOLERANCE = {FLOAT: 2e-5, DOUBLE: 1e-11}
+
+
+def run_case(config, dtype, steps, ranks):
+    stepper = new_stepper(config, ranks, dtype)
+    found = figures(stepper, range(steps))
+    exported = stepper.export()
+    if exported is None:
+        return found, None
+    return found, {name: weight.numpy() for name, weight in exported.state_dict().items()}
+
+
+def run_cases(directory, runs):
+    """Every case, and `runs` of the trainer on two ranks, in one set of processes.
+
+    Starting one costs more than all its cases, so the third waits while the first two are alone.
+    """
+    rank, results = int(os.environ["RANK"]), {}
+    for world_size in (2, 3):
+        if rank >= world_size:
+            continue
+        store = f"file://{directory}/store-{world_size}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        ranks = Ranks(rank, world_size, torch.device("cpu"))
+        cases = CASES[world_size].items()
+        results[world_size] = {name: run_case(*case, ranks) for name, case in cases}
+        for flags in runs if world_size == 2 else ():
+            train(parse_config(flags)[0], {}, ranks)
+        ranks.barrier()
+        dist.destroy_process_group()
+    return results
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """Run directories: one run without a break under FSDP, one continued under FSDP, then DDP."""
+    root = tmp_path_factory.mktemp("runs")
+    write_tiny_data(root)
+    whole, parts = root / "whole", root / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    return root, whole, parts
+
+
+@pytest.fixture(scope="module")
+def results(run_dirs):
+    root, whole, parts = run_dirs
+    options = {"optim__schedule__kind": "constant", "optim__schedule__warmup_steps": 0}
+    options |= {"ema__decay": 0.5, "accumulate": 2}
+    fsdp = {"parallel__kind": "fsdp", **options}
+    runs = [
+        tiny_flags(root, whole, 3, **fsdp),
+        tiny_flags(root, parts, 1, **fsdp),
+        tiny_flags(root, parts, 2, **fsdp),
+        tiny_flags(root, parts, 3, parallel__kind="ddp", **options),
+    ]
+    found = run_ranks(run_cases, 3, str(root), runs, timeout=240, initialise=False)
+    return {n: [result[n] for result in found if n in result] for n in CASES}
+
+
+EXACT = [(n, name) for n, cases in CASES.items() for name in cases if "bf16" not in name]
+
+
+@pytest.mark.parametrize(("world_size", "name"), EXACT)
+def test_ranks_train_like_one_process_with_all_pairs(results, world_size, name):
+    config, dtype, steps = CASES[world_size][name]
+    alone = replace(config, parallel=ParallelConfig(), accumulate=1)
+    expected, expected_weights = run_case(alone, dtype, steps, ALONE)
+    for rank, result in enumerate(results[world_size]):
+        found, weights = result[name]
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE[dtype])
+        assert (weights is not None) == (rank == 0)
+    weights = results[world_size][0][name][1]
+    assert weights.keys() == expected_weights.keys()
+    for key, weight in weights.items():
+        np.testing.assert_allclose(
+            weight, expected_weights[key], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
+def test_fsdp_gathers_half_precision_blocks_and_still_agrees(results):
+    ddp, fsdp = (results[2][0][f"{kind} in bf16"][0] for kind in ("ddp", "fsdp"))
+    full = results[2][0]["ddp"][0][:3]
+    assert not np.array_equal(ddp, full, equal_nan=True), "bf16 does something"
+    np.testing.assert_allclose(fsdp, ddp, rtol=2e-2)
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").open()]
+
+
+def test_a_sharded_run_continues_and_exports_whole_weights(results, run_dirs):
+    _, whole, parts = run_dirs
+    assert losses(parts)[:2] == losses(whole)[:2], "under the same sharding bit for bit"
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
+    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,190 @@
+"""Runs that are killed or hang: what is said, and what torchrun makes of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.launch import launch, run_to_end
+from benchmarks.pairs_seen import count_pairs
+from benchmarks.survival import (
+    RANKS,
+    last_step,
+    read_losses,
+    run_agents,
+    same_weights,
+    two_ranks,
+    write_run,
+)
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+
+WATCHED = """
+import ctypes, sys, time
+from pathlib import Path
+from navit_clip.training.watchdog import StallWatch
+
+def hang_here(seconds):
+    time.sleep(seconds)
+
+with StallWatch(Path(sys.argv[1]), 3, {timeout}).watching() as watch:
+    {body}
+print("ended well")
+"""
+
+
+def watched(path, timeout, body):
+    """What a process does that is watched while it runs `body`."""
+    return subprocess.run(
+        [sys.executable, "-c", WATCHED.format(timeout=timeout, body=body), str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_stall_is_reported_with_its_stack_and_then_ended(tmp_path):
+    result = watched(tmp_path, 0.3, "watch.begin('step 17'); hang_here(60)")
+    assert result.returncode == 70
+    report = (tmp_path / "stalls/rank-3.txt").read_text()
+    for said in (result.stderr, report):
+        assert re.search(r"rank 3 stalled: no progress for \d+ s in step 17", said)
+        assert "in hang_here" in said
+        assert said.count("stalled") == 2
+    assert "ending this process if 0.3 s more pass" in report
+
+
+def test_progress_slow_parts_and_a_timeout_of_0_are_no_stalls(tmp_path):
+    body = "[(watch.begin(f'step {i}'), time.sleep(0.1)) for i in range(15)]"
+    body += "; watch.begin('the first step', slow=True); time.sleep(1.8)"
+    result = watched(tmp_path, 0.9, body)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = watched(tmp_path, 0, "watch.begin('step 1'); time.sleep(0.5)")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not (tmp_path / "stalls").exists()
+
+
+def test_a_stall_that_ends_by_itself_is_only_reported(tmp_path):
+    result = watched(tmp_path, 0.5, "watch.begin('a'); time.sleep(0.8); watch.begin('b')")
+    assert result.returncode == 0
+    assert result.stderr.count("stalled") == 1
+
+
+def test_a_call_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
+    body = "watch.begin('step 1'); ctypes.PyDLL(None).sleep(60)"
+    result = watched(tmp_path, 0.1, body)
+    assert result.returncode == 1
+    assert "Timeout" in result.stderr
+
+
+FAILING = """
+import sys, threading, time
+from navit_clip.training.watchdog import failing_at_once
+from navit_clip.errors import UserError
+
+threading.Thread(target=time.sleep, args=(float(sys.argv[2]),)).start()
+with failing_at_once(int(sys.argv[1])):
+    raise {error}("the reason")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "thread_s", "error"), [(2, 60, "OSError"), (1, 0, "OSError"), (2, 0, "UserError")]
+)
+def test_a_rank_that_fails_waits_for_no_thread(ranks, thread_s, error):
+    result = subprocess.run(
+        [sys.executable, "-c", FAILING.format(error=error), str(ranks), str(thread_s)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert f"{error}: the reason" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Flags of a short run, and the directory of an undisturbed one."""
+    root = tmp_path_factory.mktemp("survival")
+    flags = write_run(root, train=192, steps=STEPS)
+    run_to_end(two_ranks([*flags, "--run_dir", str(root / "whole")]), root / "whole.txt")
+    return flags, root / "whole"
+
+
+def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
+    flags, whole = run
+    counts = count_pairs(flags, whole, RANKS)
+    assert counts["pairs"] == sum(line[-1] for line in read_losses(whole))
+    assert counts["pairs"] > 2 * counts["pairs_in_epoch"]
+    assert counts["pairs_missing"] == counts["pairs_repeated"] == 0
+    log = whole / "pairs-1.jsonl"
+    kept = log.read_text()
+    lines = kept.splitlines()
+    lost, twice = (len(json.loads(lines[i])["ids"]) for i in (4, 7))
+    log.write_text("\n".join([*lines[:4], *lines[5:], lines[7]]))
+    counts = count_pairs(flags, whole, RANKS)
+    log.write_text(kept)
+    assert (counts["pairs_missing"], counts["pairs_repeated"]) == (lost, twice)
+
+
+def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
+    flags, whole = run
+    shards = sorted((Path(flags[1]).parent / "shapes/train").glob("*.tar"))
+    own = tmp_path / "shards"
+    own.mkdir()
+    for shard in shards:
+        os.link(shard, own / shard.name)
+    # Whoever opens this one waits for ever.
+    blocked = own / shards[5].name
+    blocked.unlink()
+    os.mkfifo(blocked)
+    run_dir = tmp_path / "run"
+    stalls = [run_dir / f"stalls/rank-{rank}.txt" for rank in (0, 1)]
+    options = ["--run_dir", str(run_dir), "--data.train", str(own), "--stall_timeout_s", "2"]
+    command = two_ranks([*flags, *options], "--max-restarts=3")
+    with launch(command, tmp_path / "output.txt") as running:
+        running.until(lambda: all(stall.exists() for stall in stalls), "a report of both ranks")
+        os.link(shards[5], own / "whole.part")
+        (own / "whole.part").rename(blocked)
+        running.until(lambda: last_step(run_dir) >= STEPS // 2, "the middle of the run")
+        os.kill(running.ranks()[1], signal.SIGKILL)
+        assert running.wait() == 0, running.tail()
+    for rank, stall in enumerate(stalls):
+        assert re.search(rf"rank {rank} stalled: no progress for \d+ s in", stall.read_text())
+        assert "trainer.py" in stall.read_text()
+    assert (tmp_path / "output.txt").read_text().count("continuing from step") >= 1
+    assert read_losses(run_dir) == read_losses(whole)
+    assert same_weights(run_dir, whole)
+    assert count_pairs(flags, run_dir, RANKS) == count_pairs(flags, whole, RANKS)
+
+
+def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):
+    flags, _ = run
+    run_dir = tmp_path / "run"
+    options = ["--run_dir", str(run_dir), "--steps", "3000", "--checkpoint.every_steps", "1000"]
+    with launch(two_ranks([*flags, *options]), tmp_path / "output.txt") as running:
+        running.until(lambda: last_step(run_dir) >= 10, "step 10")
+        # torchrun passes it on to the whole process group of each rank, data workers included.
+        running.process.send_signal(signal.SIGTERM)
+        running.wait()
+        assert "stopped at step" in running.output.read_text(), running.tail()
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name == f"step-{last_step(run_dir):08d}"
+
+
+def test_a_host_that_dies_and_comes_back(run, tmp_path):
+    flags, whole = run
+    found = run_agents(flags, tmp_path / "agents", step=STEPS // 2)
+    assert 0 < found["resumed_from"] <= found["killed_at"] + 3
+    assert read_losses(tmp_path / "agents") == read_losses(whole)
+    assert same_weights(tmp_path / "agents", whole)

@@ -1,0 +1,321 @@
+"""The trainer from the outside: what a run writes, how it continues, what a mistake prints."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import run, tiny_flags, write_tiny_data
+
+from navit_clip.export.pretrained import load_pretrained
+from navit_clip.inference.embed import embed_texts
+from navit_clip.training.config import parse_config
+from navit_clip.training.schedule import ScheduleConfig, lr_share
+from navit_clip.training.step import Stepper
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root)
+    return root
+
+
+def metrics(run_dir):
+    complete = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def losses(run_dir):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run_dir)]
+
+
+def test_a_run_writes_metrics_config_checkpoint_and_model(data, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    assert run(monkeypatch, tiny_flags(data, run_dir, 6)) == 0
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert {"loss", "lr", "logit_scale", "grad_norm", "images_per_s", "tokens_per_s"} <= set(
+            line
+        )
+        assert {"padding", "data_wait", "token_drop", "pairs", "skipped"} <= set(line)
+    assert (run_dir / "config.yaml").read_text().count("image_tokens: 96") == 1
+    assert (run_dir / "checkpoints/step-00000006/run.json").is_file()
+    pretrained = load_pretrained(run_dir / "model")
+    assert pretrained.preprocess.max_tokens == 16
+    assert embed_texts(pretrained, ["a red circle"]).shape == (1, 16)
+    assert "step 6/6: loss" in capsys.readouterr().out
+
+
+def test_the_saved_config_starts_the_same_run(data, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(monkeypatch, tiny_flags(data, first, 3))
+    code = run(monkeypatch, ["--config", str(first / "config.yaml"), "--run_dir", str(second)])
+    assert code == 0
+    assert losses(first) == losses(second)
+
+
+def test_loss_falls(data, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    flags = tiny_flags(
+        data, run_dir, 150, optim__lr=3e-3, data__budget__image_tokens=256, optim__weight_decay=0.0
+    )
+    assert run(monkeypatch, flags) == 0
+    values = [loss for _, loss, _ in losses(run_dir)]
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_finished_run_continued_for_longer_equals_an_uninterrupted_one(
+    data, tmp_path, monkeypatch, workers
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    constant = {"optim__schedule__kind": "constant", "data__workers": workers}
+    run(monkeypatch, tiny_flags(data, whole, 9, **constant))
+    for steps in (3, 6, 9):
+        assert run(monkeypatch, tiny_flags(data, parts, steps, **constant)) == 0
+    assert losses(parts) == losses(whole)
+    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_finished_run_trains_no_further(data, tmp_path, monkeypatch, capsys):
+    flags = tiny_flags(data, tmp_path / "run", 2)
+    run(monkeypatch, flags)
+    before = losses(tmp_path / "run")
+    assert run(monkeypatch, flags) == 0
+    assert losses(tmp_path / "run") == before
+    assert "continuing from step 2" in capsys.readouterr().out
+
+
+def start(flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process, run_dir, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 0)]
+)
+def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
+    data, tmp_path, monkeypatch, stop, code
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    steps, options = 400, {"checkpoint__every_steps": 4, "data__workers": 1}
+    flags = tiny_flags(data, stopped, steps, **options)
+    process = start(flags)
+    wait_for_step(process, stopped, 10)
+    process.send_signal(stop)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    # A worker whose trainer was killed in the middle of a batch may say so before it ends.
+    assert stop == signal.SIGKILL or "Traceback" not in output
+    done = len(losses(stopped))
+    assert 10 <= done < steps
+    # Compare the steps around the restart with an undisturbed run of the same length.
+    process = start(flags)
+    wait_for_step(process, stopped, done + 8)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    undisturbed = start(tiny_flags(data, whole, steps, **options))
+    wait_for_step(undisturbed, whole, done + 8)
+    undisturbed.send_signal(signal.SIGTERM)
+    undisturbed.communicate(timeout=60)
+    both = min(len(losses(stopped)), len(losses(whole)))
+    assert both >= done + 8
+    # Threads may differ between processes only in speed, so losses are equal bit for bit.
+    assert losses(stopped)[:both] == losses(whole)[:both]
+
+
+def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
+    take_step = Stepper.step
+
+    def step(stepper, batches, number, **options):
+        if number == 5:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+        return take_step(stepper, batches, number, **options)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    run_dir = tmp_path / "run"
+    options = {"data__workers": 1, "data__prefetch": 2, "checkpoint__every_steps": 4}
+    assert run(monkeypatch, tiny_flags(data, run_dir, 100, **options)) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("train: error: DataLoader worker (pid")
+    assert "lower data.workers" in line
+    assert (run_dir / "checkpoints/step-00000004/run.json").is_file()
+    assert multiprocessing.active_children() == []
+
+
+def test_wandb_offline_writes_its_files(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_dir = tmp_path / "run"
+    assert run(monkeypatch, tiny_flags(data, run_dir, 2, log__wandb="offline")) == 0
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_sigmoid_loss_trains(data, tmp_path, monkeypatch):
+    flags = tiny_flags(data, tmp_path / "run", 2, loss__kind="sigmoid", model__init_bias=-10)
+    assert run(monkeypatch, flags) == 0
+
+
+def test_print_config_shows_every_default(data, tmp_path, monkeypatch, capsys):
+    flags = tiny_flags(data, tmp_path / "run", 2)
+    assert run(monkeypatch, [*flags, "--print_config"]) == 0
+    shown = capsys.readouterr().out
+    assert "qk_norm: true" in shown
+    assert "clip_norm: 1.0" in shown
+
+
+MISTAKES = [
+    ({"data__train": "nowhere"}, "nowhere"),
+    ({"optim__lrr": 1}, "optim.lrr"),
+    ({"optim__lr": "fast"}, "optim.lr"),
+    ({"optim__lr": -1}, "optim.lr"),
+    ({"model__image__encoder__heads": 5}, "heads"),
+    ({"data__budget__image_tokens": 8}, "budget.image_tokens"),
+    ({"data__budget__text_tokens": 8}, "text_tokens"),
+    ({"tokenizer__path": "missing.model"}, "missing.model"),
+    ({"model__text__vocab_size": 16}, "vocab_size"),
+    ({"loss__kind": "sigmoid"}, "init_bias"),
+    ({"data__captions": "{json.nothing: 1.0}", "data__max_bad_samples": 5}, "no_caption"),
+    ({"config": "missing.yaml"}, "missing.yaml"),
+    ({"optim__schedule__warmup_steps": 99}, "warm-up"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), MISTAKES)
+def test_a_mistake_gets_one_line_that_names_it(data, tmp_path, monkeypatch, capsys, change, named):
+    code = run(monkeypatch, tiny_flags(data, tmp_path / "run", 4, **change))
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert named in lines[0]
+    assert lines[0].startswith("train: error: ")
+
+
+def test_a_run_directory_that_cannot_be_written(data, tmp_path, monkeypatch, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert run(monkeypatch, tiny_flags(data, blocked / "run", 2)) == 2
+    line = capsys.readouterr().err.strip()
+    assert str(blocked) in line
+    assert "\n" not in line
+
+
+def test_an_empty_shard_and_a_corrupt_image(data, tmp_path, monkeypatch, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "0.tar").write_bytes(b"")
+    flags = tiny_flags(data, tmp_path / "run", 2, data__train=shards)
+    assert run(monkeypatch, flags) == 2
+    assert "0.tar" in capsys.readouterr().err
+    good = (data / "shapes/train/00000.tar").read_bytes()
+    (shards / "1.tar").write_bytes(good)
+    broken = bytearray(good)
+    start_of_image = broken.find(b"\xff\xd8\xff")
+    broken[start_of_image : start_of_image + 400] = bytes(400)
+    (shards / "2.tar").write_bytes(broken)
+    # Enough steps for every sample to be read.
+    assert run(monkeypatch, tiny_flags(data, tmp_path / "run2", 8, data__train=shards)) == 0
+    assert sum(line["skipped"] for line in metrics(tmp_path / "run2")) >= 2
+    out = capsys.readouterr().out
+    assert "unreadable_image" in out
+    assert "bad_shard" in out
+
+
+def test_another_configuration_does_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
+    flags = tiny_flags(data, tmp_path / "run", 4, model__embed_dim=24)
+    assert run(monkeypatch, flags) == 2
+    line = capsys.readouterr().err.strip()
+    assert "step-00000002" in line
+    assert "\n" not in line
+
+
+def test_other_shards_do_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
+    shards = [str(path) for path in sorted((data / "shapes/train").glob("*.tar"))]
+    flags = tiny_flags(data, tmp_path / "run", 4, data__train=json.dumps(shards[:-1]))
+    assert run(monkeypatch, flags) == 2
+    assert "was taken with other training shards" in capsys.readouterr().err
+
+
+def test_another_number_of_workers_continues_a_run(data, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
+    flags = tiny_flags(data, tmp_path / "run", 4, data__workers=2)
+    assert run(monkeypatch, flags) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path, monkeypatch, capsys):
+    flags = tiny_flags(data, tmp_path / "run", 2)
+    run(monkeypatch, flags)
+    for path in (tmp_path / "run/checkpoints/step-00000002").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert run(monkeypatch, tiny_flags(data, tmp_path / "run", 4)) == 2
+    line = capsys.readouterr().err.strip()
+    assert "step-00000002" in line
+    assert "\n" not in line
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_pairs(data, tmp_path, monkeypatch, capsys):
+    flags = tiny_flags(
+        data, tmp_path / "run", 30, optim__lr=1e12, optim__clip_norm=0, optim__weight_decay=0
+    )
+    assert run(monkeypatch, flags) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    assert "at step" in line
+    assert "pairs 0000" in line
+
+
+def test_every_recipe_parses():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config, _ = parse_config(["--config", str(path)])
+        assert config.steps > 0
+
+
+def test_schedules():
+    cosine = ScheduleConfig("cosine", warmup_steps=10)
+    shares = [lr_share(cosine, step, 100) for step in range(100)]
+    assert shares[:10] == sorted(shares[:10])
+    assert max(shares) == shares[10] == 1.0
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert shares[-1] < 1e-3
+    rsqrt = ScheduleConfig("rsqrt", warmup_steps=10, cooldown_steps=20, timescale=30)
+    assert lr_share(rsqrt, 40, 200) == pytest.approx(2**-0.5)
+    assert lr_share(rsqrt, 199, 200) == pytest.approx((30 / (30 + 189)) ** 0.5 / 21)
+    assert lr_share(ScheduleConfig("constant"), 5, 10) == 1.0
+    assert lr_share(ScheduleConfig(final_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)

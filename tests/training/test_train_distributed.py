@@ -1,0 +1,135 @@
+"""Several ranks train like one process that is fed the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from tiny_run import tiny_flags, write_tiny_data
+
+from navit_clip.data.loader import load_batches
+from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.models.clip import NaViTCLIP
+from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.texts import pack_texts
+from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.training.config import parse_config
+from navit_clip.training.step import Stepper
+from navit_clip.training.trainer import build_pair_builder
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root)
+    return root
+
+
+def batches_of(config, rank, world_size):
+    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    loader = load_batches(build, rank=rank, world_size=world_size)
+    return [next(loader) for _ in range(STEPS)]
+
+
+def unpack(batch):
+    """The images and captions of a batch, in the order in which they were packed."""
+    images = batch.images
+    patches = images.patches.split(images.segments.lengths)
+    coords = images.coords.split(images.segments.lengths)
+    texts = batch.texts.token_ids.split(batch.texts.segments.lengths)
+    return [
+        (
+            ImagePatches(patches[i].numpy(), coords[i].numpy(), tuple(images.grids[i].tolist())),
+            texts[t].tolist(),
+        )
+        for i, t in zip(images.order.tolist(), batch.texts.order.tolist(), strict=True)
+    ]
+
+
+def merge(batches):
+    """One batch of all ranks' pairs."""
+    pairs = [pair for batch in batches for pair in unpack(batch)]
+    return PackedBatch(
+        pack_images([image for image, _ in pairs]),
+        pack_texts([ids for _, ids in pairs]),
+        ids=tuple(name for batch in batches for name in batch.ids),
+        counts=BatchCounts(len(pairs), 0, 0, 0, 0, 0),
+    )
+
+
+def train_steps(config, ranks, batches):
+    torch.manual_seed(config.seed)
+    stepper = Stepper(NaViTCLIP(config.model), config, ranks)
+    return [stepper.step([batch], step) for step, batch in enumerate(batches)]
+
+
+def train_rank(flags):
+    config, _ = parse_config(flags)
+    with join_ranks("cpu") as ranks:
+        batches = batches_of(config, ranks.rank, ranks.world_size)
+        return [
+            (r.loss, r.grad_norm, r.logit_scale) for r in train_steps(config, ranks, batches)
+        ], [batch.counts.pairs for batch in batches]
+
+
+def test_losses_of_two_ranks_equal_those_of_one_process(data, tmp_path):
+    """Through the real loader; `test_parallel` compares more ranks and ways to share the model."""
+    flags = tiny_flags(data, tmp_path / "run", STEPS, optim__lr=1e-3)
+    results = run_ranks(train_rank, 2, flags, initialise=False)
+    config, _ = parse_config(flags)
+    per_rank = [batches_of(config, rank, 2) for rank in range(2)]
+    together = [merge(batches) for batches in zip(*per_rank, strict=True)]
+    alone = train_steps(config, Ranks(0, 1, torch.device("cpu")), together)
+    counts = [pairs for _, pairs in results]
+    assert any(len(set(step)) > 1 for step in zip(*counts, strict=True)), "uneven on purpose"
+    expected = np.array([(r.loss, r.grad_norm, r.logit_scale) for r in alone])
+    for figures, _ in results:
+        np.testing.assert_allclose(np.array(figures), expected, rtol=5e-4)
+
+
+def torchrun(flags, processes=2):
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            "-m",
+            "train",
+            *flags,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def read_losses(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_torchrun_trains_stops_and_continues(data, tmp_path):
+    schedule = {"optim__schedule__kind": "constant", "data__workers": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = torchrun(tiny_flags(data, whole, 8, **schedule))
+    assert result.returncode == 0, result.stderr
+    for steps in (4, 8):
+        result = torchrun(tiny_flags(data, parts, steps, **schedule))
+        assert result.returncode == 0, result.stderr
+    assert "continuing from step 4" in result.stdout
+    assert read_losses(parts) == read_losses(whole)
+    assert (parts / "model/model.safetensors").is_file()

@@ -1,0 +1,368 @@
+"""Harnesses during training: what they report, what they keep, and that training never notices."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny_run import run, tiny_flags, write_tiny_data
+
+from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.export.pretrained import Pretrained, load_pretrained
+from navit_clip.models.clip import NaViTCLIP
+from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.training.best import BestModel
+from navit_clip.training.config import parse_config
+from navit_clip.training.evaluation import Evaluations, exported
+from navit_clip.training.metrics import Window
+from navit_clip.training.parallel import local
+from navit_clip.training.step import Stepper
+from navit_clip.training.trainer import preprocess_for
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+I2T, T2I = "image_to_text", "text_to_image"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root)
+    return root
+
+
+def retrieval(data, **more):
+    held_out = data / "shapes/retrieval"
+    files = {"images": f"{held_out}/images", "captions": f"{held_out}/captions.json"}
+    return {"kind": "retrieval", **files, **more}
+
+
+def zeroshot(data, **more):
+    files = {"data": f"{data}/shapes/zeroshot", "templates": f"{data}/shapes/templates.txt"}
+    return {"kind": "zeroshot", **files, **more}
+
+
+def flags_of(data, run_dir, steps, harnesses, **overrides):
+    options = {"eval__harnesses": json.dumps(harnesses), "eval__workers": 0}
+    options["optim__schedule__kind"] = "constant"
+    return tiny_flags(data, run_dir, steps, **{**options, **overrides})
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluated(run_dir, name):
+    """Logged figures of a harness by step, without the time they took."""
+    found = {}
+    for line in lines(run_dir):
+        figures = {key: value for key, value in line.items() if key.startswith(f"eval/{name}/")}
+        if figures:
+            assert line["step"] not in found, "logged twice"
+            figures.pop(f"eval/{name}/seconds")
+            found[line["step"]] = figures
+    return found
+
+
+def trained(run_dir):
+    """All that a run leaves of its training, but times."""
+    logged = [(v["step"], v["loss"], v["grad_norm"]) for v in lines(run_dir) if "loss" in v]
+    rank_files = sorted((run_dir / "checkpoints").glob("*/rank-0.json"))
+    weights = load_pretrained(run_dir / "model").model.state_dict()
+    return logged, [path.read_text() for path in rank_files], weights
+
+
+def same(one, other):
+    assert one[:2] == other[:2]
+    assert all(torch.equal(one[2][name], other[2][name]) for name in other[2])
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """A run without evaluation."""
+    run_dir = tmp_path_factory.mktemp("runs") / "plain"
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"checkpoint__every_steps": 2, "checkpoint__keep": 9}
+        assert run(patch, flags_of(data, run_dir, 5, {}, **options)) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def watched(data, tmp_path_factory):
+    """The same run with two harnesses."""
+    run_dir = tmp_path_factory.mktemp("runs") / "watched"
+    harnesses = {
+        "held-out": retrieval(data, every_steps=2, max_tokens=[4], square=[32]),
+        "shapes": zeroshot(data, every_steps=3),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"checkpoint__every_steps": 2, "checkpoint__keep": 9}
+        options["eval__best"] = f"held-out/4/{T2I}/R@5"
+        options["eval__workers"] = 1
+        assert run(patch, flags_of(data, run_dir, 5, harnesses, **options)) == 0
+    return run_dir
+
+
+def test_training_is_the_same_with_evaluation_and_without(plain, watched):
+    same(trained(watched), trained(plain))
+
+
+def test_each_harness_at_its_own_steps_and_at_the_last(watched):
+    assert list(evaluated(watched, "held-out")) == [2, 4, 5]
+    assert list(evaluated(watched, "shapes")) == [3, 5]
+    files = sorted(path.name for path in (watched / "eval").iterdir())
+    assert files == [f"held-out-step-{s:08d}.json" for s in (2, 4, 5)] + [
+        f"shapes-step-{s:08d}.json" for s in (3, 5)
+    ]
+
+
+def test_figures_are_those_of_the_harness_on_the_exported_model(data, watched):
+    model = PackedModel(load_pretrained(watched / "model"), "")
+    spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
+    result = evaluate(model, RetrievalSpec(**spec, max_tokens=(4,), square=(32,)), ALONE, 0)
+    figures = evaluated(watched, "held-out")[5]
+    for entry, prefix in zip(result["views"], ("4/", "", "32px/"), strict=True):
+        for way in (I2T, T2I):
+            for figure, value in entry[way].items():
+                assert figures.pop(f"eval/held-out/{prefix}{way}/{figure}") == value
+    assert figures == {}
+    spec = {k: v for k, v in zeroshot(data).items() if k != "kind"}
+    result = evaluate(model, ZeroShotSpec(**spec), ALONE, 0)
+    figures = evaluated(watched, "shapes")[5]
+    assert figures["eval/shapes/top1"] == result["top1"]
+    written = json.loads((watched / "eval/shapes-step-00000005.json").read_text())
+    assert written.pop("step") == 5
+    assert {**written, "model": ""} == result
+
+
+def test_the_best_model_is_kept(watched):
+    metric = f"held-out/4/{T2I}/R@5"
+    by_step = {s: v[f"eval/{metric}"] for s, v in evaluated(watched, "held-out").items()}
+    best = json.loads((watched / "best/best.json").read_text())
+    step = max(by_step, key=lambda s: (by_step[s], -s))
+    assert best == {"metric": metric, "value": by_step[step], "step": step}
+    files = {path.name for path in (watched / "best").iterdir()}
+    assert files == {path.name for path in (watched / "model").iterdir()} | {"best.json"}
+    load_pretrained(watched / "best")
+    assert not (watched / "best.partial").exists()
+    assert not (watched / "best.removed").exists()
+
+
+def test_a_resumed_run_evaluates_what_was_not_logged_and_nothing_else(
+    data, plain, watched, tmp_path, monkeypatch
+):
+    """As after a kill between the last checkpoint and one of its two evaluations."""
+    run_dir = tmp_path / "resumed"
+    shutil.copytree(watched, run_dir)
+    kept = [v for v in lines(run_dir) if "eval/held-out/seconds" not in v or v["step"] < 5]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in kept))
+    for path in (run_dir / "eval").iterdir():
+        path.unlink()
+    harnesses = {
+        "held-out": retrieval(data, every_steps=2, max_tokens=[4], square=[32]),
+        "shapes": zeroshot(data, every_steps=3),
+    }
+    options = {"eval__best": f"held-out/4/{T2I}/R@5", "checkpoint__every_steps": 2}
+    flags = flags_of(data, run_dir, 5, harnesses, checkpoint__keep=9, **options)
+    before = (run_dir / "best/best.json").read_text()
+    assert run(monkeypatch, flags) == 0
+    assert [path.name for path in (run_dir / "eval").iterdir()] == ["held-out-step-00000005.json"]
+    for name in ("held-out", "shapes"):
+        assert evaluated(run_dir, name) == evaluated(watched, name)
+    assert (run_dir / "best/best.json").read_text() == before
+    same(trained(run_dir), trained(plain))
+    size = (run_dir / "metrics.jsonl").stat().st_size
+    assert run(monkeypatch, flags) == 0
+    assert (run_dir / "metrics.jsonl").stat().st_size == size
+
+
+def test_the_average_is_evaluated_where_it_is_exported(data, tmp_path, monkeypatch):
+    options = {"ema__decay": 0.9, "eval__best": f"held-out/{T2I}/R@1"}
+    flags = flags_of(data, tmp_path, 3, {"held-out": retrieval(data)}, **options)
+    assert run(monkeypatch, flags) == 0
+    best, model = (load_pretrained(tmp_path / d).model.state_dict() for d in ("best", "model"))
+    assert all(torch.equal(best[name], model[name]) for name in model)
+
+
+class Watch:
+    """Notes what a stall watch is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def begin(self, what, *, slow=False):
+        self.told.append((what, slow))
+
+
+def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
+    harnesses = {"held-out": retrieval(data)}
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config, _ = parse_config(flags_of(data, tmp_path, 3, harnesses, precision=precision))
+        torch.manual_seed(0)
+        stepper = Stepper(NaViTCLIP(config.model), config, ALONE)
+        tokenizer = build_tokenizer(config.tokenizer)
+        evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
+        watch = Watch()
+        (finding,) = evaluations.run(["held-out"], 3, stepper, watch)
+        assert set(watch.told) == {("the evaluation held-out of step 3", True)}
+        assert len(watch.told) >= 3  # before it, at images, at captions
+        found[precision] = finding.values
+        assert "held-out: image_to_text R@1" in finding.line
+    pretrained = Pretrained(stepper.model.eval(), tokenizer, preprocess_for(config))
+    spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
+
+    class Half(PackedModel):
+        def embed_images(self, images):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().embed_images(images)
+
+        def embed_texts(self, texts):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().embed_texts(texts)
+
+    for precision, kind in (("fp32", PackedModel), ("bf16", Half)):
+        result = evaluate(kind(pretrained, ""), RetrievalSpec(**spec), ALONE, 0)
+        for way in (I2T, T2I):
+            for figure, value in result[way].items():
+                assert found[precision][f"eval/held-out/{way}/{figure}"] == value
+
+
+def evaluate_rank(every_flags):
+    """What ranks that share a model find, and whether anything of the training moved."""
+    found = {}
+    with join_ranks("cpu") as ranks:
+        for kind, flags in every_flags.items():
+            config, _ = parse_config(flags)
+            torch.manual_seed(config.seed)
+            stepper = Stepper(NaViTCLIP(config.model), config, ranks)
+            tokenizer = build_tokenizer(config.tokenizer)
+            evaluations = Evaluations(config, tokenizer, preprocess_for(config), ranks)
+            generator = torch.get_rng_state()
+            weights = [local(p.detach()).clone() for p in stepper.model.parameters()]
+            findings = list(evaluations.run(["held-out"], 3, stepper, Watch()))
+            after = [local(p.detach()) for p in stepper.model.parameters()]
+            still = torch.equal(generator, torch.get_rng_state()) and all(
+                torch.equal(*pair) for pair in zip(weights, after, strict=True)
+            )
+            found[kind] = [f.values for f in findings], still, exported(stepper).state_dict()
+    return found
+
+
+def test_ranks_together_find_what_one_process_finds(data, tmp_path):
+    harnesses = {"held-out": retrieval(data)}
+    every_flags = {
+        kind: flags_of(data, tmp_path, 3, harnesses, parallel__kind=kind, ema__decay=0.5)
+        for kind in ("ddp", "fsdp")
+    }
+    first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
+    config, _ = parse_config(every_flags["ddp"])
+    torch.manual_seed(config.seed)
+    stepper = Stepper(NaViTCLIP(config.model), config, ALONE)
+    tokenizer = build_tokenizer(config.tokenizer)
+    evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
+    (alone,) = evaluations.run(["held-out"], 3, stepper, Watch())
+    alone.values.pop("eval/held-out/seconds")
+    for kind in every_flags:
+        (together,) = first[kind][0]
+        together.pop("eval/held-out/seconds")
+        assert together == alone.values
+        assert second[kind][0] == []  # one rank reports
+        for _, still, weights in (first[kind], second[kind]):
+            assert still
+            assert all(torch.equal(weights[n], w) for n, w in stepper.model.state_dict().items())
+
+
+MISTAKES = [
+    ({"a": {"every_steps": 2}}, {}, "eval.harnesses.a.kind"),
+    ({"a": {"kind": "zeroshoot"}}, {}, "'zeroshoot'"),
+    ({"a": {"kind": "zeroshot"}}, {}, "eval.harnesses.a: "),
+    ({"a/b": {"kind": "zeroshot", "data": "x"}}, {}, "'a/b'"),
+    ({"a": {"kind": "zeroshot", "data": "nowhere", "image": "x"}}, {}, "image"),
+    ({"a": {"kind": "zeroshot", "data": "nowhere", "max_tokens": ["x"]}}, {}, "max_tokens"),
+    ({"a": {"kind": "zeroshot", "data": "nowhere", "every_steps": 0}}, {}, "every_steps"),
+    ({"a": {"kind": "zeroshot", "data": "nowhere"}}, {}, "nowhere"),
+    ({"a": {"kind": "retrieval"}}, {}, "data"),
+    ({"a": {"kind": "retrieval", "images": "no", "captions": "no.json"}}, {}, "no"),
+    ("retrieval", {"eval__best": "held-out/R@1"}, "'held-out/R@1'"),
+    ("retrieval", {"eval__best": f"held-out/64/{I2T}/R@1"}, f"held-out/{I2T}/R@1"),
+    ("retrieval", {"eval__workers": -1}, "eval.workers"),
+    ("square", {}, "eval.harnesses.held-out"),
+    ("empty", {}, "eval.harnesses.held-out: "),
+    ({}, {"eval__best": "a/top1"}, "eval.best"),
+]
+
+
+@pytest.mark.parametrize(("harnesses", "options", "named"), MISTAKES)
+def test_a_mistake_is_one_line_before_any_step(
+    data, tmp_path, monkeypatch, capsys, harnesses, options, named
+):
+    if harnesses == "empty":
+        (tmp_path / "images").mkdir()
+        harnesses = {"held-out": {**retrieval(data), "images": str(tmp_path / "images")}}
+    elif isinstance(harnesses, str):
+        more = {"square": [33]} if harnesses == "square" else {}
+        harnesses = {"held-out": retrieval(data, **more)}
+    run_dir = tmp_path / "run"
+    assert run(monkeypatch, flags_of(data, run_dir, 2, harnesses, **options)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("train: error: ")
+    assert named in line
+    assert len(line) < 600
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
+    clock = iter([12.0, 17.0, 20.0])
+    monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
+    window = Window(since=10.0)
+    window.pairs = window.image_tokens = window.slots = window.tokens_before_drop = 10
+    with window.paused():
+        pass
+    assert window.rates(ALONE)["images_per_s"] == 2.0
+
+
+def save_as(text):
+    def save(folder):
+        folder.mkdir()
+        (folder / "model").write_text(text)
+
+    return save
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_only_better_values_replace_the_best(tmp_path, lower):
+    sign = -1 if lower else 1
+    offers = [1.0, 1.0, 0.5, float("nan"), 2.0, float("inf"), 1.5]
+    kept = []
+    for step, value in enumerate(offers):
+        best = BestModel(tmp_path, "a/top1", lower=lower)  # anew each time: it survives a restart
+        kept.append(best.offer(sign * value, step, save_as(str(step))))
+        assert (best.value, best.step) == ((sign * 1.0, 0) if step < 4 else (sign * 2.0, 4))
+    assert kept == [True, False, False, False, True, False, False]
+    assert (tmp_path / "best/model").read_text() == "4"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    other = BestModel(tmp_path, "a/top5", lower=lower)
+    assert other.value is None
+
+
+def test_a_kill_while_the_best_is_written_leaves_a_whole_one(tmp_path):
+    best = BestModel(tmp_path, "a/top1", lower=False)
+    best.offer(1.0, 1, save_as("first"))
+
+    def killed(folder):
+        save_as("half")(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        best.offer(2.0, 2, killed)
+    again = BestModel(tmp_path, "a/top1", lower=False)
+    assert again.value == 1.0
+    assert (tmp_path / "best/model").read_text() == "first"
+    assert again.offer(3.0, 3, save_as("third"))
+    # Between the two renames: the new one is whole under its other name.
+    (tmp_path / "best").rename(tmp_path / "best.partial")
+    assert BestModel(tmp_path, "a/top1", lower=False).step == 3
+    assert (tmp_path / "best/model").read_text() == "third"
