@@ -22,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 
 Precision = Literal["fp32", "bf16"]
 RESULTS = Path(__file__).with_name("out")
@@ -96,12 +97,9 @@ def read_results(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]
     found = {}
     for name in names:
         path = folder / f"{name}.json"
-        try:
-            found[name] = json.loads(path.read_text())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+        if path.exists():
+            with reading(path, ValueError):
+                found[name] = json.loads(path.read_text())
     if not found:
         raise UserError(f"no results in {folder}: make bench, or give --results")
     return found

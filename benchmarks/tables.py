@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, read_results
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write
 
 PAGE = Path(__file__).with_name("RESULTS.md")
 Result = dict[str, Any]
@@ -340,7 +340,7 @@ def main() -> None:
     with one_line_errors("benchmarks.tables"):
         results = read_results(args.results, tuple(SECTIONS))
         page = args.output.read_text() if args.output.is_file() else "# Results\n"
-        write_whole(args.output, rewrite(page, results))
+        atomic_write(args.output, rewrite(page, results))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Writing a file so that it is there whole or not at all, whenever the writer is killed."""
+"""Files written atomically, hashed, and errors of reading and writing them in one line."""
 
 from __future__ import annotations
 
+import hashlib
+import textwrap
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from navit_clip.errors import UserError
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes beside the file and renames; readers never see a part, old content stays till then.
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes beside the file and renames: readers see the old content or all of the new one.
 
     Args:
-        path: The file.
+        path: The file; its folder must exist.
         content: Text is written as UTF-8.
 
     Raises:
@@ -18,3 +24,77 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
+
+
+def write_output(path: Path, content: str | bytes, what: object = None) -> None:
+    """Writes a file that a user asked for, see `atomic_write`; folders are made.
+
+    Args:
+        path: The file.
+        content: Text is written as UTF-8.
+        what: Its name in the error; by default `path`.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    with writing(what or path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, content)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits; takes a core about a second per gigabyte.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    # Not `hashlib.file_digest`, which Python 3.10 lacks.
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def writing(
+    what: object, *also: type[BaseException], hint: str = ""
+) -> AbstractContextManager[None]:
+    """A context that turns errors into a `UserError` "cannot write WHAT: REASON".
+
+    Args:
+        what: The path, perhaps after the flag that named it.
+        also: Exceptions other than `OSError` that mean the same.
+        hint: Put behind the reason: what to do about it.
+    """
+    return _user_errors(f"cannot write {what}", (OSError, *also), hint)
+
+
+def reading(
+    what: object, *also: type[BaseException], hint: str = ""
+) -> AbstractContextManager[None]:
+    """A context that turns errors into a `UserError` "cannot read WHAT: REASON".
+
+    Args:
+        what: The path, perhaps after what it is or the flag that named it.
+        also: Exceptions other than `OSError` that mean the same, those of a parser for example.
+        hint: Put behind the reason: what to do about it.
+    """
+    return _user_errors(f"cannot read {what}", (OSError, *also), hint)
+
+
+@contextmanager
+def _user_errors(
+    problem: str, errors: tuple[type[BaseException], ...], hint: str
+) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, KeyError):
+            reason = f"{error} is missing"
+        elif isinstance(error, FileExistsError):  # "File exists" of a folder to be made says little
+            reason = f"{error.filename} is a file"
+        else:
+            # Errors of PIL and of table parsers have no `strerror`.
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        # Weights of another model would list every tensor.
+        raise UserError(f"{problem}: {textwrap.shorten(reason, 300)}{hint}") from error

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from navit_clip.checkpoints.manifest import DamagedError, Manifest
 from navit_clip.errors import UserError
 from navit_clip.export.pretrained import Pretrained
+from navit_clip.files import reading
 from navit_clip.models.clip import NaViTCLIP
 from navit_clip.tokenizers.load import build_tokenizer, load_tokenizer
 from navit_clip.training.config import TrainConfig, parse_config
@@ -100,7 +101,8 @@ def _load(path: Path, model: NaViTCLIP, *, averaged: bool) -> None:
         state["ema"] = {
             name: torch.empty_like(parameter) for name, parameter in model.named_parameters()
         }
-    try:
+    damage = (ValueError, KeyError, RuntimeError, dcp.CheckpointException)
+    with reading(f"checkpoint {path}", *damage):
         difference = Manifest.read(path).difference(state["model"])
         if difference is not None:
             raise UserError(f"{path} is of another model than config.yaml says: {difference}")
@@ -108,9 +110,6 @@ def _load(path: Path, model: NaViTCLIP, *, averaged: bool) -> None:
             # Read by one process on purpose.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(state, checkpoint_id=str(path), no_dist=True)
-    except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-        brief = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read checkpoint {path}: {brief}") from error
     model.load_state_dict(state["model"])
     if averaged:
         model.load_state_dict(state["ema"], strict=False)

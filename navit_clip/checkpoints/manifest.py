@@ -7,7 +7,6 @@ disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write, sha256_of
 
 _NAME = "run.json"
 
@@ -26,17 +25,12 @@ class DamagedError(Exception):
 
 
 def file_mark(path: Path) -> list[Any]:
-    """Size in bytes and SHA-256 of a file, about a second per gigabyte of one core.
+    """Size in bytes and SHA-256 of a file.
 
     Raises:
         OSError: If it cannot be read.
     """
-    with path.open("rb") as file:
-        # Not `hashlib.file_digest`, which Python 3.10 lacks.
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return [file.tell(), digest.hexdigest()]
+    return [path.stat().st_size, sha256_of(path)]
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -66,7 +60,7 @@ class Manifest:
         Raises:
             OSError: If the disk does not take it.
         """
-        write_whole(folder / _NAME, json.dumps(asdict(self)))
+        atomic_write(folder / _NAME, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -100,7 +94,7 @@ class Manifest:
                 found = (folder / name).stat().st_size
                 if found != size:
                     raise DamagedError(f"{name} has {found} bytes, not {size}")
-                if file_mark(folder / name)[1] != digest:
+                if sha256_of(folder / name) != digest:
                     raise DamagedError(f"{name} has other contents than were written")
             except OSError as error:
                 raise DamagedError(f"{name} cannot be read: {error.strerror}") from error

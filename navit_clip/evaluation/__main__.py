@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from navit_clip.evaluation.arguments import load_models, parse_arguments, read_s
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.evaluator import Outcome, judge
 from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_table
-from navit_clip.files import write_whole
+from navit_clip.files import write_output, writing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +51,7 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks) -> None:
         return
     for line in outcome.data.skips:
         print(f"skipped {line}")
-    _write(args.output, outcome.result)
+    write_output(args.output, json.dumps(outcome.result, indent=2) + "\n")
     table = zeroshot_table if args.command == "zeroshot" else retrieval_table
     print(table(outcome.result))
     _draw(args, shlex.join(["python", "-m", "eval", *words]), outcome)
@@ -115,21 +114,10 @@ def _prepare(args: argparse.Namespace) -> None:
             raise UserError(f"--{other} and --{name} are both {path}: give each its own file")
         if path.is_dir():
             raise UserError(f"cannot write {path}: {path} is a folder, name a file in it")
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=path.parent):
                 pass
-        except FileExistsError as error:
-            raise UserError(f"cannot write {path}: {path.parent} is no folder") from error
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        write_whole(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

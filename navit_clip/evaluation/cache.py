@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from navit_clip.errors import UserError
 from navit_clip.evaluation.settings import View
+from navit_clip.files import writing
 
 FORMAT = 1  # raised whenever the same inputs would give other embeddings
+_HINT = "; check --cache"
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ class Cache:
 
     def __init__(self, directory: Path, report: Callable[[str], None] = print) -> None:
         self.directory, self.report = directory, report
-        try:
+        with writing(directory, hint=_HINT):
             directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(directory, error) from error
 
     def image_key(self, model: str, view: View, images: Iterable[bytes]) -> str:
         """Name of a block.
@@ -166,14 +165,15 @@ class Cache:
         path = self._path(key)
         # Under a name of its own: two evaluations may write the same block at the same time.
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(save(tensors))
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise _cannot_write(path, error) from error
+        with writing(path, hint=_HINT):
+            try:
+                path.parent.mkdir(exist_ok=True)
+                partial.write_bytes(save(tensors))
+                partial.replace(path)
+            except OSError:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
 
     def _path(self, key: str) -> Path:
         # By first digits: some file systems are slow with a hundred thousand files in one place.
@@ -208,7 +208,3 @@ def _add(digest: hashlib.blake2b, data: bytes | memoryview) -> None:
     """With its length, so that words that run together in another way hash differently."""
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; check --cache")

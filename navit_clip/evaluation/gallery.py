@@ -9,11 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import Source
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.report.pictures import read_images, thumbnail
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 
 _COLUMNS, _ROWS = 4, 3
 _CELL, _THUMB, _MARGIN = 330, 190, 14
@@ -68,13 +67,9 @@ def draw_gallery(
                 (left, y), "\n".join(lines), fill=_RIGHT if own else _WRONG, font=font, spacing=3
             )
             y += _LINE * len(lines) + 6
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        canvas.save(file, format="PNG")
-        write_whole(output, file.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    file = io.BytesIO()
+    canvas.save(file, format="PNG")
+    write_output(output, file.getvalue())
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

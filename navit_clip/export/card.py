@@ -18,7 +18,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -70,7 +70,7 @@ def write_card(directory: Path, run_dir: Path | None = None) -> None:
         if run_dir is not None:
             parts += _training(run_dir)
             parts += _evaluation(run_dir / "eval", directory)
-        write_whole(directory / CARD_FILE, "\n\n".join(parts) + "\n")
+        atomic_write(directory / CARD_FILE, "\n\n".join(parts) + "\n")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot write the model card of {directory}: {error}") from error
 

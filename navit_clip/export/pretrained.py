@@ -7,9 +7,7 @@ the tokenizer's own files, and a model card. Written by the trainer at its end a
 
 from __future__ import annotations
 
-import hashlib
 import json
-import textwrap
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_card
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write, reading, sha256_of, writing
 from navit_clip.models.clip import CLIPConfig, NaViTCLIP
 from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
 from navit_clip.tokenizers.load import load_tokenizer
@@ -82,7 +80,7 @@ def save_pretrained(
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    try:
+    with writing(f"the model to {directory}", SafetensorError):
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(directory)
         partial = directory / (WEIGHTS_FILE + ".partial")
@@ -91,14 +89,12 @@ def save_pretrained(
             "format": FORMAT,
             "model": asdict(model.config),
             "preprocess": asdict(preprocess),
-            "weights_sha256": _sha256(partial),
+            "weights_sha256": sha256_of(partial),
         }
         partial.replace(directory / WEIGHTS_FILE)
-        write_whole(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        atomic_write(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         if not (directory / CARD_FILE).exists():
             write_card(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the model to {directory}: {error}") from error
 
 
 def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pretrained:
@@ -117,7 +113,7 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
-    try:
+    with reading(path, KeyError, ValueError, TypeError):
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}")
@@ -125,18 +121,12 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
         preprocess = config_from_dict(Preprocess, values["preprocess"])
         # Some values are refused only here: a width that the positions cannot have, say.
         model = NaViTCLIP(config)
-    except KeyError as error:
-        raise UserError(f"cannot read {path}: {error} is missing") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {_brief(error)}") from error
     weights_path = directory / WEIGHTS_FILE
-    try:
+    with reading(weights_path, SafetensorError, RuntimeError, hint="; export it again"):
         model.load_state_dict(load_file(weights_path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot read {weights_path}: {_brief(error)}; export it again") from error
     # safetensors checks its header, not the numbers. Exports of before the checksum have none.
     expected = values.get("weights_sha256")
-    if expected is not None and _sha256(weights_path) != expected:
+    if expected is not None and sha256_of(weights_path) != expected:
         raise UserError(
             f"{weights_path} is damaged or belongs to another {CONFIG_FILE}: its SHA-256 is not "
             "the one written there; copy or export the model again"
@@ -154,19 +144,6 @@ def load_pretrained(directory: Path, device: torch.device | str = "cpu") -> Pret
         )
     model.tokenizer, model.preprocess = tokenizer, preprocess
     return Pretrained(model.to(device).eval(), tokenizer, preprocess)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _brief(error: Exception) -> str:
-    """One line; weights of another model would otherwise list every tensor."""
-    return textwrap.shorten(str(error), 300)
 
 
 def config_from_dict(kind: type[Config], values: Any) -> Config:

@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write
 
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
@@ -44,4 +44,4 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""
-        write_whole(directory / DESCRIPTION_FILE, json.dumps({"kind": self.kind}) + "\n")
+        atomic_write(directory / DESCRIPTION_FILE, json.dumps({"kind": self.kind}) + "\n")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from navit_clip.configs import check_choices
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 from navit_clip.tokenizers.base import DESCRIPTION_FILE, MODEL_FILE, Tokenizer
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -69,11 +70,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         UserError: If its files are missing or damaged.
     """
     path = directory / DESCRIPTION_FILE
-    try:
+    with reading(path, ValueError, KeyError, TypeError, hint="; export the model again"):
         values = json.loads(path.read_text())
         kind = values["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}; export the model again") from error
     if kind == OpenClipTokenizer.kind:
         return OpenClipTokenizer()
     if kind == SentencePieceTokenizer.kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write
 from navit_clip.tokenizers.base import MODEL_FILE, Tokenizer
 
 
@@ -50,4 +50,4 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Writes the SentencePiece model beside the kind."""
         super().save(directory)
-        write_whole(directory / MODEL_FILE, self._model)
+        atomic_write(directory / MODEL_FILE, self._model)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write, reading
 from navit_clip.tokenizers.base import DESCRIPTION_FILE, MODEL_FILE, PLAIN, Tokenizer
 
 
@@ -65,8 +65,8 @@ class SiglipTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Writes the vocabulary's file beside the kind and the padding."""
         description = {"kind": self.kind, "pad_id": self.pad_id}
-        write_whole(directory / DESCRIPTION_FILE, json.dumps(description) + "\n")
-        write_whole(directory / MODEL_FILE, self._model)
+        atomic_write(directory / DESCRIPTION_FILE, json.dumps(description) + "\n")
+        atomic_write(directory / MODEL_FILE, self._model)
 
     def _clean(self, text: str) -> str:
         repair, canonicalize = self._cleaners
@@ -153,11 +153,9 @@ def released_pad(path: Path) -> str:
             f"no {config} to say what fills up captions: put it there, or set tokenizer.pad_id "
             "(1 for SigLIP, 0 for SigLIP 2)"
         )
-    try:
+    with reading(f"a pad_token from {config}", ValueError, KeyError, TypeError):
         token = json.loads(config.read_text(encoding="utf-8"))["pad_token"]
         token = token["content"] if isinstance(token, dict) else token
         if not isinstance(token, str):
             raise TypeError(f"pad_token is {token!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read a pad_token from {config}: {error}") from error
     return token

@@ -18,7 +18,7 @@ from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.shards import ShardError, expand_shards, read_shard
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 
 
 def iterate_captions(shards: Sequence[str], sources: Sequence[str]) -> Iterator[str]:
@@ -85,11 +85,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise UserError(f"SentencePiece cannot train {vocab_size} pieces: {error}") from error
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, model.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    write_output(output, model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return processor.vocab_size()
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from navit_clip.errors import UserError
+from navit_clip.files import reading, writing
 
 MARK = "best.json"
 
@@ -44,12 +44,10 @@ class BestModel:
         mark = self.path / MARK
         if not mark.is_file():
             return
-        try:
+        with reading(mark, ValueError, KeyError, TypeError, hint=f"; remove {self.path}"):
             found = json.loads(mark.read_text())
             if found["metric"] == metric:
                 self.value, self.step = float(found["value"]), int(found["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {mark}: {error}; remove {self.path}") from error
 
     def offer(self, value: float, step: int, save: Callable[[Path], None]) -> bool:
         """Keeps a model if it is better than all before it.
@@ -69,7 +67,7 @@ class BestModel:
             return False
         if self.value is not None and (value >= self.value if self.lower else value <= self.value):
             return False
-        try:
+        with writing(self.path):
             for leftover in (self._partial, self._removed):
                 shutil.rmtree(leftover, ignore_errors=True)
             save(self._partial)
@@ -78,8 +76,6 @@ class BestModel:
             if self.path.exists():
                 self.path.rename(self._removed)
             self._partial.rename(self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         shutil.rmtree(self._removed, ignore_errors=True)
         self.value, self.step = value, step
         return True

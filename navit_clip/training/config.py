@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from navit_clip.configs import check_choices
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
+from navit_clip.files import write_output
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.tokenizers.load import TokenizerConfig
 from navit_clip.training.ema import EMAConfig
@@ -236,11 +237,7 @@ def parse_config(argv: Sequence[str]) -> tuple[TrainConfig, str]:
 
 def write_config(run_dir: Path, resolved: str) -> None:
     """Writes config.yaml, the run's configuration with every default spelt out."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(resolved)
-    except OSError as error:
-        raise UserError(f"cannot write run_dir {run_dir}: {error.strerror}") from error
+    write_output(run_dir / "config.yaml", resolved, f"run_dir {run_dir}")
 
 
 def _plain(message: str) -> str:

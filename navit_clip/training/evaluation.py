@@ -39,7 +39,7 @@ from navit_clip.evaluation.evaluator import (
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import View, make_views
 from navit_clip.export.pretrained import Preprocess, Pretrained, save_pretrained
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 from navit_clip.models.clip import NaViTCLIP
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.base import Tokenizer
@@ -244,11 +244,7 @@ class Evaluations:
     ) -> Finding:
         spec = self._plans[name].spec
         path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps({"step": step, **result}, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        write_output(path, json.dumps({"step": step, **result}, indent=2) + "\n")
         figures = _figures(name, spec, result)
         headline = ("top1", "top5")
         if isinstance(spec, RetrievalSpec):

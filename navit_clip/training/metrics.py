@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write
 from navit_clip.packed.batch import PackedBatch
 from navit_clip.training.config import LogConfig
 
@@ -170,7 +170,7 @@ def truncate_log(path: Path, step: int) -> set[str]:
         except (ValueError, KeyError, TypeError):
             continue
         kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
     return last
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from navit_clip.errors import UserError
 from navit_clip.export.pretrained import CONFIG_FILE, config_from_dict, load_pretrained
+from navit_clip.files import reading, writing
 from navit_clip.models.clip import CLIPConfig, NaViTCLIP
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.tokenizers.load import build_tokenizer, load_tokenizer
@@ -72,15 +73,13 @@ class InitConfig:
 
             return config_of(self.open_clip_name, self.weights)
         path = Path(self.model) / CONFIG_FILE
-        try:
-            return config_from_dict(CLIPConfig, json.loads(path.read_text())["model"])
-        except FileNotFoundError as error:
+        if not path.exists():
             raise UserError(
                 f"no model at init.model={self.model}: expected {CONFIG_FILE} in it "
                 f"(RUN_DIR/model), or {OPEN_CLIP}NAME"
-            ) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+            )
+        with reading(path, ValueError, TypeError, KeyError):
+            return config_from_dict(CLIPConfig, json.loads(path.read_text())["model"])
 
     def read_model(self) -> NaViTCLIP:
         """The model with its weights, on the host.
@@ -165,11 +164,9 @@ def starting_point(
     if given is not None and own is not None:
         _check_vocabulary(given, own, config.init)
     if own is not None and ranks.is_first:
-        try:
+        with writing(kept):
             kept.mkdir(parents=True, exist_ok=True)
             own.save(kept)
-        except OSError as error:
-            raise UserError(f"cannot write {kept}: {error.strerror}") from error
     return model.train(), tokenizer
 
 

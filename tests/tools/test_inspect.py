@@ -303,7 +303,7 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: [1\n", "is not YAML"),
+        ("data: [1\n", "as YAML"),
         ("steps: 3\n", "has no data section"),
         ("data: {workrs: 3}\ntokenizer: {kind: open_clip}\n", "workrs"),
         ("data: {look_ahead: 0}\ntokenizer: {kind: open_clip}\n", "look_ahead must be at least 1"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,11 @@ def read_caption_file(path: Path) -> list[CaptionedImage]:
         UserError: If the file cannot be read, has neither format, or has a caption of an image
             that it does not list.
     """
-    try:
+    with reading(f"{path} as JSON", ValueError, RecursionError):
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: not JSON in UTF-8 ({error})") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty: expected COCO's captions format or Karpathy's")
-    try:
+        if not text.strip():
+            raise UserError(f"{path} is empty: expected COCO's captions format or Karpathy's")
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: not JSON ({error})") from error
     try:
         images = _coco(content, path) if "annotations" in content else _karpathy(content)
         return _merged(images)

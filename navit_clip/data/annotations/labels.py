@@ -18,6 +18,7 @@ from typing import Any
 
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 
 _BUILT_IN = ("imagenet", "index")
 _SYNSET = re.compile(r"n\d{8}")
@@ -278,13 +279,9 @@ def read_text(path: str, what: str, names: str = "") -> str:
     Raises:
         UserError: If it cannot be read or is empty.
     """
-    try:
+    hint = f"; expected {names} or a text file in UTF-8" if names else ""
+    with reading(f"{what} {path}", UnicodeDecodeError, hint=hint):
         text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        hint = f"; expected {names} or a text file" if names else ""
-        raise UserError(f"cannot read {what} {path}: {error.strerror}{hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {what} {path}: it is no text in UTF-8") from error
     if not text.strip():
         raise UserError(f"{what} {path} is empty")
     return text

@@ -19,10 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from navit_clip.errors import UserError
 from navit_clip.evaluation.report.axes import cost_axis, format_tick, place_labels, share_axis
 from navit_clip.evaluation.results import MAIN, Result, Row, read_result
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 
 COSTS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("mean tokens per image", lambda row: row.tokens),
@@ -115,11 +114,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, file.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_output(path, file.getvalue())
 
 
 def _draw_panel(

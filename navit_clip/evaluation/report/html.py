@@ -10,7 +10,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from navit_clip.errors import UserError
 from navit_clip.evaluation.report.samples import Shown
 from navit_clip.evaluation.report.svg import SERIES, curve_svgs, marker_svg, reliability_svg
 from navit_clip.evaluation.results import (
@@ -22,7 +21,7 @@ from navit_clip.evaluation.results import (
     format_figure,
     read_result,
 )
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 
 _PACKAGES = ("navit-clip", "torch", "open_clip_torch", "pillow")
 _GROUPS = (
@@ -77,11 +76,7 @@ def write_report(
         command=command,
         versions=_versions(),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_output(path, page)
 
 
 def _headline(result: Result) -> list[tuple[str, str]]:

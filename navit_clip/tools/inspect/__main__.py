@@ -11,7 +11,7 @@ from pathlib import Path
 
 from navit_clip.data.mixture import Sources
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.files import write_whole
+from navit_clip.files import write_output
 from navit_clip.tools.inspect.filling import measure_filling
 from navit_clip.tools.inspect.picture import draw_batch
 from navit_clip.tools.inspect.report import figures, render
@@ -85,7 +85,9 @@ def _inspect(args: argparse.Namespace) -> int:
     print(render(found))
     if filling and survey.usable < filling.batches[0].pairs:
         print("\nOne batch holds more pairs than were looked at: some stand in it several times.")
-    _save(args, found)
+    if args.output is not None:
+        report = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+        write_output(args.output, report, f"--output {args.output}")
     if args.picture and filling:
         title = args.config.name if args.config else "the default settings"
         draw_batch(filling, title, args.picture)
@@ -93,16 +95,6 @@ def _inspect(args: argparse.Namespace) -> int:
     elif args.picture:
         raise UserError("no usable sample: nothing to draw")
     return 0
-
-
-def _save(args: argparse.Namespace, found: dict[str, object]) -> None:
-    if args.output is None:
-        return
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.output, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from navit_clip.errors import UserError
+from navit_clip.files import write_output
 from navit_clip.tools.inspect.filling import DrawnPair, Filling
 from navit_clip.tools.inspect.patches import COLOURS, draw_on_grid, draw_stream, patch_side
 
@@ -42,11 +43,9 @@ def draw_batch(filling: Filling, title: str, output: Path) -> None:
     y = _draw_head(canvas, filling, title, shown)
     y = _draw_gallery(canvas, shown, y)
     y = _draw_patches(canvas, shown, y)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        canvas.crop((0, 0, _WIDTH, y + _MARGIN)).save(output, format="PNG", optimize=True)
-    except OSError as error:
-        raise UserError(f"cannot write --picture {output}: {error.strerror}") from error
+    file = io.BytesIO()
+    canvas.crop((0, 0, _WIDTH, y + _MARGIN)).save(file, format="PNG", optimize=True)
+    write_output(output, file.getvalue(), f"--picture {output}")
 
 
 def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:

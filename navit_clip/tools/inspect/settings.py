@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer
@@ -61,12 +62,8 @@ def read_settings(path: Path) -> DataSettings:
     Raises:
         UserError: If it cannot be read, or an entry is unknown or out of range; names it.
     """
-    try:
+    with reading(f"--config {path} as YAML", UnicodeDecodeError, yaml.YAMLError):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from error
     names = [f.name for f in fields(DataSettings)]
     if not isinstance(content, Mapping) or "data" not in content:
         raise UserError(f"--config {path} has no data section: give a training configuration")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 from navit_clip.tools.make_shards.rows import Row, RowSource
 
 
@@ -43,8 +44,6 @@ def open_classes(folder: Path, names: Path | None = None) -> RowSource:
 
 
 def _read_names(path: Path) -> list[str]:
-    try:
+    with reading(f"--classnames {path}", UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --classnames {path}: {error}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from navit_clip.data.seeding import generator
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
+from navit_clip.files import atomic_write, writing
 from navit_clip.tools.make_shards.manifest import (
     MANIFEST,
     Manifest,
@@ -116,18 +116,13 @@ def make_shards(
             for shard, start in enumerate(starts)
         ]
         missing = [task for task in tasks if not manifest.is_whole(task.path.name)]
-        try:
+        with writing(f"--output {output}", hint="; once that is fixed, the same command continues"):
             _write(missing, manifest, len(rows), workers)
             if source.classnames:
-                write_whole(output / CLASSNAMES, "\n".join(source.classnames) + "\n")
+                atomic_write(output / CLASSNAMES, "\n".join(source.classnames) + "\n")
             for partial in output.glob("*.tar.partial"):
                 partial.unlink()
             manifest.save()
-        except OSError as error:
-            raise UserError(
-                f"cannot write --output {output}: {error.strerror}; "
-                "once mended, the same command goes on"
-            ) from error
     records = [manifest.records[task.path.name] for task in tasks]
     summary = Summary(records, len(rows), len(missing))
     if not summary.samples:

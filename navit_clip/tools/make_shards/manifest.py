@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.errors import UserError
-from navit_clip.files import write_whole
-from navit_clip.tools.make_shards.write import ShardRecord, sha256_of
+from navit_clip.files import atomic_write, reading, sha256_of, writing
+from navit_clip.tools.make_shards.write import ShardRecord
 
 MANIFEST = "manifest.jsonl"
 VERSION = 1  # raised when the same rows and files give other bytes
@@ -55,7 +55,7 @@ class Manifest:
         """Writes the whole file again, shards in order."""
         records = [asdict(self.records[name]) for name in sorted(self.records)]
         lines = [json.dumps(line, ensure_ascii=False) for line in (self.settings, *records)]
-        write_whole(self.path, "\n".join(lines) + "\n")
+        atomic_write(self.path, "\n".join(lines) + "\n")
 
     def is_whole(self, shard: str) -> bool:
         """Whether a shard is recorded and its file there at its full size."""
@@ -75,12 +75,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         UserError: If it is not one.
     """
     path = folder / MANIFEST
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with reading(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         settings = json.loads(lines[0])
         # What follows the last line's end was cut off when the writer was killed.
@@ -103,7 +101,7 @@ def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
         UserError: If the folder holds something else, or shards of other settings.
     """
     wanted = {"version": VERSION, **settings}
-    try:
+    with writing(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         manifest = read_manifest(folder)
         if manifest is None:
@@ -121,8 +119,6 @@ def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
             )
         # Also drops a line that was cut off.
         manifest.save()
-    except OSError as error:
-        raise UserError(f"cannot write --output {folder}: {error.strerror}") from error
     return manifest
 
 
@@ -133,11 +129,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another run is writing there.
     """
-    try:
+    with writing(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write --output {folder}: {error.strerror}") from error
     try:
         # Some network file systems have no locks; there the user has to take care.
         with suppress(OSError):

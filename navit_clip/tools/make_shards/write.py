@@ -6,7 +6,6 @@ an interruption or on another machine, gets the same.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.data.decode import MAX_BYTES, EncodedImage, SkipSampleError
+from navit_clip.files import sha256_of
 from navit_clip.tools.make_shards.rows import Row
 
 NAMED_SKIPS = 8  # per shard; the rest is only counted
@@ -140,15 +140,6 @@ def make_members(images: Path, row: Row) -> dict[str, bytes]:
     if row.label is not None:
         members["cls"] = str(row.label).encode()
     return members
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _read(path: Path) -> bytes:

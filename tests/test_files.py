@@ -1,0 +1,57 @@
+"""Files written atomically, and their errors in one line."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from navit_clip.errors import UserError
+from navit_clip.files import atomic_write, reading, sha256_of, write_output, writing
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    atomic_write(path, "old")
+
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(UserError) as caught:
+            write_output(path, "new")
+    assert str(caught.value) == f"cannot write {path}: No space left on device"
+    assert path.read_text() == "old"
+    write_output(path, "é")
+    assert path.read_bytes() == "é".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_makes_its_folders_and_names_its_flag(tmp_path):
+    write_output(tmp_path / "a" / "b" / "c", b"x")
+    assert (tmp_path / "a" / "b" / "c").read_bytes() == b"x"
+    with pytest.raises(UserError, match="cannot write --output: .*/b/c is a file"):
+        write_output(tmp_path / "a" / "b" / "c" / "d", b"x", "--output")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 22) + 1])
+def test_the_hash_is_of_the_whole_file(tmp_path, size):
+    path = tmp_path / "a"
+    path.write_bytes(b"a" * size)
+    assert sha256_of(path) == hashlib.sha256(b"a" * size).hexdigest()
+
+
+def test_errors_of_a_parser_are_one_line():
+    message = r"^cannot read x: 'kind' is missing; export it again$"
+    with pytest.raises(UserError, match=message), reading("x", KeyError, hint="; export it again"):
+        {}["kind"]
+    with pytest.raises(UserError) as caught, reading("x", ValueError):
+        raise ValueError("tensor\n" * 1000)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ZeroDivisionError), writing("x", ValueError):
+        raise ZeroDivisionError
+    # The message of a user's mistake is the more exact one.
+    with pytest.raises(UserError, match=r"^the cause$"), writing("x", ValueError):
+        raise UserError("the cause")
