@@ -38,10 +38,10 @@ from benchmarks.peers import WIDTHS, OpenClip, Ours
 from navit_clip.data.decode import IMAGE_EXTENSIONS, EncodedImage, find_image
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.evaluation.datasets import Item, Source
-from navit_clip.evaluation.embed import Embedded, embed_source
+from navit_clip.evaluation.datasets import EvalDataset, Item
+from navit_clip.evaluation.embed import Embedded, embed_dataset
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.texts import share_texts
 from navit_clip.evaluation.zeroshot import class_vectors
 from navit_clip.export.pretrained import Preprocess, Pretrained
@@ -53,7 +53,7 @@ BATCH = 64  # images of open_clip's; ours come in blocks of as many
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-class Photos(Source):
+class Photos(EvalDataset):
     """Encoded images in memory."""
 
     def __init__(self, images: Sequence[bytes]) -> None:
@@ -94,9 +94,11 @@ class PackedSide:
         pretrained = Pretrained(model.clip.eval(), OpenClipTokenizer(), Preprocess(TOKENS[0]))
         self.model = PackedModel(pretrained, "packed")
 
-    def images(self, photos: Source, tokens: int) -> Embedded:
+    def images(self, photos: EvalDataset, tokens: int) -> Embedded:
         """Decodes, sizes and embeds."""
-        (data,) = embed_source([(self.model, [View("capped", tokens)])], photos, ALONE, workers=0)
+        (data,) = embed_dataset(
+            [(self.model, [EvalSetting("capped", tokens)])], photos, ALONE, workers=0
+        )
         return data
 
     def classes(self, names: Sequence[str]) -> Tensor:
@@ -169,7 +171,7 @@ def measure_images(
         **{f"ratio_images_{t}": seconds["open_clip"] / seconds[f"packed_{t}"] for t in TOKENS},
         "images": len(photos.images),
         "mean_image_tokens": {
-            str(t): sum(data.lengths[View("capped", t)]) / len(data.names)
+            str(t): sum(data.lengths[EvalSetting("capped", t)]) / len(data.names)
             for t, data in embedded.items()
         },
         "images_seconds": seconds,
@@ -185,7 +187,7 @@ def measure_images(
 
 def _size_all(ours: PackedSide, photos: Photos, tokens: int) -> None:
     for data in photos.images:
-        ours.model.size(EncodedImage(data), View("capped", tokens))
+        ours.model.size(EncodedImage(data), EvalSetting("capped", tokens))
 
 
 def _arguments() -> argparse.Namespace:

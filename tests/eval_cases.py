@@ -10,25 +10,24 @@ from PIL import ExifTags, Image
 from shard_factory import CAPTIONS, HTML, SIZES, encode, make_shards, photo, sample, write_shard
 
 from navit_clip.distributed import Ranks
-from navit_clip.evaluation import datasets as sources
-from navit_clip.evaluation import texts
+from navit_clip.evaluation import datasets, texts
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.captioned import open_captioned
-from navit_clip.evaluation.datasets import Source
-from navit_clip.evaluation.embed import Embedded, embed_source
+from navit_clip.evaluation.datasets import EvalDataset
+from navit_clip.evaluation.embed import Embedded, embed_dataset
 from navit_clip.evaluation.labelled import open_labelled
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 CLASSES = {"red_dog": 4, "lake": 3, "bicycle": 0, "boat": 4}  # folder and number of images
 # Of the tiny model of `conftest`: its own first; 32 pixels are 4 of its patches.
 OWN, SMALL, NATIVE, SQUARE = (
-    View("capped", 12),
-    View("capped", 6),
-    View("native"),
-    View("square", 32),
+    EvalSetting("capped", 12),
+    EvalSetting("capped", 6),
+    EvalSetting("native"),
+    EvalSetting("square", 32),
 )
-VIEWS = [SMALL, OWN, NATIVE, SQUARE]
+SETTINGS = [SMALL, OWN, NATIVE, SQUARE]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -64,7 +63,7 @@ def write_coco(root: Path) -> Path:
 
 
 def write_all(root: Path) -> Path:
-    """Every kind of source, healthy and damaged; see `open_source`."""
+    """Every kind of dataset, healthy and damaged; see `open_dataset`."""
     write_classes(root / "classes")
     write_coco(root / "coco")
     make_shards(root / "shards", [3, 4])
@@ -82,25 +81,25 @@ def write_all(root: Path) -> Path:
     return root
 
 
-def open_source(root: Path, name: str) -> Source:
-    """The source of `write_all` with this name."""
+def open_dataset(root: Path, name: str) -> EvalDataset:
+    """The dataset of `write_all` with this name."""
     if name == "classes":
-        return open_labelled(str(root / name)).source
+        return open_labelled(str(root / name)).dataset
     if name == "coco":
         images, captions = root / "coco/images", root / "coco/captions.json"
         return open_captioned(None, str(images), str(captions), [], None)
     return open_captioned(str(root / name), None, None, ["txt"], None)
 
 
-def embed(model: Model, source: Source, ranks: Ranks = ALONE, workers: int = 0) -> Embedded:
-    """One model's embeddings at `VIEWS`."""
-    (embedded,) = embed_source([(model, VIEWS)], source, ranks, workers=workers)
+def embed(model: Model, dataset: EvalDataset, ranks: Ranks = ALONE, workers: int = 0) -> Embedded:
+    """One model's embeddings at `SETTINGS`."""
+    (embedded,) = embed_dataset([(model, SETTINGS)], dataset, ranks, workers=workers)
     return embedded
 
 
 def small_blocks(images: int = 3, prompts: int = 2) -> None:
     """Sets how many images and texts are embedded together, so that a few make several blocks."""
-    sources.BLOCK, texts.TEXT_BLOCK = images, prompts
+    datasets.BLOCK, texts.TEXT_BLOCK = images, prompts
 
 
 def run(*words: object) -> int:

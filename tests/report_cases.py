@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-VIEWS = [("capped", 64), ("capped", 256), ("native", None), ("square", 224), ("square", 336)]
+SETTINGS = [("capped", 64), ("capped", 256), ("native", None), ("square", 224), ("square", 336)]
 
 
-def make_entry(kind, view, size, rng, own=False):
-    label = {"capped": str(size), "native": "native", "square": f"{size}²"}[view]
-    tokens = {"capped": size, "native": 700, "square": (size or 0) ** 2 // 256}[view]
+def make_entry(kind, setting, size, rng, own=False):
+    label = {"capped": str(size), "native": "native", "square": f"{size}²"}[setting]
+    tokens = {"capped": size, "native": 700, "square": (size or 0) ** 2 // 256}[setting]
 
     def figures():
         top = rng.random()
@@ -21,10 +21,10 @@ def make_entry(kind, view, size, rng, own=False):
         return {"image_to_text": dict(shares), "text_to_image": dict(shares)}
 
     entry = {
-        "view": view,
+        "view": setting,
         "label": label,
-        "max_tokens": size if view == "capped" else None,
-        "side": size if view == "square" else None,
+        "max_tokens": size if setting == "capped" else None,
+        "side": size if setting == "square" else None,
         "own": own,
         "mean_tokens": tokens * 0.97,
         "padding": 0.01,
@@ -47,9 +47,9 @@ def make_entry(kind, view, size, rng, own=False):
     return entry
 
 
-def make_result(kind, *, views=tuple(VIEWS), baselines=2, seed=0):
+def make_result(kind, *, settings=tuple(SETTINGS), baselines=2, seed=0):
     rng = random.Random(seed)
-    entries = [make_entry(kind, *view, rng, own=i == 0) for i, view in enumerate(views)]
+    entries = [make_entry(kind, *setting, rng, own=i == 0) for i, setting in enumerate(settings)]
     headline = ("top1", "top5") if kind == "zeroshot" else ("image_to_text", "text_to_image")
     return {
         "model": "runs/a/model",

@@ -1,4 +1,4 @@
-"""Small evaluation data on disk, and all that a source makes of it."""
+"""Small evaluation data on disk, and all that a dataset makes of it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from shard_factory import encode, photo
 
-from navit_clip.evaluation.datasets import Item, Source
+from navit_clip.evaluation.datasets import EvalDataset, Item
 
 
-def read(source: Source) -> list[Item]:
+def read(dataset: EvalDataset) -> list[Item]:
     """All items."""
-    return list(source.read(0, 1))
+    return list(dataset.read(0, 1))
 
 
-def in_parts(source: Source, parts: int) -> list[Item]:
+def in_parts(dataset: EvalDataset, parts: int) -> list[Item]:
     """All parts' items in the order of their keys."""
-    items = [item for part in range(parts) for item in source.read(part, parts)]
+    items = [item for part in range(parts) for item in dataset.read(part, parts)]
     return sorted(items, key=lambda item: item.key)
 
 

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks) -> None:
 
 def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
     # Imported here: drawing takes a second to load, and most evaluations draw nothing.
-    data, own_ED = outcome.data, outcome.data.embeddings[outcome.model.own_view]
+    data, own_ED = outcome.data, outcome.data.embeddings[outcome.model.own_setting]
     if args.report is not None:
         from navit_clip.evaluation import report
 
@@ -72,7 +72,7 @@ def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
                 outcome.classes_CD,
                 outcome.names,
                 outcome.model.scale,
-                outcome.source,
+                outcome.dataset,
                 right=outcome.right,
                 only=outcome.only,
             )
@@ -80,7 +80,7 @@ def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
             assert outcome.texts_TD is not None
             assert outcome.owner_T is not None
             shown = report.show_retrieval(
-                data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.source
+                data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.dataset
             )
         report.write_report(args.report, outcome.result, shown, command=command)
         print(f"Report: {args.report}")
@@ -94,7 +94,7 @@ def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
 
         assert outcome.texts_TD is not None
         assert outcome.owner_T is not None
-        draw_gallery(data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.source, args.gallery)
+        draw_gallery(data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.dataset, args.gallery)
         print(f"Picture: {args.gallery}")
 
 

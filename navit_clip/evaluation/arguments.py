@@ -1,4 +1,4 @@
-"""The command line's words, and what they ask for: models, views, data."""
+"""The command line's words, and what they ask for: models, settings, data."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--caption-column", action="append", help="of a table: captions; repeatable"
     )
     retrieve.add_argument(
-        "--fields", nargs="+", default=["txt"], help="caption sources in shards: txt json.FIELD"
+        "--fields", nargs="+", default=["txt"], help="caption fields in shards: txt json.FIELD"
     )
     retrieve.add_argument("--split", help="split of a Karpathy file (default: test if it has one)")
     retrieve.add_argument(
@@ -110,17 +110,17 @@ def _common() -> _Parser:
         metavar="SEED",
         help="open_clip models without a checkpoint get random weights, for measuring",
     )
-    views = common.add_argument_group("views")
-    views.add_argument(
+    settings = common.add_argument_group("settings")
+    settings.add_argument(
         "--max-tokens",
         type=_numbers("64,128,256"),
         default=(),
         help="token budgets per image, such as 64,128,256; the model's own is always included",
     )
-    views.add_argument(
+    settings.add_argument(
         "--native", action="store_true", help="images at their own size, never enlarged"
     )
-    views.add_argument(
+    settings.add_argument(
         "--square",
         type=_numbers("224,336"),
         default=(),
@@ -165,12 +165,12 @@ def _numbers(example: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def read_spec(args: argparse.Namespace) -> Spec:
-    """What is judged, on what data and at which views.
+    """What is judged, on what data and at which settings.
 
     Raises:
         UserError: If the words contradict each other.
     """
-    views = {"max_tokens": args.max_tokens, "native": args.native, "square": args.square}
+    settings = {"max_tokens": args.max_tokens, "native": args.native, "square": args.square}
     try:
         if args.command == "zeroshot":
             return ZeroShotSpec(
@@ -180,7 +180,7 @@ def read_spec(args: argparse.Namespace) -> Spec:
                 only_present=args.only_present,
                 classnames=args.classnames,
                 templates=args.templates,
-                **views,
+                **settings,
             )
         if args.data is None and args.captions is None:
             raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
@@ -192,7 +192,7 @@ def read_spec(args: argparse.Namespace) -> Spec:
             caption_columns=tuple(args.caption_column or ("caption",)),
             fields=tuple(args.fields),
             split=args.split,
-            **views,
+            **settings,
         )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error

@@ -28,7 +28,7 @@ from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import tensors_digest
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 _STRIDE = 32  # pixels per position of the last feature map of the convolutional models
 _IMAGES = 64  # per forward pass; texts come in blocks already
@@ -44,12 +44,12 @@ class OpenClipSizer:
 
     transforms: dict[int, Callable[[Image.Image], Tensor]]
 
-    def __call__(self, image: EncodedImage, view: View) -> np.ndarray:
+    def __call__(self, image: EncodedImage, setting: EvalSetting) -> np.ndarray:
         """Float32 [3, S, S], normalised."""
-        assert view.size is not None
+        assert setting.size is not None
         pixels_HWK = image.pixels(image.height, image.width, reduced=False)
         # An array, not a tensor: tensors from worker processes take a file descriptor each.
-        return self.transforms[view.size](Image.fromarray(pixels_HWK)).numpy()
+        return self.transforms[setting.size](Image.fromarray(pixels_HWK)).numpy()
 
 
 class OpenClipModel(Model):
@@ -85,7 +85,7 @@ class OpenClipModel(Model):
             )
         own = _create(architecture, weights, seed, None).to(device)
         side = _own_side(own)
-        self.own_view = View("square", side)
+        self.own_setting = EvalSetting("square", side)
         self._models: dict[int, nn.Module] = {side: own}
         patch = _patch_size(own)
         self._stride = patch or _STRIDE
@@ -110,15 +110,15 @@ class OpenClipModel(Model):
         }
         return OpenClipSizer(transforms)
 
-    def check(self, view: View) -> None:
+    def check(self, setting: EvalSetting) -> None:
         """Takes squares only."""
-        if view.kind != "square":
-            option = "--native" if view.kind == "native" else f"--max-tokens {view.size}"
+        if setting.kind != "square":
+            option = "--native" if setting.kind == "native" else f"--max-tokens {setting.size}"
             raise UserError(f"{self.name} sees squares only: leave out {option}")
-        assert view.size is not None
-        if view.size not in self._models:
-            why = self._refused.get(view.size, "not asked for when it was loaded")
-            raise UserError(f"{self.name} cannot take --square {view.size}: {why}")
+        assert setting.size is not None
+        if setting.size not in self._models:
+            why = self._refused.get(setting.size, "not asked for when it was loaded")
+            raise UserError(f"{self.name} cannot take --square {setting.size}: {why}")
 
     def length(self, sized: np.ndarray) -> int:
         """Patches, or positions of a convolutional model's last feature map."""
@@ -193,8 +193,8 @@ class OpenClipModel(Model):
 
     @property
     def _own(self) -> Any:
-        assert self.own_view.size is not None
-        return self._models[self.own_view.size]
+        assert self.own_setting.size is not None
+        return self._models[self.own_setting.size]
 
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:

@@ -1,10 +1,10 @@
 """Embeddings kept from one evaluation to the next, found again by content.
 
 Stands beside `navit_clip.evaluation.embed` and `navit_clip.evaluation.texts`, which embed in
-blocks: each block is one file, written whole when it is embedded, so that a killed evaluation goes
-on behind the last of them. Its name is a hash of all that the embeddings depend on: the model, the
-view, and the bytes of all images of the block, since neighbours in a batch change the last digits.
-Nothing else has to be remembered, and nothing goes stale.
+blocks: each block is one file, written atomically when it is embedded, so that a killed evaluation
+resumes after the last of them. Its name is a hash of all that the embeddings depend on: the model,
+the setting, and the bytes of all images of the block, since neighbours in a batch change the last
+digits. Nothing else has to be remembered, and nothing goes stale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import writing
 
 FORMAT = 1  # raised whenever the same inputs would give other embeddings
@@ -32,7 +32,7 @@ _HINT = "; check --cache"
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """The images of one block at one view.
+    """The images of one block at one setting.
 
     Attributes:
         embeddings: float32 [n, D] of the n images that could be used.
@@ -117,15 +117,15 @@ class Cache:
         with writing(directory, hint=_HINT):
             directory.mkdir(parents=True, exist_ok=True)
 
-    def image_key(self, model: str, view: View, images: Iterable[bytes]) -> str:
+    def image_key(self, model: str, setting: EvalSetting, images: Iterable[bytes]) -> str:
         """Name of a block.
 
         Args:
             model: Its fingerprint.
-            view: How the images are shown.
+            setting: How the images are shown.
             images: What identifies each of the block, in order, such as a hash of its file.
         """
-        return _key(model, "images", view.kind, str(view.size), *images)
+        return _key(model, "images", setting.kind, str(setting.size), *images)
 
     def text_key(self, model: str, texts: Sequence[str]) -> str:
         """Name of a block of texts."""

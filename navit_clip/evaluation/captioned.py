@@ -1,6 +1,6 @@
 """Opens captioned images: shards, or a folder with a JSON or a table of captions.
 
-From what the user names to a source of images, each with all its captions. Every caption is a
+From what the user names to a dataset of images, each with all its captions. Every caption is a
 query, a repeated one as well; empty ones are none.
 """
 
@@ -14,7 +14,7 @@ from navit_clip.data.annotations.caption_files import CaptionedImage, read_capti
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.shards import expand_shards
 from navit_clip.errors import UserError
-from navit_clip.evaluation.datasets import FileSource, ShardSource, Source
+from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
 
 _TABLES = (".csv", ".tsv", ".parquet")
 
@@ -27,7 +27,7 @@ def open_captioned(
     split: str | None,
     image_column: str = "path",
     caption_columns: Sequence[str] = ("caption",),
-) -> Source:
+) -> EvalDataset:
     """Opens captioned shards, or a folder of images with a file of captions.
 
     Args:
@@ -35,7 +35,7 @@ def open_captioned(
         images: Folder of images, or None: that of a table if there is one.
         captions: COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``, or a table that ends
             in ``.csv``, ``.tsv`` or ``.parquet``; or None.
-        fields: Caption sources within shards.
+        fields: caption fields within shards.
         split: Split of a Karpathy file; None takes ``test`` if there is one, else all.
         image_column: Column of a table that holds the path.
         caption_columns: Columns of a table that hold a caption each.
@@ -48,7 +48,7 @@ def open_captioned(
             raise UserError("give --data SHARDS, or --images and --captions, not both")
         if split is not None:
             raise UserError("--split goes with a Karpathy file in --captions, not with --data")
-        return ShardSource(expand_shards([data]), fields)
+        return ShardDataset(expand_shards([data]), fields)
     is_table = captions is not None and Path(captions).suffix.lower() in _TABLES
     if captions is None or (images is None and not is_table):
         raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
@@ -80,7 +80,7 @@ def _of_split(
     return [image for image in listed if image.split == split]
 
 
-def _captioned_files(folder: Path, listed: Sequence[CaptionedImage], file: Path) -> FileSource:
+def _captioned_files(folder: Path, listed: Sequence[CaptionedImage], file: Path) -> FileDataset:
     skipped: Counter[str] = Counter()
     captions = [tuple(_usable(image.captions, skipped)) for image in listed]
     if not any(captions):
@@ -90,7 +90,7 @@ def _captioned_files(folder: Path, listed: Sequence[CaptionedImage], file: Path)
         raise UserError(
             f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"
         )
-    return FileSource(paths, captions=captions, skipped=skipped)
+    return FileDataset(paths, captions=captions, skipped=skipped)
 
 
 def _usable(captions: Sequence[str], skipped: Counter[str]) -> list[str]:

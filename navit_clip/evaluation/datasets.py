@@ -1,6 +1,6 @@
 """Where evaluation data comes from: files and webdataset shards, with labels or captions.
 
-`labelled` and `captioned` open them. Every source can be read in parts, so that ranks and workers
+`labelled` and `captioned` open them. Every dataset can be read in parts, so that ranks and workers
 share it; the key of an item says where it stands in the whole, which puts the results of all parts
 in one order again.
 """
@@ -33,7 +33,7 @@ def block_of(key: Key) -> Key:
 
 @dataclass(frozen=True)
 class _Part:
-    """Indices, within one file of a source, of the items that a part reads: every so many blocks.
+    """Indices, within one file of a dataset, of the items that a part reads: every so many blocks.
 
     Attributes:
         part: Which part.
@@ -55,7 +55,7 @@ class Item:
     """One image to be judged.
 
     Attributes:
-        key: Place in the whole source.
+        key: Place in the whole dataset.
         name: File or sample, for messages and pictures.
         data: The encoded image, or why there is none.
         label: Class index, -1 for captioned data.
@@ -69,7 +69,7 @@ class Item:
     captions: tuple[str, ...] = ()
 
 
-class Source(ABC):
+class EvalDataset(ABC):
     """Evaluation data that can be read in parts."""
 
     @property
@@ -79,7 +79,7 @@ class Source(ABC):
 
     @property
     def count(self) -> int | None:
-        """Images in the whole source, None if only reading it tells."""
+        """Images in the whole dataset, None if only reading it tells."""
         return None
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Source(ABC):
         """One part's items in order: whole blocks of neighbours (`block_of`), every so many."""
 
 
-class FileSource(Source):
+class FileDataset(EvalDataset):
     """Images in files, each with a label or captions.
 
     Args:
@@ -135,12 +135,12 @@ class FileSource(Source):
             yield Item((0, index), str(path), data, label, captions)
 
 
-class ShardSource(Source):
+class ShardDataset(EvalDataset):
     """Images in webdataset shards, labelled (``.cls``) or captioned.
 
     Args:
         shards: Tar files.
-        captions: Caption sources as in training; none reads labels.
+        captions: caption fields as in training; none reads labels.
         labeller: What the labels mean; class indices if not given.
     """
 

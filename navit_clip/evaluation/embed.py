@@ -1,9 +1,9 @@
-"""Embeds a source at several views, for several models, in one pass over the data.
+"""Embeds a dataset at several settings, for several models, in one pass over the data.
 
-The source is cut into blocks of neighbouring images (`navit_clip.evaluation.datasets.BLOCK`), which
-ranks and their worker processes share. A worker decodes each image once and sizes it for every
-view; the images of a block are embedded together wherever that is, so that embeddings are equal to
-the last bit on any number of ranks.
+The dataset is cut into blocks of neighbouring images (`navit_clip.evaluation.datasets.BLOCK`),
+which ranks and their worker processes share. A worker decodes each image once and sizes it for
+every setting; the images of a block are embedded together wherever that is, so that embeddings are
+equal to the last bit on any number of ranks.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from navit_clip.data.workers import prepare_worker, telling_of_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import Cache, ImageBlock, bytes_digest
-from navit_clip.evaluation.datasets import Item, Key, Source, block_of
+from navit_clip.evaluation.datasets import EvalDataset, Item, Key, block_of
 from navit_clip.evaluation.models import Model, Sizer
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 SHOWN_SKIPS = 5  # kept word for word; the others are only counted
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A source's embeddings by one model, all ranks together, in the source's order.
+    """A dataset's embeddings by one model, all ranks together, in the dataset's order.
 
     Attributes:
         names: Each image's file or sample.
         labels: Each image's class index, or -1.
         captions: Each image's captions, if any.
         sizes: Each image's native height and width, upright.
-        embeddings: By view, float32 [E, D] unit vectors.
-        lengths: By view, tokens of each image.
-        padding: By view, share of padding among the tokens computed.
+        embeddings: By setting, float32 [E, D] unit vectors.
+        lengths: By setting, tokens of each image.
+        padding: By setting, share of padding among the tokens computed.
         skipped: Unusable images and captions by reason.
         skips: The first few of these in words.
     """
@@ -52,19 +52,19 @@ class Embedded:
     labels: list[int]
     captions: list[tuple[str, ...]]
     sizes: list[tuple[int, int]]
-    embeddings: dict[View, Tensor]
-    lengths: dict[View, list[int]]
-    padding: dict[View, float]
+    embeddings: dict[EvalSetting, Tensor]
+    lengths: dict[EvalSetting, list[int]]
+    padding: dict[EvalSetting, float]
     skipped: Counter[str]
     skips: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """One model's view, as far as worker processes need to know it."""
+    """One model's setting, as far as worker processes need to know it."""
 
     sizer: Sizer
-    view: View
+    setting: EvalSetting
     fingerprint: str
 
 
@@ -116,12 +116,12 @@ _Message = tuple[Key, _Sized | _Skipped | _Close] | _Failure
 
 
 class _SizedItems(IterableDataset[_Message]):
-    """One rank's blocks of a source, decoded and sized; split further among workers."""
+    """One rank's blocks of a dataset, decoded and sized; split further among workers."""
 
     def __init__(
-        self, source: Source, looks: Sequence[_Look], ranks: Ranks, cache: Cache | None
+        self, dataset: EvalDataset, looks: Sequence[_Look], ranks: Ranks, cache: Cache | None
     ) -> None:
-        self.source, self.looks, self.cache = source, looks, cache
+        self.dataset, self.looks, self.cache = dataset, looks, cache
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
     def __iter__(self) -> Iterator[_Message]:
@@ -129,7 +129,7 @@ class _SizedItems(IterableDataset[_Message]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         part, parts = self.rank * workers + worker, self.world_size * workers
         try:
-            items = self.source.read(part, parts)
+            items = self.dataset.read(part, parts)
             for number, block in groupby(items, key=lambda item: block_of(item.key)):
                 for message in self._block(block):
                     yield number, message
@@ -143,7 +143,7 @@ class _SizedItems(IterableDataset[_Message]):
             items = list(items)
             marks = [_mark(item) for item in items]
             for number, look in enumerate(self.looks):
-                keys[number] = self.cache.image_key(look.fingerprint, look.view, marks)
+                keys[number] = self.cache.image_key(look.fingerprint, look.setting, marks)
                 found = self.cache.read(keys[number], ImageBlock)
                 if found is not None:
                     hits[number] = found
@@ -172,7 +172,7 @@ class _SizedItems(IterableDataset[_Message]):
             image = EncodedImage(item.data)
             size = image.height, image.width
             sized = {
-                number: look.sizer(image, look.view)
+                number: look.sizer(image, look.setting)
                 for number, look in enumerate(self.looks)
                 if number not in hits
             }
@@ -187,7 +187,7 @@ def _mark(item: Item) -> bytes:
 class _Embedder:
     """Embeds one rank's blocks as their last images arrive."""
 
-    def __init__(self, looks: Sequence[tuple[Model, View]], cache: Cache | None) -> None:
+    def __init__(self, looks: Sequence[tuple[Model, EvalSetting]], cache: Cache | None) -> None:
         self.looks, self.cache = looks, cache
         self.rows: list[_Row] = []
         self.skipped: list[_Skipped] = []
@@ -233,19 +233,19 @@ class _Embedder:
         )
 
 
-def embed_source(
-    models: Sequence[tuple[Model, Sequence[View]]],
-    source: Source,
+def embed_dataset(
+    models: Sequence[tuple[Model, Sequence[EvalSetting]]],
+    dataset: EvalDataset,
     ranks: Ranks,
     *,
     workers: int,
     cache: Cache | None = None,
 ) -> list[Embedded]:
-    """Embeds every image of a source by every model at its views; every rank calls it.
+    """Embeds every image of a dataset by every model at its settings; every rank calls it.
 
     Args:
-        models: Models with the views that each is shown.
-        source: Images with labels or captions.
+        models: Models with the settings that each is shown.
+        dataset: Images with labels or captions.
         ranks: This process among all of them; each takes a share, all get everything.
         workers: Decoding processes per rank; 0 decodes in this one.
         cache: Where embeddings are kept from one evaluation to the next.
@@ -254,16 +254,17 @@ def embed_source(
         For each model, its embeddings.
 
     Raises:
-        UserError: If the source cannot be read, no image in it can, or the cache cannot be
+        UserError: If the dataset cannot be read, no image in it can, or the cache cannot be
             written; the same on all ranks.
     """
-    looks = [(model, view) for model, views in models for view in views]
+    looks = [(model, setting) for model, settings in models for setting in settings]
     prints = [model.fingerprint if cache is not None else "" for model, _ in looks]
     sizers = [
-        _Look(model.sizer, view, mark) for (model, view), mark in zip(looks, prints, strict=True)
+        _Look(model.sizer, setting, mark)
+        for (model, setting), mark in zip(looks, prints, strict=True)
     ]
     loader: DataLoader[_Message] = DataLoader(
-        _SizedItems(source, sizers, ranks, cache),
+        _SizedItems(dataset, sizers, ranks, cache),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -271,7 +272,7 @@ def embed_source(
     )
     embedder = _Embedder(looks, cache)
     failure: str | None = None
-    total = None if source.count is None else -(-source.count // ranks.world_size)
+    total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
     try:
         with (
             progress_bar("images", total, ranks) as progress,
@@ -288,7 +289,7 @@ def embed_source(
     failures = ranks.gather([failure] if failure else [])
     if failures:
         raise UserError(failures[0])
-    return _together(models, embedder, source.skipped, ranks)
+    return _together(models, embedder, dataset.skipped, ranks)
 
 
 def _prepare(worker: int) -> None:
@@ -331,12 +332,12 @@ def _first(skipped: Sequence[_Skipped]) -> list[str]:
 
 
 def _together(
-    models: Sequence[tuple[Model, Sequence[View]]],
+    models: Sequence[tuple[Model, Sequence[EvalSetting]]],
     embedder: _Embedder,
     dropped: Counter[str],
     ranks: Ranks,
 ) -> list[Embedded]:
-    """What all ranks embedded, in the source's order; `dropped` the source skipped itself."""
+    """What all ranks embedded, in the dataset's order; `dropped` the dataset skipped itself."""
     rows = ranks.gather(embedder.rows)
     skipped = sorted(ranks.gather(embedder.skipped), key=lambda one: one.key)
     counts = Counter(one.reason for one in skipped) + dropped
@@ -347,20 +348,20 @@ def _together(
     rows = [rows[i] for i in order]
     done = iter(embedder.done)
     together = []
-    for model, views in models:
-        embeddings: dict[View, Tensor] = {}
-        lengths: dict[View, list[int]] = {}
-        padding: dict[View, float] = {}
-        for view in views:
+    for model, settings in models:
+        embeddings: dict[EvalSetting, Tensor] = {}
+        lengths: dict[EvalSetting, list[int]] = {}
+        padding: dict[EvalSetting, float] = {}
+        for setting in settings:
             blocks = next(done)
             own = [block.embeddings for block in blocks]
             # One tensor per rank: each row on its own would be sent with the memory of all.
             local = torch.cat([*own, torch.zeros(0, model.embed_dim)])
-            embeddings[view] = torch.cat(ranks.gather([local]))[order]
+            embeddings[setting] = torch.cat(ranks.gather([local]))[order]
             every = ranks.gather([length for block in blocks for length in block.lengths])
-            lengths[view] = [every[i] for i in order]
+            lengths[setting] = [every[i] for i in order]
             (wasted,) = ranks.sum([sum(block.padding for block in blocks)])
-            padding[view] = wasted / (wasted + sum(every))
+            padding[setting] = wasted / (wasted + sum(every))
         together.append(
             Embedded(
                 names=[row.name for row in rows],

@@ -17,11 +17,11 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation import retrieval, zeroshot
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.captioned import open_captioned
-from navit_clip.evaluation.datasets import Source
-from navit_clip.evaluation.embed import Embedded, describe_skips, embed_source
+from navit_clip.evaluation.datasets import EvalDataset
+from navit_clip.evaluation.embed import Embedded, describe_skips, embed_dataset
 from navit_clip.evaluation.labelled import Labelled, open_labelled
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.settings import View, make_views, order_views
+from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
 from navit_clip.evaluation.texts import EmbeddedTexts, share_texts
 
 
@@ -36,7 +36,7 @@ class ZeroShotSpec:
         only_present: Only classes that occur in the data compete.
         classnames: Text file with one name per line, or ``imagenet``; None takes the folders'.
         templates: ``openai`` (80), ``simple`` (7), ``plain`` (1), or a text file.
-        max_tokens: Token budgets per image beside the model's own view.
+        max_tokens: Token budgets per image beside the model's own setting.
         native: Also judge images at their own size.
         square: Also judge squares of these sides in pixels.
 
@@ -70,9 +70,9 @@ class RetrievalSpec:
             Parquet), or None.
         image_column: Of a table: the image's path.
         caption_columns: Of a table: the captions.
-        fields: Caption sources in shards.
+        fields: caption fields in shards.
         split: Split of a Karpathy file; None takes ``test`` if it has one.
-        max_tokens: Token budgets per image beside the model's own view.
+        max_tokens: Token budgets per image beside the model's own setting.
         native: Also judge images at their own size.
         square: Also judge squares of these sides in pixels.
 
@@ -122,7 +122,7 @@ class Outcome:
         result: Plain values for JSON.
         model: The model, whose texts are embedded already.
         data: Its embedded images.
-        source: Where they came from.
+        dataset: Where they came from.
         names: Class names by label, of zero-shot.
         classes_CD: Unit vectors of the classes, of zero-shot.
         texts_TD: Unit vectors of the captions, of retrieval.
@@ -134,7 +134,7 @@ class Outcome:
     result: dict[str, Any]
     model: Model
     data: Embedded
-    source: Source
+    dataset: EvalDataset
     names: list[str] | None = None
     classes_CD: Tensor | None = None
     texts_TD: Tensor | None = None
@@ -155,7 +155,7 @@ def open_zeroshot(spec: ZeroShotSpec) -> tuple[Labelled, list[str], list[zerosho
     return labelled, names, zeroshot.load_templates(spec.templates)
 
 
-def open_retrieval(spec: RetrievalSpec) -> Source:
+def open_retrieval(spec: RetrievalSpec) -> EvalDataset:
     """The captioned images.
 
     Raises:
@@ -208,43 +208,43 @@ def judge(
         spec: On what.
         ranks: This process among all of them.
         workers: Decoding processes per rank.
-        baselines: Judged beside it on the same images, at their own view and at those of the
+        baselines: Judged beside it on the same images, at their own setting and at those of the
             squares asked for that they can take.
         cache: Where embeddings are kept from one evaluation to the next.
         strict: An image or caption that cannot be used is an error.
 
     Raises:
-        UserError: If the data cannot be read, a view is impossible, or `strict` is violated; the
+        UserError: If the data cannot be read, a setting is impossible, or `strict` is violated; the
             same on all ranks.
     """
-    asked = make_views(spec.max_tokens, spec.native, spec.square)
-    views = [_views(model, asked)]
-    views += [_views(baseline, _possible(baseline, asked)) for baseline in baselines]
-    looks = list(zip([model, *baselines], views, strict=True))
+    asked = make_settings(spec.max_tokens, spec.native, spec.square)
+    settings = [_settings(model, asked)]
+    settings += [_settings(baseline, _possible(baseline, asked)) for baseline in baselines]
+    looks = list(zip([model, *baselines], settings, strict=True))
     if isinstance(spec, ZeroShotSpec):
         return _zeroshot(looks, spec, ranks, workers, cache, strict)
     return _retrieval(looks, spec, ranks, workers, cache, strict)
 
 
-def _views(model: Model, asked: Sequence[View]) -> list[View]:
-    for view in asked:
-        model.check(view)
-    return order_views([*asked, model.own_view])
+def _settings(model: Model, asked: Sequence[EvalSetting]) -> list[EvalSetting]:
+    for setting in asked:
+        model.check(setting)
+    return order_settings([*asked, model.own_setting])
 
 
-def _possible(baseline: Model, asked: Sequence[View]) -> list[View]:
+def _possible(baseline: Model, asked: Sequence[EvalSetting]) -> list[EvalSetting]:
     """The squares that a baseline can take; budgets are the business of packed models."""
     possible = []
-    for view in asked:
+    for setting in asked:
         try:
-            baseline.check(view)
+            baseline.check(setting)
         except UserError:
             continue
-        possible.append(view)
+        possible.append(setting)
     return possible
 
 
-Looks = Sequence[tuple[Model, Sequence[View]]]
+Looks = Sequence[tuple[Model, Sequence[EvalSetting]]]
 
 
 def _zeroshot(
@@ -256,7 +256,7 @@ def _zeroshot(
     strict: bool,
 ) -> Outcome | None:
     labelled, names, templates = open_zeroshot(spec)
-    embedded = embed_source(looks, labelled.source, ranks, workers=workers, cache=cache)
+    embedded = embed_dataset(looks, labelled.dataset, ranks, workers=workers, cache=cache)
     if strict:
         _check_complete(embedded[0])
     prompts = [template(name) for name in names for template in templates]
@@ -282,7 +282,7 @@ def _zeroshot(
             result,
             told[0],
             embedded[0],
-            labelled.source,
+            labelled.dataset,
             names=names,
             classes_CD=vectors[0],
             right=labelled.right,
@@ -300,8 +300,8 @@ def _retrieval(
     cache: Cache | None,
     strict: bool,
 ) -> Outcome | None:
-    source = open_retrieval(spec)
-    embedded = embed_source(looks, source, ranks, workers=workers, cache=cache)
+    dataset = open_retrieval(spec)
+    embedded = embed_dataset(looks, dataset, ranks, workers=workers, cache=cache)
     if strict:
         _check_complete(embedded[0])
     captions = [text for of_image in embedded[0].captions for text in of_image]
@@ -318,7 +318,7 @@ def _retrieval(
         ]
         result = _result(told, spec.data or spec.captions, judged)
         texts_TD, owner_T = texts[0]
-        return Outcome(result, told[0], embedded[0], source, texts_TD=texts_TD, owner_T=owner_T)
+        return Outcome(result, told[0], embedded[0], dataset, texts_TD=texts_TD, owner_T=owner_T)
 
     return _on_first(figures, ranks)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from navit_clip.evaluation.datasets import Source
+from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.report.pictures import read_images, thumbnail
 from navit_clip.files import write_output
@@ -25,19 +25,19 @@ def draw_gallery(
     images_ED: Tensor,
     texts_TD: Tensor,
     owner_T: Tensor,
-    source: Source,
+    dataset: EvalDataset,
     output: Path,
 ) -> None:
-    """Draws evenly spaced images of a source with their best captions and similarities.
+    """Draws evenly spaced images of a dataset with their best captions and similarities.
 
     Captions of the image itself are green, those of others red.
 
     Args:
-        data: The embedded source, for names and captions.
-        images_ED: Image embeddings at one view.
+        data: The embedded dataset, for names and captions.
+        images_ED: Image embeddings at one setting.
         texts_TD: Caption embeddings.
         owner_T: Index of each caption's image.
-        source: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the images shown.
         output: PNG file to write.
 
     Raises:
@@ -46,7 +46,7 @@ def draw_gallery(
     count = min(_COLUMNS * _ROWS, len(data.names))
     shown = torch.linspace(0, len(data.names) - 1, count).long().tolist()
     texts = [caption for captions in data.captions for caption in captions]
-    pixels = read_images(source, {data.names[i] for i in shown})
+    pixels = read_images(dataset, {data.names[i] for i in shown})
     rows = -(-count // _COLUMNS)
     cell_height = _THUMB + _MARGIN + _CAPTIONS * (2 * _LINE + 6) + _MARGIN
     canvas = Image.new("RGB", (_COLUMNS * _CELL + _MARGIN, rows * cell_height + _MARGIN), _PAPER)

@@ -1,6 +1,6 @@
 """Opens labelled images: class folders, a flat folder with a label file, shards with ``.cls``.
 
-From what the user names to a source of images, each with a class index, and what is known of the
+From what the user names to a dataset of images, each with a class index, and what is known of the
 classes. What the data calls its classes is settled by `labels`.
 """
 
@@ -21,7 +21,7 @@ from navit_clip.data.annotations.labels import (
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.data.shards import expand_shards
 from navit_clip.errors import UserError
-from navit_clip.evaluation.datasets import FileSource, ShardSource, Source
+from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Labelled:
     """Labelled images and what is known of their classes.
 
     Attributes:
-        source: The images; a label is the index of a class that is right.
+        dataset: The images; a label is the index of a class that is right.
         folders: The data's own names of its classes, in label order; None where labels are indices
             of classes that somebody else names.
         right: All right classes by label, of labels that have several.
         labels: Every label that occurs, None if only reading all samples tells.
     """
 
-    source: Source
+    dataset: EvalDataset
     folders: list[str] | None = None
     right: dict[int, tuple[int, ...]] = field(default_factory=dict)
     labels: frozenset[int] | None = None
@@ -83,7 +83,9 @@ def open_labelled(path: str, labels: str | None = None, class_map: str | None = 
         return _label_file(root, labels, known)
     if not root.is_dir() or any(root.glob("*.tar")):
         labeller = Labeller.of(known, known.indices.values()) if known else Labeller()
-        return Labelled(ShardSource(expand_shards([path]), labeller=labeller), right=labeller.right)
+        return Labelled(
+            ShardDataset(expand_shards([path]), labeller=labeller), right=labeller.right
+        )
     return _class_folders(root, known)
 
 
@@ -123,15 +125,15 @@ def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
         return _mapped(images, class_map, "label")
     if all(is_index(label) for _, label in images):
         labels = [int(label) for _, label in images]
-        return Labelled(FileSource([path for path, _ in images], labels), labels=frozenset(labels))
+        return Labelled(FileDataset([path for path, _ in images], labels), labels=frozenset(labels))
     return _numbered(images, sorted({label for _, label in images}))
 
 
 def _numbered(images: Sequence[tuple[Path, str]], names: list[str]) -> Labelled:
     place = {name: index for index, name in enumerate(names)}
     labels = [place[name] for _, name in images]
-    source = FileSource([path for path, _ in images], labels)
-    return Labelled(source, names, labels=frozenset(labels))
+    dataset = FileDataset([path for path, _ in images], labels)
+    return Labelled(dataset, names, labels=frozenset(labels))
 
 
 def _mapped(images: Sequence[tuple[Path, str]], class_map: ClassMap, what: str) -> Labelled:
@@ -148,8 +150,8 @@ def _mapped(images: Sequence[tuple[Path, str]], class_map: ClassMap, what: str) 
     if not kept:
         raise UserError(f"class map {class_map.name} leaves out every {what}")
     labels = [label for _, label in kept]
-    source = FileSource([path for path, _ in kept], labels)
-    return Labelled(source, right=labeller.right, labels=frozenset(labels))
+    dataset = FileDataset([path for path, _ in kept], labels)
+    return Labelled(dataset, right=labeller.right, labels=frozenset(labels))
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:

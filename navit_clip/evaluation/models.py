@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import tensors_digest
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.export.pretrained import Pretrained
 from navit_clip.inference.embed import embed_images, embed_texts, size_image
 from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, PackedImages
 
-Sizer = Callable[[EncodedImage, View], Any]
+Sizer = Callable[[EncodedImage, EvalSetting], Any]
 
 
 class Model(ABC):
@@ -34,11 +34,11 @@ class Model(ABC):
 
     Attributes:
         name: For tables and results.
-        own_view: The view that it is meant for, of its headline figures.
+        own_setting: The setting that it is meant for, of its headline figures.
     """
 
     name: str
-    own_view: View
+    own_setting: EvalSetting
 
     @property
     @abstractmethod
@@ -49,13 +49,13 @@ class Model(ABC):
             SkipSampleError: When called, if the pixels cannot be decoded.
         """
 
-    def size(self, image: EncodedImage, view: View) -> Any:
-        """What the model embeds of an image at a view."""
-        return self.sizer(image, view)
+    def size(self, image: EncodedImage, setting: EvalSetting) -> Any:
+        """What the model embeds of an image at a setting."""
+        return self.sizer(image, setting)
 
     @abstractmethod
-    def check(self, view: View) -> None:
-        """Refuses a view that the model cannot see.
+    def check(self, setting: EvalSetting) -> None:
+        """Refuses a setting that the model cannot see.
 
         Raises:
             UserError: If so, naming the option.
@@ -67,7 +67,7 @@ class Model(ABC):
 
     @abstractmethod
     def embed_images(self, images: Sequence[Any]) -> Tensor:
-        """Sized images of one view to float32 [E, D] unit vectors on the host, in order."""
+        """Sized images of one setting to float32 [E, D] unit vectors on the host, in order."""
 
     @abstractmethod
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -95,7 +95,7 @@ class Model(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of all that embeddings depend on but the image or text and the view."""
+        """Hash of all that embeddings depend on but the image or text and the setting."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +104,23 @@ class PackedSizer:
 
     Attributes:
         config: Of the tower.
-        square: Capped views are squares of at most so many tokens, for models trained so.
+        square: Capped settings are squares of at most so many tokens, for models trained so.
     """
 
     config: ImageTowerConfig
     square: bool
 
-    def __call__(self, image: EncodedImage, view: View) -> ImagePatches:
-        """Patches of one image at one view."""
+    def __call__(self, image: EncodedImage, setting: EvalSetting) -> ImagePatches:
+        """Patches of one image at one setting."""
         most = self.config.position.max_grid_side
-        if view.kind == "native":
+        if setting.kind == "native":
             return size_image(image, self.config, most**2)
-        if view.kind == "square":
-            assert view.size is not None
-            tokens = (view.size // self.config.patch_size) ** 2
+        if setting.kind == "square":
+            assert setting.size is not None
+            tokens = (setting.size // self.config.patch_size) ** 2
             return size_image(image, self.config, tokens, square=True)
-        assert view.size is not None
-        return size_image(image, self.config, view.size, square=self.square)
+        assert setting.size is not None
+        return size_image(image, self.config, setting.size, square=self.square)
 
 
 class PackedModel(Model):
@@ -133,7 +133,7 @@ class PackedModel(Model):
 
     def __init__(self, pretrained: Pretrained, name: str) -> None:
         self.pretrained, self.name = pretrained, name
-        self.own_view = View("capped", pretrained.preprocess.max_tokens)
+        self.own_setting = EvalSetting("capped", pretrained.preprocess.max_tokens)
         self._padding_tokens = 0
 
     @property
@@ -141,22 +141,22 @@ class PackedModel(Model):
         """Sizes images in worker processes."""
         return PackedSizer(self.pretrained.model.config.image, self.pretrained.preprocess.square)
 
-    def check(self, view: View) -> None:
+    def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches that the positions know."""
-        if view.kind != "square":
+        if setting.kind != "square":
             return
-        assert view.size is not None
+        assert setting.size is not None
         config = self.pretrained.model.config.image
         patch, most = config.patch_size, config.position.max_grid_side
-        if view.size % patch:
-            nearest = max(1, round(view.size / patch)) * patch
+        if setting.size % patch:
+            nearest = max(1, round(setting.size / patch)) * patch
             raise UserError(
-                f"--square {view.size} is no whole number of patches of {patch} pixels for "
+                f"--square {setting.size} is no whole number of patches of {patch} pixels for "
                 f"{self.name}: use {nearest}"
             )
-        if view.size > patch * most:
+        if setting.size > patch * most:
             raise UserError(
-                f"--square {view.size} is past the {patch * most} pixels whose positions "
+                f"--square {setting.size} is past the {patch * most} pixels whose positions "
                 f"{self.name} knows"
             )
 

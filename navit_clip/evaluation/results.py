@@ -1,4 +1,4 @@
-"""A harness's JSON as typed rows: one per model and view, baselines among them.
+"""A harness's JSON as typed rows: one per model and setting, baselines among them.
 
 Tables, curves and reports all read results through here, so that a damaged one is refused in one
 place and figures have one name and one form everywhere.
@@ -55,14 +55,14 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one view.
+    """One model at one setting.
 
     Attributes:
         model: Its name.
         series: 0 for the model that was judged, 1 and on for baselines.
         kind: ``capped``, ``native`` or ``square``.
-        label: The view, as in ``256``, ``native``, ``224²``.
-        own: Whether the view is the model's own.
+        label: The setting, as in ``256``, ``native``, ``224²``.
+        own: Whether the setting is the model's own.
         tokens: Mean tokens per image.
         padding: Share of tokens that are padding, if known.
         gflops: Forward cost of an image, if known.
@@ -99,7 +99,7 @@ class Result:
         images: Images judged.
         others: Classes or captions.
         skipped: Unusable images by reason.
-        rows: The model's views, then each baseline's.
+        rows: The model's settings, then each baseline's.
     """
 
     kind: Literal["zeroshot", "retrieval"]
@@ -112,7 +112,7 @@ class Result:
 
     @property
     def own(self) -> Row:
-        """The model at its own view; the first one where none is marked."""
+        """The model at its own setting; the first one where none is marked."""
         return next((row for row in self.rows if row.own and row.series == 0), self.rows[0])
 
     @property

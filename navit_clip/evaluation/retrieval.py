@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from navit_clip.evaluation.breakdown import by_aspect, by_size
-from navit_clip.evaluation.cost import describe_view
+from navit_clip.evaluation.cost import describe_setting
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 KS = (1, 5, 10)
 _SCORES = 1 << 22  # compared at a time, 32 MiB of them
@@ -93,21 +93,21 @@ def embed_captions(model: Model, data: Embedded) -> tuple[Tensor, Tensor]:
 
 
 def judge(model: Model, data: Embedded, texts_TD: Tensor, owner_T: Tensor) -> dict[str, Any]:
-    """Recall at every view.
+    """Recall at every setting.
 
     Args:
-        model: The model, for its own view and its costs.
+        model: The model, for its own setting and its costs.
         data: Embedded images with captions.
         texts_TD: Unit vectors of all captions, as from `embed_captions`.
         owner_T: Index of each caption's image.
 
     Returns:
-        Plain values for JSON: both directions at the model's own view, and ``views``, each with
+        Plain values for JSON: both directions at the model's own setting, and ``views``, each with
         both directions, also by aspect ratio and by size of the images. Queries of a group look
         among all images and captions.
     """
-    views = [_entry(model, data, view, texts_TD, owner_T) for view in data.embeddings]
-    own = next(entry for entry in views if entry["own"])
+    settings = [_entry(model, data, setting, texts_TD, owner_T) for setting in data.embeddings]
+    own = next(entry for entry in settings if entry["own"])
     return {
         "image_to_text": own["image_to_text"],
         "text_to_image": own["text_to_image"],
@@ -115,14 +115,14 @@ def judge(model: Model, data: Embedded, texts_TD: Tensor, owner_T: Tensor) -> di
         "images": len(data.names),
         "captions": len(texts_TD),
         "skipped": dict(data.skipped),
-        "views": views,
+        "views": settings,
     }
 
 
 def _entry(
-    model: Model, data: Embedded, view: View, texts_TD: Tensor, owner_T: Tensor
+    model: Model, data: Embedded, setting: EvalSetting, texts_TD: Tensor, owner_T: Tensor
 ) -> dict[str, Any]:
-    to_text_E, to_image_T = pair_ranks(data.embeddings[view], texts_TD, owner_T)
+    to_text_E, to_image_T = pair_ranks(data.embeddings[setting], texts_TD, owner_T)
 
     def of_group(label: str, index: Tensor) -> dict[str, Any]:
         return {
@@ -133,7 +133,7 @@ def _entry(
         }
 
     return {
-        **describe_view(model, data, view),
+        **describe_setting(model, data, setting),
         "image_to_text": recall(to_text_E),
         "text_to_image": recall(to_image_T),
         "by_aspect": [of_group(label, index) for label, index in by_aspect(data.sizes)],

@@ -1,8 +1,8 @@
-"""Views: how images are shown to a model, and which ones an evaluation looks at.
+"""How images are shown to a model, and which settings an evaluation uses.
 
-A model has a view of its own, which its headline figures belong to. The others say what it does at
-other resolutions: capped token budgets, images at their own size, and squares as plain ViTs see
-them. `Model.size` turns an image and a view into what the model embeds.
+A model has a setting of its own, which its headline metrics belong to. The others measure it at
+other resolutions: token limits, images at their own size, and squares as plain ViTs see them.
+`Model.size` turns an image and a setting into what the model embeds.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from navit_clip.configs import check_choices
 
 
 @dataclass(frozen=True)
-class View:
+class EvalSetting:
     """One way to show images to a model.
 
     Attributes:
-        kind: ``capped``, at the image's own size and aspect ratio up to a token budget;
+        kind: ``capped``, at the image's own size and aspect ratio up to a token limit;
             ``native``, at its own size, up to what the model's positions know; ``square``, at
             exactly this side whatever its shape.
-        size: Most tokens (``capped``) or the side in pixels (``square``); None for ``native``.
+        size: The token limit (``capped``) or the side in pixels (``square``); None for ``native``.
 
     Raises:
         ValueError: If `size` is missing, below 1, or given for ``native``.
@@ -35,9 +35,9 @@ class View:
         check_choices(self)
         if self.kind == "native":
             if self.size is not None:
-                raise ValueError(f"size must be None for a native view, got {self.size}")
+                raise ValueError(f"size must be None for a native setting, got {self.size}")
         elif self.size is None or self.size < 1:
-            raise ValueError(f"size must be at least 1 for a {self.kind} view, got {self.size}")
+            raise ValueError(f"size must be at least 1 for a {self.kind} setting, got {self.size}")
 
     @property
     def label(self) -> str:
@@ -47,29 +47,34 @@ class View:
         return f"{self.size}²" if self.kind == "square" else str(self.size)
 
     @property
+    def key(self) -> str:
+        """`label` as one can type it: ``224px`` for a square."""
+        return f"{self.size}px" if self.kind == "square" else self.label
+
+    @property
     def max_tokens(self) -> int | None:
-        """Most tokens of a capped view, None for the others."""
+        """The token limit, None for the other kinds."""
         return self.size if self.kind == "capped" else None
 
     @property
     def side(self) -> int | None:
-        """Side in pixels of a square view, None for the others."""
+        """Side in pixels of a square, None for the other kinds."""
         return self.size if self.kind == "square" else None
 
 
 _KINDS = ("capped", "native", "square")
 
 
-def order_views(views: Sequence[View]) -> list[View]:
-    """Each view once: capped by budget, then native, then squares by side."""
-    return sorted(set(views), key=lambda view: (_KINDS.index(view.kind), view.size or 0))
+def order_settings(settings: Sequence[EvalSetting]) -> list[EvalSetting]:
+    """Each setting once: token limits in order, then native, then squares by side."""
+    return sorted(set(settings), key=lambda one: (_KINDS.index(one.kind), one.size or 0))
 
 
-def make_views(
+def make_settings(
     max_tokens: Sequence[int] = (), native: bool = False, square: Sequence[int] = ()
-) -> list[View]:
-    """The views that options ask for, each once, in the order of `order_views`."""
-    wanted = [View("capped", size) for size in max_tokens]
-    wanted += [View("native")] if native else []
-    wanted += [View("square", side) for side in square]
-    return order_views(wanted)
+) -> list[EvalSetting]:
+    """The settings that options ask for, each once, in the order of `order_settings`."""
+    settings = [EvalSetting("capped", size) for size in max_tokens]
+    settings += [EvalSetting("native")] if native else []
+    settings += [EvalSetting("square", side) for side in square]
+    return order_settings(settings)

@@ -16,7 +16,7 @@ _IN_TRAINING = "-step-"  # the trainer's own, of which metrics.jsonl is the summ
 
 
 def zeroshot_table(result: dict[str, Any]) -> str:
-    """Accuracy against tokens and cost, one row per view, baselines below.
+    """Accuracy against tokens and cost, one row per setting, baselines below.
 
     Raises:
         UserError: If the result is damaged.
@@ -25,7 +25,7 @@ def zeroshot_table(result: dict[str, Any]) -> str:
 
 
 def retrieval_table(result: dict[str, Any]) -> str:
-    """Recall against tokens and cost, one row per view, baselines below.
+    """Recall against tokens and cost, one row per setting, baselines below.
 
     Raises:
         UserError: If the result is damaged.
@@ -37,7 +37,7 @@ def _table(result: Result, file: str = "") -> str:
     names = list(dict.fromkeys(name for row in result.rows for name in row.figures))
     short = [name.split(" ", 1)[1] if name.split(" ")[0] in DIRECTIONS else name for name in names]
     short = [name.replace("median", "med") for name in short]
-    rows = [["view", "tokens", "GFLOPs", *short], *(_cells(row, names) for row in result.rows)]
+    rows = [["setting", "tokens", "GFLOPs", *short], *(_cells(row, names) for row in result.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))
@@ -49,7 +49,7 @@ def _table(result: Result, file: str = "") -> str:
         first = ["model", "─" * width, *models]
         lines = [f"{c.ljust(width)}  {line}" for c, line in zip(first, lines, strict=True)]
         above = [" " * (width + 2) + line for line in above]
-    foot = ["* the model's own view"]
+    foot = ["* the model's own setting"]
     if result.skipped:
         foot.append("skipped: " + ", ".join(f"{why} {n}" for why, n in result.skipped.items()))
     return "\n".join([result.title + (f" ({file})" if file else ""), *above, *lines, *foot])

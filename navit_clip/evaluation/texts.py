@@ -13,7 +13,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import Cache, TextBlock
 from navit_clip.evaluation.embed import progress_bar
 from navit_clip.evaluation.models import Model, Sizer
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 # Texts that are embedded together, wherever that is; as `navit_clip.evaluation.datasets.BLOCK` for
 # images.
@@ -32,7 +32,7 @@ class EmbeddedTexts(Model):
     """
 
     def __init__(self, model: Model, texts: Sequence[str], texts_TD: Tensor) -> None:
-        self.model, self.name, self.own_view = model, model.name, model.own_view
+        self.model, self.name, self.own_setting = model, model.name, model.own_setting
         self._row = {text: row for row, text in enumerate(texts)}
         self._texts_TD = texts_TD
 
@@ -49,9 +49,9 @@ class EmbeddedTexts(Model):
         """The model's."""
         return self.model.sizer
 
-    def check(self, view: View) -> None:
+    def check(self, setting: EvalSetting) -> None:
         """As the model."""
-        self.model.check(view)
+        self.model.check(setting)
 
     def length(self, sized: Any) -> int:
         """As the model."""

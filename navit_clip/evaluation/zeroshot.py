@@ -18,11 +18,11 @@ from navit_clip.data.annotations.labels import is_index, read_text, unnamed_labe
 from navit_clip.errors import UserError
 from navit_clip.evaluation.breakdown import by_aspect, by_size
 from navit_clip.evaluation.calibration import expected_calibration_error
-from navit_clip.evaluation.cost import describe_view
+from navit_clip.evaluation.cost import describe_setting
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.retrieval import TIE
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 
 Template = Callable[[str], str]
 
@@ -184,10 +184,10 @@ def judge(
     only: Sequence[int] | None = None,
     classes_CD: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, confusions and calibration at every view.
+    """Accuracy, confusions and calibration at every setting.
 
     Args:
-        model: The model, for the prompts, its own view, its scale and its costs.
+        model: The model, for the prompts, its own setting, its scale and its costs.
         data: Embedded images with labels.
         names: Class names by label.
         templates: Prompt templates.
@@ -196,7 +196,7 @@ def judge(
         classes_CD: `class_vectors` of all names, if there are any already.
 
     Returns:
-        Plain values for JSON: the figures at the model's own view, and ``views``.
+        Plain values for JSON: the figures at the model's own setting, and ``views``.
 
     Raises:
         UserError: If a label has no name.
@@ -212,15 +212,15 @@ def judge(
         classes_CD = class_vectors(model, [names[index] for index in chosen], templates)
     else:
         classes_CD = classes_CD[chosen]
-    views = [_entry(model, data, view, groups, classes_CD) for view in data.embeddings]
-    own = next(entry for entry in views if entry["own"])
+    settings = [_entry(model, data, setting, groups, classes_CD) for setting in data.embeddings]
+    own = next(entry for entry in settings if entry["own"])
     headline = ("top1", "top5", "mean_per_class", "ece", "max_tokens")
     return {
         **{name: own[name] for name in headline},
         "images": len(data.labels),
         "classes": len(chosen),
         "skipped": dict(data.skipped),
-        "views": views,
+        "views": settings,
     }
 
 
@@ -244,10 +244,10 @@ def _group(
 
 
 def _entry(
-    model: Model, data: Embedded, view: View, groups: _Groups, classes_CD: Tensor
+    model: Model, data: Embedded, setting: EvalSetting, groups: _Groups, classes_CD: Tensor
 ) -> dict[str, Any]:
     verdicts = classify(
-        data.embeddings[view], classes_CD, groups.right_LC, groups.group_E, model.scale
+        data.embeddings[setting], classes_CD, groups.right_LC, groups.group_E, model.scale
     )
     top1_E, top5_E = verdicts.rank_E < 1, verdicts.rank_E < 5
     images_L = groups.group_E.bincount(minlength=len(groups.names))
@@ -257,7 +257,7 @@ def _entry(
         return {"images": len(index), "top1": _share(top1_E[index]), "top5": _share(top5_E[index])}
 
     return {
-        **describe_view(model, data, view),
+        **describe_setting(model, data, setting),
         "top1": _share(top1_E),
         "top5": _share(top5_E),
         "mean_per_class": accuracy_L.mean().item(),

@@ -37,7 +37,7 @@ from navit_clip.evaluation.evaluator import (
     open_zeroshot,
 )
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import View, make_views
+from navit_clip.evaluation.settings import EvalSetting, make_settings
 from navit_clip.export.pretrained import Preprocess, Pretrained, save_pretrained
 from navit_clip.files import write_output
 from navit_clip.models.clip import NaViTCLIP
@@ -169,7 +169,7 @@ class Evaluations:
         ranks: This process among all of them.
 
     Raises:
-        UserError: If a harness has no data, or a view or figure asked for does not exist.
+        UserError: If a harness has no data, or a setting or figure asked for does not exist.
     """
 
     def __init__(
@@ -276,18 +276,18 @@ class Evaluations:
         for name, plan in self._plans.items():
             spec = plan.spec
             try:
-                for view in _views(spec):
-                    packed.check(view)
+                for setting in _settings(spec):
+                    packed.check(setting)
                 _probe(spec)
             except UserError as error:
                 raise UserError(f"eval.harnesses.{name}: {error}") from error
 
     def _check_best(self, metric: str) -> None:
-        own = View("capped", self._preprocess.max_tokens)
+        own = EvalSetting("capped", self._preprocess.max_tokens)
         known = [
-            _key(name, None if view == own else view, figure)
+            _key(name, None if setting == own else setting, figure)
             for name, plan in self._plans.items()
-            for view in (own, *_views(plan.spec))
+            for setting in (own, *_settings(plan.spec))
             for figure in _FIGURES[type(plan.spec)]
         ]
         if metric not in known:
@@ -343,25 +343,27 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _views(spec: Spec) -> list[View]:
-    return make_views(spec.max_tokens, spec.native, spec.square)
+def _settings(spec: Spec) -> list[EvalSetting]:
+    return make_settings(spec.max_tokens, spec.native, spec.square)
 
 
-def _key(name: str, view: View | None, figure: str) -> str:
-    if view is None:
+def _key(name: str, setting: EvalSetting | None, figure: str) -> str:
+    if setting is None:
         return f"{name}/{figure}"
-    label = f"{view.size}px" if view.kind == "square" else view.label  # no ² on a command line
+    label = (
+        f"{setting.size}px" if setting.kind == "square" else setting.label
+    )  # no ² on a command line
     return f"{name}/{label}/{figure}"
 
 
 def _figures(name: str, spec: Spec, result: dict[str, Any]) -> dict[str, float]:
-    """Figures by NAME/FIGURE, those of views beside the model's own by NAME/VIEW/FIGURE."""
+    """Figures by NAME/FIGURE, those of settings beside the model's own by NAME/VIEW/FIGURE."""
     found = {}
     for entry in result["views"]:
-        view = View(entry["view"], entry["max_tokens"] or entry["side"])
+        setting = EvalSetting(entry["view"], entry["max_tokens"] or entry["side"])
         for figure in _FIGURES[type(spec)]:
             value = reduce(getitem, figure.split("/"), entry)
-            found[_key(name, None if entry["own"] else view, figure)] = float(value)
+            found[_key(name, None if entry["own"] else setting, figure)] = float(value)
     return found
 
 
@@ -371,11 +373,11 @@ def _probe(spec: Spec) -> None:
     Raises:
         UserError: If not.
     """
-    source = (
-        open_zeroshot(spec)[0].source if isinstance(spec, ZeroShotSpec) else open_retrieval(spec)
+    dataset = (
+        open_zeroshot(spec)[0].dataset if isinstance(spec, ZeroShotSpec) else open_retrieval(spec)
     )
     first: SkipSampleError | None = None
-    for item in islice(source.read(0, 1), _PROBED):
+    for item in islice(dataset.read(0, 1), _PROBED):
         if not isinstance(item.data, SkipSampleError):
             return
         first = first or item.data

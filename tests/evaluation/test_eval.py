@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from eval_cases import CLASSES, VIEWS, embed, open_source, run, write_all
+from eval_cases import CLASSES, SETTINGS, embed, open_dataset, run, write_all
 from PIL import Image
 from shard_factory import CAPTIONS, encode, photo, sample, write_shard
 
 from navit_clip.data.decode import EncodedImage
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.export.pretrained import Preprocess, load_pretrained, save_pretrained
 from navit_clip.inference import embed as embedding
 from navit_clip.inference.embed import embed_images, embed_texts, size_image
@@ -67,26 +67,26 @@ def test_images_are_sized_within_the_budget_with_all_their_patches(square, budge
 
 def test_embeddings_are_those_of_each_image_alone(model_dir, data):
     pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "classes"))
+    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "classes"))
     files = sorted((data / "classes").glob("*/*.png"))
     assert embedded.names == [str(path) for path in files]
     assert [sorted(CLASSES)[label] for label in embedded.labels] == [p.parent.name for p in files]
     assert embedded.skipped == {"unreadable_image": 1}
     assert len(embedded.skips) == 1
     assert "broken.jpg" in embedded.skips[0]
-    assert list(embedded.embeddings) == VIEWS
-    for view in VIEWS:
+    assert list(embedded.embeddings) == SETTINGS
+    for setting in SETTINGS:
         # Native: 16 positions a side are more than any of these images needs.
-        tokens = {"native": 256, "square": 16}.get(view.kind, view.size)
+        tokens = {"native": 256, "square": 16}.get(setting.kind, setting.size)
         sized = [
             size_image(EncodedImage(path.read_bytes()), pretrained.model.config.image, tokens,
-                       square=view.kind == "square")
+                       square=setting.kind == "square")
             for path in files
         ]  # fmt: skip
-        assert embedded.lengths[view] == [len(image.patches) for image in sized]
-        assert embedded.padding[view] == 0
+        assert embedded.lengths[setting] == [len(image.patches) for image in sized]
+        assert embedded.padding[setting] == 0
         alone = torch.cat([embed_images(pretrained, [image]) for image in sized])
-        torch.testing.assert_close(embedded.embeddings[view], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedded.embeddings[setting], alone, atol=1e-5, rtol=0)
     with Image.open(files[0]) as image:
         assert embedded.sizes[0] == (image.height, image.width)
 
@@ -101,13 +101,15 @@ def place(scores: torch.Tensor, own: int) -> int:
 
 def common_figures(result, pretrained, lengths):
     config = pretrained.model.config
-    assert [View(e["view"], e["max_tokens"] or e["side"]) for e in result["views"]] == VIEWS
+    assert [
+        EvalSetting(e["view"], e["max_tokens"] or e["side"]) for e in result["views"]
+    ] == SETTINGS
     assert [e["label"] for e in result["views"]] == ["6", "12", "native", "32²"]
     assert [e["own"] for e in result["views"]] == [False, True, False, False]
     assert result["max_tokens"] == 12
     assert result["baselines"] == []
-    for entry, view in zip(result["views"], VIEWS, strict=True):
-        tokens = lengths[view]
+    for entry, setting in zip(result["views"], SETTINGS, strict=True):
+        tokens = lengths[setting]
         assert entry["padding"] == 0
         assert entry["mean_tokens"] == pytest.approx(np.mean(tokens))
         flops = [image_flops(config.image, config.embed_dim, n) for n in tokens]
@@ -129,15 +131,15 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
     assert "broken.jpg" in printed
 
     pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "classes"))
+    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "classes"))
     vectors = []
     for name in sorted(CLASSES):
         lines = templates.read_text().replace("{}", name.replace("_", " ")).splitlines()
         vectors.append(torch.cat([embed_texts(pretrained, [line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
     common_figures(result, pretrained, embedded.lengths)
-    for entry, view in zip(result["views"], VIEWS, strict=True):
-        scores = embedded.embeddings[view].double() @ classes.T
+    for entry, setting in zip(result["views"], SETTINGS, strict=True):
+        scores = embedded.embeddings[setting].double() @ classes.T
         ranks = [place(row, own) for row, own in zip(scores, embedded.labels, strict=True)]
         assert entry["top1"] == pytest.approx(np.mean([rank < 1 for rank in ranks]))
         assert entry["top5"] == 1.0  # of four classes
@@ -182,12 +184,12 @@ def test_retrieval(model_dir, data, tmp_path, capsys):
     assert str(gallery) in printed
 
     pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_source(data, "coco"))
+    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "coco"))
     captions = [(i, text) for i, texts in enumerate(embedded.captions) for text in texts]
     texts = torch.cat([embed_texts(pretrained, [text]) for _, text in captions]).double()
     common_figures(result, pretrained, embedded.lengths)
-    for entry, view in zip(result["views"], VIEWS, strict=True):
-        scores = embedded.embeddings[view].double() @ texts.T
+    for entry, setting in zip(result["views"], SETTINGS, strict=True):
+        scores = embedded.embeddings[setting].double() @ texts.T
         to_image = [place(scores[:, j], own) for j, (own, _) in enumerate(captions)]
         to_text = []
         for i, row in enumerate(scores):

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_cases import ALONE, OWN, SMALL, VIEWS, open_source, run, write_all
+from eval_cases import ALONE, OWN, SETTINGS, SMALL, open_dataset, run, write_all
 from shard_factory import encode, photo
 
-from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import datasets
 from navit_clip.evaluation.cache import Cache, ImageBlock, TextBlock, tensors_digest
-from navit_clip.evaluation.embed import embed_source
+from navit_clip.evaluation.embed import embed_dataset
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.texts import share_texts
 from navit_clip.export.pretrained import Preprocess, load_pretrained, save_pretrained
 
@@ -46,36 +46,36 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 3)
+    monkeypatch.setattr(datasets, "BLOCK", 3)
 
 
-def embed(model_dir, source, directory, views=VIEWS, workers=0, said=None):
+def embed(model_dir, dataset, directory, settings=SETTINGS, workers=0, said=None):
     """Embeddings, and how many images the model had to look at."""
     model = Counting(load_pretrained(model_dir), "tiny")
     cache = Cache(directory, [].append if said is None else said.append) if directory else None
-    (embedded,) = embed_source([(model, views)], source, ALONE, workers=workers, cache=cache)
+    (embedded,) = embed_dataset([(model, settings)], dataset, ALONE, workers=workers, cache=cache)
     return embedded, model.images
 
 
 def assert_same(one, other):
-    for view in one.embeddings:
-        assert torch.equal(one.embeddings[view], other.embeddings[view])
+    for setting in one.embeddings:
+        assert torch.equal(one.embeddings[setting], other.embeddings[setting])
     unkept = {"embeddings": {}}
     assert replace(one, **unkept) == replace(other, **unkept)
 
 
 @pytest.mark.parametrize("name", ["classes", "coco", "mixed"])
 def test_a_second_evaluation_embeds_nothing_and_finds_the_same(name, model_dir, data, tmp_path):
-    source = open_source(data, name)
-    fresh, all_images = embed(model_dir, source, None)
-    first, looked = embed(model_dir, source, tmp_path)
-    assert looked == all_images == len(fresh.names) * len(VIEWS)
-    second, looked = embed(model_dir, source, tmp_path)
+    dataset = open_dataset(data, name)
+    fresh, all_images = embed(model_dir, dataset, None)
+    first, looked = embed(model_dir, dataset, tmp_path)
+    assert looked == all_images == len(fresh.names) * len(SETTINGS)
+    second, looked = embed(model_dir, dataset, tmp_path)
     assert looked == 0
     for one in (first, second):
         assert_same(fresh, one)
     if name == "mixed":  # read by worker processes too
-        again, looked = embed(model_dir, source, tmp_path, workers=2)
+        again, looked = embed(model_dir, dataset, tmp_path, workers=2)
         assert looked == 0
         assert_same(fresh, again)
 
@@ -84,8 +84,8 @@ def test_only_what_is_new_is_embedded(model_dir, data, tmp_path):
     root = shutil.copytree(data / "classes", tmp_path / "classes")
     names = sorted(path for path in root.glob("*/*.png"))
 
-    def again(views=VIEWS, model=model_dir):
-        return embed(model, open_source(tmp_path, "classes"), tmp_path / "cache", views)
+    def again(settings=SETTINGS, model=model_dir):
+        return embed(model, open_dataset(tmp_path, "classes"), tmp_path / "cache", settings)
 
     assert again([OWN])[1] == 11
     assert again([OWN, SMALL])[1] == 11
@@ -93,7 +93,7 @@ def test_only_what_is_new_is_embedded(model_dir, data, tmp_path):
     names[0].write_bytes(encode(photo(99, 40, 40)))
     changed, looked = again([OWN, SMALL])
     assert looked == 2 * 3
-    assert_same(changed, embed(model_dir, open_source(tmp_path, "classes"), None, [OWN, SMALL])[0])
+    assert_same(changed, embed(model_dir, open_dataset(tmp_path, "classes"), None, [OWN, SMALL])[0])
     # The same files under other names.
     root.rename(tmp_path / "elsewhere")
     shutil.copytree(tmp_path / "elsewhere", root)
@@ -132,13 +132,13 @@ def flip(path: Path, place: int) -> None:
     ],
 )
 def test_a_damaged_file_is_named_and_made_again(damage, model_dir, data, tmp_path):
-    source = open_source(data, "classes")
-    fresh, _ = embed(model_dir, source, tmp_path)
+    dataset = open_dataset(data, "classes")
+    fresh, _ = embed(model_dir, dataset, tmp_path)
     contents = {path: path.read_bytes() for path in files(tmp_path)}
     damaged = files(tmp_path)[2]
     damage(damaged)
     said: list[str] = []
-    mended, looked = embed(model_dir, source, tmp_path, said=said)
+    mended, looked = embed(model_dir, dataset, tmp_path, said=said)
     assert_same(fresh, mended)
     assert 0 < looked <= 3
     (line,) = said
@@ -185,7 +185,7 @@ def test_keys_tell_everything_apart(tmp_path):
         cache.image_key(*words)
         for words in [
             ("m", OWN, [a, b]), ("n", OWN, [a, b]), ("m", SMALL, [a, b]), ("m", OWN, [b, a]),
-            ("m", OWN, [a]), ("m", OWN, [a, b, b""]), ("m", View("square", 12), [a, b]),
+            ("m", OWN, [a]), ("m", OWN, [a, b, b""]), ("m", EvalSetting("square", 12), [a, b]),
         ]
     ]  # fmt: skip
     keys += [
@@ -204,10 +204,10 @@ def test_keys_tell_everything_apart(tmp_path):
 
 _SLOW = """
 import sys, time
-from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import datasets
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.models import PackedModel
-sources.BLOCK = 3
+datasets.BLOCK = 3
 embed = PackedModel.embed_images
 def slow(self, images):
     done = embed(self, images)

@@ -12,7 +12,7 @@ from source_cases import image, in_parts, read, write
 
 from navit_clip.data.decode import SkipSampleError
 from navit_clip.errors import UserError
-from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import datasets
 from navit_clip.evaluation.captioned import open_captioned
 
 
@@ -66,8 +66,8 @@ def test_coco_captions(tmp_path):
         (5, "silent.png"),
         annotations=[(3, "first "), (7, "second"), (3, "third"), (3, "first")],
     )
-    source = described(tmp_path, content)
-    items = read(source)
+    dataset = described(tmp_path, content)
+    items = read(dataset)
     # Every caption is a query, a repeated one as well.
     assert {Path(item.name).name: item.captions for item in items} == {
         "a.png": ("first", "third", "first"),
@@ -76,7 +76,7 @@ def test_coco_captions(tmp_path):
     }
     assert all(isinstance(item.data, bytes) and item.label == -1 for item in items[:2])
     assert items[2].data.reason == "no_caption"
-    assert (source.count, source.skipped) == (3, Counter())
+    assert (dataset.count, dataset.skipped) == (3, Counter())
 
 
 def test_captions_that_say_nothing_are_counted(tmp_path):
@@ -84,9 +84,9 @@ def test_captions_that_say_nothing_are_counted(tmp_path):
     content = coco(
         (0, "a.png"), (1, "b.png"), annotations=[(0, " "), (0, "x"), (0, "\ud800"), (1, "")]
     )
-    source = described(tmp_path, content)
-    assert [item.captions for item in read(source)] == [("x",), ()]
-    assert source.skipped == {"empty_caption": 2, "bad_caption": 1}
+    dataset = described(tmp_path, content)
+    assert [item.captions for item in read(dataset)] == [("x",), ()]
+    assert dataset.skipped == {"empty_caption": 2, "bad_caption": 1}
 
 
 def test_an_image_listed_twice_is_one_with_all_its_captions(tmp_path):
@@ -193,8 +193,8 @@ def test_tables_of_captions(name, content, columns, tmp_path):
     for file in ("a.png", "b.png"):
         image(tmp_path / file)
     for images in (None, str(tmp_path)):  # a table's own folder if none is named
-        source = open_captioned(None, images, write(tmp_path / name, content), [], None, *columns)
-        assert [(item.name, item.captions) for item in read(source)] == [
+        dataset = open_captioned(None, images, write(tmp_path / name, content), [], None, *columns)
+        assert [(item.name, item.captions) for item in read(dataset)] == [
             (str(tmp_path / "a.png"), ("one, two", "four")),
             (str(tmp_path / "b.png"), ("three",)),
         ]
@@ -275,7 +275,7 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("block", [1, 2, 64])
 def test_parts_together_are_the_whole(parts, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", block)
+    monkeypatch.setattr(datasets, "BLOCK", block)
     counts = [5, 1, 3]
     make_shards(tmp_path / "shards", counts)
     shards = open_captioned(str(tmp_path / "shards"), None, None, ["txt"], None)

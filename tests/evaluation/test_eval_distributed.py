@@ -11,18 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from eval_cases import ALONE, VIEWS, embed, open_source, small_blocks, write_all
+from eval_cases import ALONE, SETTINGS, embed, open_dataset, small_blocks, write_all
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.evaluation import datasets as sources
-from navit_clip.evaluation import texts
+from navit_clip.evaluation import datasets, texts
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.export.pretrained import load_pretrained
 
-SOURCES = ("classes", "coco", "mixed", "single", "bad", "cut")
+DATASETS = ("classes", "coco", "mixed", "single", "bad", "cut")
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +32,31 @@ def data(tmp_path_factory):
 @pytest.fixture
 def blocks(monkeypatch):
     """Puts the sizes of blocks back."""
-    monkeypatch.setattr(sources, "BLOCK", sources.BLOCK)
+    monkeypatch.setattr(datasets, "BLOCK", datasets.BLOCK)
     monkeypatch.setattr(texts, "TEXT_BLOCK", texts.TEXT_BLOCK)
 
 
 def specs(root: Path) -> list[ZeroShotSpec | RetrievalSpec]:
-    views = {"max_tokens": (6,), "native": True, "square": (32,)}
+    settings = {"max_tokens": (6,), "native": True, "square": (32,)}
     templates = str(root / "templates.txt")
     images, captions = str(root / "coco/images"), str(root / "coco/captions.json")
     return [
-        ZeroShotSpec(str(root / "classes"), templates=templates, **views),
+        ZeroShotSpec(str(root / "classes"), templates=templates, **settings),
         # The label without a name is found by the first rank alone.
         ZeroShotSpec(str(root / "classes"), classnames=templates, templates="plain"),
-        RetrievalSpec(images=images, captions=captions, **views),
-        RetrievalSpec(str(root / "single"), **views),
+        RetrievalSpec(images=images, captions=captions, **settings),
+        RetrievalSpec(str(root / "single"), **settings),
     ]
 
 
 def everything(model_dir: Path, root: Path, ranks: Ranks, cases):
-    """What embedding gives by (source, workers), or the line it fails with, and all figures."""
+    """What embedding gives by (dataset, workers), or the line it fails with, and all figures."""
     small_blocks()
     model = PackedModel(load_pretrained(model_dir), "tiny")
     embedded: dict[tuple[str, int], Embedded | str] = {}
     for name, workers in cases:
         try:
-            embedded[name, workers] = embed(model, open_source(root, name), ranks, workers)
+            embedded[name, workers] = embed(model, open_dataset(root, name), ranks, workers)
         except UserError as error:
             embedded[name, workers] = str(error)
     figures = []
@@ -85,9 +84,9 @@ def assert_equal(one: Embedded, other: Embedded) -> None:
     for field in fields(Embedded):
         if field.name != "embeddings":
             assert getattr(one, field.name) == getattr(other, field.name), field.name
-    assert list(one.embeddings) == list(other.embeddings) == VIEWS
-    for view in VIEWS:
-        assert torch.equal(one.embeddings[view], other.embeddings[view]), view
+    assert list(one.embeddings) == list(other.embeddings) == SETTINGS
+    for setting in SETTINGS:
+        assert torch.equal(one.embeddings[setting], other.embeddings[setting]), setting
 
 
 @pytest.fixture
@@ -101,11 +100,11 @@ def one_thread():
 
 @pytest.mark.usefixtures("blocks", "one_thread")
 def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
-    alone, figures = everything(model_dir, data, ALONE, [(name, 0) for name in SOURCES])
+    alone, figures = everything(model_dir, data, ALONE, [(name, 0) for name in DATASETS])
     with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
     assert multiprocessing.active_children() == []
     # Without workers: those of a spawned rank import everything anew, with blocks of full size.
-    cases = [(name, 0) for name in SOURCES]
+    cases = [(name, 0) for name in DATASETS]
     ranks = run_ranks(on_rank, 3, model_dir, data, tmp_path / "store", cases)
     three, two = [result[0] for result in ranks], [result[1] for result in ranks[:2]]
     for embedded in (with_workers, *(result[0] for result in (*three, *two))):
@@ -130,16 +129,16 @@ def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data,
 def test_blocks_are_whole_wherever_they_are_read(data, blocks):
     small_blocks()
     for name in ("classes", "coco", "mixed"):
-        source = open_source(data, name)
-        whole = [item.key for item in source.read(0, 1)]
+        dataset = open_dataset(data, name)
+        whole = [item.key for item in dataset.read(0, 1)]
         assert whole == sorted(whole)
         for parts in (2, 3, 5):
-            read = [[item.key for item in source.read(part, parts)] for part in range(parts)]
+            read = [[item.key for item in dataset.read(part, parts)] for part in range(parts)]
             assert sorted(key for part in read for key in part) == whole
             owners: dict[tuple[int, int], set[int]] = {}
             for part, keys in enumerate(read):
                 assert keys == sorted(keys)
                 for key in keys:
-                    owners.setdefault(sources.block_of(key), set()).add(part)
+                    owners.setdefault(datasets.block_of(key), set()).add(part)
             assert all(len(parts_of_block) == 1 for parts_of_block in owners.values())
             assert len(set().union(*owners.values())) > 1

@@ -11,7 +11,7 @@ from source_cases import image, in_parts, read, write
 
 from navit_clip.data.annotations.labels import ClassMap, Labeller, load_class_map
 from navit_clip.errors import UserError
-from navit_clip.evaluation import datasets as sources
+from navit_clip.evaluation import datasets
 from navit_clip.evaluation.labelled import open_labelled
 from navit_clip.evaluation.zeroshot import load_classnames
 
@@ -27,14 +27,14 @@ def test_class_folders(tmp_path):
     (tmp_path / "readme.md").write_text("no class")
     labelled = open_labelled(str(tmp_path))
     assert labelled.folders == ["a", "b", "empty"]  # an empty class still has its name and index
-    items = read(labelled.source)
+    items = read(labelled.dataset)
     assert [(item.name, item.label) for item in items] == [
         (str(files[2]), 0),
         (str(files[1]), 0),
         (str(files[0]), 1),
     ]
     assert items[0].data == files[2].read_bytes()
-    assert labelled.source.count == 3
+    assert labelled.dataset.count == 3
     assert labelled.present([]) == [0, 1]
 
 
@@ -51,9 +51,9 @@ def test_labelled_shards(tmp_path):
     for path in (shard, tmp_path):
         labelled = open_labelled(str(path))
         assert labelled.folders is None
-        assert labelled.source.count is None
+        assert labelled.dataset.count is None
         assert labelled.present([3, 0, 3]) == [0, 3]
-        items = read(labelled.source)
+        items = read(labelled.dataset)
         assert [(item.name, item.label) for item in items[:2]] == [("0/a", 3), ("0/b", 0)]
         assert [item.data.reason for item in items[2:]] == ["bad_label", "no_image"]
 
@@ -61,7 +61,7 @@ def test_labelled_shards(tmp_path):
 def test_shards_without_labels_are_refused(tmp_path):
     (shard,) = make_shards(tmp_path, [1])
     with pytest.raises(UserError, match=r"00000/0 has no \.cls member"):
-        read(open_labelled(str(shard)).source)
+        read(open_labelled(str(shard)).dataset)
 
 
 @pytest.mark.parametrize("content", ["nothing", "class folders without images", "no such path"])
@@ -164,7 +164,7 @@ def test_class_folders_through_a_map(tmp_path):
     (tmp_path / "data" / "cache").mkdir()  # unknown, but without an image
     content = {"mug": 2, "chair": [1, 7], "towel": 2, "out": [], "absent": 5}
     labelled = open_labelled(str(tmp_path / "data"), class_map=write(tmp_path / "map", content))
-    items = read(labelled.source)
+    items = read(labelled.dataset)
     assert [(Path(item.name).parent.name, item.label) for item in items] == [
         ("chair", 1),
         ("mug", 2),
@@ -199,7 +199,7 @@ def test_folders_that_are_numbers_are_class_indices_of_imagenet(tmp_path):
     for i in (10, 2, 999):
         image(tmp_path / str(i) / "x.png", i)
     for class_map in ("imagenet", "index"):
-        items = read(open_labelled(str(tmp_path), class_map=class_map).source)
+        items = read(open_labelled(str(tmp_path), class_map=class_map).dataset)
         assert {Path(item.name).parent.name: item.label for item in items} == {
             "10": 10,
             "2": 2,
@@ -212,8 +212,8 @@ def test_a_hundred_folders_of_imagenet_are_named_among_its_thousand_classes():
     labelled = open_labelled(str(IMAGENET), class_map="imagenet")
     names = load_classnames("imagenet", labelled.folders)
     labelled.check_names(names)
-    assert len(labelled.present([])) == labelled.source.count == 100
-    found = {Path(item.name).parent.name: names[item.label] for item in read(labelled.source)}
+    assert len(labelled.present([])) == labelled.dataset.count == 100
+    found = {Path(item.name).parent.name: names[item.label] for item in read(labelled.dataset)}
     assert found["n01440764"] == "tench"
     assert found["n01601694"] == "American dipper"
     with pytest.raises(UserError, match=r"1000 class names for 100 class folders.*--class-map"):
@@ -226,7 +226,7 @@ def test_labelled_shards_through_a_map(tmp_path):
     shard = write_shard(tmp_path / "0.tar", members)
     content = write(tmp_path / "map", {"chair": [1, 7], "mug": 2, "out": []})
     labelled = open_labelled(str(shard), class_map=content)
-    items = read(labelled.source)
+    items = read(labelled.dataset)
     assert [item.label for item in items] == [1, 2, -1, 4, -1, -1]
     assert [item.data.reason for item in items if item.label < 0] == [
         "class_left_out",
@@ -255,7 +255,7 @@ def test_a_flat_folder_with_a_label_file(name, content, tmp_path):
     image(tmp_path / "data" / "unlisted.png")
     labelled = open_labelled(str(tmp_path / "data"), labels=write(tmp_path / name, content))
     assert labelled.folders == ["dog", "red cat"]
-    items = read(labelled.source)
+    items = read(labelled.dataset)
     assert [(item.name, item.label) for item in items] == [
         (str(files[0]), 0),
         (str(files[1]), 1),
@@ -280,7 +280,7 @@ def test_labels_may_be_indices(content, class_map, tmp_path):
     file = write(tmp_path / "labels", content)
     labelled = open_labelled(str(tmp_path / "data"), labels=file, class_map=class_map)
     assert labelled.folders is None
-    items = read(labelled.source)
+    items = read(labelled.dataset)
     assert [item.label for item in items] == [65, 0, 3]
     assert [item.data.reason for item in items[2:]] == ["missing_image"]
 
@@ -290,7 +290,7 @@ def test_the_label_file_of_imagenets_localisation_challenge(tmp_path):
     content = "ImageId,PredictionString\nILSVRC2012_val_00048981,n03995372 85 1 499 272 1 2 3 4 \n"
     file = write(tmp_path / "LOC_val_solution.csv", content)
     labelled = open_labelled(str(tmp_path / "data"), labels=file, class_map="imagenet")
-    assert [(item.label, type(item.data)) for item in read(labelled.source)] == [(740, bytes)]
+    assert [(item.label, type(item.data)) for item in read(labelled.dataset)] == [(740, bytes)]
 
 
 @pytest.mark.parametrize(
@@ -323,9 +323,9 @@ def test_labels_need_a_folder(tmp_path):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("block", [1, 2, 64])
 def test_parts_together_are_the_whole(parts, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", block)
+    monkeypatch.setattr(datasets, "BLOCK", block)
     for i in range(7):
         image(tmp_path / "classes" / "abc"[i % 3] / f"{i}.png", i)
-    folders = open_labelled(str(tmp_path / "classes")).source
+    folders = open_labelled(str(tmp_path / "classes")).dataset
     assert in_parts(folders, parts) == read(folders)
     assert Counter(item.label for item in read(folders)) == {0: 3, 1: 2, 2: 2}

@@ -1,4 +1,4 @@
-"""Models under evaluation: views, open_clip's own pipeline, and checkpoints of training runs."""
+"""Models under evaluation: settings, open_clip's own pipeline, and checkpoints of training runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from navit_clip.checkpoints.load_run import load_run
 from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
-from navit_clip.evaluation.datasets import FileSource
-from navit_clip.evaluation.embed import embed_source
+from navit_clip.evaluation.datasets import FileDataset
+from navit_clip.evaluation.embed import embed_dataset
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import View, make_views, order_views
+from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
 from navit_clip.export.pretrained import Preprocess, Pretrained, load_pretrained
 
 CPU = torch.device("cpu")
@@ -39,16 +39,16 @@ TINY = {
 SIDES = ((50, 90), (90, 50), (32, 32), (20, 24), (200, 36))
 
 
-# Views
+# Settings
 
 
 def test_views_are_named_ordered_and_unique():
-    views = make_views([64, 16, 64], native=True, square=[336, 224])
-    assert [view.label for view in views] == ["16", "64", "native", "224²", "336²"]
-    assert order_views(reversed(views)) == views
-    assert [view.max_tokens for view in views] == [16, 64, None, None, None]
-    assert [view.side for view in views] == [None, None, None, 224, 336]
-    assert make_views() == []
+    settings = make_settings([64, 16, 64], native=True, square=[336, 224])
+    assert [setting.label for setting in settings] == ["16", "64", "native", "224²", "336²"]
+    assert order_settings(reversed(settings)) == settings
+    assert [setting.max_tokens for setting in settings] == [16, 64, None, None, None]
+    assert [setting.side for setting in settings] == [None, None, None, 224, 336]
+    assert make_settings() == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_views_are_named_ordered_and_unique():
 )
 def test_impossible_views(words):
     with pytest.raises(ValueError, match=r"size|kind"):
-        View(*words)
+        EvalSetting(*words)
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -64,23 +64,23 @@ def test_a_packed_model_sees_what_a_view_says(square, model_dir):
     pretrained = load_pretrained(model_dir)
     model = PackedModel(Pretrained(pretrained.model, pretrained.tokenizer,
                                    Preprocess(12, square)), "tiny")  # fmt: skip
-    assert model.own_view == View("capped", 12)
+    assert model.own_setting == EvalSetting("capped", 12)
     sizer = pickle.loads(pickle.dumps(model.sizer))
     for height, width in ((24, 40), (7, 5), (300, 20), (130, 200)):
         image = EncodedImage(encode(photo(0, height, width)))
-        for view in make_views([1, 5, 12], native=True, square=[8, 32, 128]):
-            sized = sizer(image, view)
+        for setting in make_settings([1, 5, 12], native=True, square=[8, 32, 128]):
+            sized = sizer(image, setting)
             rows, columns = sized.grid
             assert model.length(sized) == rows * columns
-            if view.kind == "square":
-                assert rows == columns == view.size // 8
+            if setting.kind == "square":
+                assert rows == columns == setting.size // 8
                 with Image.fromarray(image.pixels(height, width, reduced=False)) as whole:
-                    squashed = whole.resize((view.size, view.size), Image.Resampling.BICUBIC)
+                    squashed = whole.resize((setting.size, setting.size), Image.Resampling.BICUBIC)
                 first = np.asarray(squashed.crop((0, 0, 8, 8)))
                 assert np.array_equal(sized.patches[0], first.flatten())
-            elif view.kind == "capped":
-                assert rows * columns <= view.size
-                assert not square or rows == columns == int(view.size**0.5)
+            elif setting.kind == "capped":
+                assert rows * columns <= setting.size
+                assert not square or rows == columns == int(setting.size**0.5)
             else:
                 native = max(1, height / 8), max(1, width / 8)
                 shrink = max(1, *(side / 16 for side in native))
@@ -88,10 +88,10 @@ def test_a_packed_model_sees_what_a_view_says(square, model_dir):
                     assert side <= exact
                     assert abs(side - exact / shrink) <= 1 or side == 1
     for side in (8, 128):
-        model.check(View("square", side))
+        model.check(EvalSetting("square", side))
     for side, why in ((9, "patches of 8 pixels.* use 8"), (136, "128 pixels"), (1, "use 8")):
         with pytest.raises(UserError, match=why):
-            model.check(View("square", side))
+            model.check(EvalSetting("square", side))
 
 
 def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
@@ -102,21 +102,21 @@ def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (
         decoded.append(self) if self.tile else None, load(self))[1])  # fmt: skip
     model = PackedModel(load_pretrained(model_dir), "tiny")
-    views = make_views([4, 12, 50], native=True, square=[64])
-    (embedded,) = embed_source([(model, views)], FileSource([path], [0]), ALONE, workers=0)
+    settings = make_settings([4, 12, 50], native=True, square=[64])
+    (embedded,) = embed_dataset([(model, settings)], FileDataset([path], [0]), ALONE, workers=0)
     assert len(set(embedded.lengths)) == 5
     assert len(decoded) == 1
 
 
 def test_a_killed_worker_is_one_line(model_dir):
-    class Killed(FileSource):
+    class Killed(FileDataset):
         def read(self, part, parts):
             os.kill(os.getpid(), signal.SIGKILL)
             yield from super().read(part, parts)
 
     model = PackedModel(load_pretrained(model_dir), "tiny")
     with pytest.raises(UserError, match=r"^DataLoader worker .*give fewer --workers$"):
-        embed_source([(model, [View("capped", 4)])], Killed([], []), ALONE, workers=1)
+        embed_dataset([(model, [EvalSetting("capped", 4)])], Killed([], []), ALONE, workers=1)
 
 
 # open_clip
@@ -147,9 +147,9 @@ def test_a_baseline_is_open_clips_own_pipeline(side, tiny, tmp_path):
         files.append(tmp_path / f"{seed}.jpg")
         files[-1].write_bytes(encode(photo(seed, height, width), "JPEG"))
     model = OpenClipModel("tiny-test", tiny, None, CPU, [48, 50])
-    view = View("square", side)
+    setting = EvalSetting("square", side)
     sizer = pickle.loads(pickle.dumps(model.sizer))
-    sized = [sizer(EncodedImage(path.read_bytes()), view) for path in files]
+    sized = [sizer(EncodedImage(path.read_bytes()), setting) for path in files]
     pixels = torch.stack([transform(Image.open(path)) for path in files])
     assert torch.equal(torch.stack([torch.from_numpy(one) for one in sized]), pixels)
     long = [*CAPTIONS, "a very long caption " * 20]
@@ -159,7 +159,7 @@ def test_a_baseline_is_open_clips_own_pipeline(side, tiny, tmp_path):
     torch.testing.assert_close(model.embed_images(sized), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(model.embed_texts(long), texts, atol=1e-6, rtol=0)
     assert model.scale == pytest.approx(reference.logit_scale.exp().item())
-    assert model.own_view == View("square", 32)
+    assert model.own_setting == EvalSetting("square", 32)
     tokens = (side // 8) ** 2
     assert model.length(sized[0]) == tokens
     # Patches, two blocks over patches and the class token, and the projection; two per product.
@@ -168,8 +168,8 @@ def test_a_baseline_is_open_clips_own_pipeline(side, tiny, tmp_path):
     assert model.image_flops(tokens) == 2 * tokens * 3 * 64 * c + blocks + 2 * c * 16
     assert model.embed_images([]).shape == model.embed_texts([]).shape == (0, 16)
     for impossible, why in (
-        (View("native"), "--native"), (View("capped", 9), "--max-tokens 9"),
-        (View("square", 50), "patches of 8"), (View("square", 64), "--square 64"),
+        (EvalSetting("native"), "--native"), (EvalSetting("capped", 9), "--max-tokens 9"),
+        (EvalSetting("square", 50), "patches of 8"), (EvalSetting("square", 64), "--square 64"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             model.check(impossible)

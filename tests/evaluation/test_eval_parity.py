@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_spec
 from navit_clip.evaluation.evaluator import judge
 from navit_clip.evaluation.retrieval import pair_ranks
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import classify
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -111,13 +111,13 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
         theirs.model, theirs.tokenizer, names, TEMPLATES
     )
     torch.testing.assert_close(
-        outcome.data.embeddings[View("square", 224)], images_ED, atol=NOISE, rtol=0
+        outcome.data.embeddings[EvalSetting("square", 224)], images_ED, atol=NOISE, rtol=0
     )
     torch.testing.assert_close(outcome.classes_CD, classes_DC.T, atol=NOISE, rtol=0)
     scores = images_ED @ classes_DC
     target = torch.arange(len(folders))
     found = classify(
-        outcome.data.embeddings[View("square", 224)],
+        outcome.data.embeddings[EvalSetting("square", 224)],
         outcome.classes_CD,
         torch.eye(len(folders), dtype=torch.bool),
         target,
@@ -153,7 +153,7 @@ def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
     torch.testing.assert_close(outcome.texts_TD, texts_TD, atol=NOISE, rtol=0)
     scores = images_ED @ texts_TD.T
     to_text, to_image = pair_ranks(
-        outcome.data.embeddings[View("square", 224)], outcome.texts_TD, outcome.owner_T
+        outcome.data.embeddings[EvalSetting("square", 224)], outcome.texts_TD, outcome.owner_T
     )
     own = [[t for t, o in enumerate(owner) if o == i] for i in range(len(listed))]
     check_ranks(to_text, scores, own)

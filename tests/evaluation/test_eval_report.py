@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from report_cases import KINDS, VIEWS, figures_of, make_result
+from report_cases import KINDS, SETTINGS, figures_of, make_result
 from shard_factory import encode, photo, write_shard
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation import retrieval
 from navit_clip.evaluation.calibration import expected_calibration_error
-from navit_clip.evaluation.datasets import FileSource, ShardSource
+from navit_clip.evaluation.datasets import FileDataset, ShardDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.gallery import draw_gallery
 from navit_clip.evaluation.report import Shown, show_retrieval, show_zeroshot, write_report
@@ -79,7 +79,7 @@ def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
     captions, owner_T, images_ED, texts_TD = captioned(paths, noise=noise)
     texts = [text for of_image in captions for text in of_image]
     data = embedded(paths, captions=captions)
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
 
     scores_ET = (images_ED.double() @ texts_TD.double().T).numpy()
     owner = owner_T.numpy()
@@ -103,7 +103,7 @@ def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
         assert len(queries) == min(12, hits + misses)
         assert found == (min(6, hits) if misses >= 6 else min(hits, 12 - misses)) or hits < 6
         assert len({q.text or q.picture.name for q in queries}) == len(queries)
-    again = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    again = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
     assert again == shown
 
 
@@ -132,7 +132,7 @@ def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
     ]
     data = embedded(paths, labels=labels)
     shown = show_zeroshot(
-        result, data, images_ED, classes_CD, names, 7.0, FileSource(paths), right=right, only=only
+        result, data, images_ED, classes_CD, names, 7.0, FileDataset(paths), right=right, only=only
     )
 
     logits = 7.0 * images_ED.double() @ classes_CD[:5].double().T
@@ -177,7 +177,7 @@ def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, 
     whole = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
     data = embedded(paths, captions=captions)
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
     pictures = {q.picture.name: q.picture for q in shown.images}
     pictures |= {m.picture.name: m.picture for q in shown.captions for m in q.matches}
     assert sorted(map(str, read)) == sorted(pictures)
@@ -191,13 +191,13 @@ def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, 
     for path in paths[::2]:
         path.unlink()
     paths[1].write_bytes(b"not an image")
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
     write_report(tmp_path / "r.html", make_result("retrieval"), shown)
     page = (tmp_path / "r.html").read_text()
     assert "no picture" in page
     assert "data:image/webp" in page
     draw_gallery(
-        data, images_ED, texts_TD, owner_T, FileSource(paths), tmp_path / "new" / "gallery.png"
+        data, images_ED, texts_TD, owner_T, FileDataset(paths), tmp_path / "new" / "gallery.png"
     )
     with Image.open(tmp_path / "new" / "gallery.png") as picture:
         assert len(picture.getcolors(1 << 24)) > 100
@@ -213,12 +213,12 @@ def test_pictures_come_out_of_shards(tmp_path):
         str(i): {"png": encode(photo(i, 30, 40)), "txt": f"photo {i}".encode()} for i in range(9)
     }
     shard = write_shard(tmp_path / "0.tar", members)
-    source = ShardSource([str(shard)], ["txt"])
-    items = list(source.read(0, 1))
+    dataset = ShardDataset([str(shard)], ["txt"])
+    items = list(dataset.read(0, 1))
     owner_T = torch.arange(9)
     vectors = random_units(9, 16, seed=5)
     data = embedded([item.name for item in items], captions=[item.captions for item in items])
-    shown = show_retrieval(data, vectors, vectors, owner_T, source)
+    shown = show_retrieval(data, vectors, vectors, owner_T, dataset)
     assert len(shown.images) == 9
     assert all(query.picture.thumbnail and query.hit for query in shown.images)
 
@@ -292,13 +292,13 @@ def evil_shown(kind, tmp_path):
         captions, owner_T, images_ED, texts_TD = captioned(paths, noise=1.0)
         captions = [tuple(f"{EVIL}{c}" for c in of_image) for of_image in captions]
         data = embedded(paths, captions=captions)
-        return show_retrieval(data, images_ED, texts_TD, owner_T, FileSource(paths))
+        return show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
     names = [f"{EVIL}{name}" for name in ("dog", "lake", "boat")]
     labels = [i % 3 for i in range(30)]
     data = embedded(paths, labels=labels)
     vectors = random_units(33, 16, seed=6)
     result = evil_everywhere(make_result("zeroshot"))
-    return show_zeroshot(result, data, vectors[3:], vectors[:3], names, 9.0, FileSource(paths))
+    return show_zeroshot(result, data, vectors[3:], vectors[:3], names, 9.0, FileDataset(paths))
 
 
 @KINDS
@@ -354,7 +354,7 @@ OPTIONAL = ("padding", "flops_per_image", "by_aspect", "by_size", "confusions", 
 
 @KINDS
 def test_optional_parts_may_be_missing(kind, tmp_path):
-    result = make_result(kind, views=VIEWS[:1], baselines=0)
+    result = make_result(kind, settings=SETTINGS[:1], baselines=0)
     for key in ("model", "data", "baselines", "max_tokens"):
         del result[key]
     rng = random.Random(7)
@@ -387,7 +387,7 @@ def test_a_report_of_many_classes_and_large_photos_is_small(tmp_path):
     ]
     vectors = random_units(2000, 16, seed=8)
     shown = show_zeroshot(
-        result, data, vectors[1000:], vectors[:1000], names, 50.0, FileSource(paths)
+        result, data, vectors[1000:], vectors[:1000], names, 50.0, FileDataset(paths)
     )
     write_report(tmp_path / "r.html", result, shown)
     assert (tmp_path / "r.html").stat().st_size < 2_000_000

@@ -21,7 +21,7 @@ from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import recall
-from navit_clip.evaluation.settings import View
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import class_vectors, load_classnames, load_templates
 from navit_clip.export.pretrained import load_pretrained
 from navit_clip.inference.embed import embed_texts
@@ -32,7 +32,7 @@ from navit_clip.inference.embed import embed_texts
 def model_of(vectors, scale=1.0):
     """A model that knows the texts given and nothing else."""
     return SimpleNamespace(
-        own_view=View("capped", 4),
+        own_setting=EvalSetting("capped", 4),
         scale=scale,
         embed_texts=lambda texts: torch.stack([vectors[text] for text in texts]),
         image_flops=lambda tokens: 10 * tokens,
@@ -40,9 +40,9 @@ def model_of(vectors, scale=1.0):
 
 
 def embedded(vectors, *, labels=None, captions=None, sizes=None, skipped=None):
-    """Images at the model's own view and at a square one, where they are all turned round."""
+    """Images at the model's own setting and at a square one, where they are all turned round."""
     count = len(vectors)
-    own, square = View("capped", 4), View("square", 16)
+    own, square = EvalSetting("capped", 4), EvalSetting("square", 16)
     return Embedded(
         names=[str(i) for i in range(count)],
         labels=labels or [-1] * count,

@@ -10,7 +10,7 @@ import random
 import pytest
 from eval_cases import run
 from PIL import Image
-from report_cases import KINDS, VIEWS, figures_of, make_result
+from report_cases import KINDS, SETTINGS, figures_of, make_result
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.report import draw_curve, write_report
@@ -175,8 +175,8 @@ def test_lines_join_the_right_views_in_order_of_cost(kind):
     ("kind", "options"),
     [
         ("zeroshot", {}),
-        ("retrieval", {"views": VIEWS[:1], "baselines": 0}),
-        ("zeroshot", {"views": [("capped", n) for n in range(1, 40)], "baselines": 9}),
+        ("retrieval", {"settings": SETTINGS[:1], "baselines": 0}),
+        ("zeroshot", {"settings": [("capped", n) for n in range(1, 40)], "baselines": 9}),
     ],
 )
 def test_a_curve_is_a_picture_written_whole(kind, options, tmp_path):
@@ -219,7 +219,7 @@ def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
     assert lines[-1] == "skipped: unreadable_image 3"
     assert f"1,200 images, 30 {'classes' if kind == 'zeroshot' else 'captions'}" in lines[0]
     entries = [e for b in result["baselines"] for e in b["views"]]
-    body = lines[-2 - len(VIEWS) - len(entries) : -2]
+    body = lines[-2 - len(SETTINGS) - len(entries) : -2]
     for line, entry in zip(body, [*result["views"], *entries], strict=True):
         assert entry["label"] + (" *" if entry["own"] else "") in line
         words = line.split()

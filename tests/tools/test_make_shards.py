@@ -194,8 +194,8 @@ def test_class_folders(tmp_path, capsys):
     names = (tmp_path / "out" / "classnames.txt").read_text().splitlines()
     assert names == ["ant", "sea lion", "zebra"]
 
-    from_shards = open_labelled(str(tmp_path / "out")).source
-    from_folders = open_labelled(str(tmp_path / "in")).source
+    from_shards = open_labelled(str(tmp_path / "out")).dataset
+    from_folders = open_labelled(str(tmp_path / "in")).dataset
     assert [(i.data, i.label) for i in from_shards.read(0, 1)] == [
         (i.data, i.label) for i in from_folders.read(0, 1)
     ]

@@ -1,8 +1,8 @@
 """Accuracy against cost: the points, and a PNG of them.
 
 Two panels, mean tokens and GFLOPs per image. Colour and marker say the model, the line's dashes
-the figure, a label the view, a ring the model's own. Views at native aspect ratio are joined in
-order of cost, squares apart from them.
+the metric, a label the setting, a ring the model's own. Settings at native aspect ratio are joined
+in order of cost, squares apart from them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Line:
         series: 0 for the model, 1 and on for baselines.
         second: Whether it is the second of the two figures, drawn dashed.
         figure: Its name.
-        rows: The views, in order of cost.
+        rows: The settings, in order of cost.
     """
 
     series: int
@@ -49,12 +49,12 @@ class Line:
     rows: tuple[Row, ...]
 
     def values(self) -> list[float]:
-        """The figure at each view."""
+        """The figure at each setting."""
         return [row.figures[self.figure] for row in self.rows]
 
 
 def lines_of(result: Result, cost: Callable[[Row], float | None]) -> list[Line]:
-    """What a panel draws: views whose cost and figure are known."""
+    """What a panel draws: settings whose cost and figure are known."""
     lines = []
     for second, figure in enumerate(MAIN[result.kind]):
         for series in sorted({row.series for row in result.rows}):
@@ -97,7 +97,7 @@ def draw_curve(path: Path, result: dict[str, Any]) -> None:
     for second, name in enumerate(MAIN[read.kind]):
         handles.append(Line2D([], [], color=_INK, lw=1.5, ls="--" if second else "-", label=name))
     ring = {"marker": "o", "mfc": "none", "mec": _INK, "ms": 12, "ls": "none"}
-    handles.append(Line2D([], [], label="own view", **ring))  # type: ignore[arg-type]
+    handles.append(Line2D([], [], label="own setting", **ring))  # type: ignore[arg-type]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                   frameon=False, fontsize=9)  # fmt: skip
     canvas.draw()  # settles the layout, so that labels know where the points are
@@ -152,7 +152,7 @@ def _draw_panel(
 
 
 def _label_views(axes: Axes, lines: Sequence[Line], cost: Callable[[Row], float | None]) -> None:
-    """Names the views at the points of the first figure."""
+    """Names the settings at the points of the first figure."""
     box = axes.get_window_extent()
 
     def pixel(line: Line) -> list[tuple[float, float]]:

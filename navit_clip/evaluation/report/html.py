@@ -88,7 +88,7 @@ def _headline(result: Result) -> list[tuple[str, str]]:
 def _group_tables(
     result: Result,
 ) -> list[tuple[str, str, list[Row], list[tuple[Group, list[float | None]]]]]:
-    """A table per grouping and figure: views as columns, groups as rows."""
+    """A table per grouping and figure: settings as columns, groups as rows."""
     tables = []
     # One figure of classification is enough here; retrieval has two ways.
     for figure in MAIN[result.kind][: 1 if result.kind == "zeroshot" else 2]:

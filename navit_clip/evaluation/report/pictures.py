@@ -1,4 +1,4 @@
-"""The pixels of a few images of a source, as thumbnails at their own aspect ratio."""
+"""The pixels of a few images of a dataset, as thumbnails at their own aspect ratio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from navit_clip.data.decode import EncodedImage, SkipSampleError
-from navit_clip.evaluation.datasets import FileSource, Source
+from navit_clip.evaluation.datasets import EvalDataset, FileDataset
 from navit_clip.evaluation.embed import Embedded
 
 _BOX = (240, 180)  # width and height that a report's thumbnail fits in
@@ -24,7 +24,7 @@ class Picture:
         name: File or sample.
         height: Of the original, upright, in pixels.
         width: Of the original.
-        thumbnail: WebP, never larger than the original; None where the source no longer has it.
+        thumbnail: WebP, never larger than the original; None where the dataset no longer has it.
         shown: Width and height of the thumbnail.
     """
 
@@ -40,15 +40,15 @@ class Picture:
         return "data:image/webp;base64," + b64encode(self.thumbnail or b"").decode()
 
 
-def read_images(source: Source, names: Collection[str]) -> dict[str, bytes]:
-    """The encoded images of a source that have these names; files of others are not touched."""
+def read_images(dataset: EvalDataset, names: Collection[str]) -> dict[str, bytes]:
+    """The encoded images of a dataset that have these names; files of others are not touched."""
     wanted = set(names)
-    if isinstance(source, FileSource):
-        source = FileSource([path for path in source.paths if str(path) in wanted])
+    if isinstance(dataset, FileDataset):
+        dataset = FileDataset([path for path in dataset.paths if str(path) in wanted])
     found: dict[str, bytes] = {}
     if not wanted:
         return found
-    for item in source.read(0, 1):
+    for item in dataset.read(0, 1):
         if item.name in wanted and isinstance(item.data, bytes):
             found[item.name] = item.data
             if len(found) == len(wanted):
@@ -71,14 +71,16 @@ def thumbnail(encoded: bytes, width: int, height: int) -> Image.Image | None:
         return None
 
 
-def read_pictures(source: Source, data: Embedded, indices: Sequence[int]) -> dict[int, Picture]:
-    """Thumbnails of some images of an embedded source, by index.
+def read_pictures(
+    dataset: EvalDataset, data: Embedded, indices: Sequence[int]
+) -> dict[int, Picture]:
+    """Thumbnails of some images of an embedded dataset, by index.
 
     Raises:
-        UserError: If the source itself can no longer be read.
+        UserError: If the dataset itself can no longer be read.
     """
     indices = sorted(set(indices))
-    encoded = read_images(source, {data.names[i] for i in indices})
+    encoded = read_images(dataset, {data.names[i] for i in indices})
     pictures = {}
     for i in indices:
         name, (height, width) = data.names[i], data.sizes[i]

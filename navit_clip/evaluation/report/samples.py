@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from navit_clip.evaluation.calibration import BINS
-from navit_clip.evaluation.datasets import Source
+from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.report.pictures import Picture, read_pictures
 from navit_clip.evaluation.results import read_result
@@ -83,7 +83,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a report shows beside the figures, at the model's own view.
+    """What a report shows beside the figures, at the model's own setting.
 
     Attributes:
         images: Image queries: a sample of classified images, or hits and misses of retrieval.
@@ -107,7 +107,7 @@ def show_zeroshot(
     classes_CD: Tensor,
     names: Sequence[str],
     scale: float,
-    source: Source,
+    dataset: EvalDataset,
     *,
     right: Mapping[int, Sequence[int]] | None = None,
     only: Sequence[int] | None = None,
@@ -116,17 +116,17 @@ def show_zeroshot(
 
     Args:
         result: Of `navit_clip.evaluation.zeroshot.judge`; says which classes are the worst.
-        data: The embedded source, with labels.
-        images_ED: Its embeddings at the model's own view.
+        data: The embedded dataset, with labels.
+        images_ED: Its embeddings at the model's own setting.
         classes_CD: One vector per class.
         names: Class names by label.
         scale: The model's factor on similarities, for probabilities.
-        source: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the images shown.
         right: All right classes of labels that have several.
         only: Classes that compete; None lets all.
 
     Raises:
-        UserError: If the source can no longer be read.
+        UserError: If the dataset can no longer be read.
     """
     answers = {label: (right or {}).get(label, (label,)) for label in set(data.labels)}
     used = {index for found in answers.values() for index in found}
@@ -152,7 +152,7 @@ def show_zeroshot(
         mistaken = [i for i in wrong if titles[data.labels[i]] == confusion.name]
         classes[confusion.name] = mistaken[:_EXAMPLES]
     shown = {*samples, *wrong[:_MISTAKES], *(i for indices in classes.values() for i in indices)}
-    pictures = read_pictures(source, data, sorted(shown))
+    pictures = read_pictures(dataset, data, sorted(shown))
 
     def query(index: int) -> Query:
         label = data.labels[index]
@@ -169,19 +169,19 @@ def show_zeroshot(
 
 
 def show_retrieval(
-    data: Embedded, images_ED: Tensor, texts_TD: Tensor, owner_T: Tensor, source: Source
+    data: Embedded, images_ED: Tensor, texts_TD: Tensor, owner_T: Tensor, dataset: EvalDataset
 ) -> Shown:
     """Chooses hits and misses to show, both ways.
 
     Args:
-        data: The embedded source, with captions.
-        images_ED: Its embeddings at the model's own view.
+        data: The embedded dataset, with captions.
+        images_ED: Its embeddings at the model's own setting.
         texts_TD: Caption embeddings, image by image.
         owner_T: Index of each caption's image.
-        source: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the images shown.
 
     Raises:
-        UserError: If the source can no longer be read.
+        UserError: If the dataset can no longer be read.
     """
     texts = [caption for captions in data.captions for caption in captions]
     own_texts: dict[int, set[int]] = {}
@@ -195,7 +195,7 @@ def show_retrieval(
         c: _nearest(images_ED @ texts_TD[c], {int(owner_T[c])}, _NEAREST) for c in captions
     }
     wanted = {i for near in near_images.values() for i, _ in near}
-    pictures = read_pictures(source, data, sorted(wanted.union(images)))
+    pictures = read_pictures(dataset, data, sorted(wanted.union(images)))
     return Shown(
         images=tuple(
             Query(hit, _with_texts(near_texts[i], texts), picture=pictures[i])
