@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
 def test_an_output_makes_its_folders_and_names_its_flag(tmp_path):
     write_output(tmp_path / "a" / "b" / "c", b"x")
     assert (tmp_path / "a" / "b" / "c").read_bytes() == b"x"
-    with pytest.raises(UserError, match="cannot write --output: .*/b/c is a file"):
+    with pytest.raises(UserError, match=r"cannot write --output: .*/b/c is a file"):
         write_output(tmp_path / "a" / "b" / "c" / "d", b"x", "--output")
 
 
