@@ -264,23 +264,6 @@ def _packing(result: Result) -> str:
     )
 
 
-def _survival(result: Result) -> str:
-    same = result["weights_equal"] and result["losses_equal"]
-    text = (
-        f"{result['ranks']} ranks with {result['workers_per_rank']} data workers each, killed "
-        f"{result['kills']} times by SIGKILL ({result['kills_while_writing']} times while a "
-        "checkpoint was being written), the same command again each time: final weights and all "
-        f"logged losses {'equal' if same else 'DIFFER FROM'} an undisturbed run's; of "
-        f"{result['pairs']:,} pairs {result['pairs_missing']} are missing and "
-        f"{result['pairs_repeated']} repeated within a pass."
-    )
-    if "agents" in result:
-        agents = result["agents"]
-        same = agents["weights_equal"] and agents["losses_equal"]
-        text += f" An agent killed and rejoined: {'equal as well' if same else 'DIFFERENT'}."
-    return text
-
-
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "step": ("One training step", _step),
     "towers": ("Towers alone", _towers),
@@ -292,7 +275,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "loader": ("Loader", _loader),
     "loader_memory": ("Memory of the loader", _loader_memory),
     "packing": ("Packing", _packing),
-    "survival": ("Survival", _survival),
 }
 
 

@@ -27,6 +27,11 @@ settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--kills N`` of the slow test in training/test_survival.py."""
+    parser.addoption("--kills", type=int, default=6, help="how often a run is killed (slow test)")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model trained on the captions of `shard_factory`."""

@@ -222,30 +222,16 @@ def test_a_loss_too_small_to_measure_is_refused(monkeypatch, tmp_path, capsys):
         assert "1024 or more, divisible by 4" in capsys.readouterr().err
 
 
-def test_the_page_of_survival_says_when_a_run_differs():
-    good = {"weights_equal": True, "losses_equal": True}
-    result = {"ranks": 2, "workers_per_rank": 2, "kills": 3, "kills_while_writing": 1, **good}
-    result |= {"pairs": 4000, "pairs_missing": 0, "pairs_repeated": 5, "agents": good}
-    result["made"] = {"command": "c", "commit": "1", "machine": "m", "threads": 1, "versions": {}}
-    page = tables.section("survival", result)
-    assert "losses equal an undisturbed run's" in page
-    assert "4,000 pairs 0 are missing and 5 repeated" in page
-    assert "equal as well" in page
-    for field in good:
-        for differing in ({**result, field: False}, {**result, "agents": {**good, field: False}}):
-            assert "DIFFER" in tables.section("survival", differing)
-
-
 def test_the_page_of_results_keeps_what_was_not_measured_anew(monkeypatch, tmp_path):
     page = tmp_path / "RESULTS.md"
-    page.write_text("# Results\n\nIntroduction.\n\n## Packing\n\nold\n\n## Survival\n\nas it was\n")
+    page.write_text("# Results\n\nIntroduction.\n\n## Loss\n\nas it was\n\n## Packing\n\nold\n")
     run(monkeypatch, tmp_path, "attention", "--segments", "3", "--rounds", "1")
     packed = run(monkeypatch, tmp_path, "packing", "--pairs", "4000")
     flags = ["--results", str(tmp_path), "--output", str(page)]
     monkeypatch.setattr(sys, "argv", ["tables", *flags])
     tables.main()
     first = page.read_text()
-    titles = ["# Results", "## Attention", "## Packing", "## Survival"]
+    titles = ["# Results", "## Attention", "## Loss", "## Packing"]
     assert [line for line in first.splitlines() if line.startswith("#")] == titles
     assert "Introduction." in first
     assert "as it was" in first

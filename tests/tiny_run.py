@@ -13,9 +13,11 @@ from navit_clip.tools.train_tokenizer import train_tokenizer
 from navit_clip.training.__main__ import main
 
 
-def write_tiny_data(root: Path) -> None:
+def write_tiny_data(root: Path, train: int = 96, shard_size: int = 24) -> None:
     """Writes shards, held-out sets and a tokenizer under `root`."""
-    config = ShapesConfig(seed=0, train=96, shard_size=24, zeroshot_per_class=1, retrieval=24)
+    config = ShapesConfig(
+        seed=0, train=train, shard_size=shard_size, zeroshot_per_class=1, retrieval=24
+    )
     write_shapes(config, root / "shapes", workers=1)
     train_tokenizer(
         expand_shards([str(root / "shapes/train")]),

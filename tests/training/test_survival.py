@@ -1,4 +1,7 @@
-"""Runs that are killed or hang: what is said, and what torchrun makes of it."""
+"""Runs that are killed or hang: what is said, and what torchrun makes of it.
+
+``python -m pytest -m slow tests/training/test_survival.py --kills 20`` kills a run twenty times.
+"""
 
 import json
 import os
@@ -9,18 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from benchmarks.launch import launch, run_to_end
-from benchmarks.pairs_seen import count_pairs
-from benchmarks.survival import (
+from killed_runs import (
     RANKS,
     last_step,
     read_losses,
     run_agents,
+    run_killed,
     same_weights,
     two_ranks,
     write_run,
 )
+from launch import launch, run_to_end
+from pairs_seen import count_pairs
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -112,13 +115,16 @@ def test_a_rank_that_fails_waits_for_no_thread(ranks, thread_s, error):
     assert f"{error}: the reason" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Flags of a short run, and the directory of an undisturbed one."""
-    root = tmp_path_factory.mktemp("survival")
-    flags = write_run(root, train=192, steps=STEPS)
+def run_undisturbed(root, train, steps):
+    """Flags of a run, and the directory of an undisturbed one."""
+    flags = write_run(root, train=train, steps=steps)
     run_to_end(two_ranks([*flags, "--run_dir", str(root / "whole")]), root / "whole.txt")
     return flags, root / "whole"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_undisturbed(tmp_path_factory.mktemp("survival"), train=192, steps=STEPS)
 
 
 def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
@@ -139,7 +145,7 @@ def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
 
 def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     flags, whole = run
-    shards = sorted((Path(flags[1]).parent / "shapes/train").glob("*.tar"))
+    shards = sorted((whole.parent / "shapes/train").glob("*.tar"))
     own = tmp_path / "shards"
     own.mkdir()
     for shard in shards:
@@ -188,3 +194,21 @@ def test_a_host_that_dies_and_comes_back(run, tmp_path):
     assert 0 < found["resumed_from"] <= found["killed_at"] + 3
     assert read_losses(tmp_path / "agents") == read_losses(whole)
     assert same_weights(tmp_path / "agents", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
+    tmp_path, pytestconfig
+):
+    kills = pytestconfig.getoption("--kills")
+    steps = 50 + 6 * kills
+    flags, whole = run_undisturbed(tmp_path, train=768, steps=steps)
+    hits = run_killed(flags, tmp_path / "killed", kills, steps)
+    assert len(hits) == kills
+    assert len(read_losses(whole)) == steps
+    assert read_losses(tmp_path / "killed") == read_losses(whole)
+    assert same_weights(tmp_path / "killed", whole)
+    counts = count_pairs(flags, tmp_path / "killed", RANKS)
+    assert counts["pairs"] > 2 * counts["pairs_in_epoch"]
+    assert counts["pairs_missing"] == counts["pairs_repeated"] == 0

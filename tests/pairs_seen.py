@@ -1,6 +1,6 @@
 """Which pairs the readers of a finished run handed out, beside those that it logged.
 
-The account of `benchmarks.survival`: a run that was killed must have seen each pair once in a pass.
+A run that was killed must have seen each pair once in an epoch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Commands of whole trainings as processes that a benchmark can watch, kill and clean up.
+"""Commands of whole trainings as processes that a test can watch, kill and clean up.
 
-`benchmarks.survival` starts torchrun with them and looks up its ranks and their data workers.
+`killed_runs` starts torchrun with them and looks up its ranks and their data workers.
 """
 
 from __future__ import annotations

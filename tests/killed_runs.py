@@ -1,11 +1,8 @@
-"""Does a run that is killed again and again end as if nothing had happened?
+"""Runs under torchrun that are killed and started again, and what they must agree in.
 
-``python -m benchmarks.survival --kills 20`` trains a tiny model on two ranks with data workers
-twice: once undisturbed, once killed by SIGKILL at random moments (while ranks start, in steps,
-while a checkpoint is written; a rank or one of its data workers) and restarted by the same command.
-Both must end with the same weights and the same logged losses, bit for bit, and every pair must
-have been seen once in each pass. ``--agents`` adds two torchrun agents, one of which dies with all
-its processes and comes back.
+Two ranks with two data workers each train a tiny model; a run killed by SIGKILL at random moments
+(while ranks start, in steps, while a checkpoint is written; a rank or one of its data workers) must
+end with the weights and logged losses of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,26 +12,21 @@ import os
 import random
 import signal
 import socket
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import Launch, launch, run_to_end, torchrun
-from benchmarks.measure import output_argument, report
-from benchmarks.pairs_seen import count_pairs
-from navit_clip.data.shards import expand_shards
-from navit_clip.tools.shapes.write import ShapesConfig, write_shapes
-from navit_clip.tools.train_tokenizer import train_tokenizer
+from launch import Launch, launch, run_to_end, torchrun
+from tiny_run import tiny_flags, write_tiny_data
 
 RANKS, WORKERS = 2, 2
+_SEED = 0  # of victims and moments
 _MOMENTS = ("step", "checkpoint", "worker", "checkpoint", "start", "step")
 
 
-def write_run(root: Path, *, train: int = 1536, steps: int = 170) -> list[str]:
+def write_run(root: Path, *, train: int, steps: int) -> list[str]:
     """Writes what a tiny run needs.
 
     Args:
@@ -43,42 +35,21 @@ def write_run(root: Path, *, train: int = 1536, steps: int = 170) -> list[str]:
         steps: Of the run.
 
     Returns:
-        Flags of ``python -m train`` but for the run directory.
+        Flags of ``python -m train``, to which that of the run directory is to be added.
     """
-    shapes = ShapesConfig(
-        seed=0, train=train, shard_size=train // 16, zeroshot_per_class=1, retrieval=8
+    write_tiny_data(root, train=train, shard_size=train // 16)
+    return tiny_flags(
+        root,
+        root / "unused",
+        steps,
+        data__workers=WORKERS,
+        data__drop__kind="beta",
+        data__drop__rate=0.3,
+        ema__decay=0.9,
+        checkpoint__every_steps=3,
+        checkpoint__keep=2,
+        log__pairs=True,
     )
-    write_shapes(shapes, root / "shapes", workers=1)
-    shards = expand_shards([str(root / "shapes/train")])
-    train_tokenizer(shards, ["json.captions"], 128, root / "tok.model", "bpe")
-    encoder = {"width": 32, "depth": 2, "heads": 2}
-    config = {
-        "steps": steps,
-        "tokenizer": {"path": str(root / "tok.model")},
-        "model": {
-            "embed_dim": 16,
-            "image": {"encoder": encoder},
-            "text": {"vocab_size": 128, "context_length": 32, "encoder": encoder},
-        },
-        "data": {
-            "train": str(root / "shapes/train"),
-            "workers": WORKERS,
-            "shuffle_buffer": 16,
-            "look_ahead": 4,
-            "captions": {"json.captions": 1.0},
-            "resolution": {"min_side": 32, "max_side": 64, "max_tokens": 16},
-            "drop": {"kind": "beta", "rate": 0.3},
-            "budget": {"image_tokens": 96, "text_tokens": 512, "max_pairs": 32},
-        },
-        "optim": {"schedule": {"warmup_steps": 2}},
-        "ema": {"decay": 0.9},
-        "checkpoint": {"every_steps": 3, "keep": 2},
-        "log": {"every_steps": 1, "pairs": True},
-        "device": "cpu",
-    }
-    # YAML is a superset of JSON.
-    (root / "run.yaml").write_text(json.dumps(config))
-    return ["--config", str(root / "run.yaml")]
 
 
 def two_ranks(flags: Sequence[str], *options: str) -> list[str]:
@@ -157,9 +128,7 @@ class Killer:
         }
 
 
-def run_killed(
-    flags: Sequence[str], run_dir: Path, kills: int, steps: int, seed: int
-) -> list[dict[str, Any]]:
+def run_killed(flags: Sequence[str], run_dir: Path, kills: int, steps: int) -> list[dict[str, Any]]:
     """Runs to the end through so many kills, spread over the steps.
 
     Returns:
@@ -168,7 +137,7 @@ def run_killed(
     Raises:
         RuntimeError: If a run ends otherwise than it should.
     """
-    rng = random.Random(seed)
+    rng = random.Random(_SEED)
     killer, hits = Killer(run_dir, rng), []
     command, output = two_ranks([*flags, "--run_dir", str(run_dir)]), run_dir.with_suffix(".txt")
     moments = [_MOMENTS[i % len(_MOMENTS)] for i in range(kills)]
@@ -180,7 +149,7 @@ def run_killed(
             hits.append(killer.strike(running, moment, kill % RANKS, step))
             if running.wait() == 0:
                 raise RuntimeError(f"the run ended well though killed: {hits[-1]}")
-        print(f"kill {kill + 1}/{kills}: {hits[-1]}", file=sys.stderr, flush=True)
+        print(f"kill {kill + 1}/{kills}: {hits[-1]}", flush=True)
     run_to_end(command, output)
     return hits
 
@@ -245,43 +214,3 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs exported the same model, byte for byte."""
     files = [run_dir / "model/model.safetensors" for run_dir in (one, other)]
     return files[0].read_bytes() == files[1].read_bytes()
-
-
-def main() -> None:
-    """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
-    parser.add_argument("--agents", action="store_true", help="also two agents, one dying")
-    arguments = parser.parse_args()
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="survival-") as directory:
-        root = Path(directory)
-        steps = max(170, 8 * arguments.kills)
-        flags = write_run(root, steps=steps)
-        whole, killed = root / "whole", root / "killed"
-        run_to_end(two_ranks([*flags, "--run_dir", str(whole)]), root / "whole.txt")
-        hits = run_killed(flags, killed, arguments.kills, steps, arguments.seed)
-        result: dict[str, Any] = {
-            "kills": len(hits),
-            "weights_equal": same_weights(whole, killed),
-            "losses_equal": read_losses(whole) == read_losses(killed),
-            **count_pairs(flags, killed, RANKS),
-            "steps": steps,
-            "ranks": RANKS,
-            "workers_per_rank": WORKERS,
-            "kills_while_writing": sum(bool(hit["half_written"]) for hit in hits),
-            "hits": hits,
-        }
-        if arguments.agents:
-            agents = root / "agents"
-            found = run_agents(flags, agents, step=steps // 2)
-            found["weights_equal"] = same_weights(whole, agents)
-            found["losses_equal"] = read_losses(whole) == read_losses(agents)
-            result["agents"] = found
-        result["seconds"] = round(time.perf_counter() - begin, 1)
-    report(result, arguments.output)
-
-
-if __name__ == "__main__":
-    main()
