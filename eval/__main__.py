@@ -3,4 +3,4 @@
 from navit_clip.evaluation.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python -m eval")

@@ -103,9 +103,9 @@ def small_blocks(images: int = 3, prompts: int = 2) -> None:
 
 
 def run(*words: object) -> int:
-    """``python -m eval`` in this process; returns its exit code."""
+    """``navit-clip eval`` in this process; returns its exit code."""
     try:
-        main([str(word) for word in words])
+        main([str(word) for word in words], "eval")
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -29,17 +29,17 @@ def write_tiny_data(root: Path, train: int = 96, shard_size: int = 24) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> object:
-    """``python -m train`` in this process; returns its exit code."""
+    """``navit-clip train`` in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["train", *flags])
     try:
-        main()
+        main(prog="train")
     except SystemExit as stop:
         return stop.code
     return 0
 
 
 def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> list[str]:
-    """Flags of ``python -m train`` for a run of a second or two.
+    """Flags of ``navit-clip train`` for a run of a second or two.
 
     Args:
         root: Where `write_tiny_data` wrote.

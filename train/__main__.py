@@ -3,4 +3,4 @@
 from navit_clip.training.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python -m train")

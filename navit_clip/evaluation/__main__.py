@@ -1,4 +1,4 @@
-"""``python -m eval zeroshot | retrieval | summary``, alone or under torchrun."""
+"""``navit-clip eval zeroshot | retrieval | summary``, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_t
 from navit_clip.files import write_output, writing
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.evaluation") -> None:
+    """Evaluates.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(words)
-    with one_line_errors("eval"):
+    args = parse_arguments(words, prog)
+    with one_line_errors(prog):
         if args.command == "summary":
             print(summarise(args.directory))
             return
         with join_ranks(args.device) as ranks:
-            _run(args, words, ranks)
+            _run(args, f"{prog} {shlex.join(words)}", ranks)
 
 
-def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks) -> None:
+def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
     spec = read_spec(args)
     _prepare(args)
     cache = Cache(args.cache, _say) if args.cache is not None else None
@@ -54,7 +59,7 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks) -> None:
     write_output(args.output, json.dumps(outcome.result, indent=2) + "\n")
     table = zeroshot_table if args.command == "zeroshot" else retrieval_table
     print(table(outcome.result))
-    _draw(args, shlex.join(["python", "-m", "eval", *words]), outcome)
+    _draw(args, command, outcome)
 
 
 def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:

@@ -22,16 +22,16 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; ``--help`` shows how it is meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"eval: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses ``zeroshot | retrieval | summary`` and their flags.
 
     Raises:
         SystemExit: For ``--help`` and for words that make no sense, with code 2.
     """
-    parser = _Parser(prog="python -m eval", description="Zero-shot classification and retrieval.")
+    parser = _Parser(prog=prog, description="Zero-shot classification and retrieval.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
     zero = commands.add_parser(

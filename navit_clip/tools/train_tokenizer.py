@@ -1,7 +1,7 @@
 """Trains a SentencePiece model on the captions of shards.
 
-Runs once before training: ``python -m navit_clip.tools.train_tokenizer --shards data/train
---vocab-size 32000 --output tokenizer.model``.
+Runs once before training: ``navit-clip data train_tokenizer --shards data/train --vocab-size 32000
+--output tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -90,11 +90,16 @@ def train_tokenizer(
     return processor.vocab_size()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m navit_clip.tools.train_tokenizer", description=__doc__
-    )
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.train_tokenizer"
+) -> None:
+    """Trains a tokenizer.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--shards", nargs="+", required=True, help="tars, folders or patterns")
     parser.add_argument(
         "--captions", nargs="+", default=["txt"], help="caption sources, such as txt json.captions"
@@ -103,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     args = parser.parse_args(argv)
-    with one_line_errors("train_tokenizer"):
+    with one_line_errors(prog):
         if args.vocab_size < 8:
             raise UserError(f"--vocab-size must be at least 8, got {args.vocab_size}")
         pieces = train_tokenizer(

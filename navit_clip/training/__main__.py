@@ -1,8 +1,9 @@
-"""``python -m train --config FILE [--a.b value …]``, alone or under torchrun."""
+"""``navit-clip train --config FILE [--a.b value …]``, also ``torchrun -m navit_clip.training``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -14,10 +15,15 @@ from navit_clip.training.trainer import train
 from navit_clip.training.watchdog import failing_at_once
 
 
-def main() -> None:
-    """The command line."""
-    with one_line_errors("train"):
-        config, resolved = parse_config(sys.argv[1:])
+def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.training") -> None:
+    """Trains.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
+    """
+    with one_line_errors(prog):
+        config, resolved = parse_config(sys.argv[1:] if argv is None else argv, prog)
         with join_ranks(config.device) as ranks, failing_at_once(ranks.world_size):
             if ranks.is_first:
                 write_config(Path(config.run_dir), resolved)

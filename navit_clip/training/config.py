@@ -18,6 +18,7 @@ from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
 from navit_clip.files import write_output
 from navit_clip.models.clip import CLIPConfig
+from navit_clip.recipes import with_recipe_paths
 from navit_clip.tokenizers.load import TokenizerConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.evaluation import EvalConfig
@@ -201,11 +202,12 @@ class TrainConfig:
             )
 
 
-def parse_config(argv: Sequence[str]) -> tuple[TrainConfig, str]:
+def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[TrainConfig, str]:
     """Reads ``--config FILE`` and flags.
 
     Args:
-        argv: Words after ``python -m train``.
+        argv: Words after ``navit-clip train``.
+        prog: Those before them, for the usage line.
 
     Returns:
         The configuration, and its resolved form as YAML.
@@ -215,17 +217,20 @@ def parse_config(argv: Sequence[str]) -> tuple[TrainConfig, str]:
         SystemExit: After ``--help`` and ``--print_config``.
     """
     parser = ArgumentParser(
-        prog="python -m train", description="Train a packed NaViT CLIP.", exit_on_error=False
+        prog=prog, description="Train a packed NaViT CLIP.", exit_on_error=False
     )
-    parser.add_argument("--config", action="config", help="a YAML file; later flags override it")
+    parser.add_argument(
+        "--config", action="config", help="a recipe's name or a YAML file; later flags override it"
+    )
     parser.add_class_arguments(TrainConfig)
+    argv = with_recipe_paths(argv)
     try:
-        namespace = parser.parse_args(list(argv))
+        namespace = parser.parse_args(argv)
         init = InitConfig(**namespace["init"].as_dict())
         shape = known_shape(init, Path(namespace["run_dir"]))
         if shape is not None:  # what the configuration leaves out of `model` is the source's
             parser.set_defaults({"model": asdict(shape)})
-            namespace = parser.parse_args(list(argv))
+            namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:

@@ -255,7 +255,7 @@ def captioned(tmp_path):
 
 def train(*words: object) -> int:
     try:
-        training.main([str(word) for word in words])
+        training.main([str(word) for word in words], "train_tokenizer")
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -69,7 +69,7 @@ def config(tmp_path: Path, tokenizer_path: Path) -> Path:
 
 
 def inspect(*words: object) -> int:
-    return main([*map(str, words), "--workers", "1"])
+    return main([*map(str, words), "--workers", "1"], "inspect")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:

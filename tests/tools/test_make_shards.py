@@ -56,7 +56,7 @@ def table(path: Path, lines: list[list[str]], delimiter: str = ",") -> Path:
 
 
 def run(*words: object) -> int:
-    return main([*map(str, words), "--workers", "1"])
+    return main([*map(str, words), "--workers", "1"], "make_shards")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from navit_clip.tools.shapes import __main__ as command
 from navit_clip.tools.shapes import scene as scenes
-from navit_clip.tools.shapes.__main__ import main
 from navit_clip.tools.shapes.captions import full_caption, training_captions
 from navit_clip.tools.shapes.render import BACKGROUND_RGB, OBJECT_RGB, render
 from navit_clip.tools.shapes.scene import Attributes, Description, Scene
@@ -37,6 +37,14 @@ OBJECT = re.compile(
     rf"(?:({'|'.join(scenes.COLOURS)}) )?({'|'.join(scenes.SHAPES)})"
     rf"(?: with ({'|'.join(TEXTURE_OF)}))?"
 )
+
+
+def main(arguments: list[str]) -> int:
+    """``navit-clip data shapes`` in this process; returns its exit code."""
+    try:
+        return command.main(arguments, "shapes")
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def sample_scenes(count: int) -> list[tuple[Scene, np.random.Generator]]:

@@ -1,4 +1,4 @@
-"""``python -m navit_clip.tools.inspect shards/ --config run.yaml --picture a.png``."""
+"""``navit-clip data inspect shards/ --config run.yaml --picture a.png``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from navit_clip.data.mixture import Sources
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import write_output
+from navit_clip.recipes import find_recipe
 from navit_clip.tools.inspect.filling import measure_filling
 from navit_clip.tools.inspect.picture import draw_batch
 from navit_clip.tools.inspect.report import figures, render
@@ -27,20 +28,21 @@ _DESCRIPTION = """Counts what shards hold, what training would pass over and why
 batches would be; draws one batch patch by patch."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.inspect"
+) -> int:
     """Looks at shards.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
 
     Returns:
         The exit status: 0, or 130 when interrupted. A mistake of the user's exits with 2.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m navit_clip.tools.inspect", description=_DESCRIPTION
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("shards", nargs="*", help="tars, folders or patterns; the config's if none")
-    parser.add_argument("--config", type=Path, help="a training YAML: also measure its packing")
+    parser.add_argument("--config", help="a recipe or a training YAML: also measure its packing")
     parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
     parser.add_argument(
         "--captions", nargs="+", help="caption sources, such as txt json.captions; the config's"
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
-    with one_line_errors("inspect"):
+    with one_line_errors(prog):
         try:
             return _inspect(args)
         except KeyboardInterrupt:
@@ -66,7 +68,8 @@ def _inspect(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not args.shards and args.config is None:
         raise UserError("no shards given: name tars, folders or patterns, or a --config with them")
-    settings = read_settings(args.config) if args.config else DataSettings()
+    config = find_recipe(args.config) if args.config else None
+    settings = read_settings(config) if config else DataSettings()
     settings = with_choices(settings, args.shards, args.captions, args.tokenizer)
     if args.config and settings.tokenizer is None:
         raise UserError(f"--config {args.config} names no tokenizer: give --tokenizer")
@@ -89,7 +92,7 @@ def _inspect(args: argparse.Namespace) -> int:
         report = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         write_output(args.output, report, f"--output {args.output}")
     if args.picture and filling:
-        title = args.config.name if args.config else "the default settings"
+        title = config.name if config else "the default settings"
         draw_batch(filling, title, args.picture)
         print(f"\ndrew {args.picture}")
     elif args.picture:

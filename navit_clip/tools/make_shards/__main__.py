@@ -1,4 +1,4 @@
-"""``python -m navit_clip.tools.make_shards --coco FILE --images DIR --output DIR``."""
+"""``navit-clip data make_shards --coco FILE --images DIR --output DIR``."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ _BELONGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.make_shards"
+) -> int:
     """Makes or verifies shards.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
 
     Returns:
         The exit status: 0 when all is well, 1 if a shard is damaged, 130 when interrupted. A
         mistake of the user's exits with 2.
     """
-    args = _parser().parse_args(argv)
-    with one_line_errors("make_shards"):
+    args = _parser(prog).parse_args(argv)
+    with one_line_errors(prog):
         try:
             return _verify(args) if args.verify is not None else _make(args)
         except KeyboardInterrupt:
@@ -50,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m navit_clip.tools.make_shards", description=_DESCRIPTION
-    )
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--coco", type=Path, metavar="FILE", help="COCO's captions_*.json or Karpathy's dataset"

@@ -1,4 +1,4 @@
-"""Command line of the data set: ``python -m navit_clip.tools.shapes --output data/shapes``."""
+"""``navit-clip data shapes --output data/shapes``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from navit_clip.tools.shapes.write import OutputError, ShapesConfig, write_shapes
+from navit_clip.errors import UserError, one_line_errors
+from navit_clip.files import writing
+from navit_clip.tools.shapes.write import ShapesConfig, write_shapes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.shapes") -> int:
     """Writes the data set.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
+        prog: What the user typed before them, for messages.
 
     Returns:
         The exit status: 0 when the data set is complete, 2 on a mistake, 130 when interrupted.
     """
     defaults = ShapesConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m navit_clip.tools.shapes",
+        prog=prog,
         description="Writes pictures of shapes with captions: training shards, a zero-shot set "
         "and a retrieval set. Does nothing if they are already there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -44,35 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        return _fail(f"--workers must be at least 1, got {arguments.workers}")
-    try:
-        config = ShapesConfig(
-            seed=arguments.seed,
-            train=arguments.train,
-            shard_size=arguments.shard_size,
-            zeroshot_per_class=arguments.zeroshot_per_class,
-            retrieval=arguments.retrieval,
-        )
-    except ValueError as error:
-        # The message starts with the field's name, which is the option's.
-        return _fail(f"--{str(error).replace('_', '-')}")
-    try:
-        written = write_shapes(config, arguments.output, arguments.workers)
-    except OutputError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"cannot write --output {arguments.output}: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts over", file=sys.stderr)
-        return 130
+    with one_line_errors(prog):
+        if arguments.workers < 1:
+            raise UserError(f"--workers must be at least 1, got {arguments.workers}")
+        try:
+            names = [f.name for f in fields(ShapesConfig)]
+            config = ShapesConfig(**{name: getattr(arguments, name) for name in names})
+        except ValueError as error:
+            # The message starts with the field's name, which is the option's.
+            raise UserError(f"--{str(error).replace('_', '-')}") from error
+        try:
+            with writing(f"--output {arguments.output}"):
+                written = write_shapes(config, arguments.output, arguments.workers)
+        except KeyboardInterrupt:
+            print("interrupted; the same command starts over", file=sys.stderr)
+            return 130
     print(f"{arguments.output} {'is written' if written else 'is already there'}")
     return 0
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from navit_clip.data.workers import prepare_worker
+from navit_clip.errors import UserError
 from navit_clip.tools.shapes.captions import (
     FULL_CAPTIONS,
     full_caption,
@@ -82,10 +83,6 @@ class ShapesConfig:
             least = 1 if name == "shard_size" else 0
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-class OutputError(Exception):
-    """The output folder cannot be used; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
         False if `output` was complete with the same arguments, True if it was written now.
 
     Raises:
-        OutputError: `output` is a file, holds something else or was made with other arguments.
+        UserError: `output` is a file, holds something else or was made with other arguments.
         OSError: `output` cannot be written.
     """
     record = {"version": VERSION, **asdict(config)}
@@ -222,18 +219,18 @@ def _is_complete(output: Path, record: dict[str, int]) -> bool:
     if not output.exists():
         return False
     if not output.is_dir():
-        raise OutputError(f"--output {output} is a file; name a folder")
+        raise UserError(f"--output {output} is a file; name a folder")
     done = output / DONE_FILE
     if not done.exists():
         if any(output.iterdir()) and not (output / PARTIAL_FILE).exists():
-            raise OutputError(f"--output {output} holds other files; name a new or empty folder")
+            raise UserError(f"--output {output} holds other files; name a new or empty folder")
         return False
     try:
         found = json.loads(done.read_text())
     except ValueError:
         found = None
     if found != record:
-        raise OutputError(
+        raise UserError(
             f"--output {output} was made with other arguments, see {done}: "
             "name another folder or delete this one"
         )
