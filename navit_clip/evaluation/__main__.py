@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.ev
         prog: What the user typed before them, for messages.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(words, prog)
     with one_line_errors(prog):
+        args = parse_arguments(words, prog)
         if args.command == "summary":
             print(summarise(args.directory))
             return

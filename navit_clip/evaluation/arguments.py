@@ -22,14 +22,15 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; ``--help`` shows how it is meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UserError(message)
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses ``zeroshot | retrieval | summary`` and their flags.
 
     Raises:
-        SystemExit: For ``--help`` and for words that make no sense, with code 2.
+        SystemExit: After ``--help``.
+        UserError: For words that make no sense.
     """
     parser = _Parser(prog=prog, description="Zero-shot classification and retrieval.")
     commands = parser.add_subparsers(dest="command", required=True)
