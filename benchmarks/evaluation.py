@@ -44,7 +44,8 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.texts import share_texts
 from navit_clip.evaluation.zeroshot import class_vectors
-from navit_clip.export.pretrained import Preprocess, Pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SETS = ("coco-val", "coco-test", "imagenet-sample", "caltech-sample", "flickr8k-dev")
@@ -91,8 +92,9 @@ class PackedSide:
 
     def __init__(self, model: nn.Module) -> None:
         assert isinstance(model, Ours)
-        pretrained = Pretrained(model.clip.eval(), OpenClipTokenizer(), Preprocess(TOKENS[0]))
-        self.model = PackedModel(pretrained, "packed")
+        packed = NaViTCLIP(model.clip.config, OpenClipTokenizer(), Preprocess(TOKENS[0]))
+        packed.load_state_dict(model.clip.state_dict())
+        self.model = PackedModel(packed.to(model.clip.device).eval(), "packed")
 
     def images(self, photos: EvalDataset, tokens: int) -> Embedded:
         """Decodes, sizes and embeds."""
@@ -142,7 +144,7 @@ def measure_prompts(
     seconds = alternate(
         {"packed": lambda: ours.classes(names), "open_clip": lambda: peer.classes(names)}, rounds
     )
-    encode = ours.model.pretrained.tokenizer.encode
+    encode = ours.model.tokenizer.encode
     prompts = [template(name) for name in names for template in SIMPLE_IMAGENET_TEMPLATES]
     tokens = sum(len(encode(prompt, CONTEXT)) for prompt in prompts)
     return {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import CONTEXT, PATCH, SQUARE, RealPair, packed
 from navit_clip.errors import UserError
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
@@ -110,7 +110,7 @@ class Ours(Way):
         super().__init__()
         image = EncoderConfig(widths.image, widths.image_depth, widths.image_heads)
         text = EncoderConfig(widths.text, widths.text_depth, widths.text_heads)
-        self.clip = NaViTCLIP(
+        self.clip = CLIP(
             CLIPConfig(
                 widths.embed,
                 ImageTowerConfig(PATCH, image),

@@ -38,7 +38,7 @@ from benchmarks.pairs import CONTEXT, PATCH
 from benchmarks.peers import WIDTHS, Widths
 from navit_clip.distributed import Ranks
 from navit_clip.errors import one_line_errors
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
@@ -155,7 +155,7 @@ class Steps:
         config = TrainConfig(
             "unused", steps, TokenizerConfig(path="unused"), model, precision=precision
         )
-        self._stepper = Stepper(NaViTCLIP(model).to(self.device), config, Ranks(0, 1, self.device))
+        self._stepper = Stepper(CLIP(model).to(self.device), config, Ranks(0, 1, self.device))
         self._numbers = count()
 
     def take(self, batch: PackedBatch) -> None:

@@ -1,4 +1,4 @@
-"""The check that a configuration's choices are among those its types allow.
+"""Config dataclasses: their choices checked, and trees of them built from plain values.
 
 The command line and `config.json` name choices as text, and so may a caller in Python; without a
 check a pooling or position misspelt would silently become another.
@@ -6,7 +6,13 @@ check a pooling or position misspelt would silently become another.
 
 from __future__ import annotations
 
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+# What JSON may hold for a field of each type; any other leaves the class to check.
+_PLAIN: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+
+Config = TypeVar("Config")
 
 
 def check_choices(config: object) -> None:
@@ -25,3 +31,27 @@ def check_choices(config: object) -> None:
                 f"{name} must be one of {', '.join(map(str, choices))}, "
                 f"got {getattr(config, name)!r}"
             )
+
+
+def config_from_dict(kind: type[Config], values: Any) -> Config:
+    """Builds a tree of config dataclasses from plain values, as `asdict` and JSON leave them.
+
+    Raises:
+        TypeError: If a key is unknown or missing, or a plain value stands where keys belong.
+        ValueError: If a field refuses its value.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} needs keys and values, got {values!r}")
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := values.keys() - known:
+        raise TypeError(f"unknown key {sorted(unknown)[0]!r} for {kind.__name__}")
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = config_from_dict(hint, value)  # type: ignore[arg-type]
+        elif hint in _PLAIN and not isinstance(value, _PLAIN[hint]):
+            raise TypeError(f"{name} of {kind.__name__} must be {hint.__name__}, got {value!r}")
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**built)

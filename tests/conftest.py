@@ -13,8 +13,9 @@ from loader_cases import pair_builder
 from shard_factory import CAPTIONS, write_shard
 
 from navit_clip.data.builders.pairs import PairBuilder
-from navit_clip.export.pretrained import Preprocess, save_pretrained
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -58,13 +59,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: SentencePiece
         image=ImageTowerConfig(patch_size=8, encoder=encoder, position=PositionConfig(max_side=16)),
         text=TextTowerConfig(vocab_size=tokenizer.vocab_size, context_length=16, encoder=encoder),
     )
-    model = NaViTCLIP(config)
+    model = NaViTCLIP(config, tokenizer, Preprocess(max_tokens=12))
     with torch.no_grad():
         # At their first values all images of such a small model lie almost in one point.
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     directory = tmp_path_factory.mktemp("model")
-    save_pretrained(directory, model, tokenizer, Preprocess(max_tokens=12))
+    model.save_pretrained(directory)
     return directory
 
 

@@ -12,8 +12,9 @@ import torch
 from packed_examples import random_caption, random_image, randomise
 from safetensors.torch import load_file, save_file
 
-from navit_clip.export.pretrained import Preprocess, save_pretrained
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -48,15 +49,15 @@ CONFIGS = {
 }
 
 
-def build(config: CLIPConfig) -> NaViTCLIP:
+def build(config: CLIPConfig) -> CLIP:
     torch.manual_seed(0)
-    model = NaViTCLIP(config)
+    model = CLIP(config)
     randomise(model, seed=1)
     return model
 
 
 @torch.no_grad()
-def embed(model: NaViTCLIP) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(model: CLIP) -> tuple[torch.Tensor, torch.Tensor]:
     images = [random_image(seed, grid) for seed, grid in enumerate([(2, 3), (1, 1), (5, 4)])]
     texts = [random_caption(seed, length, vocab_size=60) for seed, length in enumerate((8, 1, 3))]
     return model.embed_images(pack_images(images)), model.embed_texts(pack_texts(texts))

@@ -11,7 +11,7 @@ import torch
 from packed_examples import random_caption, random_image
 
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -82,7 +82,7 @@ def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[PackedBatch]
 
 def new_stepper(config: TrainConfig, ranks: Ranks = ALONE, dtype: torch.dtype | None = None):
     torch.manual_seed(config.seed)
-    return Stepper(NaViTCLIP(config.model).to(dtype=dtype or torch.float32), config, ranks)
+    return Stepper(CLIP(config.model).to(dtype=dtype or torch.float32), config, ranks)
 
 
 def figures(stepper: Stepper, steps: range) -> np.ndarray:

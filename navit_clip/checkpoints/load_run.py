@@ -16,9 +16,8 @@ import torch.distributed.checkpoint as dcp
 
 from navit_clip.checkpoints.manifest import DamagedError, Manifest
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import Pretrained
 from navit_clip.files import reading
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.model import NaViTCLIP
 from navit_clip.tokenizers.load import build_tokenizer, load_tokenizer
 from navit_clip.training.config import TrainConfig, parse_config
 from navit_clip.training.starting_weights import TOKENIZER_DIR
@@ -29,7 +28,7 @@ _NAME = re.compile(r"^step-(\d{8})$")
 
 def load_run(
     run_dir: Path, step: int | None, device: torch.device | str = "cpu"
-) -> tuple[Pretrained, int]:
+) -> tuple[NaViTCLIP, int]:
     """The model as it was at a checkpoint; the average of its weights if the run keeps one.
 
     Args:
@@ -57,13 +56,13 @@ def load_run(
         raise UserError(f"no checkpoint of step {step} in {run_dir}: there are {steps}")
     elif damage := _damage(found[step]):
         raise UserError(f"checkpoint {found[step]} is damaged ({damage}): choose another --step")
-    model = NaViTCLIP(config.model)
+    model = NaViTCLIP(config.model, preprocess=preprocess_for(config))
     _load(found[step], model, averaged=config.ema.decay > 0)
     if config.tokenizer is not None:
-        tokenizer = build_tokenizer(config.tokenizer)
+        model.tokenizer = build_tokenizer(config.tokenizer)
     else:
-        tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
-    return Pretrained(model.to(device).eval(), tokenizer, preprocess_for(config)), step
+        model.tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
+    return model.to(device).eval(), step
 
 
 def _config(run_dir: Path) -> TrainConfig:

@@ -13,7 +13,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
 from navit_clip.evaluation.evaluator import RetrievalSpec, Spec, ZeroShotSpec
 from navit_clip.evaluation.models import Model, PackedModel
-from navit_clip.export.pretrained import load_pretrained
+from navit_clip.model import NaViTCLIP
 
 _OPEN_CLIP = "open_clip:"
 
@@ -216,8 +216,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
             "open_clip:NAME: give one for each, in the same order"
         )
     if args.run is not None:
-        pretrained, step = load_run(args.run, args.step, ranks.device)
-        model: Model = PackedModel(pretrained, f"{args.run} step {step}")
+        packed, step = load_run(args.run, args.step, ranks.device)
+        model: Model = PackedModel(packed, f"{args.run} step {step}")
     else:
         model = _load(args.model, args.weights, args, ranks)
     weights = iter(args.baseline_weights)
@@ -230,7 +230,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
 
 def _load(name: str, weights: Path | None, args: argparse.Namespace, ranks: Ranks) -> Model:
     if not name.startswith(_OPEN_CLIP):
-        return PackedModel(load_pretrained(Path(name), ranks.device), name)
+        return PackedModel(NaViTCLIP.from_directory(Path(name), ranks.device), name)
     seed = args.random_weights if weights is None else None
     architecture = name.removeprefix(_OPEN_CLIP)
     return OpenClipModel(architecture, weights, seed, ranks.device, args.square)

@@ -20,8 +20,8 @@ from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import tensors_digest
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.export.pretrained import Pretrained
-from navit_clip.inference.embed import embed_images, embed_texts, size_image
+from navit_clip.inference.embed import image_vectors, size_image, text_vectors
+from navit_clip.model import NaViTCLIP
 from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, PackedImages
@@ -127,26 +127,29 @@ class PackedModel(Model):
     """A model of this library.
 
     Args:
-        pretrained: The model and what it needs.
+        model: With its tokenizer and preprocessing.
         name: For tables and results.
     """
 
-    def __init__(self, pretrained: Pretrained, name: str) -> None:
-        self.pretrained, self.name = pretrained, name
-        self.own_setting = EvalSetting("capped", pretrained.preprocess.max_tokens)
+    def __init__(self, model: NaViTCLIP, name: str) -> None:
+        assert model.tokenizer is not None
+        assert model.preprocess is not None
+        self.model, self.name = model, name
+        self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
+        self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
         self._padding_tokens = 0
 
     @property
     def sizer(self) -> PackedSizer:
         """Sizes images in worker processes."""
-        return PackedSizer(self.pretrained.model.config.image, self.pretrained.preprocess.square)
+        return PackedSizer(self.model.config.image, self.preprocess.square)
 
     def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches that the positions know."""
         if setting.kind != "square":
             return
         assert setting.size is not None
-        config = self.pretrained.model.config.image
+        config = self.model.config.image
         patch, most = config.patch_size, config.position.max_grid_side
         if setting.size % patch:
             nearest = max(1, round(setting.size / patch)) * patch
@@ -167,29 +170,29 @@ class PackedModel(Model):
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
         """Packed by token budget."""
         # Counted where the tower sees it: how streams are made is not this module's business.
-        with self.pretrained.model.image.register_forward_pre_hook(self._count):
-            return embed_images(self.pretrained, images)
+        with self.model.image.register_forward_pre_hook(self._count):
+            return image_vectors(self.model, images)
 
     def _count(self, tower: nn.Module, inputs: tuple[PackedImages, ...]) -> None:
         self._padding_tokens += inputs[0].segments.padding
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Packed by token budget."""
-        return embed_texts(self.pretrained, texts)
+        return text_vectors(self.model, self.tokenizer, texts)
 
     @property
     def embed_dim(self) -> int:
         """D."""
-        return self.pretrained.model.config.embed_dim
+        return self.model.config.embed_dim
 
     @property
     def scale(self) -> float:
         """The learned scale."""
-        return self.pretrained.model.log_scale.exp().item()
+        return self.model.log_scale.exp().item()
 
     def image_flops(self, tokens: int) -> int:
         """By `navit_clip.models.flops`."""
-        config = self.pretrained.model.config
+        config = self.model.config
         return image_flops(config.image, config.embed_dim, tokens)
 
     @property
@@ -200,16 +203,16 @@ class PackedModel(Model):
     @cached_property
     def fingerprint(self) -> str:
         """Of weights, configuration and tokenizer, and of the device: CUDA rounds otherwise."""
-        model = self.pretrained.model
+        model = self.model
         with tempfile.TemporaryDirectory() as folder:
-            self.pretrained.tokenizer.save(Path(folder))
+            self.tokenizer.save(Path(folder))
             files = [
                 f"{file.name} {file.read_bytes()!r}" for file in sorted(Path(folder).iterdir())
             ]
         return tensors_digest(
             model.state_dict(),
             repr(model.config),
-            repr(self.pretrained.preprocess),
+            repr(self.preprocess),
             model.device.type,
             *files,
         )

@@ -1,13 +1,13 @@
 """Embedding images and captions with a trained model, packed by token budget.
 
-What the harnesses and `navit_clip.inference.api` stand on: any number of images of any size in,
+What the evaluation and `navit_clip.inference.encode` stand on: any number of images of any size in,
 vectors in the same order out, no token of padding computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +16,11 @@ from torch import Tensor
 from navit_clip.data.decode import EncodedImage, patchify
 from navit_clip.data.in_memory import OpenedImage
 from navit_clip.data.sizing import fit_grid
+from navit_clip.models.clip import CLIP
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
-
-if TYPE_CHECKING:
-    from navit_clip.export.pretrained import Pretrained
-    from navit_clip.models.clip import NaViTCLIP
-    from navit_clip.tokenizers.base import Tokenizer
+from navit_clip.tokenizers.base import Tokenizer
 
 STREAM_TOKENS = 16384  # per forward pass; bounds memory, hardly changes speed
 
@@ -59,35 +56,7 @@ def size_image(
     return ImagePatches(patchify(pixels, patch), coords, (rows, columns))
 
 
-def embed_images(pretrained: Pretrained, images: Iterable[ImagePatches]) -> Tensor:
-    """Embeds sized images.
-
-    Args:
-        pretrained: The model.
-        images: As `size_image` makes them; consumed as a stream.
-
-    Returns:
-        float32 [E, D] unit vectors on the host, in order.
-    """
-    return image_vectors(pretrained.model, images)
-
-
-def embed_texts(pretrained: Pretrained, texts: Sequence[str]) -> Tensor:
-    """Embeds captions.
-
-    Args:
-        pretrained: The model and its tokenizer.
-        texts: Captions of any length; cut at the model's context.
-
-    Returns:
-        float32 [E, D] unit vectors on the host, in order.
-    """
-    return text_vectors(pretrained.model, pretrained.tokenizer, texts)
-
-
-def image_vectors(
-    model: NaViTCLIP, images: Iterable[ImagePatches], *, normalize: bool = True
-) -> Tensor:
+def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: bool = True) -> Tensor:
     """Embeds sized images, as many per forward pass as `STREAM_TOKENS` hold.
 
     Args:
@@ -109,7 +78,7 @@ def image_vectors(
 
 
 def text_vectors(
-    model: NaViTCLIP, tokenizer: Tokenizer, texts: Iterable[str], *, normalize: bool = True
+    model: CLIP, tokenizer: Tokenizer, texts: Iterable[str], *, normalize: bool = True
 ) -> Tensor:
     """Embeds captions, as many per forward pass as `STREAM_TOKENS` hold.
 
@@ -136,7 +105,7 @@ def text_vectors(
 # Not inference_mode: its tensors could not be trained on, by a linear probe for one.
 @torch.no_grad()
 def _embed(
-    model: NaViTCLIP,
+    model: CLIP,
     items: Iterable[T],
     length: Callable[[T], int],
     embed: Callable[[Sequence[T]], Tensor],

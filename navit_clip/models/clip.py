@@ -1,27 +1,24 @@
-"""NaViTCLIP: two packed towers, their projections, and the temperature.
+"""CLIP: two packed towers, their projections, and the temperature.
 
-What the trainer trains and the harnesses judge. It maps packed images and packed captions to unit
-vectors of one space; comparing them is the loss's task.
+What the trainer trains. It maps packed images and packed captions to unit vectors of one space;
+comparing them is the loss's task. With tokenizer and preprocessing around it, it is
+`navit_clip.model.NaViTCLIP`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
-from navit_clip.export.hub import HubMixin
-from navit_clip.inference.api import EncodeMixin
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.linear import linear
 from navit_clip.models.text_tower import TextTower, TextTowerConfig
-from navit_clip.packed.batch import PackedBatch
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.texts import PackedTexts
 
@@ -92,12 +89,20 @@ class CLIPOutput(NamedTuple):
     logit_bias: Tensor | None
 
 
-class NaViTCLIP(EncodeMixin, HubMixin, nn.Module):
-    """A packed image tower and a packed text tower with one embedding space.
+class CLIPInputs(Protocol):
+    """What the model takes: packed images and as many packed captions, in the same order."""
 
-    Pictures and sentences in, vectors out: `navit_clip.inference.api`. Files and the Hub:
-    `navit_clip.export.hub`.
-    """
+    @property
+    def images(self) -> PackedImages:
+        """All images, packed."""
+
+    @property
+    def texts(self) -> PackedTexts:
+        """Their captions, packed."""
+
+
+class CLIP(nn.Module):
+    """A packed image tower and a packed text tower with one embedding space."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -116,41 +121,6 @@ class NaViTCLIP(EncodeMixin, HubMixin, nn.Module):
         if config.init_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.init_bias))
 
-    @classmethod
-    def from_open_clip(cls, name: str, pretrained: str | Path | None = None) -> NaViTCLIP:
-        """A released open_clip model as packed towers, with its tokenizer and preprocessing.
-
-        At the model's own square size the embeddings are open_clip's; other sizes and aspect
-        ratios interpolate its positions.
-
-        Args:
-            name: open_clip's name of a ViT of CLIP's family or of a SigLIP, such as ``ViT-B-32``.
-            pretrained: A tag of open_clip's, whose weights it downloads; a local checkpoint,
-                beside which a SigLIP's ``tokenizer.json`` should lie; or None for weights as
-                open_clip initialises them.
-
-        Returns:
-            The model in evaluation mode, float32, on the host. Without a tag, a SigLIP whose
-            tokenizer is not on this machine has None as `tokenizer`.
-
-        Raises:
-            UserError: If the model is not supported (the message lists those that are), or the
-                weights cannot be had, read, or belong to another model.
-        """
-        from navit_clip.interop.open_clip import load
-
-        return load(name, pretrained)
-
-    def to_open_clip(self) -> dict[str, Tensor]:
-        """The parameters under open_clip's names, which its model of the same shape loads.
-
-        Raises:
-            UserError: If open_clip has no such model; the message names the switch.
-        """
-        from navit_clip.interop.open_clip import state_for_open_clip
-
-        return state_for_open_clip(self)
-
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
@@ -164,15 +134,15 @@ class NaViTCLIP(EncodeMixin, HubMixin, nn.Module):
         """[E, D] unit vectors of packed captions, in the order in which they were packed."""
         return _unit(self.text_projection(self.text(texts)))
 
-    def forward(self, batch: PackedBatch) -> CLIPOutput:
+    def forward(self, inputs: CLIPInputs) -> CLIPOutput:
         """Embeds both sides of a batch.
 
         Scale and bias are outputs, not attributes read from outside, because DDP only reduces
         gradients of parameters that its forward used.
         """
         return CLIPOutput(
-            self.embed_images(batch.images),
-            self.embed_texts(batch.texts),
+            self.embed_images(inputs.images),
+            self.embed_texts(inputs.texts),
             self.log_scale.exp(),
             self.logit_bias,
         )

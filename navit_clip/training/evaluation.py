@@ -38,9 +38,9 @@ from navit_clip.evaluation.evaluator import (
 )
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting, make_settings
-from navit_clip.export.pretrained import Preprocess, Pretrained, save_pretrained
 from navit_clip.files import write_output
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
@@ -226,21 +226,22 @@ class Evaluations:
         """
         if not names:
             return
-        pretrained = Pretrained(exported(stepper), self._tokenizer, self._preprocess)
+        trained = exported(stepper)
+        trained.tokenizer, trained.preprocess = self._tokenizer, self._preprocess
         for name in names:
             spec = self._plans[name].spec
             since = time.perf_counter()
             beat = partial(watch.begin, f"the evaluation {name} of step {step}", slow=True)
             beat()
             title = f"{self._run_dir} step {step}"
-            model = _InTraining(pretrained, title, self.config.precision, beat)
+            model = _InTraining(trained, title, self.config.precision, beat)
             with _generators_kept(self.ranks.device):
                 result = evaluate(model, spec, self.ranks, self.config.eval.workers)
             if result is not None:
-                yield self._finding(name, step, result, pretrained, since)
+                yield self._finding(name, step, result, trained, since)
 
     def _finding(
-        self, name: str, step: int, result: dict[str, Any], pretrained: Pretrained, since: float
+        self, name: str, step: int, result: dict[str, Any], model: NaViTCLIP, since: float
     ) -> Finding:
         spec = self._plans[name].spec
         path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
@@ -255,14 +256,12 @@ class Evaluations:
         )
         best = self._best
         # Before the log: what is logged is not evaluated again after a kill.
-        if best is not None and best.metric in figures:
-
-            def save(folder: Path) -> None:
-                model, tokenizer = pretrained.model, pretrained.tokenizer
-                save_pretrained(folder, model, tokenizer, pretrained.preprocess)
-
-            if best.offer(figures[best.metric], step, save):
-                line += ", the best so far"
+        if (
+            best is not None
+            and best.metric in figures
+            and best.offer(figures[best.metric], step, model.save_pretrained)
+        ):
+            line += ", the best so far"
         seconds = time.perf_counter() - since
         values = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
         values[f"eval/{name}/seconds"] = seconds
@@ -271,8 +270,8 @@ class Evaluations:
     def _check_specs(self) -> None:
         """Opens everything once: better one line now than after a day."""
         with torch.device("meta"):  # of shapes alone
-            model = NaViTCLIP(self.config.model)
-        packed = PackedModel(Pretrained(model, self._tokenizer, self._preprocess), "")
+            model = NaViTCLIP(self.config.model, self._tokenizer, self._preprocess)
+        packed = PackedModel(model, "")
         for name, plan in self._plans.items():
             spec = plan.spec
             try:
@@ -300,16 +299,16 @@ class _InTraining(PackedModel):
 
     def __init__(
         self,
-        pretrained: Pretrained,
+        model: NaViTCLIP,
         name: str,
         precision: Literal["fp32", "bf16"],
         beat: Callable[[], None],
     ) -> None:
-        super().__init__(pretrained, name)
+        super().__init__(model, name)
         self._beat = beat
         # Around the towers alone: similarities and figures stay in float32.
         self._autocast = torch.autocast(
-            pretrained.model.device.type, torch.bfloat16, enabled=precision == "bf16"
+            model.device.type, torch.bfloat16, enabled=precision == "bf16"
         )
 
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.models.clip import CLIP
 
 TOWERS = ("image", "text")
 
@@ -51,7 +51,7 @@ class LockConfig:
         return int(getattr(self, f"{tower}_unlocked_blocks"))
 
 
-def lock_towers(model: NaViTCLIP, config: LockConfig) -> None:
+def lock_towers(model: CLIP, config: LockConfig) -> None:
     """Takes the locked parameters out of the training, in place."""
     for name, tower in ((name, getattr(model, name)) for name in TOWERS if config.locks(name)):
         tower.requires_grad_(False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.training.schedule import ScheduleConfig
 
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
@@ -78,7 +78,7 @@ def layers_above(name: str, config: CLIPConfig) -> int:
     """How many layers lie between a parameter and the outputs.
 
     Args:
-        name: Of a parameter of `NaViTCLIP`.
+        name: Of a parameter of `CLIP`.
         config: Of the model.
 
     Returns:
@@ -93,7 +93,7 @@ def layers_above(name: str, config: CLIPConfig) -> int:
     return depth - int(block[1]) if block else depth + 1
 
 
-def parameter_groups(model: NaViTCLIP, config: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(model: CLIP, config: OptimConfig) -> list[ParameterGroup]:
     """The parameters that are trained, by learning rate and decay.
 
     Decay is for matrices and tables only. Scalars have a group of their own: under FSDP they are

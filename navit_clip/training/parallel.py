@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from navit_clip.configs import check_choices
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIPOutput, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPOutput
 from navit_clip.models.transformer import Block, Encoder
 from navit_clip.packed.batch import PackedBatch
 
@@ -79,7 +79,7 @@ class ParallelModel:
     """
 
     def __init__(
-        self, model: NaViTCLIP, config: ParallelConfig, ranks: Ranks, *, half_blocks: bool
+        self, model: CLIP, config: ParallelConfig, ranks: Ranks, *, half_blocks: bool
     ) -> None:
         self.model = model
         self.gradient_factor = 1

@@ -7,17 +7,19 @@ Once the run has a checkpoint of its own, the source is never read again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import CONFIG_FILE, config_from_dict, load_pretrained
-from navit_clip.files import reading, writing
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.export.card import CONFIG_FILE
+from navit_clip.export.description import Description
+from navit_clip.files import writing
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.tokenizers.load import build_tokenizer, load_tokenizer
 
@@ -78,8 +80,7 @@ class InitConfig:
                 f"no model at init.model={self.model}: expected {CONFIG_FILE} in it "
                 f"(RUN_DIR/model), or {OPEN_CLIP}NAME"
             )
-        with reading(path, ValueError, TypeError, KeyError):
-            return config_from_dict(CLIPConfig, json.loads(path.read_text())["model"])
+        return Description.read(path).model
 
     def read_model(self) -> NaViTCLIP:
         """The model with its weights, on the host.
@@ -89,7 +90,7 @@ class InitConfig:
         """
         assert self.model is not None
         if self.open_clip_name is None:
-            return load_pretrained(Path(self.model)).model
+            return NaViTCLIP.from_directory(Path(self.model))
         if self.weights is None:
             raise UserError(
                 f"init.weights is missing for init.model={self.model}: give a checkpoint's path, "
@@ -136,9 +137,7 @@ def check_shape(given: CLIPConfig, known: CLIPConfig, init: InitConfig) -> None:
         )
 
 
-def starting_point(
-    config: TrainConfig, ranks: Ranks, *, begun: bool
-) -> tuple[NaViTCLIP, Tokenizer]:
+def starting_point(config: TrainConfig, ranks: Ranks, *, begun: bool) -> tuple[CLIP, Tokenizer]:
     """The first weights of a run, on the host, and its tokenizer.
 
     Args:
@@ -154,7 +153,7 @@ def starting_point(
     kept = Path(config.run_dir) / TOKENIZER_DIR
     given = build_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     if config.init.model is None or begun:
-        return NaViTCLIP(config.model), given or load_tokenizer(kept)
+        return CLIP(config.model), given or load_tokenizer(kept)
     model = config.init.read_model()
     check_shape(config.model, model.config, config.init)
     own = model.tokenizer

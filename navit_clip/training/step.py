@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from navit_clip.distributed import Ranks
 from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
-from navit_clip.models.clip import CLIPOutput, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPOutput
 from navit_clip.packed.batch import PackedBatch
 from navit_clip.training.config import LossConfig, TrainConfig
 from navit_clip.training.ema import EMA
@@ -85,7 +85,7 @@ class Stepper:
         guard: What happens at a non-finite step, and how many there were.
     """
 
-    def __init__(self, model: NaViTCLIP, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, model: CLIP, config: TrainConfig, ranks: Ranks) -> None:
         self.model, self.config, self.ranks = model, config, ranks
         lock_towers(model, config.lock)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(
@@ -159,7 +159,7 @@ class Stepper:
         weights = self.model.state_dict()
         return weights if self.ema is None else weights | self.ema.weights
 
-    def export(self) -> NaViTCLIP | None:
+    def export(self) -> CLIP | None:
         """The whole model for evaluation and export, on the host; a collective call.
 
         Returns:
@@ -176,7 +176,7 @@ class Stepper:
         if not self.ranks.is_first:
             return None
         with torch.random.fork_rng(devices=[]):  # its first weights must not cost the run a draw
-            model = NaViTCLIP(self.model.config)
+            model = CLIP(self.model.config)
         model.load_state_dict(gathered)
         return model.eval()
 

@@ -29,7 +29,8 @@ from navit_clip.data.workers import telling_of_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.export.card import write_card
-from navit_clip.export.pretrained import Preprocess, save_pretrained
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.preprocess import Preprocess
 from navit_clip.packed.batch import PackedBatch
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.config import TrainConfig

@@ -14,9 +14,10 @@ from shard_factory import CAPTIONS, encode, photo, sample, write_shard
 from navit_clip.data.decode import EncodedImage
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.export.pretrained import Preprocess, load_pretrained, save_pretrained
 from navit_clip.inference import embed as embedding
-from navit_clip.inference.embed import embed_images, embed_texts, size_image
+from navit_clip.inference.embed import image_vectors, size_image
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 from navit_clip.models.flops import image_flops
 
 
@@ -29,19 +30,16 @@ def data(tmp_path_factory):
 
 
 def test_images_are_embedded_in_order_however_they_share_streams(model_dir, monkeypatch):
-    pretrained = load_pretrained(model_dir)
-    images = [
-        size_image(EncodedImage(sample(i)["png"]), pretrained.model.config.image, 12)
-        for i in range(9)
-    ]
-    alone = torch.cat([embed_images(pretrained, [image]) for image in images])
-    texts = torch.cat([embed_texts(pretrained, [text]) for text in CAPTIONS])
+    model = NaViTCLIP.from_directory(model_dir)
+    images = [size_image(EncodedImage(sample(i)["png"]), model.config.image, 12) for i in range(9)]
+    alone = torch.cat([image_vectors(model, [image]) for image in images])
+    texts = torch.cat([model.encode_text([text]) for text in CAPTIONS])
     for tokens in (16384, 30, 1):
         monkeypatch.setattr(embedding, "STREAM_TOKENS", tokens)
-        torch.testing.assert_close(embed_images(pretrained, images), alone, atol=1e-5, rtol=0)
-        torch.testing.assert_close(embed_texts(pretrained, CAPTIONS), texts, atol=1e-5, rtol=0)
+        torch.testing.assert_close(image_vectors(model, images), alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(CAPTIONS), texts, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.norm(dim=-1), torch.ones(9))
-    assert embed_images(pretrained, []).shape == embed_texts(pretrained, []).shape == (0, 8)
+    assert image_vectors(model, []).shape == model.encode_text([]).shape == (0, 8)
     # Else the comparisons above say nothing about order.
     assert torch.pdist(alone).min() > 1e-3
     assert torch.pdist(texts).min() > 1e-3
@@ -50,7 +48,7 @@ def test_images_are_embedded_in_order_however_they_share_streams(model_dir, monk
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("budget", [1, 5, 12, 300])
 def test_images_are_sized_within_the_budget_with_all_their_patches(square, budget, model_dir):
-    config = load_pretrained(model_dir).model.config.image
+    config = NaViTCLIP.from_directory(model_dir).config.image
     for height, width in ((24, 40), (300, 20), (7, 5), (1, 900)):
         encoded = EncodedImage(encode(photo(0, height, width)))
         sized = size_image(encoded, config, budget, square=square)
@@ -66,8 +64,8 @@ def test_images_are_sized_within_the_budget_with_all_their_patches(square, budge
 
 
 def test_embeddings_are_those_of_each_image_alone(model_dir, data):
-    pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "classes"))
+    model = NaViTCLIP.from_directory(model_dir)
+    embedded = embed(PackedModel(model, "tiny"), open_dataset(data, "classes"))
     files = sorted((data / "classes").glob("*/*.png"))
     assert embedded.names == [str(path) for path in files]
     assert [sorted(CLASSES)[label] for label in embedded.labels] == [p.parent.name for p in files]
@@ -79,13 +77,13 @@ def test_embeddings_are_those_of_each_image_alone(model_dir, data):
         # Native: 16 positions a side are more than any of these images needs.
         tokens = {"native": 256, "square": 16}.get(setting.kind, setting.size)
         sized = [
-            size_image(EncodedImage(path.read_bytes()), pretrained.model.config.image, tokens,
+            size_image(EncodedImage(path.read_bytes()), model.config.image, tokens,
                        square=setting.kind == "square")
             for path in files
         ]  # fmt: skip
         assert embedded.lengths[setting] == [len(image.patches) for image in sized]
         assert embedded.padding[setting] == 0
-        alone = torch.cat([embed_images(pretrained, [image]) for image in sized])
+        alone = torch.cat([image_vectors(model, [image]) for image in sized])
         torch.testing.assert_close(embedded.embeddings[setting], alone, atol=1e-5, rtol=0)
     with Image.open(files[0]) as image:
         assert embedded.sizes[0] == (image.height, image.width)
@@ -99,8 +97,8 @@ def place(scores: torch.Tensor, own: int) -> int:
     return int((scores >= scores[own]).sum()) - 1
 
 
-def common_figures(result, pretrained, lengths):
-    config = pretrained.model.config
+def common_figures(result, model, lengths):
+    config = model.config
     assert [
         EvalSetting(e["view"], e["max_tokens"] or e["side"]) for e in result["views"]
     ] == SETTINGS
@@ -130,14 +128,14 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
     assert "skipped: unreadable_image 1" in printed
     assert "broken.jpg" in printed
 
-    pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "classes"))
+    model = NaViTCLIP.from_directory(model_dir)
+    embedded = embed(PackedModel(model, "tiny"), open_dataset(data, "classes"))
     vectors = []
     for name in sorted(CLASSES):
         lines = templates.read_text().replace("{}", name.replace("_", " ")).splitlines()
-        vectors.append(torch.cat([embed_texts(pretrained, [line]) for line in lines]))
+        vectors.append(torch.cat([model.encode_text([line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
-    common_figures(result, pretrained, embedded.lengths)
+    common_figures(result, model, embedded.lengths)
     for entry, setting in zip(result["views"], SETTINGS, strict=True):
         scores = embedded.embeddings[setting].double() @ classes.T
         ranks = [place(row, own) for row, own in zip(scores, embedded.labels, strict=True)]
@@ -183,11 +181,11 @@ def test_retrieval(model_dir, data, tmp_path, capsys):
     assert "skipped: missing_image 1" in printed
     assert str(gallery) in printed
 
-    pretrained = load_pretrained(model_dir)
-    embedded = embed(PackedModel(pretrained, "tiny"), open_dataset(data, "coco"))
+    model = NaViTCLIP.from_directory(model_dir)
+    embedded = embed(PackedModel(model, "tiny"), open_dataset(data, "coco"))
     captions = [(i, text) for i, texts in enumerate(embedded.captions) for text in texts]
-    texts = torch.cat([embed_texts(pretrained, [text]) for _, text in captions]).double()
-    common_figures(result, pretrained, embedded.lengths)
+    texts = torch.cat([model.encode_text([text]) for _, text in captions]).double()
+    common_figures(result, model, embedded.lengths)
     for entry, setting in zip(result["views"], SETTINGS, strict=True):
         scores = embedded.embeddings[setting].double() @ texts.T
         to_image = [place(scores[:, j], own) for j, (own, _) in enumerate(captions)]
@@ -223,10 +221,9 @@ def test_retrieval_on_shards_and_a_summary_of_everything(model_dir, data, tmp_pa
 
 
 def test_a_model_that_wants_squares_gets_them(model_dir, data, tmp_path):
-    pretrained = load_pretrained(model_dir)
-    save_pretrained(
-        tmp_path / "square", pretrained.model, pretrained.tokenizer, Preprocess(9, square=True)
-    )
+    model = NaViTCLIP.from_directory(model_dir)
+    model.preprocess = Preprocess(9, square=True)
+    model.save_pretrained(tmp_path / "square")
     output = tmp_path / "r.json"
     assert run("zeroshot", "--model", tmp_path / "square", "--data", data / "classes",
                "--templates", "plain", "--max-tokens", 5, "--output", output) == 0  # fmt: skip

@@ -22,7 +22,9 @@ from navit_clip.evaluation.embed import embed_dataset
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.texts import share_texts
-from navit_clip.export.pretrained import Preprocess, load_pretrained, save_pretrained
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 
 
 class Counting(PackedModel):
@@ -51,7 +53,7 @@ def small(monkeypatch):
 
 def embed(model_dir, dataset, directory, settings=SETTINGS, workers=0, said=None):
     """Embeddings, and how many images the model had to look at."""
-    model = Counting(load_pretrained(model_dir), "tiny")
+    model = Counting(NaViTCLIP.from_directory(model_dir), "tiny")
     cache = Cache(directory, [].append if said is None else said.append) if directory else None
     (embedded,) = embed_dataset([(model, settings)], dataset, ALONE, workers=workers, cache=cache)
     return embedded, model.images
@@ -99,13 +101,12 @@ def test_only_what_is_new_is_embedded(model_dir, data, tmp_path):
     shutil.copytree(tmp_path / "elsewhere", root)
     assert again([OWN, SMALL])[1] == 0
 
-    pretrained = load_pretrained(model_dir)
-    save_pretrained(tmp_path / "square", pretrained.model, pretrained.tokenizer,
-                    Preprocess(12, square=True))  # fmt: skip
+    model = NaViTCLIP.from_directory(model_dir)
+    save_pretrained(tmp_path / "square", model, model.tokenizer, Preprocess(12, square=True))
     assert again([OWN], tmp_path / "square")[1] == 11
     with torch.no_grad():
-        pretrained.model.image.embed.bias[0] += 1e-3
-    save_pretrained(tmp_path / "other", pretrained.model, pretrained.tokenizer, Preprocess(12))
+        model.image.embed.bias[0] += 1e-3
+    save_pretrained(tmp_path / "other", model, model.tokenizer, Preprocess(12))
     assert again([OWN], tmp_path / "other")[1] == 11
     assert again([OWN, SMALL])[1] == 0
 
@@ -150,7 +151,7 @@ def test_a_damaged_file_is_named_and_made_again(damage, model_dir, data, tmp_pat
 
 def test_texts_are_kept_too(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("navit_clip.evaluation.texts.TEXT_BLOCK", 2)
-    model = Counting(load_pretrained(model_dir), "tiny")
+    model = Counting(NaViTCLIP.from_directory(model_dir), "tiny")
     words = ["a dog", "two birds", "a bicycle", "a dog", "a boat"]
     cache = Cache(tmp_path)
     first = share_texts(model, words, ALONE, cache).embed_texts(words)

@@ -19,7 +19,7 @@ from navit_clip.evaluation import datasets, texts
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.export.pretrained import load_pretrained
+from navit_clip.model import NaViTCLIP
 
 DATASETS = ("classes", "coco", "mixed", "single", "bad", "cut")
 
@@ -52,7 +52,7 @@ def specs(root: Path) -> list[ZeroShotSpec | RetrievalSpec]:
 def everything(model_dir: Path, root: Path, ranks: Ranks, cases):
     """What embedding gives by (dataset, workers), or the line it fails with, and all figures."""
     small_blocks()
-    model = PackedModel(load_pretrained(model_dir), "tiny")
+    model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
     embedded: dict[tuple[str, int], Embedded | str] = {}
     for name, workers in cases:
         try:

@@ -28,7 +28,8 @@ from navit_clip.evaluation.datasets import FileDataset
 from navit_clip.evaluation.embed import embed_dataset
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
-from navit_clip.export.pretrained import Preprocess, Pretrained, load_pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 
 CPU = torch.device("cpu")
 TINY = {
@@ -61,9 +62,9 @@ def test_impossible_views(words):
 
 @pytest.mark.parametrize("square", [False, True])
 def test_a_packed_model_sees_what_a_view_says(square, model_dir):
-    pretrained = load_pretrained(model_dir)
-    model = PackedModel(Pretrained(pretrained.model, pretrained.tokenizer,
-                                   Preprocess(12, square)), "tiny")  # fmt: skip
+    ours = NaViTCLIP.from_directory(model_dir)
+    ours.preprocess = Preprocess(12, square)
+    model = PackedModel(ours, "tiny")
     assert model.own_setting == EvalSetting("capped", 12)
     sizer = pickle.loads(pickle.dumps(model.sizer))
     for height, width in ((24, 40), (7, 5), (300, 20), (130, 200)):
@@ -101,7 +102,7 @@ def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
     load = ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (
         decoded.append(self) if self.tile else None, load(self))[1])  # fmt: skip
-    model = PackedModel(load_pretrained(model_dir), "tiny")
+    model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
     settings = make_settings([4, 12, 50], native=True, square=[64])
     (embedded,) = embed_dataset([(model, settings)], FileDataset([path], [0]), ALONE, workers=0)
     assert len(set(embedded.lengths)) == 5
@@ -114,7 +115,7 @@ def test_a_killed_worker_is_one_line(model_dir):
             os.kill(os.getpid(), signal.SIGKILL)
             yield from super().read(part, parts)
 
-    model = PackedModel(load_pretrained(model_dir), "tiny")
+    model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
     with pytest.raises(UserError, match=r"^DataLoader worker .*give fewer --workers$"):
         embed_dataset([(model, [EvalSetting("capped", 4)])], Killed([], []), ALONE, workers=1)
 
@@ -181,11 +182,11 @@ def test_fingerprints_differ_where_models_do(tiny, model_dir):
 
     prints = [of("tiny-test", tiny, None), of("tiny-test", None, 0), of("tiny-test", None, 2)]
     prints.append(of("other-test", None, 0))
-    prints.append(PackedModel(load_pretrained(model_dir), "a").fingerprint)
+    prints.append(PackedModel(NaViTCLIP.from_directory(model_dir), "a").fingerprint)
     assert len(set(prints)) == len(prints)
     assert of("tiny-test", tiny, None) == prints[0]
     assert of("tiny-test", None, 2) == prints[2]
-    assert PackedModel(load_pretrained(model_dir), "b").fingerprint == prints[-1]
+    assert PackedModel(NaViTCLIP.from_directory(model_dir), "b").fingerprint == prints[-1]
 
 
 @pytest.fixture(scope="module")
@@ -300,17 +301,17 @@ def test_the_newest_checkpoint_is_what_the_run_exported(name, runs):
     exported = load_file(runs / name / "model/model.safetensors")
     loaded, step = load_run(runs / name, None)
     assert step == 4
-    weights = loaded.model.state_dict()
+    weights = loaded.state_dict()
     assert weights.keys() == exported.keys()
     for key, weight in weights.items():
         assert torch.equal(weight, exported[key]), key
-    assert not loaded.model.training
-    other = load_pretrained(runs / name / "model")
-    assert (loaded.preprocess, loaded.model.config) == (other.preprocess, other.model.config)
+    assert not loaded.training
+    other = NaViTCLIP.from_directory(runs / name / "model")
+    assert (loaded.preprocess, loaded.config) == (other.preprocess, other.config)
     assert loaded.tokenizer.encode("a red dog", 9) == other.tokenizer.encode("a red dog", 9)
     earlier, step = load_run(runs / name, 2)
     assert step == 2
-    assert not torch.equal(earlier.model.image.embed.weight, weights["image.embed.weight"])
+    assert not torch.equal(earlier.image.embed.weight, weights["image.embed.weight"])
 
 
 def test_damaged_and_missing_checkpoints(runs, tmp_path, capsys):

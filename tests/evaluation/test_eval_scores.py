@@ -23,8 +23,7 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import recall
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import class_vectors, load_classnames, load_templates
-from navit_clip.export.pretrained import load_pretrained
-from navit_clip.inference.embed import embed_texts
+from navit_clip.model import NaViTCLIP
 
 # Figures
 
@@ -271,25 +270,25 @@ def test_a_model_as_sure_as_it_is_right_is_calibrated():
 
 
 def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(model_dir):
-    pretrained = load_pretrained(model_dir)
+    model = NaViTCLIP.from_directory(model_dir)
     templates = [lambda name: f"a {name}", lambda name: f"the photo of one {name} at night"]
     names = ["red dog", "bird", "boat"]
-    vectors = class_vectors(PackedModel(pretrained, "tiny"), names, templates)
+    vectors = class_vectors(PackedModel(model, "tiny"), names, templates)
     assert vectors.shape == (3, 8)
     for name, vector in zip(names, vectors, strict=True):
         # One prompt at a time, so that none can be taken for another's.
-        prompts = [embed_texts(pretrained, [template(name)])[0].double() for template in templates]
+        prompts = [model.encode_text([template(name)])[0].double() for template in templates]
         mean = sum(p / p.norm() for p in prompts) / len(prompts)
         torch.testing.assert_close(vector.double(), mean / mean.norm(), atol=1e-5, rtol=0)
 
 
 def test_captions_are_embedded_in_order_with_their_owners(model_dir):
-    pretrained = load_pretrained(model_dir)
+    model = NaViTCLIP.from_directory(model_dir)
     captions = [CAPTIONS[:2], CAPTIONS[2:3], CAPTIONS[3:7]]
     data = embedded(torch.eye(3), captions=captions)
-    texts, owner = retrieval.embed_captions(PackedModel(pretrained, "tiny"), data)
+    texts, owner = retrieval.embed_captions(PackedModel(model, "tiny"), data)
     assert owner.tolist() == [0, 0, 1, 2, 2, 2, 2]
-    alone = torch.cat([embed_texts(pretrained, [caption]) for caption in CAPTIONS])
+    alone = torch.cat([model.encode_text([caption]) for caption in CAPTIONS])
     torch.testing.assert_close(texts, alone, atol=1e-5, rtol=0)
 
 

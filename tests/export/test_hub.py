@@ -17,8 +17,9 @@ from pretrained_cases import Bomb, embed, export_small
 
 from navit_clip.errors import UserError
 from navit_clip.export import pretrained as pretrained_module
-from navit_clip.export.pretrained import MODEL_FILES, Preprocess, load_pretrained
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.export.pretrained import MODEL_FILES
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
 
 
 @pytest.fixture
@@ -38,14 +39,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_model_has_what_it_needs_with_it(directory, kind):
-    expected = load_pretrained(directory)
+    expected = NaViTCLIP.from_directory(directory)
     model = NaViTCLIP.from_pretrained(kind(directory))
     assert type(model) is NaViTCLIP
     assert not model.training
     assert model.preprocess == Preprocess(77)
     assert model.tokenizer is not None
     assert model.tokenizer.encode("two red", 8) == expected.tokenizer.encode("two red", 8)
-    actual, wanted = embed(model), embed(expected.model)
+    actual, wanted = embed(model), embed(expected)
     assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
 
 

@@ -11,7 +11,7 @@ import torch
 from pretrained_cases import Bomb, change_config, change_weights, embed, export_small
 
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import load_pretrained
+from navit_clip.model import NaViTCLIP
 
 
 @pytest.fixture
@@ -78,6 +78,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "configuration a list": (replace_file("config.json", b"[1, 2]"), ""),
     "unknown format": (change_config(lambda c: c.update(format=99)), "format 99"),
     "no format": (change_config(lambda c: c.pop("format")), "'format' is missing"),
+    "another kind": (change_config(lambda c: c.update(kind="detector")), "describes a detector"),
+    "no kind": (change_config(lambda c: c.pop("kind")), "'kind' is missing"),
     "no model": (change_config(lambda c: c.pop("model")), "'model' is missing"),
     "unknown key": (change_config(lambda c: c["model"].update(colour=1)), "'colour'"),
     "unknown key, deep": (
@@ -138,7 +140,7 @@ def test_damage_is_one_line_that_names_the_file(directory, damage):
     if damage == "configuration of another model":
         name = "model.safetensors"  # which of the two is wrong, nobody can know
     with pytest.raises(UserError) as caught:
-        load_pretrained(directory)
+        NaViTCLIP.from_directory(directory)
     message = str(caught.value)
     assert name in message
     assert str(directory) in message
@@ -152,7 +154,7 @@ def test_damage_is_one_line_that_names_the_file(directory, damage):
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no model at .*nowhere: expected config\.json"):
-        load_pretrained(tmp_path / "nowhere")
+        NaViTCLIP.from_directory(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_not_run(directory, tmp_path, nam
     with (directory / name).open("wb") as file:
         (pickle.dump if writer == "pickle" else torch.save)(Bomb(trace), file)
     with pytest.raises(UserError, match=name):
-        load_pretrained(directory)
+        NaViTCLIP.from_directory(directory)
     assert not trace.exists()
 
 
@@ -175,7 +177,7 @@ def test_loading_never_unpickles(directory, monkeypatch):
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    embed(load_pretrained(directory).model)
+    embed(NaViTCLIP.from_directory(directory))
 
 
 # The checksum
@@ -189,18 +191,18 @@ def test_a_flipped_bit_of_the_weights_is_noticed(directory, place):
     content[header + int(place * (len(content) - header))] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged.*SHA-256") as caught:
-        load_pretrained(directory)
+        NaViTCLIP.from_directory(directory)
     assert "\n" not in str(caught.value)
 
 
 def test_an_export_of_before_the_checksum_loads(directory):
-    expected = embed(load_pretrained(directory).model)
+    expected = embed(NaViTCLIP.from_directory(directory))
     change_config(lambda c: c.pop("weights_sha256"))(directory)
-    actual = embed(load_pretrained(directory).model)
+    actual = embed(NaViTCLIP.from_directory(directory))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_weights_of_another_training_step_are_noticed(directory):
     change_weights(lambda w: w["log_scale"].add_(1e-3))(directory)
     with pytest.raises(UserError, match="belongs to another config"):
-        load_pretrained(directory)
+        NaViTCLIP.from_directory(directory)

@@ -19,10 +19,10 @@ from navit_clip import NaViTCLIP
 from navit_clip.data.decode import EncodedImage
 from navit_clip.data.sizing import fit_grid
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import Preprocess, load_pretrained
-from navit_clip.inference import api as encode_module
 from navit_clip.inference import embed as embedding
-from navit_clip.inference.embed import embed_images, embed_texts, size_image
+from navit_clip.inference import encode as encode_module
+from navit_clip.inference.embed import image_vectors, size_image, text_vectors
+from navit_clip.inference.preprocess import Preprocess
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 
@@ -173,12 +173,11 @@ def test_pillow_images_of_every_mode_are_read_as_their_files_are(model):
     assert torch.allclose(encoded[turned], encoded[turned[:1]], atol=1e-6)
 
 
-def test_files_are_seen_as_the_harnesses_see_them(model, model_dir):
-    pretrained = load_pretrained(model_dir)
+def test_files_are_seen_as_the_evaluation_sees_them(model):
     files = [encode(photo(i, 30 + i, 90 - i), "JPEG") for i in range(4)]
     sized = [size_image(EncodedImage(data), model.config.image, BUDGET) for data in files]
-    assert torch.equal(model.encode_image(files), embed_images(pretrained, sized))
-    assert torch.equal(model.encode_text(TEXTS), embed_texts(pretrained, TEXTS))
+    assert torch.equal(model.encode_image(files), image_vectors(model, sized))
+    assert torch.equal(model.encode_text(TEXTS), text_vectors(model, model.tokenizer, TEXTS))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 4, 30])

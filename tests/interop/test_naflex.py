@@ -14,8 +14,8 @@ from packed_examples import random_image, randomise
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
+from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import config_from_dict
 from navit_clip.interop.naflex import is_naflex, naflex_image_tower, supported_naflex_models
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.position import PositionConfig

@@ -31,7 +31,8 @@ from torch import Tensor
 from navit_clip.errors import UserError
 from navit_clip.interop.open_clip import config_of, supported_models
 from navit_clip.interop.open_clip.names import model_pairs, to_ours
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.packed.texts import pack_texts
 
 TOLERANCE = 1e-5
@@ -51,7 +52,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def check_embeddings(theirs: Any, ours: NaViTCLIP, images: int) -> None:
+def check_embeddings(theirs: Any, ours: CLIP, images: int) -> None:
     config = ours.config
     pictures, texts = own_images(config, images), captions(config, LENGTHS)
     expected = their_embeddings(theirs, pixels(pictures, config), padded(texts, config))

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import load_pretrained, save_pretrained
+from navit_clip.export.pretrained import save_pretrained
 from navit_clip.interop.open_clip import supported_models
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.model import NaViTCLIP
 
 State = dict[str, Tensor]
 
@@ -98,12 +98,12 @@ def test_an_export_of_ours_keeps_the_switches(tmp_path, name):
     _, ours = both(name, size=0.2)
     loaded = NaViTCLIP.from_open_clip(name)
     save_pretrained(tmp_path, ours, loaded.tokenizer, loaded.preprocess)
-    actual = load_pretrained(tmp_path)
-    same_model(actual.model, ours)
+    actual = NaViTCLIP.from_pretrained(tmp_path)
+    same_model(actual, ours)
     assert actual.preprocess == loaded.preprocess
     images, texts = own_images(ours.config, 2), captions(ours.config, [4])
     for a, b in zip(
-        our_embeddings(actual.model, images, texts),
+        our_embeddings(actual, images, texts),
         our_embeddings(ours, images, texts),
         strict=True,
     ):

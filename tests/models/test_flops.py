@@ -10,7 +10,7 @@ from packed_examples import random_caption, random_image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.flops import (
     LengthSums,
     encoder_flops,
@@ -90,7 +90,7 @@ def test_encoder(lengths):
 
 @torch.no_grad()
 def test_towers_forward(config):
-    model = NaViTCLIP(config)
+    model = CLIP(config)
     for seed in range(3):
         images, texts = random_sides(seed)
         expected = image_tower_flops(config.image, EMBED_DIM, length_sums(images))
@@ -115,7 +115,7 @@ def test_the_known_size_of_a_vit_b16():
 
 
 def counted_training(config: CLIPConfig, lock: LockConfig, batch: PackedBatch) -> int:
-    model = NaViTCLIP(config)
+    model = CLIP(config)
     lock_towers(model, lock)
 
     def train() -> None:

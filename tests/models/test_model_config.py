@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from navit_clip.export.pretrained import Preprocess
+from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig

@@ -22,7 +22,7 @@ from packed_examples import (
 )
 from torch import Tensor
 
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -45,12 +45,12 @@ def build(
     causal: bool = False,
     init_bias: float | None = None,
     **image_switches: Any,
-) -> NaViTCLIP:
+) -> CLIP:
     """A tiny model, every parameter of which matters to what it embeds."""
     sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
     encoder, text_encoder = EncoderConfig(**sizes), EncoderConfig(**sizes, causal=causal)
     torch.manual_seed(0)
-    model = NaViTCLIP(
+    model = CLIP(
         CLIPConfig(
             6,
             ImageTowerConfig(2, encoder, position, pooling, **image_switches),
@@ -82,7 +82,7 @@ def captions() -> list[list[int]]:
 Embed = Callable[[Sequence[int], int], Tensor]
 
 
-def embedders(model: NaViTCLIP) -> dict[str, Embed]:
+def embedders(model: CLIP) -> dict[str, Embed]:
     """For each tower: examples by number, and unused tokens, to unit vectors."""
     pictures, texts = images(), captions()
 
@@ -165,7 +165,7 @@ def test_other_neighbours_change_nothing(pooling, tower):
             assert_same(embedding, seen[0])
 
 
-def gradients(model: NaViTCLIP, tower: str, embedding: Tensor) -> dict[str, Tensor]:
+def gradients(model: CLIP, tower: str, embedding: Tensor) -> dict[str, Tensor]:
     """Of a fixed function of one embedding, by parameter of its tower."""
     weight = torch.linspace(-1, 2, embedding.shape[-1], dtype=embedding.dtype)
     named = {n: p for n, p in model.named_parameters() if n.startswith(tower)}
@@ -174,7 +174,7 @@ def gradients(model: NaViTCLIP, tower: str, embedding: Tensor) -> dict[str, Tens
     return dict(zip(named, grads, strict=True))
 
 
-def check_gradients(model: NaViTCLIP, tower: str) -> None:
+def check_gradients(model: CLIP, tower: str) -> None:
     embed = embedders(model)[tower]
     for subject in (0, 1, 5):
         alone = gradients(model, tower, embed([subject], 0)[0])
@@ -271,7 +271,7 @@ def test_a_batch_becomes_unit_vectors_in_its_own_order(init_bias):
 
 
 def test_the_scale_starts_where_it_should_and_never_exceeds_its_maximum():
-    model = NaViTCLIP(
+    model = CLIP(
         CLIPConfig(
             4,
             ImageTowerConfig(2, EncoderConfig(8, 1, 2)),

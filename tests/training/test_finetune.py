@@ -17,8 +17,10 @@ from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import Preprocess, load_pretrained, save_pretrained
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -102,10 +104,13 @@ def test_a_run_starts_from_the_weights_the_shape_and_the_tokenizer(data, tmp_pat
     still = {"optim__lr": 1e-30, "optim__weight_decay": 0.0}  # which moves zeros alone
     flags = finetune_flags(data, tmp_path / "run", 1, **still)
     assert run(monkeypatch, flags) == 0
-    source, found = load_pretrained(data / "square"), load_pretrained(tmp_path / "run/model")
-    assert found.model.config == source.model.config == SQUARE
-    for name, weight in source.model.state_dict().items():
-        torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=0, atol=1e-29)
+    source, found = (
+        NaViTCLIP.from_directory(data / "square"),
+        NaViTCLIP.from_directory(tmp_path / "run/model"),
+    )
+    assert found.config == source.config == SQUARE
+    for name, weight in source.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=1e-29)
     assert found.tokenizer.encode("a red circle", 32) == source.tokenizer.encode("a red circle", 32)
     assert source.preprocess.square
     assert not found.preprocess.square
@@ -135,8 +140,8 @@ def test_a_run_goes_on_bit_for_bit_without_the_model_it_started_from(data, tmp_p
         assert run(monkeypatch, flags) == 0
         shutil.rmtree(data / "moved", ignore_errors=True)
     assert losses(parts) == losses(whole)
-    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
-    start = load_pretrained(data / "square").model.state_dict()
+    ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
+    start = NaViTCLIP.from_directory(data / "square").state_dict()
     for name, weight in ends[0].items():
         assert torch.equal(ends[1][name], weight), name
         locked = name.startswith("image.") and not name.startswith(
@@ -264,7 +269,7 @@ def test_open_clips_weights_train_as_the_same_model_exported(data, tmp_path, mon
     assert run(monkeypatch, finetune_flags(data, tmp_path / "b", 2, **exported)) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     # The weights again, after training, in open_clip's own model.
-    trained = load_pretrained(tmp_path / "a/model").model.to_open_clip()
+    trained = NaViTCLIP.from_directory(tmp_path / "a/model").to_open_clip()
     theirs.load_state_dict(trained)
     (tmp_path / "weights.pt").unlink()
     assert run(monkeypatch, finetune_flags(data, tmp_path / "a", 3, **given)) == 0
@@ -345,5 +350,5 @@ def test_ranks_with_locked_towers_train_like_one_process(two_ranks, name):
 def test_a_run_on_two_ranks_goes_on_bit_for_bit(two_ranks):
     _, whole, parts = two_ranks
     assert losses(parts) == losses(whole)
-    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
+    ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -13,7 +13,7 @@ from step_cases import ALONE, figures, new_stepper, tiny_config
 from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks
-from navit_clip.export.pretrained import load_pretrained
+from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.parallel import ParallelConfig
@@ -138,6 +138,6 @@ def test_a_sharded_run_continues_and_exports_whole_weights(results, run_dirs):
     _, whole, parts = run_dirs
     assert losses(parts)[:2] == losses(whole)[:2], "under the same sharding bit for bit"
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
-    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
+    ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-5)

@@ -13,8 +13,7 @@ import pytest
 import torch
 from tiny_run import run, tiny_flags, write_tiny_data
 
-from navit_clip.export.pretrained import load_pretrained
-from navit_clip.inference.embed import embed_texts
+from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
 from navit_clip.training.schedule import ScheduleConfig, lr_share
 from navit_clip.training.step import Stepper
@@ -50,9 +49,9 @@ def test_a_run_writes_metrics_config_checkpoint_and_model(data, tmp_path, monkey
         assert {"padding", "data_wait", "token_drop", "pairs", "skipped"} <= set(line)
     assert (run_dir / "config.yaml").read_text().count("image_tokens: 96") == 1
     assert (run_dir / "checkpoints/step-00000006/run.json").is_file()
-    pretrained = load_pretrained(run_dir / "model")
+    pretrained = NaViTCLIP.from_directory(run_dir / "model")
     assert pretrained.preprocess.max_tokens == 16
-    assert embed_texts(pretrained, ["a red circle"]).shape == (1, 16)
+    assert pretrained.encode_text(["a red circle"]).shape == (1, 16)
     assert "step 6/6: loss" in capsys.readouterr().out
 
 
@@ -84,7 +83,7 @@ def test_a_finished_run_continued_for_longer_equals_an_uninterrupted_one(
     for steps in (3, 6, 9):
         assert run(monkeypatch, tiny_flags(data, parts, steps, **constant)) == 0
     assert losses(parts) == losses(whole)
-    ends = [load_pretrained(d / "model").model.state_dict() for d in (whole, parts)]
+    ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 

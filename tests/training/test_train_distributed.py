@@ -14,7 +14,7 @@ from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.models.clip import CLIP
 from navit_clip.packed.batch import BatchCounts, PackedBatch
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
@@ -68,7 +68,7 @@ def merge(batches):
 
 def train_steps(config, ranks, batches):
     torch.manual_seed(config.seed)
-    stepper = Stepper(NaViTCLIP(config.model), config, ranks)
+    stepper = Stepper(CLIP(config.model), config, ranks)
     return [stepper.step([batch], step) for step, batch in enumerate(batches)]
 
 

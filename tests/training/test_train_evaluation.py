@@ -11,8 +11,8 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.export.pretrained import Pretrained, load_pretrained
-from navit_clip.models.clip import NaViTCLIP
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIP
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
@@ -70,7 +70,7 @@ def trained(run_dir):
     """All that a run leaves of its training, but times."""
     logged = [(v["step"], v["loss"], v["grad_norm"]) for v in lines(run_dir) if "loss" in v]
     rank_files = sorted((run_dir / "checkpoints").glob("*/rank-0.json"))
-    weights = load_pretrained(run_dir / "model").model.state_dict()
+    weights = NaViTCLIP.from_directory(run_dir / "model").state_dict()
     return logged, [path.read_text() for path in rank_files], weights
 
 
@@ -119,7 +119,7 @@ def test_each_harness_at_its_own_steps_and_at_the_last(watched):
 
 
 def test_figures_are_those_of_the_harness_on_the_exported_model(data, watched):
-    model = PackedModel(load_pretrained(watched / "model"), "")
+    model = PackedModel(NaViTCLIP.from_directory(watched / "model"), "")
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
     result = evaluate(model, RetrievalSpec(**spec, max_tokens=(4,), square=(32,)), ALONE, 0)
     figures = evaluated(watched, "held-out")[5]
@@ -145,7 +145,7 @@ def test_the_best_model_is_kept(watched):
     assert best == {"metric": metric, "value": by_step[step], "step": step}
     files = {path.name for path in (watched / "best").iterdir()}
     assert files == {path.name for path in (watched / "model").iterdir()} | {"best.json"}
-    load_pretrained(watched / "best")
+    NaViTCLIP.from_directory(watched / "best")
     assert not (watched / "best.partial").exists()
     assert not (watched / "best.removed").exists()
 
@@ -182,7 +182,7 @@ def test_the_average_is_evaluated_where_it_is_exported(data, tmp_path, monkeypat
     options = {"ema__decay": 0.9, "eval__best": f"held-out/{T2I}/R@1"}
     flags = flags_of(data, tmp_path, 3, {"held-out": retrieval(data)}, **options)
     assert run(monkeypatch, flags) == 0
-    best, model = (load_pretrained(tmp_path / d).model.state_dict() for d in ("best", "model"))
+    best, model = (NaViTCLIP.from_directory(tmp_path / d).state_dict() for d in ("best", "model"))
     assert all(torch.equal(best[name], model[name]) for name in model)
 
 
@@ -202,7 +202,7 @@ def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
     for precision in ("fp32", "bf16"):
         config, _ = parse_config(flags_of(data, tmp_path, 3, harnesses, precision=precision))
         torch.manual_seed(0)
-        stepper = Stepper(NaViTCLIP(config.model), config, ALONE)
+        stepper = Stepper(CLIP(config.model), config, ALONE)
         tokenizer = build_tokenizer(config.tokenizer)
         evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
         watch = Watch()
@@ -211,7 +211,8 @@ def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
         assert len(watch.told) >= 3  # before it, at images, at captions
         found[precision] = finding.values
         assert "held-out: image_to_text R@1" in finding.line
-    pretrained = Pretrained(stepper.model.eval(), tokenizer, preprocess_for(config))
+    model = NaViTCLIP(config.model, tokenizer, preprocess_for(config))
+    model.load_state_dict(stepper.model.state_dict())
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
 
     class Half(PackedModel):
@@ -224,7 +225,7 @@ def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
                 return super().embed_texts(texts)
 
     for precision, kind in (("fp32", PackedModel), ("bf16", Half)):
-        result = evaluate(kind(pretrained, ""), RetrievalSpec(**spec), ALONE, 0)
+        result = evaluate(kind(model.eval(), ""), RetrievalSpec(**spec), ALONE, 0)
         for way in (I2T, T2I):
             for figure, value in result[way].items():
                 assert found[precision][f"eval/held-out/{way}/{figure}"] == value
@@ -237,7 +238,7 @@ def evaluate_rank(every_flags):
         for kind, flags in every_flags.items():
             config, _ = parse_config(flags)
             torch.manual_seed(config.seed)
-            stepper = Stepper(NaViTCLIP(config.model), config, ranks)
+            stepper = Stepper(CLIP(config.model), config, ranks)
             tokenizer = build_tokenizer(config.tokenizer)
             evaluations = Evaluations(config, tokenizer, preprocess_for(config), ranks)
             generator = torch.get_rng_state()
@@ -260,7 +261,7 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
     config, _ = parse_config(every_flags["ddp"])
     torch.manual_seed(config.seed)
-    stepper = Stepper(NaViTCLIP(config.model), config, ALONE)
+    stepper = Stepper(CLIP(config.model), config, ALONE)
     tokenizer = build_tokenizer(config.tokenizer)
     evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
     (alone,) = evaluations.run(["held-out"], 3, stepper, Watch())

@@ -7,12 +7,13 @@ towers give open_clip's embeddings; at any other they go on from there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import Preprocess
+from navit_clip.inference.preprocess import Preprocess
 from navit_clip.interop.open_clip.architecture import (
     check_family,
     clip_config,
@@ -28,15 +29,32 @@ from navit_clip.interop.open_clip.checkpoint import (
 )
 from navit_clip.interop.open_clip.names import model_pairs, to_ours, to_theirs
 from navit_clip.interop.open_clip.tokenizer import own_tokenizer
-from navit_clip.models.clip import CLIPConfig, NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.tokenizers.base import Tokenizer
 
-__all__ = ["config_of", "load", "state_for_open_clip", "supported_models"]
+__all__ = ["Parts", "config_of", "load", "state_for_open_clip", "supported_models"]
 
 Weights = str | Path | None
 
 
-def load(name: str, pretrained: Weights = None) -> NaViTCLIP:
-    """A model of open_clip's as packed towers; see `NaViTCLIP.from_open_clip`."""
+class Parts(NamedTuple):
+    """What a packed model is assembled of.
+
+    Attributes:
+        config: The architecture.
+        state: Its weights under our names.
+        tokenizer: Its own; None where that is not on this machine and no tag was named.
+        preprocess: Images at the model's own square size, in patches.
+    """
+
+    config: CLIPConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    preprocess: Preprocess
+
+
+def load(name: str, pretrained: Weights = None) -> Parts:
+    """An open_clip model as the parts of a packed one; see `NaViTCLIP.from_open_clip`."""
     values = model_config(name)
     tag = tag_config(name, str(pretrained)) if pretrained is not None else None
     config = config_of(name, pretrained)
@@ -45,12 +63,15 @@ def load(name: str, pretrained: Weights = None) -> NaViTCLIP:
         path = download(name, str(pretrained), tag) if tag else _local(name, pretrained)
     # Before our model draws anything, so that a seed gives the weights that it gives in open_clip.
     state = initial_state(name) if path is None else read_checkpoint(path)
-    model = NaViTCLIP(config)
-    state = fit_checkpoint(str(path or "open_clip"), name, state, state_for_open_clip(model))
-    model.load_state_dict(to_ours(model_pairs(config), state))
-    model.tokenizer = own_tokenizer(values["text_cfg"], path, download=tag is not None)
-    model.preprocess = Preprocess(config.image.position.max_side**2)
-    return model.eval()
+    with torch.device("meta"):  # shapes alone
+        expected = state_for_open_clip(CLIP(config))
+    state = fit_checkpoint(str(path or "open_clip"), name, state, expected)
+    return Parts(
+        config,
+        to_ours(model_pairs(config), state),
+        own_tokenizer(values["text_cfg"], path, download=tag is not None),
+        Preprocess(config.image.position.max_side**2),
+    )
 
 
 def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
@@ -68,7 +89,7 @@ def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
     return clip_config(values, *_pixel_statistics(name, tag))
 
 
-def state_for_open_clip(model: NaViTCLIP) -> dict[str, Tensor]:
+def state_for_open_clip(model: CLIP) -> dict[str, Tensor]:
     """A model's parameters as open_clip has them; see `NaViTCLIP.to_open_clip`."""
     check_family(model.config)
     ours = {key: tensor.detach() for key, tensor in model.state_dict().items()}

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
-from navit_clip.export.pretrained import config_from_dict
 from navit_clip.models.clip import CLIPConfig
 
 OPEN_CLIP_EPS = 1e-5  # of its LayerNorms, where norm_kwargs name no other

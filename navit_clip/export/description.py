@@ -1,0 +1,75 @@
+"""Which model a directory holds: its kind, architecture and preprocessing, as one small JSON file.
+
+``config.json`` of an exported model, read before its weights. The file says enough to build the
+model without them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from navit_clip.configs import config_from_dict
+from navit_clip.errors import UserError
+from navit_clip.files import atomic_write, reading
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.clip import CLIPConfig
+
+FORMAT = 2
+KIND = "clip"
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model without its weights.
+
+    Attributes:
+        model: The architecture.
+        preprocess: How the model wants its images.
+        weights_sha256: Checksum of the weights' file beside the description; None without one.
+    """
+
+    model: CLIPConfig
+    preprocess: Preprocess
+    weights_sha256: str | None = None
+
+    def write(self, path: Path) -> None:
+        """Writes the file atomically.
+
+        Raises:
+            OSError: If the disk does not take it.
+        """
+        values = {"format": FORMAT, "kind": KIND, **asdict(self)}
+        if self.weights_sha256 is None:
+            del values["weights_sha256"]
+        atomic_write(path, json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """Reads the file.
+
+        Raises:
+            UserError: If it is missing, damaged, or describes what this version does not know.
+        """
+        with reading(path, KeyError, ValueError, TypeError):
+            values = json.loads(path.read_text())
+            if values["format"] not in (1, FORMAT):
+                raise UserError(
+                    f"{path} has format {values['format']}, this version reads {FORMAT}"
+                )
+            if values["format"] == 1:
+                values = _from_format_1(values)
+            if values["kind"] != KIND:
+                raise UserError(f"{path} describes a {values['kind']}, this version reads {KIND}")
+            return cls(
+                config_from_dict(CLIPConfig, values["model"]),
+                config_from_dict(Preprocess, values["preprocess"]),
+                values.get("weights_sha256"),
+            )
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The same in the present format; format 1 named no kind."""
+    return {**values, "kind": KIND}

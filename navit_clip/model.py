@@ -1,0 +1,246 @@
+"""NaViTCLIP, the model as users know it: images and sentences in, vectors out.
+
+The towers are `navit_clip.models.clip.CLIP`'s, which the trainer trains; here stands what a user
+needs around them. The work is done by `navit_clip.inference`, `navit_clip.export` and
+`navit_clip.interop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor
+
+from navit_clip.data.in_memory import ImageInput
+from navit_clip.errors import UserError
+from navit_clip.export.card import LIBRARY, TAGS, TASK
+from navit_clip.export.hub import find_directory
+from navit_clip.export.pretrained import load_pretrained, save_pretrained
+from navit_clip.inference.encode import encode_images, encode_labels, encode_texts
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS)):
+    """A CLIP with its tokenizer and preprocessing.
+
+    The ``encode_`` methods work without gradients and on the model's device; results are float32 on
+    the host. Put the model into ``eval()`` and, on a GPU, calls into ``torch.autocast`` for speed.
+    ``push_to_hub`` is huggingface_hub's own.
+
+    Args:
+        config: The architecture.
+        tokenizer: For texts; None for a model that will get none.
+        preprocess: How the model wants its images; None likewise.
+
+    Attributes:
+        tokenizer: As given.
+        preprocess: As given.
+    """
+
+    def __init__(
+        self,
+        config: CLIPConfig,
+        tokenizer: Tokenizer | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        directory_or_repo: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A trained model with its tokenizer and preprocessing, in evaluation mode.
+
+        Args:
+            directory_or_repo: An exported model, such as ``RUN_DIR/model``; or a repository of the
+                Hub, such as ``name/model``, where there is no such directory.
+            device: Where the model goes.
+            revision: Branch, tag or commit of a repository; None for its main branch.
+            token: For a private repository; None for the one of ``hf auth login``.
+            cache_dir: Where downloads are kept; None for huggingface_hub's own place.
+            force_download: Download again what is in the cache.
+            local_files_only: Take a repository from the cache, without the network.
+
+        Raises:
+            UserError: If there is no such model, it cannot be had, or its files are damaged.
+        """
+        # Not the mixin's own: it reads config.json as arguments of the class, which ours are not,
+        # and what it raises about a damaged one is several lines.
+        directory = find_directory(
+            directory_or_repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        return cls.from_directory(directory, device)
+
+    @classmethod
+    def from_directory(cls, directory: Path, device: torch.device | str = "cpu") -> Self:
+        """`from_pretrained` of a directory alone, which never asks the network.
+
+        Raises:
+            UserError: If there is no model, or its files are damaged.
+        """
+        return load_pretrained(directory, cls).to(device).eval()
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes the model's directory: configuration, weights, tokenizer and a model card.
+
+        Args:
+            save_directory: Made if need be. A card that is there already stays.
+            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
+                ours replace.
+
+        Raises:
+            UserError: If the model has no tokenizer or preprocess, or the disk does not take it.
+        """
+        # Not the mixin's own: it removes the old config.json before it knows that a new one fits.
+        for name in ("tokenizer", "preprocess"):
+            if getattr(self, name) is None:
+                raise UserError(f"this model has no {name} to save: set model.{name} first")
+        assert self.tokenizer is not None
+        assert self.preprocess is not None
+        save_pretrained(Path(save_directory), self, self.tokenizer, self.preprocess)
+
+    @classmethod
+    def from_open_clip(cls, name: str, pretrained: str | Path | None = None) -> Self:
+        """A released open_clip model as packed towers, with its tokenizer and preprocessing.
+
+        At the model's own square size the embeddings are open_clip's; other sizes and aspect
+        ratios interpolate its positions.
+
+        Args:
+            name: open_clip's name of a ViT of CLIP's family or of a SigLIP, such as ``ViT-B-32``.
+            pretrained: One of open_clip's tags, whose weights it downloads; a local checkpoint,
+                beside which a SigLIP's ``tokenizer.json`` should lie; or None for weights as
+                open_clip initialises them.
+
+        Returns:
+            The model in evaluation mode, float32, on the host. Without a tag, a SigLIP whose
+            tokenizer is not on this machine has None as `tokenizer`.
+
+        Raises:
+            UserError: If the model is not supported (the message lists those that are), or the
+                weights cannot be had, read, or belong to another model.
+        """
+        from navit_clip.interop.open_clip import load
+
+        parts = load(name, pretrained)
+        model = cls(parts.config, parts.tokenizer, parts.preprocess)
+        model.load_state_dict(parts.state)
+        return model.eval()
+
+    def to_open_clip(self) -> dict[str, Tensor]:
+        """The parameters under open_clip's names, which its model of the same architecture loads.
+
+        Raises:
+            UserError: If open_clip has no such model; the message names the switch.
+        """
+        from navit_clip.interop.open_clip import state_for_open_clip
+
+        return state_for_open_clip(self)
+
+    def encode_image(
+        self,
+        images: Iterable[ImageInput],
+        max_tokens: int | None = None,
+        normalize: bool = True,
+    ) -> Tensor:
+        """Embeds images of any size, each at its own aspect ratio and never enlarged.
+
+        Args:
+            images: Pillow images of any mode; uint8 arrays [H, W, 3]; tensors [3, H, W], uint8 or
+                float in [0, 1]; bytes of encoded files; or paths. Grey and opacity are
+                understood. An iterator is consumed a few hundred at a time.
+            max_tokens: Most patches of one image; None for the model's own limit.
+            normalize: Unit vectors, whose products are cosines; else the projections as they are.
+
+        Returns:
+            float32 [E, D] on the host, in the order of `images`.
+
+        Raises:
+            ValueError: If something is no image or cannot be read; names its index.
+            UserError: If the model has no limit of its own and none is given.
+        """
+        return encode_images(self, self.preprocess, images, max_tokens, normalize=normalize)
+
+    def encode_text(self, texts: Iterable[str], normalize: bool = True) -> Tensor:
+        """Embeds texts, cut at the model's context.
+
+        Args:
+            texts: Captions.
+            normalize: Unit vectors, whose products are cosines; else the projections as they are.
+
+        Returns:
+            float32 [E, D] on the host, in the order of `texts`.
+
+        Raises:
+            ValueError: If something is no string; names its index.
+            UserError: If the model has no tokenizer.
+        """
+        return encode_texts(self, self.tokenizer, texts, normalize=normalize)
+
+    def similarity(
+        self, images: Iterable[ImageInput], texts: Iterable[str], max_tokens: int | None = None
+    ) -> Tensor:
+        """Cosine similarity of every image with every text, not scaled.
+
+        Args:
+            images: As in `encode_image`.
+            texts: As in `encode_text`.
+            max_tokens: As in `encode_image`.
+
+        Returns:
+            float32 [E, T] in [-1, 1], images by texts.
+        """
+        return self.encode_image(images, max_tokens) @ self.encode_text(texts).T
+
+    def classify(
+        self,
+        images: Iterable[ImageInput],
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+    ) -> Tensor:
+        """Zero-shot classification: which of the labels an image shows.
+
+        Each label is the mean of its prompts' unit vectors, normalised again, as CLIP has it. The
+        probabilities are a softmax over the labels at the model's scale; a model of the sigmoid
+        loss is read the same way, where its bias cancels.
+
+        Args:
+            images: As in `encode_image`.
+            labels: What to choose from.
+            templates: Prompts with ``{}`` in the label's place; None for ``a photo of a {}.``.
+            max_tokens: As in `encode_image`.
+
+        Returns:
+            float32 [E, labels]; rows sum to 1.
+
+        Raises:
+            ValueError: If there is no label or template, or a template without ``{}``.
+        """
+        labels_CD = encode_labels(self, self.tokenizer, labels, templates)
+        scale = self.log_scale.detach().float().exp().cpu()
+        return (scale * self.encode_image(images, max_tokens) @ labels_CD.T).softmax(-1)
