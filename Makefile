@@ -59,6 +59,7 @@ $(PEER)/.installed:
 	touch $@
 
 bench: $(VENV)/.bench $(PEER)/.installed
+	$(BIN)/python -m benchmarks.needs $(PHOTOS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,attention)
 	$(call MEASURE,packing) $(GIVEN)
 	$(call MEASURE,loader) $(PHOTOS) --peer-python $(PEER)/bin/python

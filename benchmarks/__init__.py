@@ -1,4 +1,4 @@
 """Side-by-side measurements, one command each: ``python -m benchmarks.NAME --output out.json``.
 
-Every figure is a ratio or share measured in one run; absolute times belong to the machine.
+Every result is a ratio or fraction measured in one run; absolute times belong to the machine.
 """

@@ -6,21 +6,22 @@ by default float32 on the CPU and bfloat16 on CUDA.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import (
-    alternate,
-    device_and_precision,
-    output_argument,
-    precision_argument,
-    report,
-)
+from benchmarks.command import at_least, command_line, default_device, run
+from benchmarks.measure import alternate
+from benchmarks.sizes import HEAD_WIDTH
 from navit_clip.models.attention import segment_attention
 from navit_clip.packed.segments import Segments
 
-HEADS, HEAD_WIDTH = 6, 64
+HEADS = 6
 
 
 def packed(qkv: Tensor, segments: Segments) -> None:
@@ -47,47 +48,37 @@ def dense_mask(qkv: Tensor, segments: Segments) -> None:
     F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
 
 
-def main() -> None:
-    """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--segments", type=int, default=64, help="images in the stream")
-    parser.add_argument("--rounds", type=int, default=5, help="measured passes of each")
-    precision_argument(parser)
-    args = parser.parse_args()
-    device, precision = device_and_precision(args.precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All three on the same segments."""
+    device = default_device()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     lengths = sorted(torch.randint(20, 261, (args.segments,), generator=generator).tolist())
     segments = Segments.from_lengths(lengths, device=device)
     qkv = torch.randn(segments.num_tokens, 3, HEADS, HEAD_WIDTH, generator=generator)
     qkv = qkv.to(device, dtype).requires_grad_()
 
-    def run(way: object) -> None:
-        assert callable(way)
-        way(qkv, segments)
+    def once(variant: Callable[[Tensor, Segments], None]) -> None:
+        variant(qkv, segments)
         if device == "cuda":
             torch.cuda.synchronize()
 
-    seconds = alternate(
-        {
-            "packed": lambda: run(packed),
-            "padded": lambda: run(padded),
-            "dense_mask": lambda: run(dense_mask),
-        },
-        rounds=args.rounds,
-    )
-    report(
-        {
-            "ratio_padded": seconds["padded"] / seconds["packed"],
-            "ratio_dense_mask": seconds["dense_mask"] / seconds["packed"],
-            "precision": precision,
-            "segments": args.segments,
-            "tokens": segments.num_tokens,
-            "rounds": args.rounds,
-            "seconds": seconds,
-        },
-        args.output,
-    )
+    variants = {f.__name__: partial(once, f) for f in (packed, padded, dense_mask)}
+    seconds = alternate(variants, args.rounds)
+    return {
+        "ratio_padded": seconds["padded"] / seconds["packed"],
+        "ratio_dense_mask": seconds["dense_mask"] / seconds["packed"],
+        "segments": args.segments,
+        "tokens": segments.num_tokens,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = command_line(__doc__, "rounds", "precision", rounds=5)
+    parser.add_argument("--segments", type=at_least(1), default=64, help="images in the stream")
+    run(parser, measure)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ train towers of equal widths for equally many steps of equally many pairs, to a 
 project at native sizes, side ~ U(64, 256), open_clip on random crops of 224×224 and 77 slots. They
 run one after the other, round after round, on the same threads.
 
-``pairs_per_s`` and ``data_wait``, the share of the time in which the trainer waited for data, are
-from the second step on, by each trainer's own log; ``seconds`` is the whole command, its imports
-and checkpoints included. ``ratio_open_clip`` compares ``pairs_per_s``.
+``pairs_per_s`` and ``data_wait``, the fraction of the time in which the trainer waited for data,
+are from the second step on, by each trainer's own log; ``seconds`` is the whole command, its
+imports and checkpoints included. ``ratio_open_clip`` compares ``pairs_per_s``.
 
 open_clip's trainer needs webdataset up to 0.2.86, so give it an environment of its own:
 
@@ -17,6 +17,7 @@ open_clip's trainer needs webdataset up to 0.2.86, so give it an environment of 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -25,37 +26,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import report
-from benchmarks.pairs import CONTEXT, PATCH, REAL_DATA, SQUARE, draw_batches, read_samples
-from benchmarks.peers import VOCABULARY, WIDTHS, Widths
-from benchmarks.step import course_arguments, course_of
+from benchmarks.command import at_least, command_line, default_device, run
+from benchmarks.comparison import WORKLOAD_FLAGS
+from benchmarks.measure import in_turn
+from benchmarks.needs import need_peer
+from benchmarks.pairs import (
+    MAX_SIDE,
+    MAX_TOKENS,
+    MIN_SIDE,
+    REAL_DATA,
+    draw_batches,
+    read_samples,
+)
+from benchmarks.sizes import CONTEXT, WIDTHS, Widths
 from navit_clip.data.shards import expand_shards
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PEER_SCRIPT = Path(__file__).with_name("end_to_end_peer.py")
-MIN_SIDE, MAX_SIDE = 64, 256
-MAX_TOKENS = (MAX_SIDE // PATCH) ** 2
 # `packing: constant` needs some room, see `navit_clip.data.packer.Packer`.
 ROOM = 1.02
-NEWEST_WEBDATASET = (0, 2, 86)  # that open_clip allows
-_VERSIONS = (
-    "import json, open_clip_train.main; from importlib.metadata import version; "
-    "print(json.dumps({n: version(n) for n in ('open_clip_torch', 'webdataset', 'torch')}))"
-)
 _PEER_LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What both trainers are told.
+    """What both trainers are given.
 
     Attributes:
         shards: Tar files.
@@ -74,49 +77,13 @@ class Run:
     device: str
 
 
-def peer_versions(python: str) -> dict[str, str]:
-    """Of the libraries of open_clip's trainer.
-
-    Raises:
-        UserError: If the interpreter does not have it, or a webdataset that it cannot use.
-    """
-    try:
-        done = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, check=True)
-        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        raise UserError(
-            f"--peer-python {python} does not run open_clip's trainer "
-            f"({said.strip().splitlines()[-1]}): python -m venv peer && peer/bin/pip install "
-            '"open_clip_torch[training]", then --peer-python peer/bin/python'
-        ) from error
-    if tuple(int(n) for n in re.findall(r"\d+", found["webdataset"])[:3]) > NEWEST_WEBDATASET:
-        raise UserError(
-            f"open_clip's trainer cannot use webdataset {found['webdataset']}: in the environment "
-            f"of {python}, pip install webdataset==0.2.86"
-        )
-    return found
-
-
 def our_command(run: Run, budget: Mapping[str, int], directory: Path) -> list[str]:
     """``python -m train`` with its configuration, written into the directory."""
-    widths = run.widths
     config = {
         "run_dir": str(directory / "run"),
         "steps": run.steps,
         "tokenizer": {"kind": "open_clip"},
-        "model": {
-            "embed_dim": widths.embed,
-            "image": {
-                "patch_size": PATCH,
-                "encoder": _encoder(widths.image, widths.image_depth, widths.image_heads),
-            },
-            "text": {
-                "vocab_size": VOCABULARY,
-                "context_length": CONTEXT,
-                "encoder": _encoder(widths.text, widths.text_depth, widths.text_heads),
-            },
-        },
+        "model": asdict(run.widths.config()),
         "data": {
             "train": list(run.shards),
             "resolution": {"min_side": MIN_SIDE, "max_side": MAX_SIDE, "max_tokens": MAX_TOKENS},
@@ -134,31 +101,11 @@ def our_command(run: Run, budget: Mapping[str, int], directory: Path) -> list[st
     return [sys.executable, "-m", "train", "--config", str(file)]
 
 
-def _encoder(width: int, depth: int, heads: int) -> dict[str, int]:
-    return {"width": width, "depth": depth, "heads": heads}
-
-
 def peer_command(run: Run, python: str, directory: Path) -> list[str]:
     """open_clip's trainer with a model of the same widths."""
-    widths = run.widths
-    model = {
-        "embed_dim": widths.embed,
-        "vision_cfg": {
-            "image_size": SQUARE,
-            "layers": widths.image_depth,
-            "width": widths.image,
-            "patch_size": PATCH,
-        },
-        "text_cfg": {
-            "context_length": CONTEXT,
-            "vocab_size": VOCABULARY,
-            "width": widths.text,
-            "heads": widths.text_heads,
-            "layers": widths.text_depth,
-        },
-    }
     (directory / "models").mkdir()
-    (directory / "models/equal-widths.json").write_text(json.dumps(model))
+    model = directory / "models/equal-widths.json"
+    model.write_text(json.dumps(run.widths.open_clip_config()))
     flags = {
         "model": "equal-widths",
         "train-data": "::".join(run.shards),
@@ -216,7 +163,7 @@ def run_command(command: Sequence[str], directory: Path, weights: str) -> float:
 
 
 def read_ours(directory: Path) -> dict[str, float]:
-    """Pairs per second, share of waiting and padding from the second step on."""
+    """Pairs per second, fraction of waiting and padding from the second step on."""
     text = (directory / "run/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()][1:]
     seconds = [line["pairs"] / line["images_per_s"] for line in lines]
@@ -230,7 +177,7 @@ def read_ours(directory: Path) -> dict[str, float]:
 
 
 def read_peer(directory: Path, pairs: int) -> dict[str, float]:
-    """Pairs per second and share of waiting from the second step on.
+    """Pairs per second and fraction of waiting from the second step on.
 
     Args:
         directory: Where it ran.
@@ -249,7 +196,7 @@ def find_budget(shards: Sequence[str], pairs: int) -> dict[str, int]:
     """Token budgets that hold so many pairs, from a few hundred of the shards'."""
     samples = read_samples(shards)
     count = min(len(samples), max(pairs, 512))
-    (drawn,) = draw_batches(samples, count, 1, min_side=MIN_SIDE, max_side=MAX_SIDE)
+    (drawn,) = draw_batches(samples, count, 1)
     image = sum(real.pair.image_length for real in drawn) / count
     text = sum(real.pair.text_length for real in drawn) / count
     return {
@@ -259,71 +206,71 @@ def find_budget(shards: Sequence[str], pairs: int) -> dict[str, int]:
     }
 
 
-def train_once(run: Run, budget: Mapping[str, int], peer_python: str) -> dict[str, dict[str, Any]]:
-    """Both trainers, one after the other."""
-    found: dict[str, dict[str, Any]] = {}
+def train(
+    command_of: Callable[[Path], list[str]],
+    weights: str,
+    read: Callable[[Path], dict[str, float]],
+) -> dict[str, float]:
+    """One training in a directory of its own, and what it logged.
+
+    Args:
+        command_of: Makes the command.
+        weights: File below the directory that it writes.
+        read: Reads its log.
+    """
     with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
-        ours, peer = (Path(name) / way for way in ("navit_clip", "open_clip"))
-        for directory in (ours, peer):
-            directory.mkdir()
-        command = our_command(run, budget, ours)
-        seconds = run_command(command, ours, "run/model/model.safetensors")
-        found["navit_clip"] = {"seconds": seconds, **read_ours(ours)}
-        command = peer_command(run, peer_python, peer)
-        seconds = run_command(command, peer, "run/checkpoints/epoch_1.pt")
-        found["open_clip"] = {"seconds": seconds, **read_peer(peer, run.pairs)}
-    return found
+        seconds = run_command(command_of(Path(name)), Path(name), weights)
+        return {"seconds": seconds, **read(Path(name))}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Both trainers, in turn."""
+    peer_versions = need_peer(args.peer_python)
+    budget = find_budget(args.shards, args.pairs)
+    shards = expand_shards(args.shards or [str(REAL_DATA / "coco-train")])
+    planned = Run(
+        [str(Path(shard).resolve()) for shard in shards],
+        WIDTHS[args.size],
+        args.pairs,
+        args.steps,
+        args.precision,
+        default_device(),
+    )
+    trainers = {
+        "navit_clip": lambda: train(
+            lambda directory: our_command(planned, budget, directory),
+            "run/model/model.safetensors",
+            read_ours,
+        ),
+        "open_clip": lambda: train(
+            lambda directory: peer_command(planned, args.peer_python, directory),
+            "run/checkpoints/epoch_1.pt",
+            lambda directory: read_peer(directory, args.pairs),
+        ),
+    }
+    results = {
+        name: {field: statistics.median(found[field] for found in rounds) for field in rounds[0]}
+        for name, rounds in in_turn(trainers, args.rounds, warm_up=False).items()
+    }
+    ours, peer = results["navit_clip"], results["open_clip"]
+    return {
+        "ratio_open_clip": ours["pairs_per_s"] / peer["pairs_per_s"],
+        "ratio_whole_command": peer["seconds"] / ours["seconds"],
+        "data_wait": ours["data_wait"],
+        "padding": ours["padding"],
+        "budget": budget,
+        "open_clip_versions": peer_versions,
+        **results,
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = course_arguments(__doc__)
-    parser.set_defaults(rounds=2)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each training, at least 2")
+    parser = command_line(__doc__, *WORKLOAD_FLAGS, "peer-python", rounds=2)
     parser.add_argument(
-        "--peer-python", default=sys.executable, help="interpreter that has open_clip's trainer"
+        "--steps", type=at_least(2), default=8, help="of each training; the first is not counted"
     )
-    args = parser.parse_args()
-    if args.steps < 2:
-        parser.error("--steps must be at least 2: the first one is not counted")
-    course, precision = course_of(args)
-    with one_line_errors("benchmarks.end_to_end"):
-        peer_has = peer_versions(args.peer_python)
-        budget = find_budget(args.shards, args.pairs)
-        run = Run(
-            [
-                str(Path(s).resolve())
-                for s in expand_shards(args.shards or [str(REAL_DATA / "coco-train")])
-            ],
-            WIDTHS[args.size],
-            args.pairs,
-            args.steps,
-            precision,
-            course.device,
-        )
-        rounds = [train_once(run, budget, args.peer_python) for _ in range(args.rounds)]
-    results = {
-        way: {field: statistics.median(r[way][field] for r in rounds) for field in rounds[0][way]}
-        for way in rounds[0]
-    }
-    ours, peer = results["navit_clip"], results["open_clip"]
-    report(
-        {
-            "ratio_open_clip": ours["pairs_per_s"] / peer["pairs_per_s"],
-            "ratio_whole_command": peer["seconds"] / ours["seconds"],
-            "data_wait": ours["data_wait"],
-            "padding": ours["padding"],
-            "size": args.size,
-            "precision": run.precision,
-            "pairs": args.pairs,
-            "steps": args.steps,
-            "rounds": args.rounds,
-            "budget": budget,
-            "open_clip_versions": peer_has,
-            **results,
-        },
-        args.output,
-    )
+    run(parser, measure)
 
 
 if __name__ == "__main__":

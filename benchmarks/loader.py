@@ -14,12 +14,12 @@ open_clip's loader works with webdataset up to 0.2.86 only, so give it an enviro
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,25 +31,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from benchmarks.measure import output_argument, report
-from benchmarks.pairs import samples_of
+from benchmarks.command import command_line, run
+from benchmarks.measure import in_turn
+from benchmarks.needs import need_peer
+from benchmarks.pairs import MAX_SIDE, MIN_SIDE, samples_of
+from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders import pairs as sample
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.shards import expand_shards
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
-PATCH = 16
-CONTEXT_LENGTH = 77
-RESOLUTION = ResolutionConfig(min_side=64, max_side=256)
-PEER = {"image_size": 224, "batch_size": 64, "webdataset": "0.2.86"}
+PEER = {"image_size": SQUARE, "batch_size": 64}
 PEER_SCRIPT = Path(__file__).with_name("loader_peer.py")
 
-# A pass over the data: images and seconds of CPU time.
-Pass = Callable[[], tuple[int, float]]
+# Reads the data once; images per second of CPU time.
+Epoch = Callable[[], float]
 
 
 class PlainImage:
@@ -66,134 +66,97 @@ class PlainImage:
         return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def packed_passes(shards: list[str], images: int, decoder: type | None = None) -> Pass:
-    """Passes through this pipeline, each going on where the last one ended.
+def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -> Epoch:
+    """Epochs through this pipeline, each going on where the last one ended.
 
     Args:
         shards: Tar files.
-        images: Images of one pass, to the next full batch.
+        images: Images of one epoch, to the next full batch.
         decoder: Instead of `EncodedImage`.
     """
-    config = DataConfig(train=shards, resolution=RESOLUTION, workers=0)
-    build = PairBuilder(config, OpenClipTokenizer(), CONTEXT_LENGTH, PATCH, 64, 0)
+    config = DataConfig(
+        train=shards, resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE), workers=0
+    )
+    build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, 0)
     batches = load_batches(build)
 
-    def once() -> tuple[int, float]:
+    def once() -> float:
         count = 0
         with mock.patch.object(sample, "EncodedImage", decoder or sample.EncodedImage):
             begin = time.process_time()
             while count < images:
                 count += len(next(batches).ids)
-            return count, time.process_time() - begin
+            return count / (time.process_time() - begin)
 
     return once
 
 
 @contextmanager
-def open_clip_passes(
-    python: str, shards: list[str], images: int
-) -> Iterator[tuple[Pass, dict[str, str]]]:
-    """Passes through open_clip's loader in a subprocess, and the versions it runs with.
+def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[Epoch]:
+    """Epochs through open_clip's loader in a subprocess.
 
     Args:
         python: Interpreter of an environment with open_clip and the webdataset it needs.
         shards: Tar files.
         images: Samples they hold.
-
-    Raises:
-        UserError: If that environment lacks something.
     """
-    settings = {"shards": shards, "images": images, "context_length": CONTEXT_LENGTH, **PEER}
-    try:
-        process = subprocess.Popen(
-            [python, str(PEER_SCRIPT), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    except OSError as error:
-        raise UserError(f"--peer-python {python}: {error.strerror}") from error
-    with process:
+    settings = {"shards": shards, "images": images, "context_length": CONTEXT, **PEER}
+    with subprocess.Popen(
+        [python, str(PEER_SCRIPT), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
 
-        def answer() -> dict[str, Any]:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+        def once() -> float:
+            requests.write("epoch\n")
+            requests.flush()
+            line = answers.readline()
             if not line:
                 raise UserError(f"open_clip's loader failed under {python}, its message is above")
-            return json.loads(line)
+            answer = json.loads(line)
+            return answer["images"] / answer["seconds"]
 
-        versions = answer()
-        if "missing" in versions.values() or versions["webdataset"] != PEER["webdataset"]:
-            raise UserError(
-                f"{python} has open_clip_torch {versions['open_clip_torch']} and webdataset "
-                f"{versions['webdataset']}, but open_clip's loader needs webdataset "
-                f"{PEER['webdataset']}: python -m venv peer && peer/bin/pip install "
-                '"open_clip_torch[training]", then --peer-python peer/bin/python'
-            )
-
-        def once() -> tuple[int, float]:
-            assert process.stdin is not None
-            process.stdin.write("pass\n")
-            process.stdin.flush()
-            result = answer()
-            return result["images"], result["seconds"]
-
-        yield once, versions
-        process.stdin.close()
+        yield once
+        requests.close()
 
 
-def measure(ways: dict[str, Pass], rounds: int) -> dict[str, float]:
-    """Median images per second of each way, in turns, after one round that warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
-        for name, once in ways.items():
-            images, seconds = once()
-            if round_:
-                rates[name].append(images / seconds)
-    return {name: statistics.median(values) for name, values in rates.items()}
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All three loaders on one core."""
+    peer_versions = need_peer(args.peer_python)
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux only
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    shards = expand_shards(args.shards)
+    images = sum(1 for _ in samples_of(shards))
+    with open_clip_epochs(args.peer_python, shards, images) as open_clip:
+        loaders = {
+            "ours": packed_epochs(shards, images),
+            "open_clip": open_clip,
+            "pil": packed_epochs(shards, images, PlainImage),
+        }
+        results = in_turn(loaders, args.rounds, warm_up=True)
+    rates = {name: statistics.median(found) for name, found in results.items()}
+    return {
+        **{f"{name}_images_per_s": rate for name, rate in rates.items()},
+        "ratio_open_clip": rates["ours"] / rates["open_clip"],
+        "ratio_pil": rates["ours"] / rates["pil"],
+        "images": images,
+        "patch": PATCH,
+        "sides": [MIN_SIDE, MAX_SIDE],
+        "open_clip": PEER,
+        "open_clip_versions": peer_versions,
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--shards", nargs="+", required=True, help="tar files, folders, patterns")
-    parser.add_argument("--rounds", type=int, default=5, help="measured passes of each")
-    parser.add_argument(
-        "--peer-python", default=sys.executable, help="interpreter that has open_clip's loader"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):  # Linux only
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with one_line_errors("benchmarks.loader"):
-        shards = expand_shards(args.shards)
-        images = sum(1 for _ in samples_of(shards))
-        with open_clip_passes(args.peer_python, shards, images) as (open_clip, peer_versions):
-            rates = measure(
-                {
-                    "ours": packed_passes(shards, images),
-                    "open_clip": open_clip,
-                    "pil": packed_passes(shards, images, PlainImage),
-                },
-                args.rounds,
-            )
-    report(
-        {
-            **{f"{name}_images_per_s": rate for name, rate in rates.items()},
-            "ratio_open_clip": rates["ours"] / rates["open_clip"],
-            "ratio_pil": rates["ours"] / rates["pil"],
-            "images": images,
-            "rounds": args.rounds,
-            "patch": PATCH,
-            "sides": [RESOLUTION.min_side, RESOLUTION.max_side],
-            "open_clip": PEER,
-            "open_clip_versions": peer_versions,
-        },
-        args.output,
-    )
+    parser = command_line(__doc__, "shards", "rounds", "peer-python", rounds=5)
+    run(parser, measure)
 
 
 if __name__ == "__main__":

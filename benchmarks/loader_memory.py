@@ -7,28 +7,32 @@ then buffers and caches fill.
 
 from __future__ import annotations
 
+import argparse
 import io
 import multiprocessing
 import os
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import output_argument, report
+from benchmarks.command import at_least, command_line, run
+from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SHARDS, PER_SHARD = 10, 500
 POINTS = 20  # of the curve
-BAD_SHARE = 0.02  # unusable samples, whose errors must not pile up either
+BAD_FRACTION = 0.02  # unusable samples, whose errors must not pile up either
 
 
 def write_shards(root: Path) -> None:
@@ -43,7 +47,7 @@ def write_shards(root: Path) -> None:
                 coarse.resize((int(width), int(height))).save(photo, "JPEG")
                 words = ["".join(map(chr, rng.integers(97, 123, 6))) for _ in range(8)]
                 members = {"jpg": photo.getvalue(), "txt": " ".join(words).encode()}
-                if rng.random() < BAD_SHARE:
+                if rng.random() < BAD_FRACTION:
                     members["jpg"] = members["jpg"][:200]
                 for extension, content in members.items():
                     info = tarfile.TarInfo(f"{key:05d}.{extension}")
@@ -82,11 +86,10 @@ def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
     return seen, resident
 
 
-def main() -> None:
-    """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--samples", type=int, default=100_000, help="samples that pass through")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Lets the samples through."""
+    if not Path("/proc/self/statm").exists():
+        raise UserError("memory is measured on Linux only, from /proc")
     with tempfile.TemporaryDirectory() as root:
         write_shards(Path(root))
         config = DataConfig(
@@ -96,18 +99,24 @@ def main() -> None:
             budget=Budgets(image_tokens=2048, text_tokens=4096, max_pairs=256),
             workers=1,
         )
-        build = PairBuilder(config, OpenClipTokenizer(), 77, 16, 64, 0)
+        build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, 0)
         seen, resident = watch(build, args.samples)
     warm = POINTS // 10
-    report(
-        {
-            "samples": seen,
-            "rss_mb": resident,
-            "growth_mb": round(resident[-1] - resident[warm], 1),
-            "from_samples": seen[warm],
-        },
-        args.output,
+    return {
+        "samples": seen,
+        "rss_mb": resident,
+        "growth_mb": round(resident[-1] - resident[warm], 1),
+        "from_samples": seen[warm],
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--samples", type=at_least(2000), default=100_000, help="samples that pass through"
     )
+    run(parser, measure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ ranks: `local` (local_loss, gather_with_grad) computes a rank's rows and columns
 default) the full matrix on every rank.
 
 Every measurement is one forward and backward pass in processes of its own, which have warmed up
-on a small problem (CUDA: on the same one). Losses take turns, so that a machine that slows down
+on a small problem (CUDA: on the same one). Losses run in turn, so that a machine that slows down
 slows all of them. Of the rounds the median of time is reported and the largest memory; over ranks,
 the slowest and the largest count. Time runs from a barrier to the end of the backward pass.
 
@@ -21,8 +21,9 @@ the better of its two forms).
 
 from __future__ import annotations
 
+import argparse
 import math
-import multiprocessing as mp
+import multiprocessing
 import os
 import re
 import statistics
@@ -31,7 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,9 @@ import torch.distributed as dist
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from benchmarks.measure import output_argument, report
+from benchmarks.command import command_line, default_device, run
+from benchmarks.measure import in_processes, in_turn
+from navit_clip.errors import UserError
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 WIDTH = 512
@@ -48,7 +51,7 @@ SCALE = 100.0
 SIZES = {"cpu": (4096, 16384, 65536), "cuda": (16384, 65536, 262144)}
 # Beyond this many pairs one of the peer's N×N matrices is larger than most machines' memory.
 CPU_PEER_LIMIT = 16384
-LEAST = 1024
+LEAST = 1024  # fewer pairs take no memory that the resident set would show
 OURS, LOCAL, GATHERED = "navit_clip", "local", "gathered"
 
 
@@ -89,8 +92,7 @@ class Measured(NamedTuple):
 def resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (at most) of this process, in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+    assert found is not None  # checked before the first pass
     return 1024 * int(found.group(1))
 
 
@@ -129,8 +131,8 @@ def one_pass(case: Case, pairs: int, rank: int) -> Measured:
     return Measured(seconds, peak - before, loss.item())
 
 
-def run_rank(case: Case, rank: int, directory: str, results: Connection) -> None:
-    """One process: warms up, passes, and sends what it measured, or None without enough memory."""
+def run_rank(case: Case, rank: int, directory: str) -> Measured | None:
+    """One process: warms up and passes; None without enough memory on the device."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // case.ranks))
     if case.ranks > 1:
@@ -138,72 +140,50 @@ def run_rank(case: Case, rank: int, directory: str, results: Connection) -> None
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     try:
         one_pass(case, case.pairs if case.device == "cuda" else 512, rank)
-        results.send(one_pass(case, case.pairs, rank))
+        measured = one_pass(case, case.pairs, rank)
     except torch.OutOfMemoryError:
-        results.send(None)
+        measured = None
     if case.ranks > 1:
         dist.barrier()  # gloo cannot tell a rank that is done from one that died
         dist.destroy_process_group()
+    return measured
 
 
-def measure(case: Case) -> Measured | None:
+def measure_case(case: Case) -> Measured | None:
     """Runs a case in fresh processes; None if the device's memory did not suffice."""
     # Forked from a server that has imported torch and started no thread: fresh, but at once.
-    context = mp.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "open_clip.loss"])
-    received: list[Measured | None] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-loss-") as directory:
-        ends, processes = [], []
-        for rank in range(case.ranks):
-            end, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=run_rank, args=(case, rank, directory, theirs))
-            process.start()
-            theirs.close()
-            ends.append(end)
-            processes.append(process)
-        try:
-            for end in ends:
-                received.append(end.recv())
-        except EOFError:
-            raise SystemExit(f"{case}: a process ended without a result, see above") from None
-        finally:
-            for process in processes:
-                if len(received) < case.ranks:
-                    process.terminate()
-                process.join()
-    parts = [part for part in received if part is not None]
-    if len(parts) < case.ranks:
+        ranks = [(case, rank, directory) for rank in range(case.ranks)]
+        found = in_processes(context, run_rank, ranks, str(case))
+    return _merge(found, seconds=max)
+
+
+def _merge(
+    found: Sequence[Measured | None], seconds: Callable[[list[float]], float]
+) -> Measured | None:
+    """The largest memory and the mean loss of ranks or rounds; None if one had none."""
+    complete = [one for one in found if one is not None]
+    if len(complete) < len(found):
         return None
     return Measured(
-        max(part.seconds for part in parts),
-        max(part.extra for part in parts),
-        statistics.fmean(part.loss for part in parts),
+        seconds([one.seconds for one in complete]),
+        max(one.extra for one in complete),
+        statistics.fmean(one.loss for one in complete),
     )
 
 
-def take_turns(cases: Sequence[Case], rounds: int) -> dict[str, Measured | None]:
+def measure_in_turn(cases: Sequence[Case], rounds: int) -> dict[str, Measured | None]:
     """Median time and largest memory of each case over the rounds, by the name of its loss."""
-    measured: dict[str, list[Measured | None]] = {case.loss: [] for case in cases}
-    for _ in range(rounds):
-        for case in cases:
-            if None not in measured[case.loss]:
-                measured[case.loss].append(measure(case))
-    merged: dict[str, Measured | None] = {}
-    for name, values in measured.items():
-        complete = [value for value in values if value is not None]
-        merged[name] = (
-            Measured(
-                statistics.median(value.seconds for value in complete),
-                max(value.extra for value in complete),
-                statistics.median(value.loss for value in complete),
-            )
-            if len(complete) == len(values)
-            else None
-        )
+    measured = in_turn(
+        {case.loss: partial(measure_case, case) for case in cases}, rounds, warm_up=False
+    )
+    merged = {name: _merge(found, seconds=statistics.median) for name, found in measured.items()}
     losses = [value.loss for value in merged.values() if value is not None]
     tolerance = 1e-4 if cases[0].dtype == "float32" else 5e-2
     if any(not math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
-        raise SystemExit(f"the losses of one batch differ: {losses}")
+        raise UserError(f"the losses of one batch differ: {losses}")
     return merged
 
 
@@ -212,7 +192,7 @@ def compare(
 ) -> dict[str, Any]:
     """Fields of one size: this loss, each peer, and the ratios."""
     cases = [Case(loss, pairs, ranks, device, dtype) for loss in (OURS, *peers)]
-    results = take_turns(cases, rounds)
+    results = measure_in_turn(cases, rounds)
     ours = results[OURS]
     if ours is None:
         return {"out_of_memory": True}
@@ -241,21 +221,19 @@ def compare(
     return fields
 
 
-def main() -> None:
-    """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--device", choices=("auto", *SIZES), default="auto")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pairs N, instead of the device's")
-    parser.add_argument("--rounds", type=int, default=3, help="passes of each loss, alternating")
-    args = parser.parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All sizes.
+
+    Raises:
+        UserError: If the device or a size cannot be measured.
+    """
+    device = default_device() if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device")
-    # Fewer pairs take no memory that the resident set would show.
-    if args.rounds < 1 or any(size < LEAST or size % 4 for size in args.sizes or ()):
-        parser.error(f"--rounds must be at least 1, --sizes {LEAST} or more, divisible by 4")
+        raise UserError("--device cuda: PyTorch finds no CUDA device")
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise UserError("the memory of processes is measured on Linux only, from /proc")
+    if any(size < LEAST or size % 4 for size in args.sizes or ()):
+        raise UserError(f"--sizes must be {LEAST} or more, divisible by 4, got {args.sizes}")
     result: dict[str, Any] = {"device": device, "width": WIDTH}
     for pairs in args.sizes or SIZES[device]:
         if device == "cuda":
@@ -271,7 +249,15 @@ def main() -> None:
             if not alone:
                 fields["four_ranks"] = compare(pairs, 4, device, "float32", [], 3 * rounds)
         result[str(pairs)] = fields
-    report(result, args.output)
+    return result
+
+
+def main() -> None:
+    """The command line."""
+    parser = command_line(__doc__, "rounds")
+    parser.add_argument("--device", choices=("auto", *SIZES), default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pairs N, instead of the device's")
+    run(parser, measure)
 
 
 if __name__ == "__main__":

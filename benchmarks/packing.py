@@ -11,6 +11,7 @@ get 2% more, see `Packer`; that and what they cut are in the table.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -19,20 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import output_argument, report
-from benchmarks.pairs import FOLDERS, REAL_DATA, samples_of
+from benchmarks.command import at_least, command_line, run
+from benchmarks.pairs import default_shards, samples_of
+from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig, sample_rate
 from navit_clip.data.packer import Budgets, Packer, PackingMode
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
-STREAM, ROW, ROWS, TEXT_ROW = 16384, 256, 256, 77
+STREAM, ROW, ROWS = 16384, 256, 256
 NO_LIMIT = 4096  # pairs, more than ever fit
 LOOK_AHEAD = 256
-MIN_PAIRS = 2000  # that fill a few batches and the 256 open rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_sources(patterns: list[str]) -> list[Source]:
             captions = find_captions(sample.members, "json.captions") or find_captions(
                 sample.members, "txt"
             )
-            lengths = [len(tokenizer.encode(caption, TEXT_ROW)) for caption in captions]
+            lengths = [len(tokenizer.encode(caption, CONTEXT)) for caption in captions]
             if lengths:
                 sources.append(Source(image.height, image.width, lengths))
     if not sources:
@@ -93,13 +94,13 @@ def generate_sources(count: int, rng: np.random.Generator) -> list[Source]:
 def draw_lengths(
     sources: list[Source], count: int, drop: DropConfig, rng: np.random.Generator
 ) -> list[Lengths]:
-    """Lengths of many pairs, pass after shuffled pass over the sources."""
+    """Lengths of many pairs, epoch after shuffled epoch of the sources."""
     resolution = ResolutionConfig(max_tokens=ROW)
     pairs: list[Lengths] = []
     while len(pairs) < count:
         for index in rng.permutation(len(sources)):
             source = sources[index]
-            rows, columns = sample_grid(resolution, source.height, source.width, 16, 64, rng)
+            rows, columns = sample_grid(resolution, source.height, source.width, PATCH, 64, rng)
             rate = sample_rate(drop, rows * columns, 0, rng)
             tokens = max(1, round(rows * columns * (1 - rate)))
             pairs.append(Lengths(tokens, int(rng.choice(source.captions)), tokens))
@@ -170,7 +171,7 @@ def measure(pairs: list[Lengths], packing: Packing, budgets: Budgets) -> dict[st
 
 
 def row_padding(lengths: Iterable[int], row: int) -> float:
-    """Unused share of the paper's rows: greedy first-fit into 256 open rows of so many tokens."""
+    """Unused fraction of the paper's rows: greedy first-fit into 256 open rows of `row` tokens."""
     used = rows = 0
     space = np.full(ROWS, row)
     for length in lengths:
@@ -184,7 +185,7 @@ def row_padding(lengths: Iterable[int], row: int) -> float:
 
 
 def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
-    """Every way of packing, by name."""
+    """Every mode of packing, by name."""
     image = float(np.mean([pair.image_length for pair in pairs]))
     text = float(np.mean([pair.text_length for pair in pairs]))
 
@@ -192,7 +193,7 @@ def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
         return Budgets(STREAM, round(STREAM * text / image * (1 + room)), max_pairs)
 
     fixed = round(STREAM / image * 1.01)
-    ways: dict[str, tuple[Budgets, int, PackingMode]] = {
+    modes: dict[str, tuple[Budgets, int, PackingMode]] = {
         "greedy": (matching(), LOOK_AHEAD, "greedy"),
         "greedy_look_ahead_64": (matching(), 64, "greedy"),
         "exact": (matching(0.02), LOOK_AHEAD, "exact"),
@@ -200,48 +201,45 @@ def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
         "constant": (matching(0.02, fixed), LOOK_AHEAD, "constant"),
     }
     table = {
-        name: {**measure(pairs, with_packer(*way), way[0]), "look_ahead": way[1]}
-        for name, way in ways.items()
+        name: {**measure(pairs, with_packer(*mode), mode[0]), "look_ahead": mode[1]}
+        for name, mode in modes.items()
     }
     table["first_fit"] = measure(pairs, first_fit(matching(), LOOK_AHEAD), matching())
     table["paper_rows_256"] = {"image_padding": row_padding((p.image_length for p in pairs), ROW)}
     table["one_example_a_row"] = {
         "image_padding": 1 - image / ROW,
-        "text_padding": 1 - text / TEXT_ROW,
+        "text_padding": 1 - text / CONTEXT,
     }
     return table
 
 
-def main() -> None:
-    """The command line."""
-    parser = output_argument(__doc__)
-    parser.add_argument("--shards", nargs="+", help="tar files, folders, patterns of real data")
-    parser.add_argument("--pairs", type=int, default=60_000, help="pairs to pack")
-    args = parser.parse_args()
-    if args.pairs < MIN_PAIRS:
-        parser.error(f"--pairs must be at least {MIN_PAIRS:,}, to fill what is compared")
-    real = [REAL_DATA / name for name in FOLDERS]
-    patterns = args.shards or [str(path) for path in real if path.is_dir()]
+def run_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Without token drop and with it."""
+    patterns = args.shards or default_shards()
     rng = np.random.default_rng(0)
-    with one_line_errors("benchmarks.packing"):
-        sources = read_sources(patterns) if patterns else generate_sources(args.pairs, rng)
+    sources = read_sources(patterns) if patterns else generate_sources(args.pairs, rng)
+    drops = {"no_drop": DropConfig(), "beta_drop": DropConfig(kind="beta", rate=0.53)}
     tables = {
-        name: compare(draw_lengths(sources, args.pairs, drop, rng))
-        for name, drop in (
-            ("no_drop", DropConfig()),
-            ("beta_drop", DropConfig(kind="beta", rate=0.53)),
-        )
+        name: compare(draw_lengths(sources, args.pairs, drop, rng)) for name, drop in drops.items()
     }
     fields = ("image_padding", "text_padding", "pairs_cv", "us_per_pair")
-    result: dict[str, Any] = {
+    return {
         # The headline is the worse of the two.
         **{field: max(table["greedy"][field] for table in tables.values()) for field in fields},
         "samples": len(sources),
         "real_data": bool(patterns),
-        "pairs": args.pairs,
         **tables,
     }
-    report(result, args.output)
+
+
+def main() -> None:
+    """The command line."""
+    parser = command_line(__doc__, "shards")
+    parser.add_argument(
+        # Enough to fill a few batches and the 256 open rows.
+        "--pairs", type=at_least(2000), default=60_000, help="pairs to pack"
+    )  # fmt: skip
+    run(parser, run_all)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Real pairs for the benchmarks of training: photos at sampled sizes, and their captions as ids.
 
-By default COCO's and Flickr8k's beside the checkout in ../shared/data. Everything that a loader
-does (decode, resize, cut, tokenise) happens here, before the clock runs.
+By default COCO's and Flickr8k's beside the checkout in ../shared/data, sides ~ U(64, 256), never
+enlarged. Everything that a loader does (decode, resize, cut, tokenise) happens here, before the
+clock runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
@@ -28,14 +30,15 @@ from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
-PATCH, SQUARE, CONTEXT = 16, 224, 77
+MIN_SIDE, MAX_SIDE = 64, 256
+MAX_TOKENS = (MAX_SIDE // PATCH) ** 2
 FOLDERS = ("coco-train", "flickr8k-train")
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @dataclass(frozen=True)
 class RealPair:
-    """One photo and caption, in the forms that the ways of training want.
+    """One photo and caption, in the forms that the projects want.
 
     Attributes:
         pair: At its sampled size, as this project's loader makes it.
@@ -67,11 +70,15 @@ def read_samples(patterns: Sequence[str] = ()) -> list[RawSample]:
     Raises:
         UserError: If there are none, or a shard is damaged.
     """
-    if not patterns:
-        patterns = [str(path) for path in map(REAL_DATA.joinpath, FOLDERS) if path.is_dir()]
+    patterns = patterns or default_shards()
     if not patterns:
         raise UserError(f"no photos under {REAL_DATA}: give --shards")
     return list(samples_of(patterns))
+
+
+def default_shards() -> list[str]:
+    """The folders of photos beside the checkout, those that are there."""
+    return [str(path) for path in map(REAL_DATA.joinpath, FOLDERS) if path.is_dir()]
 
 
 def samples_of(patterns: Sequence[str]) -> Iterator[RawSample]:
@@ -91,10 +98,7 @@ def draw_batches(
     samples: Sequence[RawSample],
     pairs: int,
     batches: int,
-    *,
     drop: float = 0.0,
-    min_side: int = 64,
-    max_side: int = 256,
 ) -> Iterator[list[RealPair]]:
     """Batches that are together a fair sample of all photos, the same ones at every call.
 
@@ -106,17 +110,13 @@ def draw_batches(
         pairs: Pairs of each batch.
         batches: How many.
         drop: Mean of the Beta token drop; 0 keeps all patches.
-        min_side: Smallest side drawn, in pixels of √area.
-        max_side: Largest side drawn.
 
     Raises:
         UserError: If too few samples have a photo and a caption.
     """
     config = DataConfig(
         train="unused",
-        resolution=ResolutionConfig(
-            min_side=min_side, max_side=max_side, max_tokens=(max_side // PATCH) ** 2
-        ),
+        resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS),
         drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
     )
     build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, seed=0)

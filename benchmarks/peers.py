@@ -1,7 +1,7 @@
-"""The ways of training CLIP that `benchmarks.step` and `benchmarks.towers` put side by side.
+"""The projects whose towers `benchmarks.step` and `benchmarks.towers` put side by side.
 
-Each way takes the same pairs and makes of them what its towers want, before the clock runs; then
-`embed` gives its two embeddings. Widths, depths and patches are equal; everything else is as each
+Each takes the same pairs and makes of them what its towers want, before the clock runs; then it
+gives their two embeddings. Widths, depths and patches are equal; everything else is as each
 project has it: this one's tower has query-key norm, attention pooling and no biases in QKV and
 norms, open_clip's a class token, timm's attention pooling.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import open_clip
@@ -19,57 +18,17 @@ import torch.nn.functional as F
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
-from benchmarks.pairs import CONTEXT, PATCH, SQUARE, RealPair, packed
+from benchmarks.pairs import RealPair, packed
+from benchmarks.sizes import HEAD_WIDTH, PATCH, Widths
 from navit_clip.errors import UserError
-from navit_clip.models.clip import CLIP, CLIPConfig
-from navit_clip.models.image_tower import ImageTowerConfig
-from navit_clip.models.text_tower import TextTowerConfig
-from navit_clip.models.transformer import EncoderConfig
+from navit_clip.models.clip import CLIP
 from navit_clip.packed.batch import PackedBatch
 
-VOCABULARY = 49408
-BUCKETS = 4  # of the padded way: images of one length side by side waste least
+BUCKETS = 4  # of the padded images: images of one length side by side waste least
 ROW_TOKENS = 1024  # of vit-pytorch's rows
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Shape of both towers.
-
-    Attributes:
-        image: Width of the image tower.
-        image_depth: Its blocks.
-        text: Width of the text tower.
-        text_depth: Its blocks.
-        embed: Width of the shared space.
-    """
-
-    image: int
-    image_depth: int
-    text: int
-    text_depth: int
-    embed: int = 512
-
-    @property
-    def image_heads(self) -> int:
-        """Heads of 64."""
-        return self.image // 64
-
-    @property
-    def text_heads(self) -> int:
-        """Heads of 64."""
-        return self.text // 64
-
-
-WIDTHS = {
-    "XS/16": Widths(192, 4, 192, 4, 192),
-    "S/16": Widths(384, 12, 512, 12),
-    "B/16": Widths(768, 12, 512, 12),
-    "L/16": Widths(1024, 24, 768, 12, 768),
-}
-
-
-class Way(nn.Module):
+class Towers(nn.Module):
     """One project's towers.
 
     Attributes:
@@ -86,7 +45,7 @@ class Way(nn.Module):
 
     @abstractmethod
     def embed_images(self, batch: Any) -> Tensor:
-        """[E, D], in the order in which the way has them; not normalised."""
+        """[E, D], in the order that `prepare` chose; not normalised."""
 
     @abstractmethod
     def embed_texts(self, batch: Any) -> Tensor:
@@ -103,20 +62,12 @@ class Way(nn.Module):
         )
 
 
-class Ours(Way):
+class Ours(Towers):
     """This project's packed towers."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
-        image = EncoderConfig(widths.image, widths.image_depth, widths.image_heads)
-        text = EncoderConfig(widths.text, widths.text_depth, widths.text_heads)
-        self.clip = CLIP(
-            CLIPConfig(
-                widths.embed,
-                ImageTowerConfig(PATCH, image),
-                TextTowerConfig(VOCABULARY, CONTEXT, text),
-            )
-        )
+        self.clip = CLIP(widths.config())
         self.scale = self.clip.log_scale
 
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PackedBatch:
@@ -137,27 +88,12 @@ class Ours(Way):
         return self.clip.text_projection(self.clip.text(batch.texts))
 
 
-class _OpenClipText(Way):
-    """A way whose captions go through open_clip's text tower, padded to 77 slots."""
+class _OpenClipText(Towers):
+    """Towers of which captions go through open_clip's text tower, padded to 77 slots."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
-        self.clip = open_clip.CLIP(
-            widths.embed,
-            {
-                "image_size": SQUARE,
-                "layers": widths.image_depth,
-                "width": widths.image,
-                "patch_size": PATCH,
-            },
-            {
-                "context_length": CONTEXT,
-                "vocab_size": VOCABULARY,
-                "width": widths.text,
-                "heads": widths.text_heads,
-                "layers": widths.text_depth,
-            },
-        )
+        self.clip = open_clip.CLIP(**widths.open_clip_config())
         self.scale = self.clip.logit_scale
 
     def embed_texts(self, batch: tuple[Any, Tensor]) -> Tensor:
@@ -188,7 +124,7 @@ class TimmNaFlex(_OpenClipText):
             patch_size=PATCH,
             embed_dim=widths.image,
             depth=widths.image_depth,
-            num_heads=widths.image_heads,
+            num_heads=widths.image // HEAD_WIDTH,
             global_pool="map",
         )
         self.tower = NaFlexVit(config, num_classes=widths.embed)
@@ -216,15 +152,18 @@ class VitPytorch(_OpenClipText):
     """
 
     def __init__(self, widths: Widths) -> None:
+        # Optional, see `benchmarks.needs`.
+        from vit_pytorch.na_vit import NaViT
+
         super().__init__(widths)
         del self.clip.visual
-        self.tower = _vit_pytorch()(
+        self.tower = NaViT(
             image_size=64 * PATCH,
             patch_size=PATCH,
             num_classes=widths.embed,
             dim=widths.image,
             depth=widths.image_depth,
-            heads=widths.image_heads,
+            heads=widths.image // HEAD_WIDTH,
             mlp_dim=4 * widths.image,
         )
 
@@ -248,20 +187,12 @@ class VitPytorch(_OpenClipText):
         return self.tower(batch[0])
 
 
-WAYS: dict[str, Callable[[Widths], Way]] = {
+PROJECTS: dict[str, Callable[[Widths], Towers]] = {
     "navit_clip": Ours,
     "open_clip": OpenClip,
     "timm_naflex": TimmNaFlex,
     "vit_pytorch": VitPytorch,
 }
-
-
-def _vit_pytorch() -> Callable[..., nn.Module]:
-    try:
-        from vit_pytorch.na_vit import NaViT
-    except ImportError as error:
-        raise UserError("vit-pytorch is not installed: pip install -e '.[bench]'") from error
-    return NaViT
 
 
 def _text_slots(pairs: Sequence[RealPair]) -> Tensor:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from benchmarks.measure import RESULTS, read_results
+from benchmarks.command import RESULTS, read_results
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.evaluation.report.curve import save_figure
 

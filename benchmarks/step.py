@@ -8,8 +8,8 @@ real, side ~ U(64, 256), never enlarged. With ``drop50`` half of the patches are
 The image towers alone, on equal tokens, forward and backward, are ``*_image``; ``ratio_bf16`` is
 this project's step in bfloat16 against its own in float32. Ratios are medians of the rounds'.
 
-``peak_share`` is the share of a large matrix product's measured FLOP/s that the step reaches, for
-its counted matrix products and attention; ``peak_mb`` is the memory above weights and batches.
+``peak_share`` is the fraction of a large matrix product's measured FLOP/s that the step reaches,
+for its counted matrix products and attention; ``peak_mb`` is the memory above weights and batches.
 """
 
 from __future__ import annotations
@@ -18,89 +18,64 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.contest import Course, Entry, hold, ratio
-from benchmarks.measure import (
-    Precision,
-    device_and_precision,
-    output_argument,
-    precision_argument,
-    report,
-)
-from benchmarks.peers import WIDTHS
-from navit_clip.errors import one_line_errors
+from benchmarks.command import command_line, run
+from benchmarks.comparison import WORKLOAD_FLAGS, Variant, Workload, compare, ratio, workload_of
+from benchmarks.needs import need_projects
 
-OURS, DROP = Entry("navit_clip"), Entry("navit_clip", drop=0.5)
-TOWER = Entry("navit_clip", "image")
-CONTESTS = {
+OURS, DROP = Variant("navit_clip"), Variant("navit_clip", drop=0.5)
+TOWER = Variant("navit_clip", "image")
+COMPARISONS = {
     "open_clip": {
-        "ratio_open_clip": (OURS, Entry("open_clip")),
-        "ratio_open_clip_drop50": (DROP, Entry("open_clip")),
+        "ratio_open_clip": (OURS, Variant("open_clip")),
+        "ratio_open_clip_drop50": (DROP, Variant("open_clip")),
     },
     "timm_naflex": {
-        "ratio_timm_naflex": (TOWER, Entry("timm_naflex", "image")),
-        "ratio_step_timm_naflex": (OURS, Entry("timm_naflex")),
+        "ratio_timm_naflex": (TOWER, Variant("timm_naflex", "image")),
+        "ratio_step_timm_naflex": (OURS, Variant("timm_naflex")),
     },
     "vit_pytorch": {
-        "ratio_vit_pytorch": (TOWER, Entry("vit_pytorch", "image")),
-        "ratio_step_vit_pytorch": (OURS, Entry("vit_pytorch")),
+        "ratio_vit_pytorch": (TOWER, Variant("vit_pytorch", "image")),
+        "ratio_step_vit_pytorch": (OURS, Variant("vit_pytorch")),
     },
     "bf16": {"ratio_bf16": (replace(OURS, precision="bf16"), OURS)},
 }
 
 
-def course_arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what all contests can be told."""
-    parser = output_argument(description)
-    parser.add_argument("--size", default="S/16", choices=tuple(WIDTHS), help="of the towers")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs a step")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
-    precision_argument(parser)
-    parser.add_argument("--shards", nargs="+", default=[], help="tars of photos with captions")
-    return parser
-
-
-def course_of(args: argparse.Namespace) -> tuple[Course, Precision]:
-    """What the arguments describe, and the precision of those who have none of their own."""
-    device, precision = device_and_precision(args.precision)
-    return Course(args.size, args.pairs, device=device, shards=tuple(args.shards)), precision
-
-
-def compare(contest: str, course: Course, precision: Precision, rounds: int) -> dict[str, Any]:
-    """One of `CONTESTS`: the ratios, this project's share of the peak, the entries."""
+def measure_one(name: str, workload: Workload, precision: str, rounds: int) -> dict[str, Any]:
+    """One of `COMPARISONS`: the ratios, this project's fraction of the peak, the variants."""
     ratios = {
-        name: pair if contest == "bf16" else tuple(replace(e, precision=precision) for e in pair)
-        for name, pair in CONTESTS[contest].items()
+        field: pair if name == "bf16" else tuple(replace(v, precision=precision) for v in pair)
+        for field, pair in COMPARISONS[name].items()
     }
-    entries = dict.fromkeys(entry for pair in ratios.values() for entry in pair)
-    results = hold(list(entries), course, rounds)
-    ours = replace(OURS, precision=precision)
+    variants = dict.fromkeys(variant for pair in ratios.values() for variant in pair)
+    results = compare(list(variants), workload, rounds)
     return {
-        **{name: ratio(results[own], results[peer]) for name, (own, peer) in ratios.items()},
-        "peak_share": results[ours]["peak_share"],
+        **{field: ratio(results[ours], results[peer]) for field, (ours, peer) in ratios.items()},
+        "peak_share": results[replace(OURS, precision=precision)]["peak_share"],
         **{
-            e.name + (f"_{e.precision}" if e.precision != precision else ""): result
-            for e, result in results.items()
+            v.name + (f"_{v.precision}" if v.precision != precision else ""): result
+            for v, result in results.items()
         },
     }
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The chosen comparisons, one after the other."""
+    chosen = args.only or COMPARISONS
+    need_projects(chosen)
+    merged: dict[str, Any] = {}
+    for name in chosen:
+        found = measure_one(name, workload_of(args), args.precision, args.rounds)
+        # This project's results are those beside the first peer, each ratio its comparison's.
+        merged = {**found, **merged}
+    return merged
+
+
 def main() -> None:
     """The command line."""
-    parser = course_arguments(__doc__)
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(CONTESTS), help="contests to hold; default: all"
-    )
-    args = parser.parse_args()
-    course, precision = course_of(args)
-    with one_line_errors("benchmarks.step"):
-        held = args.only or CONTESTS
-        found = [compare(contest, course, precision, args.rounds) for contest in held]
-    merged: dict[str, Any] = {}
-    for result in found:
-        # This project's figures are those beside the first peer, each ratio that of its contest.
-        merged = {**result, **merged}
-    facts = {"size": course.size, "precision": precision, "pairs": course.pairs}
-    report({**merged, **facts, "rounds": args.rounds}, args.output)
+    parser = command_line(__doc__, *WORKLOAD_FLAGS)
+    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), help="default: all")
+    run(parser, measure)
 
 
 if __name__ == "__main__":

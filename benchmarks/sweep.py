@@ -17,31 +17,20 @@ Attention on short segments and many small calls make it rise; 1.0 is exactly li
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from benchmarks.measure import (
-    Precision,
-    alternate,
-    device_and_precision,
-    flop_counter,
-    output_argument,
-    precision_argument,
-    report,
-)
-from benchmarks.pairs import CONTEXT, PATCH
-from benchmarks.peers import WIDTHS, Widths
+from benchmarks.command import command_line, default_device, run
+from benchmarks.measure import alternate, flop_counter
+from benchmarks.sizes import PATCH, WIDTHS, Widths
 from navit_clip.distributed import Ranks
-from navit_clip.errors import one_line_errors
-from navit_clip.models.clip import CLIP, CLIPConfig
-from navit_clip.models.image_tower import ImageTowerConfig
-from navit_clip.models.text_tower import TextTowerConfig
-from navit_clip.models.transformer import EncoderConfig
+from navit_clip.errors import UserError
+from navit_clip.models.clip import CLIP
 from navit_clip.packed.batch import BatchCounts, PackedBatch
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
@@ -105,15 +94,15 @@ def _natural(tokens: int) -> tuple[tuple[int, int], ...]:
     return tuple(grids)
 
 
-def curves(share: float) -> dict[str, list[Point]]:
+def curves(fraction: float) -> dict[str, list[Point]]:
     """The points of each curve.
 
     Args:
-        share: Of the full tokens in each batch; lengths stay, at least one image is left.
+        fraction: Of the full tokens in each batch; lengths stay, at least one image is left.
     """
 
     def scaled(number: float) -> int:
-        return max(1, round(number * share))
+        return max(1, round(number * fraction))
 
     return {
         "image_side": [
@@ -137,20 +126,10 @@ class Steps:
         device: Where it computes.
     """
 
-    def __init__(self, widths: Widths, precision: Precision, device: str) -> None:
+    def __init__(self, widths: Widths, precision: Literal["fp32", "bf16"], device: str) -> None:
         torch.manual_seed(0)
         self.device = torch.device(device)
-        model = CLIPConfig(
-            widths.embed,
-            ImageTowerConfig(
-                PATCH, EncoderConfig(widths.image, widths.image_depth, widths.image_heads)
-            ),
-            TextTowerConfig(
-                VOCABULARY,
-                CONTEXT,
-                EncoderConfig(widths.text, widths.text_depth, widths.text_heads),
-            ),
-        )
+        model = widths.config(VOCABULARY)
         steps = 1_000_000  # the learning rate hardly changes
         config = TrainConfig(
             "unused", steps, TokenizerConfig(path="unused"), model, precision=precision
@@ -175,15 +154,13 @@ def measure_curve(points: list[Point], steps: Steps, rounds: int) -> dict[str, A
     """Steps at all points of a curve in turn.
 
     Returns:
-        ``points`` with their figures, and ``max_over_min`` of time per operation and per token.
+        ``points`` with their results, and ``max_over_min`` of time per operation and per token.
     """
     batches = {str(point.x): point.batch() for point in points}
     flops = {name: steps.count_flops(batch) for name, batch in batches.items()}
 
-    def way(batch: PackedBatch) -> Callable[[], None]:
-        return lambda: steps.take(batch)
-
-    seconds = alternate({name: way(batch) for name, batch in batches.items()}, rounds)
+    variants = {name: partial(steps.take, batch) for name, batch in batches.items()}
+    seconds = alternate(variants, rounds)
     rows = []
     for point in points:
         name = str(point.x)
@@ -212,35 +189,26 @@ def _spread(values: list[float]) -> float:
     return max(values) / min(values)
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All curves."""
+    if args.share <= 0:
+        raise UserError(f"--share must be positive, got {args.share}")
+    steps = Steps(WIDTHS[args.size], args.precision, default_device())
+    found = {
+        name: measure_curve(points, steps, args.rounds)
+        for name, points in curves(args.share).items()
+    }
+    ratios = {f"max_over_min_{name}": curve["max_over_min"] for name, curve in found.items()}
+    return {**ratios, "share": args.share, **found}
+
+
 def main() -> None:
     """The command line."""
-    parser = output_argument(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", default="XS/16", choices=tuple(WIDTHS), help="of the towers")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
-    precision_argument(parser)
+    parser = command_line(__doc__, "size", "rounds", "precision", size="XS/16")
     parser.add_argument(
         "--share", type=float, default=1.0, help="of each batch's pairs; more suits a GPU"
     )
-    args = parser.parse_args()
-    device, precision = device_and_precision(args.precision)
-    with one_line_errors("benchmarks.sweep"):
-        steps = Steps(WIDTHS[args.size], precision, device)
-        found = {
-            name: measure_curve(points, steps, args.rounds)
-            for name, points in curves(args.share).items()
-        }
-    report(
-        {
-            **{f"max_over_min_{name}": curve["max_over_min"] for name, curve in found.items()},
-            "size": args.size,
-            "precision": precision,
-            "share": args.share,
-            "rounds": args.rounds,
-            **found,
-        },
-        args.output,
-    )
+    run(parser, measure)
 
 
 if __name__ == "__main__":

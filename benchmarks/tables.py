@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from benchmarks.measure import RESULTS, read_results
+from benchmarks.command import RESULTS, read_results
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import atomic_write
 

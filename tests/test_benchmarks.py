@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from shard_factory import make_shards, sample, write_shard
 
-from benchmarks import contest, end_to_end, sweep, tables
-from benchmarks.contest import Course, Entry, hold
-from benchmarks.measure import read_results
+from benchmarks import comparison, end_to_end, needs, sweep, tables
+from benchmarks.command import read_results
+from benchmarks.comparison import Variant, Workload, compare
 from benchmarks.pairs import draw_batches, read_samples
-from benchmarks.peers import WAYS, WIDTHS
+from benchmarks.peers import PROJECTS
 from benchmarks.plot import draw
+from benchmarks.sizes import WIDTHS
 from navit_clip.errors import UserError
 
 TINY = ["--size", "XS/16", "--pairs", "3", "--rounds", "1"]
@@ -51,17 +52,14 @@ def run(monkeypatch, tmp_path: Path, name: str, *flags: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-class _Here:
-    """Instead of a process, which takes seconds to start; one test starts a real one."""
-
-    def __init__(self, *args: Any) -> None:
-        runner = contest._Runner(*args)
-        self.ask, self.close = runner.run, lambda: None
+def _here(context: Any, work: Any, arguments: Any, *_: Any) -> list[Any]:
+    """Instead of new processes, which take seconds to start; one test starts real ones."""
+    return [work(*values) for values in arguments]
 
 
 def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
-    monkeypatch.setattr(contest, "_Worker", _Here)
-    monkeypatch.setattr(contest, "matmul_peak", lambda device, precision: 1e11)
+    monkeypatch.setattr(comparison, "in_processes", _here)
+    monkeypatch.setattr(comparison, "matmul_peak", lambda device, precision: 1e11)
     flags = [*TINY, "--shards", shards, "--peers", "timm_naflex", "open_clip"]
     found = run(monkeypatch, tmp_path, "towers", *flags)
     assert {name for name in found if name.startswith("ratio")} == {
@@ -136,20 +134,20 @@ def test_a_sweeps_operations_are_those_of_theory():
     assert 3 <= products <= 6
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", PROJECTS)
 def test_both_embeddings_of_a_pair_are_in_one_row(name, shards):
     if name == "vit_pytorch" and find_spec("vit_pytorch") is None:
         pytest.skip("vit-pytorch is not installed")
     torch.manual_seed(0)
-    way = WAYS[name](WIDTHS["XS/16"]).eval()
+    towers = PROJECTS[name](WIDTHS["XS/16"]).eval()
     (pairs,) = draw_batches(read_samples([shards]), 5, 1)
     with torch.no_grad():
-        image_ED, text_ED = way(way.prepare(pairs, CPU))
-        alone = [way(way.prepare([pair], CPU)) for pair in pairs]
+        image_ED, text_ED = towers(towers.prepare(pairs, CPU))
+        alone = [towers(towers.prepare([pair], CPU)) for pair in pairs]
     torch.testing.assert_close(image_ED.norm(dim=1), torch.ones(5))
     wanted = torch.cat([torch.cat(one, 1) for one in alone])
     found = torch.cat([image_ED, text_ED], 1)
-    # Ways sort their images; each row must still be that of one pair, and each pair be there.
+    # Some sort their images; each row must still be that of one pair, and each pair be there.
     nearest = torch.cdist(found, wanted)
     assert sorted(nearest.argmin(1).tolist()) == list(range(5))
     assert nearest.min(1).values.max() < 1e-4
@@ -178,11 +176,22 @@ def test_samples_that_the_loader_skips_are_in_no_batch(tmp_path):
         list(draw_batches(read_samples([str(shard)]), 3, 1))
 
 
-def test_a_way_that_cannot_is_one_line(shards):
-    course = Course("XS/16", pairs=2, batches=1, shards=(shards,))
+def test_a_variant_that_cannot_run_is_one_line(shards):
+    workload = Workload("XS/16", pairs=2, batches=1, shards=(shards,))
     with pytest.raises(UserError, match="OpenClip offers no compilation") as error:
-        hold([Entry("open_clip", compiled=True)], course, rounds=1)
+        compare([Variant("open_clip", compiled=True)], workload, rounds=1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["step", "towers", "needs"])
+def test_a_missing_peer_is_one_line_before_anything_is_measured(name, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(needs, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparison, "in_turn", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tmp_path, name)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.{name}: error: vit-pytorch is not installed")
 
 
 def test_attention(monkeypatch, tmp_path):
@@ -284,4 +293,4 @@ def test_a_failing_trainer_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"failed with status 1: no such shards$"):
         end_to_end.run_command(command, tmp_path, "weights")
     with pytest.raises(UserError, match="--peer-python /nowhere/python does not run"):
-        end_to_end.peer_versions("/nowhere/python")
+        needs.need_peer("/nowhere/python")
