@@ -91,7 +91,7 @@ def _user_errors(
     except errors as error:
         if isinstance(error, KeyError):
             reason = f"{error} is missing"
-        elif isinstance(error, FileExistsError):  # "File exists" of a folder to be made says little
+        elif isinstance(error, FileExistsError):  # of a folder to be made; "File exists" misleads
             reason = f"{error.filename} is a file"
         else:
             # Errors of PIL and of table parsers have no `strerror`.

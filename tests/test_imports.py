@@ -70,6 +70,13 @@ def test_each_folder_imports_only_what_it_may():
     assert broken - ALLOWED == KNOWN
 
 
+def test_nothing_needs_the_tools():
+    users = {
+        name for name, imports in GRAPH.items() if any(".tools." in other for other in imports)
+    }
+    assert all(name.startswith("navit_clip.tools.") for name in users)
+
+
 def test_no_module_imports_itself_by_way_of_others():
     def reached(name: str) -> set[str]:
         found, waiting = set(), list(GRAPH[name])

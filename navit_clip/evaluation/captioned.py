@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit_clip.data.annotations.caption_files import CaptionedImage, read_caption_file
+from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
+from navit_clip.data.annotations.rows import Row
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.shards import expand_shards
 from navit_clip.errors import UserError
@@ -60,32 +61,20 @@ def open_captioned(
         if split is not None:
             raise UserError(f"{file} has no splits: leave --split out")
         rows = open_table(file, folder, image_column, caption_columns).rows
-        listed = [CaptionedImage(row.name, row.captions) for row in rows]
     else:
-        listed = _of_split(read_caption_file(file), split, file)
-    return _captioned_files(folder, listed, file)
+        rows = read_caption_file(file)
+        if split is None and any(row.split == "test" for row in rows):
+            split = "test"
+        rows = of_splits(rows, [split] if split is not None else [], file)
+    return _captioned_files(folder, rows, file)
 
 
-def _of_split(
-    listed: Sequence[CaptionedImage], split: str | None, file: Path
-) -> list[CaptionedImage]:
-    splits = {image.split for image in listed if image.split is not None}
-    if split is None:
-        if "test" not in splits:
-            return list(listed)
-        split = "test"
-    if split not in splits:
-        has = f"the file has {', '.join(sorted(splits))}" if splits else "leave --split out"
-        raise UserError(f"no split {split!r} in {file}: {has}")
-    return [image for image in listed if image.split == split]
-
-
-def _captioned_files(folder: Path, listed: Sequence[CaptionedImage], file: Path) -> FileDataset:
+def _captioned_files(folder: Path, rows: Sequence[Row], file: Path) -> FileDataset:
     skipped: Counter[str] = Counter()
-    captions = [tuple(_usable(image.captions, skipped)) for image in listed]
+    captions = [tuple(_usable(row.captions, skipped)) for row in rows]
     if not any(captions):
         raise UserError(f"no captioned image in {file}")
-    paths = [folder / image.name for image in listed]
+    paths = [folder / row.name for row in rows]
     if not any(path.is_file() for path in paths):
         raise UserError(
             f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"

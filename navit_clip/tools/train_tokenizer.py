@@ -21,14 +21,14 @@ from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import write_output
 
 
-def iterate_captions(shards: Sequence[str], sources: Sequence[str]) -> Iterator[str]:
-    """Every readable caption of every source, shard by shard, with a progress bar."""
+def iterate_captions(shards: Sequence[str], fields: Sequence[str]) -> Iterator[str]:
+    """Every readable caption of every field, shard by shard, with a progress bar."""
     for path in tqdm(shards, desc="reading captions", unit="shard"):
         try:
             for sample in read_shard(path):
-                for source in sources:
+                for field in fields:
                     try:
-                        yield from find_captions(sample.members, source)
+                        yield from find_captions(sample.members, field)
                     except SkipSampleError:
                         continue
         except ShardError as error:
@@ -37,7 +37,7 @@ def iterate_captions(shards: Sequence[str], sources: Sequence[str]) -> Iterator[
 
 def train_tokenizer(
     shards: Sequence[str],
-    sources: Sequence[str],
+    fields: Sequence[str],
     vocab_size: int,
     output: Path,
     model_type: Literal["unigram", "bpe"] = "unigram",
@@ -46,7 +46,7 @@ def train_tokenizer(
 
     Args:
         shards: Tar files.
-        sources: Caption sources, see `navit_clip.data.captions.find_captions`.
+        fields: Caption fields, see `navit_clip.data.captions.find_captions`.
         vocab_size: Most pieces; fewer if the captions hold fewer.
         output: The file to write.
         model_type: ``unigram``, the paper's; ``bpe`` keeps whole words of a small vocabulary, where
@@ -61,9 +61,9 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    captions = list(iterate_captions(shards, sources))
+    captions = list(iterate_captions(shards, fields))
     if not captions:
-        raise UserError(f"no caption found in {len(shards)} shards under {', '.join(sources)}")
+        raise UserError(f"no caption found in {len(shards)} shards under {', '.join(fields)}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -102,7 +102,7 @@ def main(
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--shards", nargs="+", required=True, help="tars, folders or patterns")
     parser.add_argument(
-        "--captions", nargs="+", default=["txt"], help="caption sources, such as txt json.captions"
+        "--captions", nargs="+", default=["txt"], help="caption fields, such as txt json.captions"
     )
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")

@@ -135,7 +135,7 @@ def test_karpathy_splits(tmp_path, capsys):
     path.write_text(json.dumps({"images": images}))
     common = ("--coco", path, "--images", tmp_path / "images", "--output", tmp_path / "out")
     assert "has splits restval, train, val: name" in refused(capsys, *common)
-    assert "no split test" in refused(capsys, *common, "--split", "test")
+    assert "no split 'test'" in refused(capsys, *common, "--split", "test")
     run(*common, "--split", "train", "restval")
     assert [f["captions"] for f in fields(tmp_path / "out")] == [
         [f"{names[i]} one", f"{names[i]} two"] for i in (0, 2, 3)

@@ -18,10 +18,10 @@ from PIL import Image
 
 from navit_clip.tools.shapes import __main__ as command
 from navit_clip.tools.shapes import scene as scenes
-from navit_clip.tools.shapes.captions import full_caption, training_captions
 from navit_clip.tools.shapes.render import BACKGROUND_RGB, OBJECT_RGB, render
 from navit_clip.tools.shapes.scene import Attributes, Description, Scene
-from navit_clip.tools.shapes.write import (
+from navit_clip.tools.shapes.wording import full_caption, training_captions
+from navit_clip.tools.shapes.write_shapes import (
     retrieval_descriptions,
     retrieval_sample,
     train_sample,

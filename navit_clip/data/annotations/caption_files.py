@@ -1,44 +1,29 @@
 """Reads COCO's ``captions_*.json`` and Karpathy's ``dataset_*.json``.
 
-Beside the shards, the other form in which captioned images come; evaluation reads it as it is,
-`make_shards` makes shards of it. Tables are read by `make_shards.tables`.
+Evaluation reads the images that they name as they are, `make_shards` makes shards of them. Tables
+are read by `tables`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from navit_clip.data.annotations.rows import Row
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One image of a file of captions.
-
-    Attributes:
-        name: Path below the folder of images.
-        captions: Its captions, stripped; there may be none.
-        split: The split that Karpathy's file puts it in; COCO's has none.
-    """
-
-    name: str
-    captions: tuple[str, ...]
-    split: str | None = None
-
-
-def read_caption_file(path: Path) -> list[CaptionedImage]:
-    """All images of a JSON of captions, in the file's order.
+def read_caption_file(path: Path) -> list[Row]:
+    """All images of a JSON of captions, in the file's order; captions are stripped.
 
     An image that is listed twice in one split becomes one with all its captions: twice, each would
     be the other's negative.
 
     Args:
-        path: In COCO's or Karpathy's format, told apart by content.
+        path: In COCO's or Karpathy's format, recognised by content.
 
     Raises:
         UserError: If the file cannot be read, has neither format, or has a caption of an image
@@ -58,7 +43,25 @@ def read_caption_file(path: Path) -> list[CaptionedImage]:
         ) from error
 
 
-def _coco(content: Any, path: Path) -> list[CaptionedImage]:
+def of_splits(rows: Sequence[Row], splits: Sequence[str], path: Path) -> list[Row]:
+    """Rows of some splits.
+
+    Args:
+        rows: See `read_caption_file`.
+        splits: Their names; none takes all rows.
+        path: Of the file, for messages.
+
+    Raises:
+        UserError: If a split does not occur.
+    """
+    present = {row.split for row in rows if row.split is not None}
+    if unknown := sorted(set(splits) - present):
+        has = f"the file has {', '.join(sorted(present))}" if present else "leave --split out"
+        raise UserError(f"no split {', '.join(map(repr, unknown))} in {path}: {has}")
+    return [row for row in rows if not splits or row.split in splits]
+
+
+def _coco(content: Any, path: Path) -> list[Row]:
     names = {image["id"]: str(Path(image["file_name"])) for image in content["images"]}
     found: dict[Any, list[str]] = {identity: [] for identity in names}
     for annotation in content["annotations"]:
@@ -67,23 +70,23 @@ def _coco(content: Any, path: Path) -> list[CaptionedImage]:
                 f"{path}: a caption names image {annotation['image_id']}, which is not listed"
             )
         found[annotation["image_id"]].append(annotation["caption"].strip())
-    return [CaptionedImage(names[i], tuple(captions)) for i, captions in found.items()]
+    return [Row(names[i], tuple(captions)) for i, captions in found.items()]
 
 
-def _karpathy(content: Any) -> list[CaptionedImage]:
+def _karpathy(content: Any) -> list[Row]:
     return [
-        CaptionedImage(
+        Row(
             str(Path(image.get("filepath", "")) / image["filename"]),
             tuple(sentence["raw"].strip() for sentence in image["sentences"]),
-            image.get("split"),
+            split=image.get("split"),
         )
         for image in content["images"]
     ]
 
 
-def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
+def _merged(images: Iterable[Row]) -> list[Row]:
     found: dict[tuple[str, str | None], tuple[str, ...]] = {}
     for image in images:
-        place = image.name, image.split
-        found[place] = found.get(place, ()) + image.captions
-    return [CaptionedImage(name, captions, split) for (name, split), captions in found.items()]
+        key = image.name, image.split
+        found[key] = found.get(key, ()) + image.captions
+    return [Row(name, captions, split=split) for (name, split), captions in found.items()]

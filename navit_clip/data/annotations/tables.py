@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.errors import UserError
-from navit_clip.tools.make_shards.rows import Row, RowSource
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 1 << 24  # the csv module gives up at 128 kB, and alternative texts can be longer
@@ -22,7 +22,7 @@ _LONGEST_FIELD = 1 << 24  # the csv module gives up at 128 kB, and alternative t
 
 def open_table(
     path: Path, images: Path, image_column: str, caption_columns: Sequence[str]
-) -> RowSource:
+) -> ImageList:
     """Rows of a table.
 
     Args:
@@ -67,7 +67,7 @@ def open_table(
             "the captions of an image were put together"
         )
     # They become samples that are skipped, so that they are counted like all the others.
-    return RowSource(images, rows + [Row("", ())] * nameless, notes=notes)
+    return ImageList(images, rows + [Row("", ())] * nameless, notes=notes)
 
 
 def _texts(value: Any) -> list[str]:
@@ -94,7 +94,7 @@ def _delimited(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[l
             if header is None:
                 raise UserError(f"{path} is empty: expected a line of columns' names and rows")
             _check_columns(path, header, columns)
-            places = [header.index(column) for column in columns]
+            positions = [header.index(column) for column in columns]
             for line in reader:
                 if not line:
                     continue
@@ -104,7 +104,7 @@ def _delimited(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[l
                         f"{path} line {reader.line_num} has {len(line)} fields, its header "
                         f"{len(header)}: quote captions that hold the delimiter"
                     )
-                yield [line[place] for place in places]
+                yield [line[position] for position in positions]
         except csv.Error as error:
             raise UserError(f"{path} line {reader.line_num}: {error}; check its quotes") from error
 

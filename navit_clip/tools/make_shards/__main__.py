@@ -8,17 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
+from navit_clip.data.annotations.rows import ImageList
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.tools.make_shards.captioned import open_captions
 from navit_clip.tools.make_shards.class_folders import open_classes
 from navit_clip.tools.make_shards.make import Summary, make_shards, verify_shards
-from navit_clip.tools.make_shards.rows import RowSource
 
 _DESCRIPTION = """Makes webdataset shards of image files, which are copied byte by byte, and their
-captions. The same command goes on after an interruption; --verify checks the result."""
+captions. After an interruption the same command continues; --verify checks the result."""
 
-# Options that mean something for some sources only; a silent one would be a mistake unnoticed.
+# Options that mean something for some kinds of input only; a silent one would be a mistake unnoticed.
 _BELONGS = {
     "images": ("coco", "table"),
     "split": ("coco",),
@@ -49,7 +49,7 @@ def main(
         try:
             return _verify(args) if args.verify is not None else _make(args)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on", file=sys.stderr)
+            print("interrupted: the same command continues", file=sys.stderr)
             return 130
 
 
@@ -77,7 +77,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--classnames", type=Path, metavar="FILE", help="a line per class (the folders' names)"
     )
     parser.add_argument("--samples-per-shard", type=int, help="rows per shard (1000)")
-    parser.add_argument("--shuffle-seed", type=int, help="shuffle the rows (the source's order)")
+    parser.add_argument("--shuffle-seed", type=int, help="shuffle the rows (their own order)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser
 
@@ -86,11 +86,11 @@ def _make(args: argparse.Namespace) -> int:
     _check(args)
     if args.output is None:
         raise UserError("--output is missing: name the folder to write")
-    source = _open(args)
-    for note in source.notes:
+    images = _open(args)
+    for note in images.notes:
         print(note)
     summary = make_shards(
-        source,
+        images,
         args.output,
         samples_per_shard=1000 if args.samples_per_shard is None else args.samples_per_shard,
         shuffle_seed=args.shuffle_seed,
@@ -112,11 +112,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def _open(args: argparse.Namespace) -> RowSource:
+def _open(args: argparse.Namespace) -> ImageList:
     if args.coco is not None:
         if args.images is None:
             raise UserError("--images is missing: name the folder of the images")
-        return open_captions(args.coco, args.images, args.split or ())
+        return _open_captions(args.coco, args.images, args.split or ())
     if args.table is not None:
         return open_table(
             args.table,
@@ -125,6 +125,17 @@ def _open(args: argparse.Namespace) -> RowSource:
             args.caption_column or ["caption"],
         )
     return open_classes(args.classes, args.classnames)
+
+
+def _open_captions(path: Path, images: Path, splits: Sequence[str]) -> ImageList:
+    rows = read_caption_file(path)
+    present = sorted({row.split for row in rows if row.split is not None})
+    if len(present) > 1 and not splits:
+        raise UserError(f"{path} has splits {', '.join(present)}: name those wanted with --split")
+    rows = of_splits(rows, splits, path)
+    if not rows:
+        raise UserError(f"no image in {path}")
+    return ImageList(images, rows)
 
 
 def _report(output: Path, summary: Summary) -> None:

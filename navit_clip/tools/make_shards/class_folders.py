@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
 from navit_clip.files import reading
-from navit_clip.tools.make_shards.rows import Row, RowSource
 
 
-def open_classes(folder: Path, names: Path | None = None) -> RowSource:
-    """Rows of class folders: the label is the folder's place in sorted order.
+def open_classes(folder: Path, names: Path | None = None) -> ImageList:
+    """Rows of class folders: the label is the folder's index in sorted order.
 
     Args:
         folder: Holds ``CLASS/*.jpg``.
@@ -40,7 +40,7 @@ def open_classes(folder: Path, names: Path | None = None) -> RowSource:
     ]
     if not rows:
         raise UserError(f"no image in class folders under {folder}: expected {folder}/CLASS/*.jpg")
-    return RowSource(folder, rows, classnames)
+    return ImageList(folder, rows, classnames)
 
 
 def _read_names(path: Path) -> list[str]:

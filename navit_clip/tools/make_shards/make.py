@@ -1,4 +1,4 @@
-"""Makes all shards of a source, and checks them afterwards."""
+"""Makes all shards of a list of images, and checks them afterwards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.seeding import generator
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, writing
-from navit_clip.tools.make_shards.manifest import (
+from navit_clip.tools.make_shards.shard_manifest import (
     MANIFEST,
     Manifest,
     ShardCheck,
@@ -23,8 +24,7 @@ from navit_clip.tools.make_shards.manifest import (
     read_manifest,
     sole_writer,
 )
-from navit_clip.tools.make_shards.rows import Row, RowSource
-from navit_clip.tools.make_shards.write import ShardRecord, ShardTask, write_shard
+from navit_clip.tools.make_shards.write_shard import ShardRecord, ShardTask, write_shard
 
 CLASSNAMES = "classnames.txt"
 _PROBED = 100  # rows whose files are looked for before anything is written
@@ -71,35 +71,35 @@ class Summary:
 
 
 def make_shards(
-    source: RowSource,
+    images: ImageList,
     output: Path,
     *,
     samples_per_shard: int = 1000,
     shuffle_seed: int | None = None,
     workers: int = 1,
 ) -> Summary:
-    """Writes what is missing of a source's shards.
+    """Writes the shards that are missing.
 
     Args:
-        source: Images and captions.
-        output: A folder that is new, empty or of an earlier run with the same source and settings.
+        images: With their captions or labels.
+        output: A folder that is new, empty or of an earlier run with the same images and settings.
         samples_per_shard: Rows per shard; those skipped leave it with fewer samples.
-        shuffle_seed: Put the rows into a random order, the same for the same seed; None keeps the
-            source's.
+        shuffle_seed: Put the rows into a random order, the same for the same seed; None keeps
+            their own.
         workers: Number of processes; it does not change what is written.
 
     Raises:
         UserError: If the output cannot be used or no row has a usable image.
     """
-    _probe(source)
-    rows = _ordered(source.rows, shuffle_seed)
+    _probe(images)
+    rows = _ordered(images.rows, shuffle_seed)
     starts = range(0, len(rows), samples_per_shard)
     # Wide enough that the shards' names sort in their order.
     width = max(5, len(str(len(starts) - 1)))
     settings = {
         "rows": len(rows),
-        "rows_sha256": source.digest(),
-        "images": str(source.images.resolve()),
+        "rows_sha256": images.digest(),
+        "images": str(images.folder.resolve()),
         "samples_per_shard": samples_per_shard,
         "shuffle_seed": shuffle_seed,
         "shards": len(starts),
@@ -109,7 +109,7 @@ def make_shards(
         tasks = [
             ShardTask(
                 output / f"{shard:0{width}d}.tar",
-                source.images,
+                images.folder,
                 start,
                 rows[start : start + samples_per_shard],
             )
@@ -118,8 +118,8 @@ def make_shards(
         missing = [task for task in tasks if not manifest.is_whole(task.path.name)]
         with writing(f"--output {output}", hint="; once that is fixed, the same command continues"):
             _write(missing, manifest, len(rows), workers)
-            if source.classnames:
-                atomic_write(output / CLASSNAMES, "\n".join(source.classnames) + "\n")
+            if images.classnames:
+                atomic_write(output / CLASSNAMES, "\n".join(images.classnames) + "\n")
             for partial in output.glob("*.tar.partial"):
                 partial.unlink()
             manifest.save()
@@ -139,13 +139,13 @@ def _write(tasks: Sequence[ShardTask], manifest: Manifest, total: int, workers: 
             bar.update(sizes[record.shard])
 
 
-def _probe(source: RowSource) -> None:
-    if not source.images.is_dir():
-        raise UserError(f"no folder at {source.images}: check --images")
-    first = [row.name for row in itertools.islice(source.rows, _PROBED) if row.name]
-    if first and not any((source.images / name).exists() for name in first):
+def _probe(images: ImageList) -> None:
+    if not images.folder.is_dir():
+        raise UserError(f"no folder at {images.folder}: check --images")
+    first = [row.name for row in itertools.islice(images.rows, _PROBED) if row.name]
+    if first and not any((images.folder / name).exists() for name in first):
         raise UserError(
-            f"none of the first {len(first)} images exists, such as {source.images / first[0]}: "
+            f"none of the first {len(first)} images exists, such as {images.folder / first[0]}: "
             "check --images"
         )
 
@@ -154,7 +154,7 @@ def _ordered(rows: Sequence[Row], seed: int | None) -> list[Row]:
     if seed is None:
         return list(rows)
     order = generator(seed, "make_shards").permutation(len(rows))
-    return [rows[place] for place in order.tolist()]
+    return [rows[index] for index in order.tolist()]
 
 
 def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
@@ -165,7 +165,7 @@ def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
         workers: Number of processes.
 
     Returns:
-        What the manifest says, and a line for each thing that is wrong, none if all is well.
+        What the manifest holds, and a line for each error, none if all shards are intact.
 
     Raises:
         UserError: If the folder has no manifest.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import writing
-from navit_clip.tools.shapes.write import ShapesConfig, write_shapes
+from navit_clip.tools.shapes.write_shapes import ShapesConfig, write_shapes
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.shapes") -> int:

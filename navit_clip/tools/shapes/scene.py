@@ -3,7 +3,7 @@
 A `Scene` holds one to three objects on a background. Attributes are drawn first, as `Description`,
 because the splits accept or reject a scene by them alone; `lay_out` then chooses the image's size
 and places the objects so that none overlaps and neighbours have a clear left/right/above/below.
-`captions` and `render` read the result.
+`wording` and `render` read the result.
 """
 
 from __future__ import annotations

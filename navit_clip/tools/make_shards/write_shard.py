@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from navit_clip.data.annotations.rows import Row
 from navit_clip.data.decode import MAX_BYTES, EncodedImage, SkipSampleError
 from navit_clip.files import sha256_of
-from navit_clip.tools.make_shards.rows import Row
 
 NAMED_SKIPS = 8  # per shard; the rest is only counted
 
@@ -36,7 +36,7 @@ class ShardTask:
     Attributes:
         path: The tar to write.
         images: Folder that the rows' names are relative to.
-        first: Place of the first row among all rows; keys count from it.
+        first: Index of the first row among all rows; keys count from it.
         rows: What goes in.
     """
 
@@ -48,7 +48,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard.
+    """What the manifest records of one shard.
 
     Attributes:
         shard: File name; there is no file if `samples` is 0.
@@ -68,7 +68,7 @@ class ShardRecord:
 
 
 def write_shard(task: ShardTask) -> ShardRecord:
-    """Writes a shard beside its place and renames it once it is whole and on the disk.
+    """Writes a shard atomically: it gets its name once it is complete and on the disk.
 
     Raises:
         OSError: If the disk does not take it.
@@ -79,7 +79,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
     partial = task.path.with_name(task.path.name + ".partial")
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for place, row in enumerate(task.rows, task.first):
+            for index, row in enumerate(task.rows, task.first):
                 try:
                     members = make_members(task.images, row)
                 except SkipSampleError as error:
@@ -89,7 +89,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
                     continue
                 for extension, content in members.items():
                     # A fresh TarInfo has no time or owner.
-                    info = tarfile.TarInfo(f"{place:09d}.{extension}")
+                    info = tarfile.TarInfo(f"{index:09d}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
                 samples += 1
@@ -124,7 +124,7 @@ def make_members(images: Path, row: Row) -> dict[str, bytes]:
         raise SkipSampleError("no_caption", "every caption is empty or missing")
     data = _read(images / row.name)
     image = EncodedImage(data)
-    # The header does not tell whether the pixels are all there; an eighth of them is enough to.
+    # The header does not show whether all pixels are there; decoding an eighth of them does.
     image.pixels(max(1, image.height // 8), max(1, image.width // 8))
     fields: dict[str, Any] = {
         "captions": captions,

@@ -1,4 +1,4 @@
-"""The record of a folder of shards: what it was made of, and which shards are whole.
+"""The record of a folder of shards: what it was made of, and which shards are complete.
 
 ``manifest.jsonl`` begins with the settings and has one line per shard. Lines are added as shards
 are finished, in any order, and put into the shards' order at the end, so that an interrupted and
@@ -18,7 +18,7 @@ from typing import Any
 
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, reading, sha256_of, writing
-from navit_clip.tools.make_shards.write import ShardRecord
+from navit_clip.tools.make_shards.write_shard import ShardRecord
 
 MANIFEST = "manifest.jsonl"
 VERSION = 1  # raised when the same rows and files give other bytes
@@ -30,7 +30,7 @@ class Manifest:
 
     Attributes:
         folder: Where it and the shards lie.
-        settings: What the shards were made of; ``shards`` says how many there are to be.
+        settings: What the shards were made of; ``shards`` is how many there are to be.
         records: Finished shards by file name.
     """
 
@@ -153,7 +153,7 @@ class ShardCheck:
 
 
 def find_damage(check: ShardCheck) -> str | None:
-    """Reads a shard; one line that says what is wrong with it, None if nothing is."""
+    """Reads a shard; returns one line about what is wrong with it, None if nothing is."""
     path, record = check.path, check.record
     try:
         if not record.samples:

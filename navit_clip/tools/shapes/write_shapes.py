@@ -32,12 +32,6 @@ from tqdm import tqdm
 
 from navit_clip.data.workers import prepare_worker
 from navit_clip.errors import UserError
-from navit_clip.tools.shapes.captions import (
-    FULL_CAPTIONS,
-    full_caption,
-    prompt_templates,
-    training_captions,
-)
 from navit_clip.tools.shapes.render import encode, render
 from navit_clip.tools.shapes.scene import (
     CLASSES,
@@ -47,6 +41,12 @@ from navit_clip.tools.shapes.scene import (
     lay_out,
     sample_class_description,
     sample_description,
+)
+from navit_clip.tools.shapes.wording import (
+    FULL_CAPTIONS,
+    full_caption,
+    prompt_templates,
+    training_captions,
 )
 
 # Raised when the same arguments give other files, so that an old output is not taken for a new one.
