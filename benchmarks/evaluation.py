@@ -39,8 +39,8 @@ from navit_clip.evaluation.datasets import EvalDataset, Item
 from navit_clip.evaluation.embed import Embedded, embed_dataset
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.texts import share_texts
-from navit_clip.evaluation.zeroshot import class_vectors
+from navit_clip.evaluation.texts import embed_texts
+from navit_clip.evaluation.zeroshot import class_prompts, class_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
@@ -106,9 +106,8 @@ class Packed:
 
     def classes(self, names: Sequence[str]) -> Tensor:
         """Class vectors [C, D] of all prompts."""
-        prompts = [template(name) for name in names for template in SIMPLE_IMAGENET_TEMPLATES]
-        embedded = share_texts(self.model, prompts, ALONE, None)
-        return class_vectors(embedded, names, SIMPLE_IMAGENET_TEMPLATES)
+        prompts = class_prompts(names, SIMPLE_IMAGENET_TEMPLATES)
+        return class_vectors(embed_texts(self.model, prompts, ALONE, None), len(names))
 
 
 class Squares:

@@ -1,4 +1,4 @@
-"""Small evaluation data and models for the tests of the harnesses."""
+"""Small evaluation data and models for the tests of the evaluators."""
 
 from __future__ import annotations
 

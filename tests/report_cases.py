@@ -1,4 +1,4 @@
-"""Results as the harnesses write them, made up."""
+"""Results as the evaluators write them, made up."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def make_entry(kind, setting, size, rng, own=False):
 def make_result(kind, *, settings=tuple(SETTINGS), baselines=2, seed=0):
     rng = random.Random(seed)
     entries = [make_entry(kind, *setting, rng, own=i == 0) for i, setting in enumerate(settings)]
-    headline = ("top1", "top5") if kind == "zeroshot" else ("image_to_text", "text_to_image")
+    headline = (
+        ("top1", "top5", "mean_per_class", "ece")
+        if kind == "zeroshot"
+        else ("image_to_text", "text_to_image")
+    )
     return {
         "model": "runs/a/model",
         "data": "data/val",

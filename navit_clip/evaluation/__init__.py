@@ -1,7 +1,7 @@
-"""The harnesses: ``python -m eval zeroshot | retrieval | summary``, alone or under torchrun.
+"""Evaluation: ``navit-clip eval zeroshot | retrieval | summary``, alone or under torchrun.
 
 Data comes as encoded images with labels or captions (`datasets`, opened by `labelled` and
-`captioned`). `models` and `baselines` are what is judged, each at several `settings`; `encode` and
-`texts` embed on all ranks, with a `cache`; `zeroshot` and `retrieval` judge the embeddings;
-`report`, `gallery` and `summary` show the result to a person. `harness` is all of it from Python.
+`captioned`). `models` and `baselines` are what is evaluated, each at several `settings`; `embed`
+and `texts` embed on all ranks, with a `cache`; an evaluator (`evaluator`, listed in `registry`)
+scores the embeddings; `summary`, `report` and `gallery` show its `results` to a person.
 """

@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.evaluation.arguments import load_models, parse_arguments, read_spec
+from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.cache import Cache
-from navit_clip.evaluation.evaluator import Outcome, judge
-from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_table
+from navit_clip.evaluation.summary import summarise, table
 from navit_clip.files import write_output, writing
 
 
@@ -39,76 +38,41 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.ev
 
 
 def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
-    spec = read_spec(args)
-    _prepare(args)
-    cache = Cache(args.cache, _say) if args.cache is not None else None
+    evaluator = read_evaluator(args)
+    _check_outputs(args)
+    cache = Cache(args.cache, _log) if args.cache is not None else None
     model, baselines = load_models(args, ranks)
-    outcome = judge(
-        model,
-        spec,
-        ranks,
-        args.workers,
-        baselines=baselines,
-        cache=cache,
-        strict=args.strict,
+    result = evaluator.run(
+        model, ranks, args.workers, baselines=baselines, cache=cache, strict=args.strict
     )
-    if outcome is None:
+    if result is None:
         return
-    for line in outcome.data.skips:
+    for line in result.skip_examples:
         print(f"skipped {line}")
-    write_output(args.output, json.dumps(outcome.result, indent=2) + "\n")
-    table = zeroshot_table if args.command == "zeroshot" else retrieval_table
-    print(table(outcome.result))
-    _draw(args, command, outcome)
-
-
-def _draw(args: argparse.Namespace, command: str, outcome: Outcome) -> None:
-    # Imported here: drawing takes a second to load, and most evaluations draw nothing.
-    data, own_ED = outcome.data, outcome.data.embeddings[outcome.model.own_setting]
+    write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
+    print(table(result))
+    # Imported here: matplotlib takes a second to load, and most evaluations draw nothing.
     if args.report is not None:
-        from navit_clip.evaluation import report
+        from navit_clip.evaluation.report.html import write_report
 
-        if outcome.names is not None:
-            assert outcome.classes_CD is not None
-            shown = report.show_zeroshot(
-                outcome.result,
-                data,
-                own_ED,
-                outcome.classes_CD,
-                outcome.names,
-                outcome.model.scale,
-                outcome.dataset,
-                right=outcome.right,
-                only=outcome.only,
-            )
-        else:
-            assert outcome.texts_TD is not None
-            assert outcome.owner_T is not None
-            shown = report.show_retrieval(
-                data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.dataset
-            )
-        report.write_report(args.report, outcome.result, shown, command=command)
+        write_report(args.report, result, evaluator.samples(), command=command)
         print(f"Report: {args.report}")
     if args.curve is not None:
-        from navit_clip.evaluation import report
+        from navit_clip.evaluation.report.curve import draw_curve
 
-        report.draw_curve(args.curve, outcome.result)
+        draw_curve(args.curve, result)
         print(f"Picture: {args.curve}")
-    if args.command == "retrieval" and args.gallery is not None:
-        from navit_clip.evaluation.gallery import draw_gallery
-
-        assert outcome.texts_TD is not None
-        assert outcome.owner_T is not None
-        draw_gallery(data, own_ED, outcome.texts_TD, outcome.owner_T, outcome.dataset, args.gallery)
-        print(f"Picture: {args.gallery}")
+    if (gallery := getattr(args, "gallery", None)) is not None:
+        evaluator.draw_gallery(gallery)
+        print(f"Picture: {gallery}")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     """A line on standard error that leaves a progress bar whole."""
     tqdm.write(f"eval: {line}", file=sys.stderr)
 
 
-def _prepare(args: argparse.Namespace) -> None:
+def _check_outputs(args: argparse.Namespace) -> None:
     """Refuses what cannot be written before the hours of work and not after them."""
     taken: dict[Path, str] = {}
     for name in ("output", "report", "curve", "gallery"):

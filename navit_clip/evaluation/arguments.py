@@ -1,18 +1,20 @@
-"""The command line's words, and what they ask for: models, settings, data."""
+"""The flags of the command line, and what they ask for: an evaluator and models."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from navit_clip.checkpoints.load_run import load_run
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
-from navit_clip.evaluation.evaluator import RetrievalSpec, Spec, ZeroShotSpec
+from navit_clip.evaluation.evaluator import Evaluator
 from navit_clip.evaluation.models import Model, PackedModel
+from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.model import NaViTCLIP
 
 _OPEN_CLIP = "open_clip:"
@@ -35,50 +37,10 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser = _Parser(prog=prog, description="Zero-shot classification and retrieval.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
-    zero = commands.add_parser(
-        "zeroshot", parents=[common], help="zero-shot classification of labelled images"
-    )
-    zero.add_argument(
-        "--data", required=True, help="class folders, a flat folder, or shards with .cls members"
-    )
-    zero.add_argument("--labels", help="for a flat folder: lines of file name and label, or a CSV")
-    zero.add_argument(
-        "--class-map",
-        help="class folder or label to class index: a file, imagenet, or index for plain numbers",
-    )
-    zero.add_argument(
-        "--only-present", action="store_true", help="only classes that occur in the data compete"
-    )
-    zero.add_argument(
-        "--classnames", help="text file, one name per line, or imagenet; default: folder names"
-    )
-    zero.add_argument(
-        "--templates",
-        default="openai",
-        help="openai (80), simple (7), plain (1), or a text file with {} in each line",
-    )
-
-    retrieve = commands.add_parser(
-        "retrieval", parents=[common], help="image-text retrieval, R@1/5/10 both ways"
-    )
-    retrieve.add_argument("--data", help="captioned shards")
-    retrieve.add_argument("--images", help="folder of images; of a table of captions: its own")
-    retrieve.add_argument(
-        "--captions",
-        help="captions_*.json (COCO), dataset_*.json (Karpathy), or a .csv, .tsv or .parquet table",
-    )
-    retrieve.add_argument("--image-column", default="path", help="of a table: the image's path")
-    retrieve.add_argument(
-        "--caption-column", action="append", help="of a table: captions; repeatable"
-    )
-    retrieve.add_argument(
-        "--fields", nargs="+", default=["txt"], help="caption fields in shards: txt json.FIELD"
-    )
-    retrieve.add_argument("--split", help="split of a Karpathy file (default: test if it has one)")
-    retrieve.add_argument(
-        "--gallery", type=Path, help="PNG of sample images with their best captions"
-    )
-
+    for kind, evaluator in EVALUATORS.items():
+        evaluator.add_arguments(
+            commands.add_parser(kind, parents=[common], help=evaluator.description)
+        )
     summary = commands.add_parser("summary", help="tables of the results in a directory")
     summary.add_argument("directory", type=Path)
     return parser.parse_args(argv)
@@ -96,7 +58,7 @@ def _common() -> _Parser:
         "--baseline",
         action="append",
         default=[],
-        help="judged beside it: open_clip:NAME or an exported model; repeatable",
+        help="evaluated beside it: open_clip:NAME or an exported model; repeatable",
     )
     models.add_argument(
         "--baseline-weights",
@@ -116,7 +78,7 @@ def _common() -> _Parser:
         "--max-tokens",
         type=_numbers("64,128,256"),
         default=(),
-        help="token budgets per image, such as 64,128,256; the model's own is always included",
+        help="token limits per image, such as 64,128,256; the model's own is always included",
     )
     settings.add_argument(
         "--native", action="store_true", help="images at their own size, never enlarged"
@@ -128,7 +90,7 @@ def _common() -> _Parser:
         help="images as squares of these sides in pixels, such as 224",
     )
     common.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    common.add_argument("--report", type=Path, help="HTML file to write: figures and pictures")
+    common.add_argument("--report", type=Path, help="HTML file to write: metrics and pictures")
     common.add_argument("--curve", type=Path, help="PNG to write: accuracy against tokens")
     common.add_argument("--cache", type=Path, help="directory that keeps embeddings for next time")
     common.add_argument(
@@ -165,36 +127,21 @@ def _numbers(example: str) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
-def read_spec(args: argparse.Namespace) -> Spec:
-    """What is judged, on what data and at which settings.
+def read_evaluator(args: argparse.Namespace) -> Evaluator[Any]:
+    """The evaluator of the command with its data and settings.
 
     Raises:
-        UserError: If the words contradict each other.
+        UserError: If flags contradict each other.
     """
-    settings = {"max_tokens": args.max_tokens, "native": args.native, "square": args.square}
+    evaluator = EVALUATORS[args.command]
+    given = {field.name: getattr(args, field.name) for field in fields(evaluator.Spec)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if value is not None
+    }
     try:
-        if args.command == "zeroshot":
-            return ZeroShotSpec(
-                args.data,
-                labels=args.labels,
-                class_map=args.class_map,
-                only_present=args.only_present,
-                classnames=args.classnames,
-                templates=args.templates,
-                **settings,
-            )
-        if args.data is None and args.captions is None:
-            raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")
-        return RetrievalSpec(
-            args.data,
-            args.images,
-            args.captions,
-            image_column=args.image_column,
-            caption_columns=tuple(args.caption_column or ("caption",)),
-            fields=tuple(args.fields),
-            split=args.split,
-            **settings,
-        )
+        return evaluator(evaluator.Spec(**values))
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error
 

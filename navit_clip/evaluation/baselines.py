@@ -1,4 +1,4 @@
-"""open_clip's models as the harnesses see them, to compare with on the same images and captions.
+"""Models of open_clip as baselines, on the same images and captions.
 
 A baseline gets what its authors gave it: open_clip's own evaluation transform, its own tokenizer
 padded to its context, squares only. Weights come from a local file; nothing is downloaded.

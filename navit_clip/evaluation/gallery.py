@@ -24,7 +24,7 @@ def draw_gallery(
     data: Embedded,
     images_ED: Tensor,
     texts_TD: Tensor,
-    owner_T: Tensor,
+    image_T: Tensor,
     dataset: EvalDataset,
     output: Path,
 ) -> None:
@@ -36,7 +36,7 @@ def draw_gallery(
         data: The embedded dataset, for names and captions.
         images_ED: Image embeddings at one setting.
         texts_TD: Caption embeddings.
-        owner_T: Index of each caption's image.
+        image_T: Index of each caption's image.
         dataset: Read again for the pixels of the images shown.
         output: PNG file to write.
 
@@ -61,10 +61,10 @@ def draw_gallery(
         best = scores.topk(min(_CAPTIONS, len(texts))).indices.tolist()
         y = top + _THUMB + 8
         for caption in best:
-            own = int(owner_T[caption]) == index
+            right = int(image_T[caption]) == index
             lines = _wrap(f"{scores[caption]:.2f} {texts[caption]}", font)
             draw.multiline_text(
-                (left, y), "\n".join(lines), fill=_RIGHT if own else _WRONG, font=font, spacing=3
+                (left, y), "\n".join(lines), fill=_RIGHT if right else _WRONG, font=font, spacing=3
             )
             y += _LINE * len(lines) + 6
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Models as the harnesses see them: sizes images, embeds them and captions, whatever is inside.
+"""Models as the evaluators see them: they size images and embed them and captions.
 
 `PackedModel` is one of ours, in memory or exported; `navit_clip.evaluation.baselines` holds others
 to compare with.

@@ -1,24 +1,58 @@
-"""A harness's JSON as typed rows: one per model and setting, baselines among them.
+"""Results of an evaluation as typed values; JSON is written from them and read back into them.
 
-Tables, curves and reports all read results through here, so that a damaged one is refused in one
-place and figures have one name and one form everywhere.
+An evaluator makes an `EvalResult` with one row per model and setting; tables (`summary`), curves
+and reports show it. What the metrics are called and how they are compared is in the table of
+`Metric` that each evaluator has, so that nothing here or there knows an evaluator by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 from navit_clip.errors import UserError
+from navit_clip.evaluation.settings import EvalSetting
 
-_WAYS = {"image_to_text": "I→T", "text_to_image": "T→I"}
-_ZEROSHOT = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "ece": "ECE"}
-_NEEDED = ("top1", "top5")
-DIRECTIONS = {"I→T": "image → text", "T→I": "text → image"}
-# What the curve and the groups show, by kind of result.
-MAIN = {"zeroshot": ("top-1", "top-5"), "retrieval": ("I→T R@1", "T→I R@1")}
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is compared and shown.
+
+    Attributes:
+        label: Heading of its column, such as ``top-1``.
+        group: Heading over the columns of several metrics, such as ``image → text``.
+        abbreviation: Of the group, for where there is no such heading.
+        is_headline: Whether it is in curves, breakdowns and log lines; every result must have it.
+        lower_is_better: Whether a smaller value is the better one.
+        is_fraction: Whether it is shown as a percentage.
+    """
+
+    label: str
+    group: str = ""
+    abbreviation: str = ""
+    is_headline: bool = False
+    lower_is_better: bool = False
+    is_fraction: bool = True
+
+    @property
+    def name(self) -> str:
+        """``top-1``, ``I→T R@1``."""
+        return f"{self.abbreviation} {self.label}".strip()
+
+    def format(self, value: float | None) -> str:
+        """``41.3%`` for a fraction, ``3`` for another number, a dash for None and NaN."""
+        if self.is_fraction or value is None or math.isnan(value):
+            return percent(value)
+        return f"{value:g}"
+
+
+def percent(value: float | None) -> str:
+    """``41.3%``; a dash for None and NaN."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 @dataclass(frozen=True)
@@ -28,12 +62,12 @@ class Group:
     Attributes:
         label: What they have in common.
         images: How many.
-        figures: By name, shares of one.
+        metrics: Over these images.
     """
 
     label: str
     images: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -43,8 +77,8 @@ class Confusion:
     Attributes:
         name: The class.
         images: How many it has.
-        top1: Share of them that are recognised.
-        taken_for: Other classes, and the share of the images taken for each.
+        top1: Fraction of them that are recognised.
+        taken_for: Other classes, and the fraction of the images taken for each.
     """
 
     name: str
@@ -59,61 +93,71 @@ class Row:
 
     Attributes:
         model: Its name.
-        series: 0 for the model that was judged, 1 and on for baselines.
-        kind: ``capped``, ``native`` or ``square``.
-        label: The setting, as in ``256``, ``native``, ``224²``.
-        own: Whether the setting is the model's own.
-        tokens: Mean tokens per image.
-        padding: Share of tokens that are padding, if known.
-        gflops: Forward cost of an image, if known.
-        figures: By name, in the order of tables: shares of one, and median ranks.
-        aspect: Groups by aspect ratio, if any.
-        size: Groups by native size, if any.
-        confusions: The worst classes, if any.
-        per_class: Accuracy by class, if known.
+        series: 0 for the model under evaluation, 1 and on for baselines.
+        setting: How images were shown to it.
+        is_own: Whether the setting is the model's own.
+        mean_tokens: Tokens of an image.
+        padding: Fraction of the computed tokens that is padding, if known.
+        flops_per_image: Forward FLOPs of an image, if known.
+        metrics: By key, in the order of tables.
+        by_aspect: Groups by aspect ratio.
+        by_size: Groups by native size.
+        per_class: Accuracy by class, if measured.
+        confusions: The worst classes, if measured.
     """
 
     model: str
     series: int
-    kind: str
-    label: str
-    own: bool
-    tokens: float
+    setting: EvalSetting
+    is_own: bool
+    mean_tokens: float
     padding: float | None
-    gflops: float | None
-    figures: dict[str, float]
-    aspect: tuple[Group, ...]
-    size: tuple[Group, ...]
-    confusions: tuple[Confusion, ...]
-    per_class: dict[str, float]
+    flops_per_image: float | None
+    metrics: dict[str, float]
+    by_aspect: tuple[Group, ...] = ()
+    by_size: tuple[Group, ...] = ()
+    per_class: dict[str, float] = field(default_factory=dict)
+    confusions: tuple[Confusion, ...] = ()
+
+    @property
+    def gflops(self) -> float | None:
+        """Forward cost of an image in 1e9 FLOPs, if known."""
+        return self.flops_per_image / 1e9 if self.flops_per_image else None
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one evaluation found.
+class EvalResult:
+    """What one evaluation measured.
 
     Attributes:
-        kind: ``zeroshot`` or ``retrieval``.
-        model: Name or path of the model.
+        kind: The evaluator's name.
+        title: What it does.
+        metrics: All its metrics by key. Slashes in a key are levels of the JSON.
         data: Name or path of the data.
-        images: Images judged.
-        others: Classes or captions.
-        skipped: Unusable images by reason.
-        rows: The model's settings, then each baseline's.
+        counts: How many images there were, and how many of what they were compared with.
+        skipped: Unusable images and captions by reason.
+        rows: The model's settings in order, then each baseline's.
+        skip_examples: The first few unusable ones in words; not written.
     """
 
-    kind: Literal["zeroshot", "retrieval"]
-    model: str
+    kind: str
+    title: str
+    metrics: Mapping[str, Metric]
     data: str
-    images: int
-    others: int
+    counts: dict[str, int]
     skipped: dict[str, int]
     rows: tuple[Row, ...]
+    skip_examples: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def model(self) -> str:
+        """Name or path of the model under evaluation."""
+        return self.rows[0].model
 
     @property
     def own(self) -> Row:
-        """The model at its own setting; the first one where none is marked."""
-        return next((row for row in self.rows if row.own and row.series == 0), self.rows[0])
+        """The model at its own setting; the first row where none is marked."""
+        return next((row for row in self.rows if row.is_own and not row.series), self.rows[0])
 
     @property
     def has_baselines(self) -> bool:
@@ -121,72 +165,152 @@ class Result:
         return any(row.series for row in self.rows)
 
     @property
-    def title(self) -> str:
-        """One line on what was judged."""
-        if self.kind == "zeroshot":
-            return f"Zero-shot: {self.images:,} images, {self.others:,} classes"
-        return f"Retrieval: {self.images:,} images, {self.others:,} captions"
+    def models(self) -> dict[int, str]:
+        """Names by series."""
+        return {row.series: row.model for row in self.rows}
 
+    @property
+    def shown(self) -> dict[str, Metric]:
+        """The metrics that any row has, in the order of tables."""
+        return {
+            key: metric
+            for key, metric in self.metrics.items()
+            if any(key in row.metrics for row in self.rows)
+        }
 
-def read_result(result: Any) -> Result:
-    """Reads what ``zeroshot`` or ``retrieval`` wrote.
+    @property
+    def headline(self) -> dict[str, Metric]:
+        """The metrics of curves and log lines."""
+        return {key: metric for key, metric in self.metrics.items() if metric.is_headline}
 
-    Args:
-        result: The JSON's content.
+    @property
+    def heading(self) -> str:
+        """One line on what was evaluated."""
+        counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
+        return f"{self.title}: {counts}"
 
-    Raises:
-        UserError: If it is damaged or something else; names the key.
-    """
-    if not isinstance(result, Mapping) or not ({"top1", "image_to_text"} & result.keys()):
-        raise UserError("no result of an evaluation: neither top1 nor image_to_text is in it")
-    kind: Literal["zeroshot", "retrieval"] = "zeroshot" if "top1" in result else "retrieval"
-    try:
-        name = str(result.get("model", "model"))
-        models = [(name, result["views"])]
-        models += [(str(b["model"]), b["views"]) for b in result.get("baselines", ())]
-        rows = [
-            _row(entry, kind, model, series)
-            for series, (model, entries) in enumerate(models)
-            for entry in entries
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the metrics of the model's own setting stand at the top as well."""
+        settings: dict[int, list[dict[str, Any]]] = {series: [] for series in self.models}
+        for row in self.rows:
+            settings[row.series].append(_row_to_json(row))
+        baselines = [
+            {"model": self.models[series], "views": rows}
+            for series, rows in settings.items()
+            if series
         ]
-        if not models[0][1]:
-            raise ValueError("no views")
-        return Result(
-            kind=kind,
-            model=name,
-            data=str(result.get("data") or ""),
-            images=int(result["images"]),
-            others=int(result["classes" if kind == "zeroshot" else "captions"]),
-            skipped={str(reason): int(n) for reason, n in dict(result["skipped"]).items()},
-            rows=tuple(rows),
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "data": self.data,
+            **_nest(self.own.metrics),
+            "max_tokens": self.own.setting.max_tokens,
+            **self.counts,
+            "skipped": self.skipped,
+            "views": settings[0],
+            "baselines": baselines,
+        }
+
+    @classmethod
+    def from_json(
+        cls,
+        content: Mapping[str, Any],
+        kind: str,
+        title: str,
+        metrics: Mapping[str, Metric],
+        counts: Sequence[str],
+    ) -> EvalResult:
+        """Reads what `to_json` gave.
+
+        Args:
+            content: The JSON.
+            kind: The evaluator that made it.
+            title: Of the evaluator.
+            metrics: Of the evaluator.
+            counts: Names of the evaluator's counts.
+
+        Raises:
+            UserError: If it is damaged; names the key.
+        """
+        try:
+            models = [(str(content.get("model", "model")), content["views"])]
+            models += [(str(b["model"]), b["views"]) for b in content.get("baselines", ())]
+            if not models[0][1]:
+                raise ValueError("no views")
+            return cls(
+                kind=kind,
+                title=title,
+                metrics=metrics,
+                data=str(content.get("data") or ""),
+                counts={name: int(content[name]) for name in counts},
+                skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
+                rows=tuple(
+                    _row_from_json(entry, metrics, model, series)
+                    for series, (model, entries) in enumerate(models)
+                    for entry in entries
+                ),
+            )
+        except KeyError as error:
+            raise UserError(f"damaged result: {error} is missing; evaluate again") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"damaged result: {error}; evaluate again") from error
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    entry = {
+        "view": row.setting.kind,
+        "label": row.setting.label,
+        "max_tokens": row.setting.max_tokens,
+        "side": row.setting.side,
+        "own": row.is_own,
+        "mean_tokens": row.mean_tokens,
+        "padding": row.padding,
+        "flops_per_image": row.flops_per_image,
+        **_nest(row.metrics),
+    }
+    if row.per_class:
+        entry["per_class"] = row.per_class
+        entry["confusions"] = [
+            {
+                "class": confusion.name,
+                "images": confusion.images,
+                "top1": confusion.top1,
+                "taken_for": [{"class": n, "share": share} for n, share in confusion.taken_for],
+            }
+            for confusion in row.confusions
+        ]
+    for name, groups in (("by_aspect", row.by_aspect), ("by_size", row.by_size)):
+        entry[name] = [
+            {"label": group.label, "images": group.images, **_nest(group.metrics)}
+            for group in groups
+        ]
+    return entry
+
+
+def _row_from_json(
+    entry: Mapping[str, Any], metrics: Mapping[str, Metric], model: str, series: int
+) -> Row:
+    """Parts that results of earlier versions lack may be missing."""
+    kind, label = entry["view"], str(entry["label"])
+    aspect, size = (
+        tuple(
+            Group(str(g["label"]), int(g["images"]), _read_metrics(g, metrics))
+            for g in entry.get(name) or ()
         )
-    except KeyError as error:
-        raise UserError(f"damaged result: {error} is missing; evaluate again") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"damaged result: {error}; evaluate again") from error
-
-
-def format_figure(name: str, value: float | None) -> str:
-    """``41.3%`` for a share, ``3`` for a median rank, a dash for none."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:g}" if name.endswith("median") else f"{value:.1%}"
-
-
-def _row(entry: Mapping[str, Any], kind: str, model: str, series: int) -> Row:
-    flops = entry.get("flops_per_image")
+        for name in ("by_aspect", "by_size")
+    )
     return Row(
         model=model,
         series=series,
-        kind=str(entry["view"]),
-        label=str(entry["label"]),
-        own=bool(entry["own"]),
-        tokens=float(entry["mean_tokens"]),
+        setting=EvalSetting(kind, None if kind == "native" else int(label.rstrip("²"))),
+        is_own=bool(entry["own"]),
+        mean_tokens=float(entry["mean_tokens"]),
         padding=_optional(entry.get("padding")),
-        gflops=float(flops) / 1e9 if flops else None,
-        figures=_figures(entry, kind),
-        aspect=_groups(entry.get("by_aspect"), kind),
-        size=_groups(entry.get("by_size"), kind),
+        flops_per_image=_optional(entry.get("flops_per_image")),
+        metrics=_read_metrics(entry, metrics),
+        by_aspect=aspect,
+        by_size=size,
+        per_class={str(k): float(v) for k, v in (entry.get("per_class") or {}).items()},
         confusions=tuple(
             Confusion(
                 name=str(c["class"]),
@@ -196,28 +320,32 @@ def _row(entry: Mapping[str, Any], kind: str, model: str, series: int) -> Row:
             )
             for c in entry.get("confusions") or ()
         ),
-        per_class={str(k): float(v) for k, v in (entry.get("per_class") or {}).items()},
     )
 
 
-def _groups(groups: Any, kind: str) -> tuple[Group, ...]:
-    return tuple(Group(str(g["label"]), int(g["images"]), _figures(g, kind)) for g in groups or ())
+def _read_metrics(entry: Mapping[str, Any], metrics: Mapping[str, Metric]) -> dict[str, float]:
+    found = {}
+    for key, metric in metrics.items():
+        try:
+            value: Any = reduce(getitem, key.split("/"), entry)
+        except KeyError:
+            if metric.is_headline:
+                raise
+            continue
+        found[key] = math.nan if value is None else float(value)
+    return found
 
 
-def _figures(entry: Mapping[str, Any], kind: str) -> dict[str, float]:
-    """Figures by their names in tables; results of older days lack some."""
-    if kind == "zeroshot":
-        keys = [key for key in _ZEROSHOT if key in entry or key in _NEEDED]
-        return {_ZEROSHOT[key]: _number(entry[key]) for key in keys}
-    return {
-        f"{short} {'median' if key == 'median_rank' else key}": _number(value)
-        for way, short in _WAYS.items()
-        for key, value in entry[way].items()
-    }
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _nest(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """``{"a/b": 1}`` to ``{"a": {"b": 1}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in metrics.items():
+        *above, last = key.split("/")
+        place = nested
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return nested
 
 
 def _optional(value: Any) -> float | None:

@@ -1,47 +1,34 @@
-"""What the harnesses found, as tables for the terminal."""
+"""Results as tables for the terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation.results import DIRECTIONS, Result, Row, format_figure, read_result
+from navit_clip.evaluation.registry import EVALUATORS, read_result
+from navit_clip.evaluation.results import EvalResult, Metric, Row
 
 _COLUMNS = 100  # of a terminal; the model's name gives way, but not below
 _NAME = 12
-_IN_TRAINING = "-step-"  # the trainer's own, of which metrics.jsonl is the summary
+_IN_TRAINING = "-step-"  # written by a training run, of which metrics.jsonl is the summary
 
 
-def zeroshot_table(result: dict[str, Any]) -> str:
-    """Accuracy against tokens and cost, one row per setting, baselines below.
+def table(result: EvalResult, file: str = "") -> str:
+    """Metrics against tokens and cost, one row per setting, baselines below.
 
-    Raises:
-        UserError: If the result is damaged.
+    Args:
+        result: The result.
+        file: It was read from, to tell several apart.
     """
-    return _table(read_result(result))
-
-
-def retrieval_table(result: dict[str, Any]) -> str:
-    """Recall against tokens and cost, one row per setting, baselines below.
-
-    Raises:
-        UserError: If the result is damaged.
-    """
-    return _table(read_result(result))
-
-
-def _table(result: Result, file: str = "") -> str:
-    names = list(dict.fromkeys(name for row in result.rows for name in row.figures))
-    short = [name.split(" ", 1)[1] if name.split(" ")[0] in DIRECTIONS else name for name in names]
-    short = [name.replace("median", "med") for name in short]
-    rows = [["setting", "tokens", "GFLOPs", *short], *(_cells(row, names) for row in result.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    metrics = result.shown
+    names = ["setting", "tokens", "GFLOPs", *(metric.label for metric in metrics.values())]
+    rows = [names, *(_cells(row, metrics) for row in result.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))
-    above = _over(names, widths)
+    above = _group_headings(metrics, widths)
     if result.has_baselines:
         most = max(_NAME, _COLUMNS - 2 - len(lines[0]))
         models = [_shorten(row.model, most) for row in result.rows]
@@ -52,26 +39,24 @@ def _table(result: Result, file: str = "") -> str:
     foot = ["* the model's own setting"]
     if result.skipped:
         foot.append("skipped: " + ", ".join(f"{why} {n}" for why, n in result.skipped.items()))
-    return "\n".join([result.title + (f" ({file})" if file else ""), *above, *lines, *foot])
+    return "\n".join([result.heading + (f" ({file})" if file else ""), *above, *lines, *foot])
 
 
-def _over(names: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """A line above the headings of retrieval that says the direction."""
-    if not any(name.split(" ")[0] in DIRECTIONS for name in names):
-        return []
+def _group_headings(metrics: Mapping[str, Metric], widths: Sequence[int]) -> list[str]:
+    """A line above the headings of the columns that names groups of metrics, if there are any."""
     line, at = "", sum(widths[:3]) + 3 * 2
-    for name, width in zip(names, widths[3:], strict=True):
-        way = DIRECTIONS.get(name.split(" ")[0], "")
-        if way and way not in line:
-            line = line.ljust(at) + way
+    for metric, width in zip(metrics.values(), widths[3:], strict=True):
+        if metric.group not in line:
+            line = line.ljust(at) + metric.group
         at += width + 2
-    return [line]
+    return [line] if line else []
 
 
-def _cells(row: Row, names: Sequence[str]) -> list[str]:
+def _cells(row: Row, metrics: Mapping[str, Metric]) -> list[str]:
     gflops = "–" if row.gflops is None else f"{row.gflops:.3g}"
-    figures = [format_figure(name, row.figures.get(name)) for name in names]
-    return [f"{row.label} *" if row.own else row.label, f"{row.tokens:.1f}", gflops, *figures]
+    values = [metric.format(row.metrics.get(key)) for key, metric in metrics.items()]
+    label = f"{row.setting.label} *" if row.is_own else row.setting.label
+    return [label, f"{row.mean_tokens:.1f}", gflops, *values]
 
 
 def _shorten(name: str, most: int) -> str:
@@ -86,8 +71,8 @@ def summarise(directory: Path) -> str:
         UserError: If there is none, or one is damaged.
     """
     parts = []
-    for pattern in ("zeroshot*.json", "retrieval*.json"):
-        for path in sorted(directory.glob(pattern)):
+    for kind in EVALUATORS:
+        for path in sorted(directory.glob(f"{kind}*.json")):
             if _IN_TRAINING in path.name:
                 continue
             try:
@@ -96,9 +81,10 @@ def summarise(directory: Path) -> str:
                 raise UserError(f"{path} is damaged: {error}; evaluate again") from error
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
-            parts.append(_table(result, path.name))
+            parts.append(table(result, path.name))
     if not parts:
-        raise UserError(f"no zeroshot.json or retrieval.json in {directory}: evaluate first")
+        names = " or ".join(f"{kind}.json" for kind in EVALUATORS)
+        raise UserError(f"no {names} in {directory}: evaluate first")
     files = [f"Report: {path}" for path in sorted(directory.glob("*.html"))]
     files += [f"Picture: {path}" for path in sorted(directory.glob("*.png"))]
     return "\n\n".join([*parts, *(["\n".join(files)] if files else [])])

@@ -5,10 +5,12 @@ Prompts are ensembled as CLIP and open_clip do: normalise each, average, normali
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +18,230 @@ from torch import Tensor
 
 from navit_clip.data.annotations.labels import is_index, read_text, unnamed_label
 from navit_clip.errors import UserError
-from navit_clip.evaluation.breakdown import by_aspect, by_size
 from navit_clip.evaluation.calibration import expected_calibration_error
-from navit_clip.evaluation.cost import describe_setting
+from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
+from navit_clip.evaluation.labelled import Labelled, open_labelled
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.retrieval import TIE
-from navit_clip.evaluation.settings import EvalSetting
+from navit_clip.evaluation.ranking import Predictions, classify, fraction
+from navit_clip.evaluation.report.samples import ReportSamples, classification_samples
+from navit_clip.evaluation.results import Confusion, Metric, Row
 
 Template = Callable[[str], str]
 
 _MARKS = ("{}", "{c}")
-_SCORES = 1 << 22  # compared at a time, 32 MiB of them
 _WORST, _TAKEN_FOR = 10, 3  # classes shown among the confusions, and what they are taken for
 
 
-def _read_lines(path: str, what: str, names: str) -> list[str]:
-    lines = [line.strip() for line in read_text(path, what, names).splitlines()]
-    return [line for line in lines if line]
+@dataclass(frozen=True)
+class ZeroShotSpec(EvalSpec):
+    """Zero-shot classification of labelled images.
+
+    Attributes:
+        data: Class folders, a flat folder with `labels`, or shards with ``.cls`` members.
+        labels: File that says which class each image of a flat folder has, or None.
+        class_map: From class folder or label to class index: a file, ``imagenet`` or ``index``.
+        only_present: Only classes that occur in the data compete.
+        classnames: Text file with one name per line, or ``imagenet``; None takes the folders'.
+        templates: ``openai`` (80), ``simple`` (7), ``plain`` (1), or a text file.
+
+    Raises:
+        ValueError: If a field is empty or out of range; the message names it.
+    """
+
+    data: str
+    labels: str | None = None
+    class_map: str | None = None
+    only_present: bool = False
+    classnames: str | None = None
+    templates: str = "openai"
+
+    def __post_init__(self) -> None:
+        self.check_given("data", "templates")
+        super().__post_init__()
+
+    @property
+    def data_name(self) -> str:
+        """The data."""
+        return self.data
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Which classes compete, and which are right for the images.
+
+    Attributes:
+        competitors: Class indices, sorted.
+        titles: Their names.
+        groups: Names of groups of images for which the same classes are right.
+        right_LC: Which competitors are right for each group, bool.
+        group_E: Group of each image, int64.
+    """
+
+    competitors: list[int]
+    titles: list[str]
+    groups: list[str]
+    right_LC: Tensor
+    group_E: Tensor
+
+
+class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
+    """Compares images with class names.
+
+    Attributes:
+        labelled: The images and what is known of their classes; set by `open`.
+        names: Class names by index; set by `open`.
+        templates: Prompt templates; set by `open`.
+    """
+
+    kind = "zeroshot"
+    title = "Zero-shot"
+    description = "zero-shot classification of labelled images"
+    Spec = ZeroShotSpec
+    METRICS: ClassVar = {
+        "top1": Metric("top-1", is_headline=True),
+        "top5": Metric("top-5", is_headline=True),
+        "mean_per_class": Metric("mean per class"),
+        "ece": Metric("ECE", lower_is_better=True),
+    }
+    COUNTS = ("images", "classes")
+
+    labelled: Labelled
+    names: list[str]
+    templates: list[Template]
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """The flags of the data, its classes and the prompts."""
+        parser.add_argument(
+            "--data",
+            required=True,
+            help="class folders, a flat folder, or shards with .cls members",
+        )
+        parser.add_argument(
+            "--labels", help="for a flat folder: lines of file name and label, or a CSV"
+        )
+        parser.add_argument(
+            "--class-map",
+            help="class folder or label to class index: a file, imagenet, or index for plain "
+            "numbers",
+        )
+        parser.add_argument(
+            "--only-present",
+            action="store_true",
+            help="only classes that occur in the data compete",
+        )
+        parser.add_argument(
+            "--classnames", help="text file, one name per line, or imagenet; default: folder names"
+        )
+        parser.add_argument(
+            "--templates",
+            default="openai",
+            help="openai (80), simple (7), plain (1), or a text file with {} in each line",
+        )
+
+    def open(self) -> EvalDataset:
+        """Opens the labelled images and reads class names and templates."""
+        spec = self.spec
+        self.labelled = open_labelled(spec.data, spec.labels, spec.class_map)
+        self.names = load_classnames(spec.classnames, self.labelled.folders)
+        self.labelled.check_names(self.names)
+        self.templates = load_templates(spec.templates)
+        return self.labelled.dataset
+
+    def texts(self, data: Embedded) -> list[str]:
+        """The prompts of all classes, class by class."""
+        return class_prompts(self.names, self.templates)
+
+    def counts(self, data: Embedded) -> tuple[int, ...]:
+        """Images, and classes that compete."""
+        return len(data.labels), len(self._classes(data).competitors)
+
+    def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
+        """Accuracy, confusions and calibration at every setting."""
+        classes = self._classes(data)
+        classes_CD = self._class_vectors(texts_TD, classes)
+        images_L = classes.group_E.bincount(minlength=len(classes.groups))
+        for setting, images_ED in data.embeddings.items():
+            found = classify(images_ED, classes_CD, classes.right_LC, classes.group_E, model.scale)
+            top1_E = found.rank_E < 1
+            hits_L = classes.group_E[top1_E].bincount(minlength=len(classes.groups))
+            accuracy_L = hits_L / images_L.double()
+            measure = partial(_accuracy, found.rank_E)
+            yield make_row(
+                model,
+                data,
+                setting,
+                {
+                    **measure(torch.arange(len(images_ED))),
+                    "mean_per_class": accuracy_L.mean().item(),
+                    "ece": expected_calibration_error(found.confidence_E, top1_E),
+                },
+                measure,
+                per_class=dict(zip(classes.groups, accuracy_L.tolist(), strict=True)),
+                confusions=[
+                    _confusion(classes, found, i, accuracy)
+                    for i, accuracy in _worst(accuracy_L, images_L)
+                ],
+            )
+
+    def samples(self) -> ReportSamples:
+        """Sample images, the surest mistakes, those of the worst classes, and calibration."""
+        classes = self._classes(self.data)
+        return classification_samples(
+            self.dataset,
+            self.data,
+            self.data.embeddings[self.model.own_setting],
+            self._class_vectors(self.texts_TD, classes),
+            classes.right_LC,
+            classes.group_E,
+            self.model.scale,
+            classes=classes.titles,
+            groups=classes.groups,
+            worst=[confusion.name for confusion in self.result.own.confusions],
+        )
+
+    def _classes(self, data: Embedded) -> ClassTable:
+        """What the labels of the images mean.
+
+        Raises:
+            UserError: If a label has no name.
+        """
+        right = self.labelled.right
+        answers = {label: right.get(label, (label,)) for label in sorted(set(data.labels))}
+        present = self.labelled.present(data.labels)
+        if unnamed := set(present) - set(range(len(self.names))):
+            raise unnamed_label(max(unnamed), len(self.names))
+        competitors = present if self.spec.only_present else list(range(len(self.names)))
+        row = {label: i for i, label in enumerate(answers)}
+        column = {index: i for i, index in enumerate(competitors)}
+        right_LC = torch.zeros(len(row), len(column), dtype=torch.bool)
+        for label, found in answers.items():
+            right_LC[row[label], [column[index] for index in found]] = True
+        # ImageNet has two missiles and two pairs of sunglasses.
+        count = Counter(self.names)
+        unique = [n if count[n] == 1 else f"{n} ({i})" for i, n in enumerate(self.names)]
+        return ClassTable(
+            competitors=competitors,
+            titles=[unique[index] for index in competitors],
+            groups=[" / ".join(unique[index] for index in found) for found in answers.values()],
+            right_LC=right_LC,
+            group_E=torch.tensor([row[label] for label in data.labels]),
+        )
+
+    def _class_vectors(self, texts_TD: Tensor, classes: ClassTable) -> Tensor:
+        return class_vectors(texts_TD, len(self.names))[classes.competitors]
+
+
+def class_prompts(names: Sequence[str], templates: Sequence[Template]) -> list[str]:
+    """Every template filled with every name, class by class."""
+    return [template(name) for name in names for template in templates]
+
+
+def class_vectors(texts_TD: Tensor, classes: int) -> Tensor:
+    """One unit vector per class, float32 [C, D], of the embeddings of `class_prompts`."""
+    return F.normalize(texts_TD.unflatten(0, (classes, -1)).mean(1), dim=-1)
 
 
 def load_templates(name: str) -> list[Template]:
@@ -68,11 +276,11 @@ def _template(line: str) -> Template:
 
 
 def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str]:
-    """Class names by label.
+    """Class names by index.
 
     Args:
         name: ``imagenet``, a text file with one name per line, or None to read the folders'.
-        folders: The data's own names of its classes in label order, None if labels are indices.
+        folders: The data's own names of its classes in index order, None if labels are indices.
 
     Raises:
         UserError: If there are none, or they cannot be those of the folders.
@@ -104,196 +312,32 @@ def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str
     return names
 
 
-def class_vectors(model: Model, names: Sequence[str], templates: Sequence[Template]) -> Tensor:
-    """One unit vector per class, float32 [classes, D]."""
-    prompts = [template(name) for name in names for template in templates]
-    vectors = model.embed_texts(prompts).unflatten(0, (len(names), len(templates)))
-    return F.normalize(vectors.mean(1), dim=-1)
+def _read_lines(path: str, what: str, names: str) -> list[str]:
+    lines = [line.strip() for line in read_text(path, what, names).splitlines()]
+    return [line for line in lines if line]
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What a model makes of each image.
-
-    Attributes:
-        rank_E: Wrong classes at least as near as the nearest right one, int64; 0 is the best.
-        rival_E: The nearest wrong class, int64; -1 if every class is right.
-        confidence_E: Probability of the nearest class, float64.
-    """
-
-    rank_E: Tensor
-    rival_E: Tensor
-    confidence_E: Tensor
+def _accuracy(rank_E: Tensor, index: Tensor) -> dict[str, float]:
+    return {f"top{k}": fraction(rank_E[index] < k) for k in (1, 5)}
 
 
-def classify(
-    embeddings_ED: Tensor, classes_CD: Tensor, right_LC: Tensor, group_E: Tensor, scale: float
-) -> Verdicts:
-    """Compares every image with every class, a block of images at a time.
-
-    Ties go against the model: a class as near as the right one counts as nearer, and so does one
-    whose score is not a number.
-
-    Args:
-        embeddings_ED: Unit vectors of the images.
-        classes_CD: Unit vectors of the classes.
-        right_LC: Which classes are right, bool, a row per group of images; at least one in each.
-        group_E: Row of each image.
-        scale: The factor on cosine similarities that makes logits.
-    """
-    classes_CD = classes_CD.double()
-    parts = []
-    block = max(1, _SCORES // len(classes_CD))
-    for images, group in zip(embeddings_ED.split(block), group_E.split(block), strict=True):
-        scores = images.double() @ classes_CD.T
-        right = right_LC[group]
-        wrong = scores.masked_fill(right, -torch.inf)
-        # Several may be right: the nearest counts, and none of them stands in another's way.
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        rank = (~(scores < best - TIE) & ~right).sum(1)
-        rival = torch.where(right.all(1), -1, wrong.argmax(1))
-        parts.append((rank, rival, (scale * scores).softmax(1).amax(1)))
-    rank_E, rival_E, confidence_E = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Verdicts(rank_E, rival_E, confidence_E)
+def _worst(accuracy_L: Tensor, images_L: Tensor) -> list[tuple[int, float]]:
+    """The worst groups and their accuracy; of equals the larger one first."""
+    wrong = [(i, accuracy) for i, accuracy in enumerate(accuracy_L.tolist()) if accuracy < 1]
+    return sorted(wrong, key=lambda one: (one[1], -int(images_L[one[0]]), one[0]))[:_WORST]
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Images by what is right for them.
-
-    Attributes:
-        names: Of each group.
-        right_LC: Classes that are right for each, bool.
-        group_E: Group of each image, int64.
-        competitors: Names of the classes that compete.
-    """
-
-    names: list[str]
-    right_LC: Tensor
-    group_E: Tensor
-    competitors: list[str]
-
-
-def judge(
-    model: Model,
-    data: Embedded,
-    names: Sequence[str],
-    templates: Sequence[Template],
-    *,
-    right: Mapping[int, tuple[int, ...]] | None = None,
-    only: Sequence[int] | None = None,
-    classes_CD: Tensor | None = None,
-) -> dict[str, Any]:
-    """Accuracy, confusions and calibration at every setting.
-
-    Args:
-        model: The model, for the prompts, its own setting, its scale and its costs.
-        data: Embedded images with labels.
-        names: Class names by label.
-        templates: Prompt templates.
-        right: All classes that are right by label, for labels that have several.
-        only: Classes that compete; None for all that have a name.
-        classes_CD: `class_vectors` of all names, if there are any already.
-
-    Returns:
-        Plain values for JSON: the figures at the model's own setting, and ``views``.
-
-    Raises:
-        UserError: If a label has no name.
-    """
-    right = right or {}
-    answers = {label: right.get(label, (label,)) for label in sorted(set(data.labels))}
-    used = {index for found in answers.values() for index in found}
-    if unnamed := {*used, *(only or ())} - set(range(len(names))):
-        raise unnamed_label(max(unnamed), len(names))
-    chosen = list(range(len(names))) if only is None else sorted({*only, *used})
-    groups = _group(data.labels, answers, names, chosen)
-    if classes_CD is None:
-        classes_CD = class_vectors(model, [names[index] for index in chosen], templates)
-    else:
-        classes_CD = classes_CD[chosen]
-    settings = [_entry(model, data, setting, groups, classes_CD) for setting in data.embeddings]
-    own = next(entry for entry in settings if entry["own"])
-    headline = ("top1", "top5", "mean_per_class", "ece", "max_tokens")
-    return {
-        **{name: own[name] for name in headline},
-        "images": len(data.labels),
-        "classes": len(chosen),
-        "skipped": dict(data.skipped),
-        "views": settings,
-    }
-
-
-def _group(
-    labels: Sequence[int],
-    answers: Mapping[int, tuple[int, ...]],
-    names: Sequence[str],
-    chosen: Sequence[int],
-) -> _Groups:
-    row = {label: i for i, label in enumerate(answers)}
-    column = {index: i for i, index in enumerate(chosen)}
-    right_LC = torch.zeros(len(row), len(chosen), dtype=torch.bool)
-    for label, found in answers.items():
-        right_LC[row[label], [column[index] for index in found]] = True
-    # ImageNet has two missiles and two pairs of sunglasses.
-    count = Counter(names)
-    shown = [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-    group_E = torch.tensor([row[label] for label in labels])
-    titles = [" / ".join(shown[index] for index in found) for found in answers.values()]
-    return _Groups(titles, right_LC, group_E, [shown[index] for index in chosen])
-
-
-def _entry(
-    model: Model, data: Embedded, setting: EvalSetting, groups: _Groups, classes_CD: Tensor
-) -> dict[str, Any]:
-    verdicts = classify(
-        data.embeddings[setting], classes_CD, groups.right_LC, groups.group_E, model.scale
+def _confusion(classes: ClassTable, found: Predictions, group: int, accuracy: float) -> Confusion:
+    """What the images of a group are taken for."""
+    inside = classes.group_E == group
+    images = int(inside.sum())
+    wrong = found.wrong_E[inside & (found.rank_E >= 1)].tolist()
+    return Confusion(
+        name=classes.groups[group],
+        images=images,
+        top1=accuracy,
+        taken_for=tuple(
+            (classes.titles[index], n / images)
+            for index, n in Counter(wrong).most_common(_TAKEN_FOR)
+        ),
     )
-    top1_E, top5_E = verdicts.rank_E < 1, verdicts.rank_E < 5
-    images_L = groups.group_E.bincount(minlength=len(groups.names))
-    accuracy_L = groups.group_E[top1_E].bincount(minlength=len(groups.names)) / images_L.double()
-
-    def figures(index: Tensor) -> dict[str, Any]:
-        return {"images": len(index), "top1": _share(top1_E[index]), "top5": _share(top5_E[index])}
-
-    return {
-        **describe_setting(model, data, setting),
-        "top1": _share(top1_E),
-        "top5": _share(top5_E),
-        "mean_per_class": accuracy_L.mean().item(),
-        "ece": expected_calibration_error(verdicts.confidence_E, top1_E),
-        "per_class": dict(zip(groups.names, accuracy_L.tolist(), strict=True)),
-        "confusions": _confusions(groups, images_L, accuracy_L, verdicts),
-        "by_aspect": [{"label": label, **figures(i)} for label, i in by_aspect(data.sizes)],
-        "by_size": [{"label": label, **figures(i)} for label, i in by_size(data.sizes)],
-    }
-
-
-def _share(hits: Tensor) -> float:
-    return hits.double().mean().item()
-
-
-def _confusions(
-    groups: _Groups, images_L: Tensor, accuracy_L: Tensor, verdicts: Verdicts
-) -> list[dict[str, Any]]:
-    """The worst classes, and what their images are taken for; of equals the larger one first."""
-    worst = sorted(
-        (i for i, accuracy in enumerate(accuracy_L.tolist()) if accuracy < 1),
-        key=lambda i: (accuracy_L[i].item(), -int(images_L[i]), i),
-    )[:_WORST]
-    found = []
-    for i in worst:
-        missed = (groups.group_E == i) & (verdicts.rank_E >= 1)
-        rivals = Counter(verdicts.rival_E[missed].tolist()).most_common(_TAKEN_FOR)
-        images = int(images_L[i])
-        found.append(
-            {
-                "class": groups.names[i],
-                "images": images,
-                "top1": accuracy_L[i].item(),
-                "taken_for": [
-                    {"class": groups.competitors[rival], "share": n / images} for rival, n in rivals
-                ],
-            }
-        )
-    return found

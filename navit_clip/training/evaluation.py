@@ -1,9 +1,9 @@
-"""Evaluation during training: the harnesses of `eval` at their own cadences, on all ranks.
+"""Evaluation during training: evaluators at their own cadences, on all ranks.
 
 `navit_clip.training.trainer` asks `Evaluations` after each step. Each rank gets a second model, of
-the very weights that would be exported: without sharding or an average they are shared, not copied.
-The training goes on as if nothing had been: its model is never called, and its random generators
-are put back.
+the very weights that would be exported: without sharding or an EMA they are shared, not copied. The
+training goes on as if nothing had been: its model is never called, and its random generators are
+put back.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from itertools import islice
-from operator import getitem
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,20 +22,13 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from navit_clip.data.decode import SkipSampleError
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.evaluation import retrieval
-from navit_clip.evaluation.evaluator import (
-    RetrievalSpec,
-    Spec,
-    ZeroShotSpec,
-    evaluate,
-    open_retrieval,
-    open_zeroshot,
-)
+from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import EvalSetting, make_settings
+from navit_clip.evaluation.registry import EVALUATORS
+from navit_clip.evaluation.results import EvalResult, Metric
+from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import write_output
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
@@ -51,19 +42,7 @@ if TYPE_CHECKING:  # the run's configuration contains this module's
     from navit_clip.training.config import TrainConfig
     from navit_clip.training.step import Stepper
 
-_SPECS: dict[str, type[Spec]] = {"zeroshot": ZeroShotSpec, "retrieval": RetrievalSpec}
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
-_PROBED = 100  # images of which one must be readable for a run to begin
-_RECALLS = tuple(f"R@{k}" for k in retrieval.KS)
-_FIGURES: dict[type[Spec], tuple[str, ...]] = {
-    ZeroShotSpec: ("top1", "top5", "mean_per_class", "ece"),
-    RetrievalSpec: tuple(
-        f"{way}/{figure}"
-        for way in ("image_to_text", "text_to_image")
-        for figure in (*_RECALLS, "median_rank")
-    ),
-}
-_LOWER_IS_BETTER = ("ece", "median_rank")
 
 
 @dataclass(frozen=True)
@@ -71,20 +50,21 @@ class EvalConfig:
     """Evaluation during training.
 
     Attributes:
-        harnesses: By a name of your own, which figures and files are called by. ``kind`` of each is
-            ``zeroshot`` or ``retrieval``, ``every_steps`` its cadence (default 1000; one evaluation
-            is also made after the last step), and all else a field of
-            `navit_clip.evaluation.evaluator.ZeroShotSpec` or `RetrievalSpec`: data, images,
-            captions, classnames, templates, max_tokens and more.
-        best: Keep the best model by this figure in best/ of the run directory, such as
+        evaluators: By a name of your own, which metrics and files are called by. ``kind`` of each
+            is one of `navit_clip.evaluation.registry` (``zeroshot``, ``retrieval``),
+            ``every_steps`` its cadence (default 1000; one evaluation is also made after the last
+            step), and all else a field of its specification, such as
+            `navit_clip.evaluation.retrieval.RetrievalSpec`: data, images, captions, classnames,
+            templates, max_tokens and more.
+        best: Keep the best model by this metric in best/ of the run directory, such as
             ``coco/text_to_image/R@1``; null keeps none.
         workers: Decoding processes per rank; 0 decodes in the trainer's.
 
     Raises:
-        ValueError: If a harness is misconfigured or its name is no file name; names the field.
+        ValueError: If an evaluator is misconfigured or its name is no file name; names the field.
     """
 
-    harnesses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
     best: str | None = None
     workers: int = 1
 
@@ -94,32 +74,34 @@ class EvalConfig:
         self.plans()
 
     def plans(self) -> dict[str, Plan]:
-        """The harnesses, typed.
+        """The evaluators, typed.
 
         Raises:
             ValueError: As above.
         """
-        for name in self.harnesses:
+        for name in self.evaluators:
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"eval.harnesses: {name!r} is no name of letters, digits, '_', '.' and '-'"
+                    f"eval.evaluators: {name!r} is no name of letters, digits, '_', '.' and '-'"
                 )
-        return {name: _plan(name, dict(values)) for name, values in self.harnesses.items()}
+        return {name: _plan(name, dict(values)) for name, values in self.evaluators.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One harness of a run.
+    """One evaluator of a run.
 
     Attributes:
-        spec: What is judged, and on what.
+        kind: Which one. Made for each evaluation, since it keeps the embeddings of its last one.
+        spec: What is evaluated, on what data.
         every_steps: Steps between evaluations.
 
     Raises:
         ValueError: If `every_steps` is below 1.
     """
 
-    spec: Spec
+    kind: type[Evaluator[Any]]
+    spec: EvalSpec
     every_steps: int = 1000
 
     def __post_init__(self) -> None:
@@ -129,29 +111,29 @@ class Plan:
 
 def _plan(name: str, values: dict[str, Any]) -> Plan:
     kind = values.pop("kind", None)
-    if kind not in _SPECS:
+    if kind not in EVALUATORS:
         raise ValueError(
-            f"eval.harnesses.{name}.kind must be one of {', '.join(_SPECS)}, got {kind!r}"
+            f"eval.evaluators.{name}.kind must be one of {', '.join(EVALUATORS)}, got {kind!r}"
         )
     # Not types of the run's own parser: it would report every kind's objections to a mistake.
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--every_steps", type=int, default=Plan.every_steps)
-    parser.add_class_arguments(_SPECS[kind], "spec")
+    parser.add_class_arguments(EVALUATORS[kind].Spec, "spec")
     every = {"every_steps": values.pop("every_steps")} if "every_steps" in values else {}
     try:
         parsed = parser.instantiate(parser.parse_object({**every, "spec": values}))
-        return Plan(parsed.spec, parsed.every_steps)
+        return Plan(EVALUATORS[kind], parsed.spec, parsed.every_steps)
     except (ArgumentError, ValueError, TypeError) as error:
         said = str(error).replace("Parser key ", "").replace("spec.", "")
-        raise ValueError(f"eval.harnesses.{name}: {said}") from error
+        raise ValueError(f"eval.evaluators.{name}: {said}") from error
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one harness found, on the first rank.
+class LoggedResult:
+    """What one evaluation gave, on rank 0.
 
     Attributes:
-        values: For the log: the step, and ``eval/NAME/FIGURE`` of each figure.
+        values: For the log: the step, and ``eval/NAME/METRIC`` of each metric.
         line: For the terminal.
     """
 
@@ -169,7 +151,7 @@ class Evaluations:
         ranks: This process among all of them.
 
     Raises:
-        UserError: If a harness has no data, or a setting or figure asked for does not exist.
+        UserError: If an evaluator has no data, or a setting or metric asked for does not exist.
     """
 
     def __init__(
@@ -184,17 +166,16 @@ class Evaluations:
         self._tokenizer, self._preprocess = tokenizer, preprocess
         self._plans = config.eval.plans()
         if self._plans:
-            self._check_specs()
+            self._check_data()
         self._best: BestModel | None = None
-        metric = config.eval.best
-        if metric is not None:
-            self._check_best(metric)
+        best = config.eval.best
+        if best is not None:
+            metric = self._find_metric(best)
             if ranks.is_first:
-                lower = metric.rpartition("/")[2] in _LOWER_IS_BETTER
-                self._best = BestModel(self._run_dir, metric, lower=lower)
+                self._best = BestModel(self._run_dir, best, lower=metric.lower_is_better)
 
     def due(self, step: int, logged: Collection[str] = ()) -> list[str]:
-        """Names of the harnesses whose turn it is.
+        """Names of the evaluators that are due.
 
         Args:
             step: Steps taken.
@@ -209,17 +190,17 @@ class Evaluations:
 
     def run(
         self, names: Sequence[str], step: int, stepper: Stepper, watch: StallWatch
-    ) -> Iterator[Finding]:
+    ) -> Iterator[LoggedResult]:
         """Evaluates the weights as they are; every rank consumes the whole iterator.
 
         Args:
             names: From `due`, the same on all ranks.
             step: Steps taken.
             stepper: Holds the weights.
-            watch: Told whenever an evaluation has come further.
+            watch: Gets a heartbeat whenever an evaluation has come further.
 
         Yields:
-            What each harness found, on the first rank alone.
+            What each evaluator measured, on rank 0 alone.
 
         Raises:
             UserError: If data has become unreadable, or the disk takes no result.
@@ -229,69 +210,66 @@ class Evaluations:
         trained = exported(stepper)
         trained.tokenizer, trained.preprocess = self._tokenizer, self._preprocess
         for name in names:
-            spec = self._plans[name].spec
-            since = time.perf_counter()
+            plan, since = self._plans[name], time.perf_counter()
             beat = partial(watch.begin, f"the evaluation {name} of step {step}", slow=True)
             beat()
             title = f"{self._run_dir} step {step}"
             model = _InTraining(trained, title, self.config.precision, beat)
             with _generators_kept(self.ranks.device):
-                result = evaluate(model, spec, self.ranks, self.config.eval.workers)
+                result = plan.kind(plan.spec).run(model, self.ranks, self.config.eval.workers)
             if result is not None:
-                yield self._finding(name, step, result, trained, since)
+                yield self._log(name, step, result, trained, since)
 
-    def _finding(
-        self, name: str, step: int, result: dict[str, Any], model: NaViTCLIP, since: float
-    ) -> Finding:
-        spec = self._plans[name].spec
+    def _log(
+        self, name: str, step: int, result: EvalResult, model: NaViTCLIP, since: float
+    ) -> LoggedResult:
         path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
-        write_output(path, json.dumps({"step": step, **result}, indent=2) + "\n")
-        figures = _figures(name, spec, result)
-        headline = ("top1", "top5")
-        if isinstance(spec, RetrievalSpec):
-            headline = ("image_to_text/R@1", "text_to_image/R@1")
+        write_output(path, json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")
+        values = {
+            _key(name, None if row.is_own else row.setting, key): value
+            for row in result.rows
+            for key, value in row.metrics.items()
+        }
         line = f"step {step}, {name}: " + ", ".join(
-            f"{figure.replace('/', ' ')} {figures[_key(name, None, figure)]:.1%}"
-            for figure in headline
+            f"{key.replace('/', ' ')} {metric.format(result.own.metrics[key])}"
+            for key, metric in result.headline.items()
         )
         best = self._best
         # Before the log: what is logged is not evaluated again after a kill.
         if (
             best is not None
-            and best.metric in figures
-            and best.offer(figures[best.metric], step, model.save_pretrained)
+            and best.metric in values
+            and best.offer(values[best.metric], step, model.save_pretrained)
         ):
             line += ", the best so far"
         seconds = time.perf_counter() - since
-        values = {"step": step, **{f"eval/{key}": value for key, value in figures.items()}}
-        values[f"eval/{name}/seconds"] = seconds
-        return Finding(values, f"{line} ({seconds:.1f} s)")
+        logged = {"step": step, **{f"eval/{key}": value for key, value in values.items()}}
+        logged[f"eval/{name}/seconds"] = seconds
+        return LoggedResult(logged, f"{line} ({seconds:.1f} s)")
 
-    def _check_specs(self) -> None:
+    def _check_data(self) -> None:
         """Opens everything once: better one line now than after a day."""
         with torch.device("meta"):  # of shapes alone
             model = NaViTCLIP(self.config.model, self._tokenizer, self._preprocess)
         packed = PackedModel(model, "")
         for name, plan in self._plans.items():
-            spec = plan.spec
             try:
-                for setting in _settings(spec):
-                    packed.check(setting)
-                _probe(spec)
+                plan.kind(plan.spec).check(packed)
             except UserError as error:
-                raise UserError(f"eval.harnesses.{name}: {error}") from error
+                raise UserError(f"eval.evaluators.{name}: {error}") from error
 
-    def _check_best(self, metric: str) -> None:
+    def _find_metric(self, best: str) -> Metric:
         own = EvalSetting("capped", self._preprocess.max_tokens)
-        known = [
-            _key(name, None if setting == own else setting, figure)
+        known = {
+            _key(name, None if setting == own else setting, key): metric
             for name, plan in self._plans.items()
-            for setting in (own, *_settings(plan.spec))
-            for figure in _FIGURES[type(plan.spec)]
-        ]
-        if metric not in known:
-            options = ", ".join(dict.fromkeys(known)) or "nothing without eval.harnesses"
-            raise UserError(f"eval.best: no harness reports {metric!r}, only {options}")
+            for setting in (own, *plan.spec.settings)
+            for key, metric in plan.kind.METRICS.items()
+        }
+        if best not in known:
+            options = ", ".join(known) or "nothing without eval.evaluators"
+            raise UserError(f"eval.best: no evaluator reports {best!r}, only {options}")
+        return known[best]
 
 
 class _InTraining(PackedModel):
@@ -306,7 +284,7 @@ class _InTraining(PackedModel):
     ) -> None:
         super().__init__(model, name)
         self._beat = beat
-        # Around the towers alone: similarities and figures stay in float32.
+        # Around the towers alone: similarities and metrics stay in float32.
         self._autocast = torch.autocast(
             model.device.type, torch.bfloat16, enabled=precision == "bf16"
         )
@@ -342,42 +320,6 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _settings(spec: Spec) -> list[EvalSetting]:
-    return make_settings(spec.max_tokens, spec.native, spec.square)
-
-
-def _key(name: str, setting: EvalSetting | None, figure: str) -> str:
-    if setting is None:
-        return f"{name}/{figure}"
-    label = (
-        f"{setting.size}px" if setting.kind == "square" else setting.label
-    )  # no ² on a command line
-    return f"{name}/{label}/{figure}"
-
-
-def _figures(name: str, spec: Spec, result: dict[str, Any]) -> dict[str, float]:
-    """Figures by NAME/FIGURE, those of settings beside the model's own by NAME/VIEW/FIGURE."""
-    found = {}
-    for entry in result["views"]:
-        setting = EvalSetting(entry["view"], entry["max_tokens"] or entry["side"])
-        for figure in _FIGURES[type(spec)]:
-            value = reduce(getitem, figure.split("/"), entry)
-            found[_key(name, None if entry["own"] else setting, figure)] = float(value)
-    return found
-
-
-def _probe(spec: Spec) -> None:
-    """Finds out whether there is anything to evaluate on.
-
-    Raises:
-        UserError: If not.
-    """
-    dataset = (
-        open_zeroshot(spec)[0].dataset if isinstance(spec, ZeroShotSpec) else open_retrieval(spec)
-    )
-    first: SkipSampleError | None = None
-    for item in islice(dataset.read(0, 1), _PROBED):
-        if not isinstance(item.data, SkipSampleError):
-            return
-        first = first or item.data
-    raise UserError(f"no image can be read: {first or 'there is none'}")
+def _key(name: str, setting: EvalSetting | None, metric: str) -> str:
+    """NAME/METRIC at the model's own setting, NAME/SETTING/METRIC at the others."""
+    return f"{name}/{metric}" if setting is None else f"{name}/{setting.key}/{metric}"

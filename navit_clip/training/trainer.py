@@ -2,7 +2,7 @@
 
 Ties the parts together and holds nothing of its own: data from `navit_clip.data.loader`, the step
 from `navit_clip.training.step`, state on disk through `navit_clip.checkpoints.checkpoint`, figures
-through `navit_clip.training.metrics`, and those of harnesses from `navit_clip.training.evaluation`.
+through `navit_clip.training.metrics`, and results from `navit_clip.training.evaluation`.
 """
 
 from __future__ import annotations

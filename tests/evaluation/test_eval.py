@@ -1,4 +1,4 @@
-"""The harnesses from the outside: the command line, and embeddings however the work is shared."""
+"""The evaluators from the outside: the command line, and embeddings however the work is shared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shard_factory import CAPTIONS, encode, photo, sample, write_shard
 
 from navit_clip.data.decode import EncodedImage
 from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.retrieval import Retrieval
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.inference import embed as embedding
 from navit_clip.inference.embed import image_vectors, size_image
@@ -97,7 +98,7 @@ def place(scores: torch.Tensor, own: int) -> int:
     return int((scores >= scores[own]).sum()) - 1
 
 
-def common_figures(result, model, lengths):
+def common_metrics(result, model, lengths):
     config = model.config
     assert [
         EvalSetting(e["view"], e["max_tokens"] or e["side"]) for e in result["views"]
@@ -135,7 +136,7 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
         lines = templates.read_text().replace("{}", name.replace("_", " ")).splitlines()
         vectors.append(torch.cat([model.encode_text([line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
-    common_figures(result, model, embedded.lengths)
+    common_metrics(result, model, embedded.lengths)
     for entry, setting in zip(result["views"], SETTINGS, strict=True):
         scores = embedded.embeddings[setting].double() @ classes.T
         ranks = [place(row, own) for row, own in zip(scores, embedded.labels, strict=True)]
@@ -185,7 +186,7 @@ def test_retrieval(model_dir, data, tmp_path, capsys):
     embedded = embed(PackedModel(model, "tiny"), open_dataset(data, "coco"))
     captions = [(i, text) for i, texts in enumerate(embedded.captions) for text in texts]
     texts = torch.cat([model.encode_text([text]) for _, text in captions]).double()
-    common_figures(result, model, embedded.lengths)
+    common_metrics(result, model, embedded.lengths)
     for entry, setting in zip(result["views"], SETTINGS, strict=True):
         scores = embedded.embeddings[setting].double() @ texts.T
         to_image = [place(scores[:, j], own) for j, (own, _) in enumerate(captions)]
@@ -274,9 +275,7 @@ def test_a_mistake_is_one_line(command, change, named, model_dir, data, tmp_path
 def test_no_work_is_done_for_a_file_that_cannot_be_written(
     model_dir, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(
-        "navit_clip.evaluation.__main__.judge", lambda *args, **options: pytest.fail("judged")
-    )
+    monkeypatch.setattr(Retrieval, "run", lambda *args, **options: pytest.fail("evaluated"))
 
     def refuse(dir):
         raise PermissionError(13, "Permission denied")

@@ -21,7 +21,7 @@ from navit_clip.evaluation.cache import Cache, ImageBlock, TextBlock, tensors_di
 from navit_clip.evaluation.embed import embed_dataset
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.texts import share_texts
+from navit_clip.evaluation.texts import embed_texts
 from navit_clip.export.pretrained import save_pretrained
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
@@ -139,8 +139,8 @@ def test_a_damaged_file_is_named_and_made_again(damage, model_dir, data, tmp_pat
     damaged = files(tmp_path)[2]
     damage(damaged)
     said: list[str] = []
-    mended, looked = embed(model_dir, dataset, tmp_path, said=said)
-    assert_same(fresh, mended)
+    fixed, looked = embed(model_dir, dataset, tmp_path, said=said)
+    assert_same(fresh, fixed)
     assert 0 < looked <= 3
     (line,) = said
     assert str(damaged) in line
@@ -154,16 +154,16 @@ def test_texts_are_kept_too(model_dir, tmp_path, monkeypatch):
     model = Counting(NaViTCLIP.from_directory(model_dir), "tiny")
     words = ["a dog", "two birds", "a bicycle", "a dog", "a boat"]
     cache = Cache(tmp_path)
-    first = share_texts(model, words, ALONE, cache).embed_texts(words)
+    first = embed_texts(model, words, ALONE, cache)
     assert model.texts == 5
-    assert torch.equal(share_texts(model, words, ALONE, cache).embed_texts(words), first)
+    assert torch.equal(embed_texts(model, words, ALONE, cache), first)
     assert model.texts == 5
-    share_texts(model, ["two birds", "a bicycle", "a boat", "two birds"], ALONE, cache)
+    embed_texts(model, ["two birds", "a bicycle", "a boat", "two birds"], ALONE, cache)
     assert model.texts == 9  # a block is found as a whole
     alone = torch.cat([model.embed_texts([word]) for word in words])
     torch.testing.assert_close(first, alone, atol=1e-5, rtol=0)
-    none = share_texts(model, [], ALONE, cache).embed_texts([])
-    assert none.shape == (0, 8)
+    assert torch.equal(first[0], first[3])  # equal texts, though in different blocks
+    assert embed_texts(model, [], ALONE, cache).shape == (0, 8)
 
 
 def test_blocks_come_back_as_they_were(tmp_path):

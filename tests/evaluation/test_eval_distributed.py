@@ -1,4 +1,4 @@
-"""The harnesses on 1, 2 and 3 ranks, equal to the last bit, with fewer blocks than ranks too."""
+"""The evaluators on 1, 2 and 3 ranks, equal to the last bit, with fewer blocks than ranks too."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation import datasets, texts
 from navit_clip.evaluation.embed import Embedded
-from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
 from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
+from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 from navit_clip.model import NaViTCLIP
 
 DATASETS = ("classes", "coco", "mixed", "single", "bad", "cut")
@@ -36,21 +37,21 @@ def blocks(monkeypatch):
     monkeypatch.setattr(texts, "TEXT_BLOCK", texts.TEXT_BLOCK)
 
 
-def specs(root: Path) -> list[ZeroShotSpec | RetrievalSpec]:
+def evaluators(root: Path) -> list[ZeroShot | Retrieval]:
     settings = {"max_tokens": (6,), "native": True, "square": (32,)}
     templates = str(root / "templates.txt")
     images, captions = str(root / "coco/images"), str(root / "coco/captions.json")
     return [
-        ZeroShotSpec(str(root / "classes"), templates=templates, **settings),
-        # The label without a name is found by the first rank alone.
-        ZeroShotSpec(str(root / "classes"), classnames=templates, templates="plain"),
-        RetrievalSpec(images=images, captions=captions, **settings),
-        RetrievalSpec(str(root / "single"), **settings),
+        ZeroShot(ZeroShotSpec(str(root / "classes"), templates=templates, **settings)),
+        # The label without a name is found by rank 0 alone.
+        ZeroShot(ZeroShotSpec(str(root / "classes"), classnames=templates, templates="plain")),
+        Retrieval(RetrievalSpec(images=images, captions=captions, **settings)),
+        Retrieval(RetrievalSpec(str(root / "single"), **settings)),
     ]
 
 
 def everything(model_dir: Path, root: Path, ranks: Ranks, cases):
-    """What embedding gives by (dataset, workers), or the line it fails with, and all figures."""
+    """What embedding gives by (dataset, workers), or the line it fails with, and all results."""
     small_blocks()
     model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
     embedded: dict[tuple[str, int], Embedded | str] = {}
@@ -59,13 +60,14 @@ def everything(model_dir: Path, root: Path, ranks: Ranks, cases):
             embedded[name, workers] = embed(model, open_dataset(root, name), ranks, workers)
         except UserError as error:
             embedded[name, workers] = str(error)
-    figures = []
-    for spec in specs(root):
+    results = []
+    for evaluator in evaluators(root):
         try:
-            figures.append(json.dumps(evaluate(model, spec, ranks, 0)))
+            result = evaluator.run(model, ranks, 0)
+            results.append(json.dumps(result and result.to_json()))
         except UserError as error:
-            figures.append(str(error))
-    return embedded, figures
+            results.append(str(error))
+    return embedded, results
 
 
 def on_rank(model_dir: Path, root: Path, store: Path, cases):
@@ -100,7 +102,7 @@ def one_thread():
 
 @pytest.mark.usefixtures("blocks", "one_thread")
 def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
-    alone, figures = everything(model_dir, data, ALONE, [(name, 0) for name in DATASETS])
+    alone, results = everything(model_dir, data, ALONE, [(name, 0) for name in DATASETS])
     with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
     assert multiprocessing.active_children() == []
     # Without workers: those of a spawned rank import everything anew, with blocks of full size.
@@ -118,12 +120,12 @@ def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data,
     assert "fetch the shard again" in alone["cut", 0]
     assert alone["mixed", 0].names == ["0/0", "0/2", "0/3", "1/0"]
 
-    assert [len(json.loads(figures[i])["views"]) for i in (0, 2, 3)] == [4, 4, 4]
-    assert "2 class names for 4" in figures[1]
+    assert [len(json.loads(results[i])["views"]) for i in (0, 2, 3)] == [4, 4, 4]
+    assert "2 class names for 4" in results[1]
     for world in (three, two):
-        assert world[0][1] == figures
+        assert world[0][1] == results
         for _, others in world[1:]:
-            assert others == ["null", figures[1], "null", "null"]
+            assert others == ["null", results[1], "null", "null"]
 
 
 def test_blocks_are_whole_wherever_they_are_read(data, blocks):

@@ -1,4 +1,4 @@
-"""ViT-B-32 through the harness against open_clip's own functions, on real photos and captions.
+"""ViT-B-32 through the evaluators against open_clip's own functions, on real photos and captions.
 
 Few photos, classes and captions, for time. The two sides embed in batches of different sizes, which
 moves scores by about 1e-7: where others lie nearer than `NOISE` to the right one's, the rank may be
@@ -18,11 +18,11 @@ from eval_cases import ALONE
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from navit_clip.evaluation.arguments import load_models, parse_arguments, read_spec
-from navit_clip.evaluation.evaluator import judge
-from navit_clip.evaluation.retrieval import pair_ranks
+from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
+from navit_clip.evaluation.ranking import classify, pair_ranks
+from navit_clip.evaluation.retrieval import image_of_captions
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.zeroshot import classify
+from navit_clip.evaluation.zeroshot import class_vectors
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 NOISE = 1e-6
@@ -47,18 +47,19 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    """Judges by the command line's words; returns the whole outcome."""
+    """Evaluates by the command line's words; returns the evaluator and its result as JSON."""
     models = []
 
     def run(root, *words):
         flags = ["--model", "open_clip:ViT-B-32", "--random-weights", 0, "--square", 224]
         flags += ["--output", root / "result.json", "--device", "cpu"]
-        args = parse_arguments([str(word) for word in (*words, *flags)])
+        args = parse_arguments([str(word) for word in (*words, *flags)], "eval")
         if not models:
             models.append(load_models(args, ALONE)[0])
             weights = models[0]._own.state_dict()
             assert all(torch.equal(weights[k], v) for k, v in theirs.model.state_dict().items())
-        return judge(models[0], read_spec(args), ALONE, workers=0)
+        evaluator = read_evaluator(args)
+        return evaluator, evaluator.run(models[0], ALONE, workers=0).to_json()
 
     return run
 
@@ -101,7 +102,7 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
     names = [open_clip.IMAGENET_CLASSNAMES[synsets.index(folder.name)] for folder in folders]
     (tmp_path / "names.txt").write_text("\n".join(names))
     (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
-    outcome = ours(
+    evaluator, result = ours(
         tmp_path, "zeroshot", "--data", tmp_path / "data",
         "--classnames", tmp_path / "names.txt", "--templates", tmp_path / "templates.txt",
     )  # fmt: skip
@@ -111,14 +112,15 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
         theirs.model, theirs.tokenizer, names, TEMPLATES
     )
     torch.testing.assert_close(
-        outcome.data.embeddings[EvalSetting("square", 224)], images_ED, atol=NOISE, rtol=0
+        evaluator.data.embeddings[EvalSetting("square", 224)], images_ED, atol=NOISE, rtol=0
     )
-    torch.testing.assert_close(outcome.classes_CD, classes_DC.T, atol=NOISE, rtol=0)
+    classes_CD = class_vectors(evaluator.texts_TD, len(names))
+    torch.testing.assert_close(classes_CD, classes_DC.T, atol=NOISE, rtol=0)
     scores = images_ED @ classes_DC
     target = torch.arange(len(folders))
     found = classify(
-        outcome.data.embeddings[EvalSetting("square", 224)],
-        outcome.classes_CD,
+        evaluator.data.embeddings[EvalSetting("square", 224)],
+        classes_CD,
         torch.eye(len(folders), dtype=torch.bool),
         target,
         100.0,
@@ -126,13 +128,13 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
     certain = check_ranks(found.rank_E, scores, target[:, None].tolist())
     top = scores.topk(2, 1)
     apart = top.values[:, 0] - top.values[:, 1] > NOISE
-    predicted = torch.where(found.rank_E < 1, target, found.rival_E)
+    predicted = torch.where(found.rank_E < 1, target, found.wrong_E)
     assert predicted[apart].equal(top.indices[apart, 0])
-    (entry,) = outcome.result["views"]
+    (entry,) = result["views"]
     assert (entry["label"], entry["own"]) == ("224²", True)
-    for figure, k in ((entry["top1"], 1), (entry["top5"], 5)):
+    for value, k in ((entry["top1"], 1), (entry["top5"], 5)):
         expected = (scores.topk(k, 1).indices == target[:, None]).sum().item()
-        assert figure * len(folders) == pytest.approx(expected, abs=len(folders) - sum(certain))
+        assert value * len(folders) == pytest.approx(expected, abs=len(folders) - sum(certain))
 
 
 def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
@@ -140,7 +142,7 @@ def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
     listed = [{**image, "sentences": image["sentences"][:CAPTIONS]} for image in listed[:CAPTIONED]]
     (tmp_path / "captions.json").write_text(json.dumps({"images": listed}))
     photos = DATA / "flickr8k-dev/images"
-    outcome = ours(
+    evaluator, result = ours(
         tmp_path, "retrieval", "--images", photos, "--captions", tmp_path / "captions.json"
     )
 
@@ -150,16 +152,18 @@ def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
     with torch.no_grad():
         parts = theirs.tokenizer(texts).split(CAPTIONS)
         texts_TD = torch.cat([theirs.model.encode_text(ids, normalize=True) for ids in parts])
-    torch.testing.assert_close(outcome.texts_TD, texts_TD, atol=NOISE, rtol=0)
+    torch.testing.assert_close(evaluator.texts_TD, texts_TD, atol=NOISE, rtol=0)
     scores = images_ED @ texts_TD.T
     to_text, to_image = pair_ranks(
-        outcome.data.embeddings[EvalSetting("square", 224)], outcome.texts_TD, outcome.owner_T
+        evaluator.data.embeddings[EvalSetting("square", 224)],
+        evaluator.texts_TD,
+        image_of_captions(evaluator.data),
     )
     own = [[t for t, o in enumerate(owner) if o == i] for i in range(len(listed))]
     check_ranks(to_text, scores, own)
     check_ranks(to_image, scores.T, [[image] for image in owner])
-    assert outcome.owner_T.tolist() == owner
+    assert image_of_captions(evaluator.data).tolist() == owner
     for way, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
         for k in (1, 5, 10):
             hits = sum(rank < k for rank in ranks.tolist())
-            assert outcome.result[way][f"R@{k}"] * len(ranks) == pytest.approx(hits)
+            assert result[way][f"R@{k}"] * len(ranks) == pytest.approx(hits)

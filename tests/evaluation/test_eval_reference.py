@@ -1,7 +1,7 @@
 """Ranks against brute force in float64; whatever is not certain counts as a miss.
 
 The brute force compares one pair at a time with exactly rounded sums. A second reference sorts a
-whole similarity matrix, as other harnesses do; it knows no ties.
+whole similarity matrix, as other evaluations do; it knows no ties.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navit_clip.evaluation import retrieval, zeroshot
-from navit_clip.evaluation.retrieval import pair_ranks, recall
-from navit_clip.evaluation.zeroshot import classify
+from navit_clip.evaluation import ranking
+from navit_clip.evaluation.ranking import classify, pair_ranks, recall
 
 
 def dot(a, b) -> float:
@@ -92,7 +91,7 @@ def test_ranks_are_those_of_brute_force(seed, count, most, values, shuffled, sco
         rng.shuffle(owner)
     images, texts = draw(rng, count, 4, values), draw(rng, len(owner), 4, values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "_SCORES", scores)
+        patch.setattr(ranking, "_SCORES", scores)
         tensors = [torch.from_numpy(x) for x in (images, texts, owner)]
         to_text, to_image = pair_ranks(*tensors)
     assert to_text.tolist() == brute_image_to_text(images, texts, owner)
@@ -117,7 +116,7 @@ def test_class_ranks_are_those_of_brute_force(seed, classes, several, values, sc
     group = rng.integers(0, 5, 12)
     right_LC = torch.tensor([[c in found for c in range(classes)] for found in right])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zeroshot, "_SCORES", scores)
+        patch.setattr(ranking, "_SCORES", scores)
         tensors = [torch.from_numpy(x) for x in (images, vectors)]
         found = classify(*tensors, right_LC, torch.from_numpy(group), 3.0)
     expected = brute_class_ranks(images, vectors, [right[g] for g in group])
@@ -125,12 +124,12 @@ def test_class_ranks_are_those_of_brute_force(seed, classes, several, values, sc
     for i, g in enumerate(group):
         similar = [3 * dot(images[i], v) for v in vectors]
         wrong = [s for c, s in enumerate(similar) if c not in right[g]]
-        rival = int(found.rival_E[i])
+        nearest = int(found.wrong_E[i])
         if not wrong:
-            assert rival == -1
+            assert nearest == -1
         elif not any(map(math.isnan, similar)):
-            assert rival not in right[g]
-            assert similar[rival] == pytest.approx(max(wrong))
+            assert nearest not in right[g]
+            assert similar[nearest] == pytest.approx(max(wrong))
             sure = math.exp(max(similar)) / sum(map(math.exp, similar))
             assert found.confidence_E[i].item() == pytest.approx(sure)
 
@@ -218,4 +217,4 @@ def test_a_class_without_an_image_competes():
     right_LC = torch.eye(3, dtype=torch.bool)[:2]
     found = classify(images, classes, right_LC, torch.arange(2), 1.0)
     assert found.rank_E.tolist() == [1, 0]
-    assert found.rival_E.tolist() == [2, 2]
+    assert found.wrong_E.tolist() == [2, 2]

@@ -6,8 +6,10 @@ import copy
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +20,18 @@ from report_cases import KINDS, SETTINGS, figures_of, make_result
 from shard_factory import encode, photo, write_shard
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation import retrieval
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.datasets import FileDataset, ShardDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.gallery import draw_gallery
-from navit_clip.evaluation.report import Shown, show_retrieval, show_zeroshot, write_report
-from navit_clip.evaluation.report.samples import _evenly
-from navit_clip.evaluation.summary import zeroshot_table
+from navit_clip.evaluation.labelled import Labelled
+from navit_clip.evaluation.ranking import pair_ranks
+from navit_clip.evaluation.registry import read_result
+from navit_clip.evaluation.report.html import write_report
+from navit_clip.evaluation.report.samples import ReportSamples, _evenly, retrieval_samples
+from navit_clip.evaluation.settings import EvalSetting
+from navit_clip.evaluation.summary import table
+from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 
 EVIL = '<script>alert("1")</script> & </style> {{ 7 * 7 }} "\'>'
 
@@ -65,10 +71,10 @@ def captioned(paths, seed=0, noise=0.5):
     """Images with one to three captions, near to them."""
     rng = random.Random(seed)
     captions = [tuple(f"{i} {j}" for j in range(rng.randint(1, 3))) for i in range(len(paths))]
-    owner_T = torch.tensor([i for i, c in enumerate(captions) for _ in c])
+    image_T = torch.tensor([i for i, c in enumerate(captions) for _ in c])
     images_ED = random_units(len(paths), 16, seed=seed)
-    texts_TD = images_ED[owner_T] + noise * random_units(len(owner_T), 16, seed=seed + 1)
-    return captions, owner_T, images_ED, F.normalize(texts_TD, dim=-1)
+    texts_TD = images_ED[image_T] + noise * random_units(len(image_T), 16, seed=seed + 1)
+    return captions, image_T, images_ED, F.normalize(texts_TD, dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -76,35 +82,51 @@ def captioned(paths, seed=0, noise=0.5):
 )
 def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
     paths = make_photos(tmp_path / "photos", count)
-    captions, owner_T, images_ED, texts_TD = captioned(paths, noise=noise)
+    captions, image_T, images_ED, texts_TD = captioned(paths, noise=noise)
     texts = [text for of_image in captions for text in of_image]
     data = embedded(paths, captions=captions)
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
 
     scores_ET = (images_ED.double() @ texts_TD.double().T).numpy()
-    owner = owner_T.numpy()
+    owner = image_T.numpy()
     name_of = {str(path): i for i, path in enumerate(paths)}
-    for query in shown.images:
+    for query in samples.images:
         image = name_of[query.picture.name]
         order = np.argsort(-scores_ET[image], kind="stable")
         assert query.hit == (owner[order[0]] == image)
         check_matches(query, order, owner == image, [texts.index(m.text) for m in query.matches])
-    for query in shown.captions:
+    for query in samples.captions:
         caption = texts.index(query.text)
         order = np.argsort(-scores_ET[:, caption], kind="stable")
         assert query.hit == (order[0] == owner[caption])
         own = np.arange(count) == owner[caption]
         check_matches(query, order, own, [name_of[m.picture.name] for m in query.matches])
 
-    ranks = retrieval.pair_ranks(images_ED, texts_TD, owner_T)
-    for queries, rank in zip((shown.images, shown.captions), ranks, strict=True):
+    ranks = pair_ranks(images_ED, texts_TD, image_T)
+    for queries, rank in zip((samples.images, samples.captions), ranks, strict=True):
         hits, misses = int((rank == 0).sum()), int((rank >= 5).sum() or (rank > 0).sum())
         found = sum(query.hit for query in queries)
         assert len(queries) == min(12, hits + misses)
         assert found == (min(6, hits) if misses >= 6 else min(hits, 12 - misses)) or hits < 6
         assert len({q.text or q.picture.name for q in queries}) == len(queries)
-    again = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
-    assert again == shown
+    again = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    assert again == samples
+
+
+def zeroshot_samples(
+    result, data, images_ED, classes_CD, names, scale, dataset, *, right=None, only=None
+):
+    evaluator = ZeroShot(ZeroShotSpec("data", only_present=only is not None))
+    evaluator.labelled = Labelled(dataset, right=right or {}, labels=only and frozenset(only))
+    evaluator.dataset, evaluator.names = dataset, names
+    own = EvalSetting("capped", 64)
+    evaluator.result, evaluator.data = (
+        read_result(result),
+        replace(data, embeddings={own: images_ED}),
+    )
+    evaluator.model = SimpleNamespace(own_setting=own, scale=scale)
+    evaluator.texts_TD = classes_CD
+    return evaluator.samples()
 
 
 def check_matches(query, order, own, found):
@@ -114,7 +136,7 @@ def check_matches(query, order, own, found):
     assert found == expected
     places = list(order)
     assert [m.place for m in query.matches] == [places.index(i) + 1 for i in found]
-    assert [m.own for m in query.matches] == [bool(own[i]) for i in found]
+    assert [m.is_right for m in query.matches] == [bool(own[i]) for i in found]
 
 
 def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
@@ -126,12 +148,12 @@ def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
     noise = random_units(60, 16, seed=4)
     images_ED = F.normalize(classes_CD[labels] + 2.5 * noise, dim=-1)
     result = make_result("zeroshot")
-    told = ["crane (0)", "dog", "lake", "crane (3)", "boat / lake"]
+    groups = ["crane (0)", "dog", "lake", "crane (3)", "boat / lake"]
     result["views"][0]["confusions"] = [
-        {"class": name, "images": 12, "top1": 0.1, "taken_for": []} for name in (*told, "gone")
+        {"class": name, "images": 12, "top1": 0.1, "taken_for": []} for name in (*groups, "gone")
     ]
     data = embedded(paths, labels=labels)
-    shown = show_zeroshot(
+    samples = zeroshot_samples(
         result, data, images_ED, classes_CD, names, 7.0, FileDataset(paths), right=right, only=only
     )
 
@@ -145,41 +167,41 @@ def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
     def indices(queries):
         return [place[query.picture.name] for query in queries]
 
-    assert indices(shown.mistakes) == wrong[:12]
+    assert indices(samples.mistakes) == wrong[:12]
     assert len(wrong) > 12
-    assert indices(shown.images) == [round(i * 59 / 7) for i in range(8)]
-    for label, name in enumerate(told):
-        assert indices(shown.classes[name]) == [i for i in wrong if labels[i] == label][:4]
-    assert shown.classes["gone"] == ()
+    assert indices(samples.classified) == [round(i * 59 / 7) for i in range(8)]
+    for label, name in enumerate(groups):
+        assert indices(samples.classes[name]) == [i for i in wrong if labels[i] == label][:4]
+    assert samples.classes["gone"] == ()
     competitors = ["crane (0)", "dog", "lake", "crane (3)", "boat"]
-    for query in (*shown.images, *shown.mistakes):
+    for query in (*samples.classified, *samples.mistakes):
         i = place[query.picture.name]
         order = np.argsort(-chances[i], kind="stable")
-        assert query.text == told[labels[i]]
+        assert query.text == groups[labels[i]]
         for match, index in zip(query.matches[:3], order[:3], strict=True):
             assert match.text == competitors[index]
             assert match.score == pytest.approx(chances[i, index])
-            assert match.own == (index in good[i])
-        assert any(match.own for match in query.matches)
+            assert match.is_right == (index in good[i])
+        assert any(match.is_right for match in query.matches)
         assert query.hit == (i not in wrong)
 
     hits = torch.tensor([i not in wrong for i in range(60)])
-    gaps = [b.images * abs(b.accuracy - b.confidence) for b in shown.calibration]
+    gaps = [b.images * abs(b.accuracy - b.confidence) for b in samples.calibration]
     ece = expected_calibration_error(torch.from_numpy(chances).amax(1), hits)
     assert sum(gaps) / 60 == pytest.approx(ece)
-    assert sum(b.images for b in shown.calibration) == 60
+    assert sum(b.images for b in samples.calibration) == 60
 
 
 def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, monkeypatch):
     paths = make_photos(tmp_path / "photos", 50)
-    captions, owner_T, images_ED, texts_TD = captioned(paths)
+    captions, image_T, images_ED, texts_TD = captioned(paths)
     read = []
     whole = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
     data = embedded(paths, captions=captions)
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
-    pictures = {q.picture.name: q.picture for q in shown.images}
-    pictures |= {m.picture.name: m.picture for q in shown.captions for m in q.matches}
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    pictures = {q.picture.name: q.picture for q in samples.images}
+    pictures |= {m.picture.name: m.picture for q in samples.captions for m in q.matches}
     assert sorted(map(str, read)) == sorted(pictures)
     for name, picture in pictures.items():
         with Image.open(name) as original, Image.open(uri_file(picture, tmp_path)) as small:
@@ -191,13 +213,13 @@ def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, 
     for path in paths[::2]:
         path.unlink()
     paths[1].write_bytes(b"not an image")
-    shown = show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
-    write_report(tmp_path / "r.html", make_result("retrieval"), shown)
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    write_report(tmp_path / "r.html", read_result(make_result("retrieval")), samples)
     page = (tmp_path / "r.html").read_text()
     assert "no picture" in page
     assert "data:image/webp" in page
     draw_gallery(
-        data, images_ED, texts_TD, owner_T, FileDataset(paths), tmp_path / "new" / "gallery.png"
+        data, images_ED, texts_TD, image_T, FileDataset(paths), tmp_path / "new" / "gallery.png"
     )
     with Image.open(tmp_path / "new" / "gallery.png") as picture:
         assert len(picture.getcolors(1 << 24)) > 100
@@ -215,12 +237,12 @@ def test_pictures_come_out_of_shards(tmp_path):
     shard = write_shard(tmp_path / "0.tar", members)
     dataset = ShardDataset([str(shard)], ["txt"])
     items = list(dataset.read(0, 1))
-    owner_T = torch.arange(9)
+    image_T = torch.arange(9)
     vectors = random_units(9, 16, seed=5)
     data = embedded([item.name for item in items], captions=[item.captions for item in items])
-    shown = show_retrieval(data, vectors, vectors, owner_T, dataset)
-    assert len(shown.images) == 9
-    assert all(query.picture.thumbnail and query.hit for query in shown.images)
+    samples = retrieval_samples(dataset, data, vectors, vectors, image_T)
+    assert len(samples.images) == 9
+    assert all(query.picture.thumbnail and query.hit for query in samples.images)
 
 
 @pytest.mark.parametrize(("count", "most"), [(0, 5), (1, 5), (5, 5), (6, 5), (1000, 12)])
@@ -280,33 +302,38 @@ def evil_everywhere(value, name=""):
     """The same result with every text that data could have brought made hostile."""
     if isinstance(value, dict):
         mine = name in ("per_class", "skipped")
-        return {f"{EVIL}{k}" if mine else k: evil_everywhere(v, k) for k, v in value.items()}
+        # The name of a setting is read as what it stands for.
+        kept = ("view", "label") if "view" in value else ()
+        return {
+            f"{EVIL}{k}" if mine else k: v if k in kept else evil_everywhere(v, k)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
         return [evil_everywhere(v) for v in value]
-    return f"{EVIL}{value}" if isinstance(value, str) and name != "view" else value
+    return f"{EVIL}{value}" if isinstance(value, str) else value
 
 
-def evil_shown(kind, tmp_path):
+def evil_samples(kind, tmp_path):
     paths = make_photos(tmp_path / "photos<b>&", 30)
     if kind == "retrieval":
-        captions, owner_T, images_ED, texts_TD = captioned(paths, noise=1.0)
+        captions, image_T, images_ED, texts_TD = captioned(paths, noise=1.0)
         captions = [tuple(f"{EVIL}{c}" for c in of_image) for of_image in captions]
         data = embedded(paths, captions=captions)
-        return show_retrieval(data, images_ED, texts_TD, owner_T, FileDataset(paths))
+        return retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
     names = [f"{EVIL}{name}" for name in ("dog", "lake", "boat")]
     labels = [i % 3 for i in range(30)]
     data = embedded(paths, labels=labels)
     vectors = random_units(33, 16, seed=6)
     result = evil_everywhere(make_result("zeroshot"))
-    return show_zeroshot(result, data, vectors[3:], vectors[:3], names, 9.0, FileDataset(paths))
+    return zeroshot_samples(result, data, vectors[3:], vectors[:3], names, 9.0, FileDataset(paths))
 
 
 @KINDS
 def test_hostile_text_stays_text(kind, tmp_path):
     result = evil_everywhere(make_result(kind))
-    shown = evil_shown(kind, tmp_path)
+    samples = evil_samples(kind, tmp_path)
     path = tmp_path / "new" / "report.html"
-    write_report(path, result, shown, command=f"python -m eval {EVIL}")
+    write_report(path, read_result(result), samples, command=f"python -m eval {EVIL}")
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
@@ -323,11 +350,13 @@ def test_hostile_text_stays_text(kind, tmp_path):
         assert f"{EVIL}dog" in joined
         assert page.tags["circle"] >= 4  # dots of confidence and rings
     else:
-        assert any(query.text in joined for query in shown.captions)
+        assert any(query.text in joined for query in samples.captions)
     assert page.tags["svg"] > 2
     assert page.tags["img"] == text.count("data:image/webp") > 20
     # A report of the same is the same.
-    write_report(tmp_path / "again.html", result, shown, command=f"python -m eval {EVIL}")
+    write_report(
+        tmp_path / "again.html", read_result(result), samples, command=f"python -m eval {EVIL}"
+    )
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
@@ -335,7 +364,9 @@ def test_hostile_text_stays_text(kind, tmp_path):
 def test_a_report_says_the_figures(kind, tmp_path):
     result = make_result(kind)
     result["skipped"] = {}
-    write_report(tmp_path / "r.html", result, command="python -m eval x")
+    write_report(
+        tmp_path / "r.html", read_result(result), ReportSamples(), command="python -m eval x"
+    )
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     for entry in (*result["views"], *(e for b in result["baselines"] for e in b["views"])):
         for value in figures_of(entry, kind):
@@ -362,12 +393,12 @@ def test_optional_parts_may_be_missing(kind, tmp_path):
         partial = copy.deepcopy(result)
         for key in rng.sample(OPTIONAL, rng.randint(1, len(OPTIONAL))):
             partial["views"][0].pop(key, None)
-        write_report(tmp_path / "r.html", partial, Shown())
+        write_report(tmp_path / "r.html", read_result(partial), ReportSamples())
         Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-        assert "None" not in zeroshot_table(partial)
+        assert "None" not in table(read_result(partial))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        write_report(tmp_path / "file" / "r.html", result)
+        write_report(tmp_path / "file" / "r.html", read_result(result), ReportSamples())
 
 
 def test_a_report_of_many_classes_and_large_photos_is_small(tmp_path):
@@ -386,8 +417,8 @@ def test_a_report_of_many_classes_and_large_photos_is_small(tmp_path):
         {"class": name, "images": 1, "top1": 0.0, "taken_for": []} for name in names[:10]
     ]
     vectors = random_units(2000, 16, seed=8)
-    shown = show_zeroshot(
+    samples = zeroshot_samples(
         result, data, vectors[1000:], vectors[:1000], names, 50.0, FileDataset(paths)
     )
-    write_report(tmp_path / "r.html", result, shown)
+    write_report(tmp_path / "r.html", read_result(result), samples)
     assert (tmp_path / "r.html").stat().st_size < 2_000_000

@@ -1,4 +1,4 @@
-"""What the harnesses report of given embeddings, and the prompts and names behind them."""
+"""What the evaluators report of given embeddings, and the prompts and names behind them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,54 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from eval_cases import ALONE
 from hypothesis import example, given
 from hypothesis import strategies as st
 from shard_factory import CAPTIONS
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation import retrieval, zeroshot
 from navit_clip.evaluation.breakdown import by_aspect, by_size
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.labelled import Labelled
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.retrieval import recall
+from navit_clip.evaluation.ranking import recall
+from navit_clip.evaluation.registry import read_result
+from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec, image_of_captions
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.zeroshot import class_vectors, load_classnames, load_templates
+from navit_clip.evaluation.texts import embed_texts
+from navit_clip.evaluation.zeroshot import (
+    ZeroShot,
+    ZeroShotSpec,
+    class_prompts,
+    class_vectors,
+    load_classnames,
+    load_templates,
+)
 from navit_clip.model import NaViTCLIP
 
-# Figures
+# Metrics
 
 
-def model_of(vectors, scale=1.0):
-    """A model that knows the texts given and nothing else."""
+def model_of(scale=1.0):
+    """What an evaluator asks of a model beside embeddings."""
     return SimpleNamespace(
+        name="a",
         own_setting=EvalSetting("capped", 4),
         scale=scale,
-        embed_texts=lambda texts: torch.stack([vectors[text] for text in texts]),
         image_flops=lambda tokens: 10 * tokens,
     )
+
+
+def scored(evaluator, model, data, texts_TD):
+    """The result as JSON, which reads back as it was."""
+    evaluator.data = data
+    result = evaluator._result([(model, data, texts_TD)])
+    written = json.loads(json.dumps(result.to_json()))
+    assert read_result(written) == result
+    for key in ("kind", "model", "data", "baselines"):
+        written.pop(key)
+    return written
 
 
 def embedded(vectors, *, labels=None, captions=None, sizes=None, skipped=None):
@@ -55,18 +77,26 @@ def embedded(vectors, *, labels=None, captions=None, sizes=None, skipped=None):
 
 
 NAMES = ["cat", "dog", "cow", "dog"]
-CLASSES = {"a cat": (1.0, 0.0), "a dog": (0.0, 1.0), "a cow": (-1.0, 0.0)}
+CLASSES = {"cat": (1.0, 0.0), "dog": (0.0, 1.0), "cow": (-1.0, 0.0)}
 
 
-def judged(labels, vectors, **options):
-    names = NAMES[:3]
-    model = model_of({text: torch.tensor(v) for text, v in CLASSES.items()}, scale=2.0)
+def classified(data, names, vectors, *, scale=1.0, right=None, present=None):
+    evaluator = ZeroShot(ZeroShotSpec("data", only_present=present is not None))
+    evaluator.labelled = Labelled(None, right=right or {}, labels=present)
+    evaluator.names = names
+    return scored(evaluator, model_of(scale), data, vectors)
+
+
+def classified_as(labels, vectors, **options):
     data = embedded(F.normalize(torch.tensor(vectors), dim=-1), labels=labels, skipped={"x": 2})
-    return zeroshot.judge(model, data, names, [lambda name: f"a {name}"], **options)
+    classes = torch.tensor(list(CLASSES.values()))
+    return classified(data, NAMES[:3], classes, scale=2.0, **options)
 
 
-def test_the_figures_of_zero_shot():
-    result = judged([0, 0, 1, 1, 2], [(1.0, 0.1), (0.1, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 0.2)])
+def test_the_metrics_of_zero_shot():
+    result = classified_as(
+        [0, 0, 1, 1, 2], [(1.0, 0.1), (0.1, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 0.2)]
+    )
     assert {k: v for k, v in result.items() if k not in ("views", "ece")} == {
         "images": 5,
         "classes": 3,
@@ -100,42 +130,47 @@ def test_the_figures_of_zero_shot():
     assert own["by_aspect"] == [{"label": "1-1.1", "images": 5, "top1": 3 / 5, "top5": 1.0}]
     assert own["by_size"] == [{"label": "<128", "images": 5, "top1": 3 / 5, "top5": 1.0}]
     assert square["top1"] == 1 / 5
-    assert json.loads(json.dumps(result)) == result
 
 
 def test_only_the_classes_that_are_asked_for_compete():
     labels, vectors = [0, 0, 1], [(1.0, 0.2), (-1.0, 0.1), (-1.0, 0.2)]
-    every, some = judged(labels, vectors), judged(labels, vectors, only=[0, 1])
+    every, some = (
+        classified_as(labels, vectors),
+        classified_as(labels, vectors, present=frozenset([0, 1])),
+    )
     assert (every["classes"], every["top1"]) == (3, 1 / 3)
     assert (some["classes"], some["top1"]) == (2, 2 / 3)
-    given = torch.tensor([CLASSES[f"a {name}"] for name in NAMES[:3]])
-    assert judged(labels, vectors, only=[0, 1], classes_CD=given) == some
+    assert classified_as(labels, vectors, present=frozenset([0, 1, 2])) == every
 
 
 def test_any_of_several_right_classes_will_do():
     labels, vectors = [0, 0, 0, 1], [(1.0, 0.1), (-1.0, 0.1), (0.1, 1.0), (0.1, 1.0)]
-    result = judged(labels, vectors, right={0: (0, 2)}, only=[1])
+    result = classified_as(labels, vectors, right={0: (0, 2)}, present=frozenset([0, 1]))
     assert (result["top1"], result["classes"]) == (3 / 4, 3)
     own = result["views"][0]
     assert own["per_class"] == {"cat / cow": 2 / 3, "dog": 1.0}
     assert own["confusions"][0]["taken_for"] == [{"class": "dog", "share": 1 / 3}]
-    assert judged([0], [(1.0, 0.1)], right={0: (0, 1, 2)})["top1"] == 1.0
+    assert classified_as([0], [(1.0, 0.1)], right={0: (0, 1, 2)})["top1"] == 1.0
 
 
 def test_classes_of_one_name_are_told_apart():
-    vectors = {f"a {name}": torch.randn(3) for name in NAMES}
     data = embedded(torch.randn(4, 3), labels=[0, 1, 2, 3])
-    result = zeroshot.judge(model_of(vectors), data, NAMES, [lambda name: f"a {name}"])
+    result = classified(data, NAMES, torch.randn(4, 3))
     assert list(result["views"][0]["per_class"]) == ["cat", "dog (1)", "cow", "dog (3)"]
 
 
 @pytest.mark.parametrize(
     ("labels", "options"),
-    [([0, 3], {}), ([0, -1], {}), ([0, 0], {"right": {0: (0, 3)}}), ([0, 0], {"only": [0, 3]})],
+    [
+        ([0, 3], {}),
+        ([0, -1], {}),
+        ([0, 0], {"right": {0: (0, 3)}}),
+        ([0, 0], {"present": frozenset([0, 3])}),
+    ],
 )
 def test_a_label_without_a_name_is_refused(labels, options):
     with pytest.raises(UserError, match=r"label .* has no name: there are 3 class names"):
-        judged(labels, [(1.0, 0.0), (0.0, 1.0)], **options)
+        classified_as(labels, [(1.0, 0.0), (0.0, 1.0)], **options)
 
 
 def test_the_ten_worst_classes_are_shown():
@@ -145,23 +180,22 @@ def test_the_ten_worst_classes_are_shown():
     # Every second class is always taken for the next one, the others once.
     taken = [(i + 1) % 14 if i % 2 or j else i for i in range(14) for j in range(2)]
     data = embedded(vectors[taken], labels=labels)
-    model = model_of(dict(zip(names, vectors, strict=True)))
-    result = zeroshot.judge(model, data, names, [lambda name: name])
+    result = classified(data, names, vectors)
     found = [(c["class"], c["top1"]) for c in result["views"][0]["confusions"]]
     expected = [(f"c{i:02}", 0.0) for i in range(1, 14, 2)] + [(f"c{i:02}", 0.5) for i in (0, 2, 4)]
     assert found == expected
 
 
-def test_the_figures_of_retrieval():
+def test_the_metrics_of_retrieval():
     images = torch.eye(4)
     captions = [("0a", "0b"), ("1a",), ("2a",), ("3a", "3b")]
     # Caption 0b belongs with image 1, and 2a with nothing.
     places = {"0a": 0, "0b": 1, "1a": 1, "3a": 3, "3b": 3}
     vectors = {text: images[place] for text, place in places.items()} | {"2a": torch.zeros(4)}
+    texts = torch.stack([vectors[text] for of_image in captions for text in of_image])
     sizes = [(10, 10), (10, 30), (600, 800), (10, 10)]
     data = embedded(images, captions=captions, sizes=sizes)
-    model = model_of(vectors)
-    result = retrieval.judge(model, data, *retrieval.embed_captions(model, data))
+    result = scored(Retrieval(RetrievalSpec("data")), model_of(), data, texts)
     # Image 1 ties with the foreign 0b, image 2 with all other five, 2a with all other images.
     to_text = {"R@1": 2 / 4, "R@5": 3 / 4, "R@10": 1.0, "median_rank": 1.5}
     to_image = {"R@1": 4 / 6, "R@5": 1.0, "R@10": 1.0, "median_rank": 1.0}
@@ -198,7 +232,6 @@ def test_the_figures_of_retrieval():
         ("<128", 3),
         (">=640", 1),
     ]
-    assert json.loads(json.dumps(result)) == result
 
 
 def test_recall_is_the_share_of_ranks_below_k():
@@ -214,25 +247,29 @@ def test_recall_is_the_share_of_ranks_below_k():
 # Groups and calibration
 
 
+def indices_of(index):
+    return dict.fromkeys(index.tolist(), 0.0)
+
+
 @given(st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), max_size=40))
 @example([(10, 11), (14, 10), (10, 16), (10, 20), (10, 10), (128, 128), (640, 640), (1, 2000)])
 def test_every_image_is_in_the_group_of_its_shape_and_size(sizes):
     bounds = {"1-1.1": (1, 1.1), "1.1-1.4": (1.1, 1.4), "1.4-1.6": (1.4, 1.6), "1.6-2": (1.6, 2)}
     bounds[">2"] = (2, math.inf)
-    for label, index in by_aspect(sizes):
-        low, high = bounds[label]
-        for i in index.tolist():
+    for group in by_aspect(sizes, indices_of):
+        low, high = bounds[group.label]
+        for i in group.metrics:
             assert low <= max(sizes[i]) / min(sizes[i]) < high
     lows = {"<128": 0, "<224": 128, "<320": 224, "<448": 320, "<640": 448, ">=640": 640}
     highs = [*list(lows.values())[1:], math.inf]
-    for label, index in by_size(sizes):
-        for i in index.tolist():
+    for group in by_size(sizes, indices_of):
+        for i in group.metrics:
             side = (sizes[i][0] * sizes[i][1]) ** 0.5
-            assert lows[label] <= side < highs[list(lows).index(label)]
-    for groups in (by_aspect(sizes), by_size(sizes)):
-        indices = [i for _, index in groups for i in index.tolist()]
+            assert lows[group.label] <= side < highs[list(lows).index(group.label)]
+    for groups in (by_aspect(sizes, indices_of), by_size(sizes, indices_of)):
+        indices = [i for group in groups for i in group.metrics]
         assert sorted(indices) == list(range(len(sizes)))
-        assert all(len(index) for _, index in groups)
+        assert all(group.images == len(group.metrics) > 0 for group in groups)
 
 
 @given(
@@ -273,7 +310,9 @@ def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(model_dir):
     model = NaViTCLIP.from_directory(model_dir)
     templates = [lambda name: f"a {name}", lambda name: f"the photo of one {name} at night"]
     names = ["red dog", "bird", "boat"]
-    vectors = class_vectors(PackedModel(model, "tiny"), names, templates)
+    prompts = class_prompts(names, templates)
+    packed = PackedModel(model, "tiny")
+    vectors = class_vectors(embed_texts(packed, prompts, ALONE, None), len(names))
     assert vectors.shape == (3, 8)
     for name, vector in zip(names, vectors, strict=True):
         # One prompt at a time, so that none can be taken for another's.
@@ -286,8 +325,9 @@ def test_captions_are_embedded_in_order_with_their_owners(model_dir):
     model = NaViTCLIP.from_directory(model_dir)
     captions = [CAPTIONS[:2], CAPTIONS[2:3], CAPTIONS[3:7]]
     data = embedded(torch.eye(3), captions=captions)
-    texts, owner = retrieval.embed_captions(PackedModel(model, "tiny"), data)
-    assert owner.tolist() == [0, 0, 1, 2, 2, 2, 2]
+    every = Retrieval(RetrievalSpec("data")).texts(data)
+    texts = embed_texts(PackedModel(model, "tiny"), every, ALONE, None)
+    assert image_of_captions(data).tolist() == [0, 0, 1, 2, 2, 2, 2]
     alone = torch.cat([model.encode_text([caption]) for caption in CAPTIONS])
     torch.testing.assert_close(texts, alone, atol=1e-5, rtol=0)
 
@@ -340,4 +380,4 @@ def test_class_names(tmp_path):
     with pytest.raises(UserError, match="--classnames"):
         load_classnames(None, None)
     with pytest.raises(UserError, match=r"class names .*none\.txt"):
-        zeroshot.load_classnames(str(tmp_path / "none.txt"), None)
+        load_classnames(str(tmp_path / "none.txt"), None)

@@ -1,4 +1,4 @@
-"""Results read back, curves and tables: what people see of figures."""
+"""Results read back, curves and tables: what people see of metrics."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from PIL import Image
 from report_cases import KINDS, SETTINGS, figures_of, make_result
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation.report import draw_curve, write_report
+from navit_clip.evaluation.registry import read_result
 from navit_clip.evaluation.report.axes import cost_axis, place_labels, share_axis
-from navit_clip.evaluation.report.curve import COSTS, lines_of
-from navit_clip.evaluation.results import read_result
-from navit_clip.evaluation.summary import retrieval_table, summarise, zeroshot_table
+from navit_clip.evaluation.report.curve import COSTS, draw_curve, lines_of
+from navit_clip.evaluation.summary import summarise, table
 
 
 @KINDS
@@ -30,27 +29,37 @@ def test_rows_hold_what_the_result_says(kind):
     ]
     assert len(read.rows) == len(entries)
     for row, (model, series, entry) in zip(read.rows, entries, strict=True):
-        assert (row.model, row.series, row.label) == (model, series, entry["label"])
+        assert (row.model, row.series, row.setting.label) == (model, series, entry["label"])
         assert row.gflops == pytest.approx(entry["flops_per_image"] / 1e9)
         if kind == "zeroshot":
-            assert list(row.figures) == ["top-1", "top-5", "mean per class", "ECE"]
-            assert row.figures["top-1"] == entry["top1"]
-            assert row.aspect[1].figures == {
-                "top-1": entry["by_aspect"][1]["top1"],
-                "top-5": entry["by_aspect"][1]["top5"],
+            assert list(row.metrics) == ["top1", "top5", "mean_per_class", "ece"]
+            assert row.metrics["top1"] == entry["top1"]
+            assert row.by_aspect[1].metrics == {
+                "top1": entry["by_aspect"][1]["top1"],
+                "top5": entry["by_aspect"][1]["top5"],
             }
         else:
-            assert row.figures["I→T R@5"] == entry["image_to_text"]["R@5"]
-            assert row.figures["T→I median"] == 3.5
-            assert row.size[0].figures["T→I R@1"] == entry["by_size"][0]["text_to_image"]["R@1"]
+            assert row.metrics["image_to_text/R@5"] == entry["image_to_text"]["R@5"]
+            assert row.metrics["text_to_image/median_rank"] == 3.5
+            group = row.by_size[0].metrics
+            assert group["text_to_image/R@1"] == entry["by_size"][0]["text_to_image"]["R@1"]
     assert read.own is read.rows[0]
-    assert (read.images, read.others, read.has_baselines) == (1200, 30, True)
+    compared = "classes" if kind == "zeroshot" else "captions"
+    assert (read.counts, read.has_baselines) == ({"images": 1200, compared: 30}, True)
+
+
+@KINDS
+def test_a_result_is_written_as_it_was_read(kind):
+    result = make_result(kind)
+    assert read_result(result).to_json() == {"kind": kind, **result}
+    named = {**result, "kind": kind}
+    assert read_result(named).to_json() == named
 
 
 def damaged_results():
     yield "neither", {}
-    yield "neither", []
-    yield "neither", None
+    yield "no result", []
+    yield "no result", None
     yield "views", {"top1": 0.5}
     for kind in ("zeroshot", "retrieval"):
         needed = ["views", "images", "skipped", "classes" if kind == "zeroshot" else "captions"]
@@ -82,16 +91,10 @@ def damaged_results():
 
 
 @pytest.mark.parametrize(("named", "result"), list(damaged_results()))
-def test_damaged_results_are_one_line(named, result, tmp_path):
-    for use in (
-        lambda: draw_curve(tmp_path / "c.png", result),
-        lambda: write_report(tmp_path / "r.html", result),
-        lambda: zeroshot_table(result),
-    ):
-        with pytest.raises(UserError, match=named) as caught:
-            use()
-        assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+def test_damaged_results_are_one_line(named, result):
+    with pytest.raises(UserError, match=named) as caught:
+        read_result(result)
+    assert "\n" not in str(caught.value)
 
 
 # Axes
@@ -154,20 +157,23 @@ def test_lines_join_the_right_views_in_order_of_cost(kind):
     result["views"][0]["flops_per_image"] = None
     missing = result["views"][0]["label"]
     read = read_result(result)
-    main = ("top-1", "top-5") if kind == "zeroshot" else ("I→T R@1", "T→I R@1")
+    ways = ("image_to_text", "text_to_image")
+    main = ("top1", "top5") if kind == "zeroshot" else tuple(f"{way}/R@1" for way in ways)
     for (_, cost), without in zip(COSTS, ({}, {missing}), strict=True):
         found = {
-            (line.series, line.figure, line.rows[0].kind == "square"): [r.label for r in line.rows]
+            (line.series, line.key, line.rows[0].setting.kind == "square"): [
+                r.setting.label for r in line.rows
+            ]
             for line in lines_of(read, cost)
         }
         expected = {}
-        for series, figure in itertools.product(range(3), main):
+        for series, key in itertools.product(range(3), main):
             packed = ["64", "256", "native"] if series == 0 else []
             squares = ["224²", "336²"] if series == 0 else ["224²"]
             for square, labels in ((False, packed), (True, squares)):
                 labels = [x for x in labels if series or x not in without]
                 if labels:
-                    expected[series, figure, square] = labels
+                    expected[series, key, square] = labels
         assert found == expected
 
 
@@ -182,7 +188,7 @@ def test_lines_join_the_right_views_in_order_of_cost(kind):
 def test_a_curve_is_a_picture_written_whole(kind, options, tmp_path):
     result = make_result(kind, **options)
     path = tmp_path / "new" / "curve.png"
-    draw_curve(path, result)
+    draw_curve(path, read_result(result))
     assert [p.name for p in path.parent.iterdir()] == ["curve.png"]
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -197,13 +203,13 @@ def test_a_curve_without_costs_or_figures(tmp_path):
     for entry in result["views"]:
         entry["flops_per_image"] = None
     result["views"][0]["top5"] = math.nan
-    draw_curve(tmp_path / "a.png", result)
+    draw_curve(tmp_path / "a.png", read_result(result))
     for entry in result["views"]:
         entry["top1"] = entry["top5"] = None
-    draw_curve(tmp_path / "b.png", result)
+    draw_curve(tmp_path / "b.png", read_result(result))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        draw_curve(tmp_path / "file" / "c.png", result)
+        draw_curve(tmp_path / "file" / "c.png", read_result(result))
 
 
 # Tables
@@ -213,8 +219,8 @@ def test_a_curve_without_costs_or_figures(tmp_path):
 @pytest.mark.parametrize("baselines", [0, 2])
 def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
     result = make_result(kind, baselines=baselines)
-    table = (zeroshot_table if kind == "zeroshot" else retrieval_table)(result)
-    lines = table.splitlines()
+    printed = table(read_result(result))
+    lines = printed.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "skipped: unreadable_image 3"
     assert f"1,200 images, 30 {'classes' if kind == 'zeroshot' else 'captions'}" in lines[0]
@@ -226,8 +232,8 @@ def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
         for value in figures_of(entry, kind):
             assert f"{value:.1%}" in words
         assert ("3.5" in words) == (kind == "retrieval")
-    assert ("ViT-B-32" in table or "weights" in table) == bool(baselines)
-    assert ("runs/a/model" in table) == bool(baselines)
+    assert ("ViT-B-32" in printed or "weights" in printed) == bool(baselines)
+    assert ("runs/a/model" in printed) == bool(baselines)
 
 
 def test_a_summary_lists_results_reports_and_pictures(tmp_path, capsys):
@@ -251,5 +257,5 @@ def test_a_summary_leaves_out_what_the_trainer_wrote(tmp_path):
     result = make_result("zeroshot")
     (tmp_path / "zeroshot.json").write_text(json.dumps(result))
     (tmp_path / "zeroshot-step-00000010.json").write_text("")
-    first, *rest = zeroshot_table(result).splitlines()
+    first, *rest = table(read_result(result)).splitlines()
     assert summarise(tmp_path).splitlines() == [f"{first} (zeroshot.json)", *rest]

@@ -173,7 +173,7 @@ def test_pillow_images_of_every_mode_are_read_as_their_files_are(model):
     assert torch.allclose(encoded[turned], encoded[turned[:1]], atol=1e-6)
 
 
-def test_files_are_seen_as_the_evaluation_sees_them(model):
+def test_files_are_seen_as_the_evaluators_see_them(model):
     files = [encode(photo(i, 30 + i, 90 - i), "JPEG") for i in range(4)]
     sized = [size_image(EncodedImage(data), model.config.image, BUDGET) for data in files]
     assert torch.equal(model.encode_image(files), image_vectors(model, sized))

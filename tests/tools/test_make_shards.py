@@ -112,7 +112,7 @@ def test_coco(tmp_path):
         }
     assert [record["samples"] for record in records(out)] == [3, 3, 1]
 
-    # The harness reads the same from the shards as from the JSON.
+    # The evaluation reads the same from the shards as from the JSON.
     from_shards = open_captioned(str(out), None, None, ["json.captions"], None)
     from_json = open_captioned(None, str(tmp_path / "images"), str(captions), [], None)
     assert [(i.data, i.captions) for i in from_shards.read(0, 1)] == [

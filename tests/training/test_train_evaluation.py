@@ -1,4 +1,4 @@
-"""Harnesses during training: what they report, what they keep, and that training never notices."""
+"""Evaluators during training: what they report, what they keep, and that training never notices."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ from distributed import run_ranks
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.evaluation.evaluator import RetrievalSpec, ZeroShotSpec, evaluate
 from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
+from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP
 from navit_clip.tokenizers.load import build_tokenizer
@@ -44,8 +45,8 @@ def zeroshot(data, **more):
     return {"kind": "zeroshot", **files, **more}
 
 
-def flags_of(data, run_dir, steps, harnesses, **overrides):
-    options = {"eval__harnesses": json.dumps(harnesses), "eval__workers": 0}
+def flags_of(data, run_dir, steps, evaluators, **overrides):
+    options = {"eval__evaluators": json.dumps(evaluators), "eval__workers": 0}
     options["optim__schedule__kind"] = "constant"
     return tiny_flags(data, run_dir, steps, **{**options, **overrides})
 
@@ -55,14 +56,14 @@ def lines(run_dir):
 
 
 def evaluated(run_dir, name):
-    """Logged figures of a harness by step, without the time they took."""
+    """Logged metrics of an evaluator by step, without the time they took."""
     found = {}
     for line in lines(run_dir):
-        figures = {key: value for key, value in line.items() if key.startswith(f"eval/{name}/")}
-        if figures:
+        metrics = {key: value for key, value in line.items() if key.startswith(f"eval/{name}/")}
+        if metrics:
             assert line["step"] not in found, "logged twice"
-            figures.pop(f"eval/{name}/seconds")
-            found[line["step"]] = figures
+            metrics.pop(f"eval/{name}/seconds")
+            found[line["step"]] = metrics
     return found
 
 
@@ -91,9 +92,9 @@ def plain(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def watched(data, tmp_path_factory):
-    """The same run with two harnesses."""
+    """The same run with two evaluators."""
     run_dir = tmp_path_factory.mktemp("runs") / "watched"
-    harnesses = {
+    evaluators = {
         "held-out": retrieval(data, every_steps=2, max_tokens=[4], square=[32]),
         "shapes": zeroshot(data, every_steps=3),
     }
@@ -101,7 +102,7 @@ def watched(data, tmp_path_factory):
         options = {"checkpoint__every_steps": 2, "checkpoint__keep": 9}
         options["eval__best"] = f"held-out/4/{T2I}/R@5"
         options["eval__workers"] = 1
-        assert run(patch, flags_of(data, run_dir, 5, harnesses, **options)) == 0
+        assert run(patch, flags_of(data, run_dir, 5, evaluators, **options)) == 0
     return run_dir
 
 
@@ -109,7 +110,7 @@ def test_training_is_the_same_with_evaluation_and_without(plain, watched):
     same(trained(watched), trained(plain))
 
 
-def test_each_harness_at_its_own_steps_and_at_the_last(watched):
+def test_each_evaluator_at_its_own_steps_and_at_the_last(watched):
     assert list(evaluated(watched, "held-out")) == [2, 4, 5]
     assert list(evaluated(watched, "shapes")) == [3, 5]
     files = sorted(path.name for path in (watched / "eval").iterdir())
@@ -118,20 +119,24 @@ def test_each_harness_at_its_own_steps_and_at_the_last(watched):
     ]
 
 
-def test_figures_are_those_of_the_harness_on_the_exported_model(data, watched):
+def test_metrics_are_those_of_the_evaluator_on_the_exported_model(data, watched):
     model = PackedModel(NaViTCLIP.from_directory(watched / "model"), "")
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
-    result = evaluate(model, RetrievalSpec(**spec, max_tokens=(4,), square=(32,)), ALONE, 0)
-    figures = evaluated(watched, "held-out")[5]
+    result = (
+        Retrieval(RetrievalSpec(**spec, max_tokens=(4,), square=(32,)))
+        .run(model, ALONE, 0)
+        .to_json()
+    )
+    metrics = evaluated(watched, "held-out")[5]
     for entry, prefix in zip(result["views"], ("4/", "", "32px/"), strict=True):
         for way in (I2T, T2I):
-            for figure, value in entry[way].items():
-                assert figures.pop(f"eval/held-out/{prefix}{way}/{figure}") == value
-    assert figures == {}
+            for metric, value in entry[way].items():
+                assert metrics.pop(f"eval/held-out/{prefix}{way}/{metric}") == value
+    assert metrics == {}
     spec = {k: v for k, v in zeroshot(data).items() if k != "kind"}
-    result = evaluate(model, ZeroShotSpec(**spec), ALONE, 0)
-    figures = evaluated(watched, "shapes")[5]
-    assert figures["eval/shapes/top1"] == result["top1"]
+    result = ZeroShot(ZeroShotSpec(**spec)).run(model, ALONE, 0).to_json()
+    metrics = evaluated(watched, "shapes")[5]
+    assert metrics["eval/shapes/top1"] == result["top1"]
     written = json.loads((watched / "eval/shapes-step-00000005.json").read_text())
     assert written.pop("step") == 5
     assert {**written, "model": ""} == result
@@ -160,12 +165,12 @@ def test_a_resumed_run_evaluates_what_was_not_logged_and_nothing_else(
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in kept))
     for path in (run_dir / "eval").iterdir():
         path.unlink()
-    harnesses = {
+    evaluators = {
         "held-out": retrieval(data, every_steps=2, max_tokens=[4], square=[32]),
         "shapes": zeroshot(data, every_steps=3),
     }
     options = {"eval__best": f"held-out/4/{T2I}/R@5", "checkpoint__every_steps": 2}
-    flags = flags_of(data, run_dir, 5, harnesses, checkpoint__keep=9, **options)
+    flags = flags_of(data, run_dir, 5, evaluators, checkpoint__keep=9, **options)
     before = (run_dir / "best/best.json").read_text()
     assert run(monkeypatch, flags) == 0
     assert [path.name for path in (run_dir / "eval").iterdir()] == ["held-out-step-00000005.json"]
@@ -196,21 +201,21 @@ class Watch:
         self.told.append((what, slow))
 
 
-def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
-    harnesses = {"held-out": retrieval(data)}
+def test_half_precision_is_the_towers_and_the_watchdog_gets_heartbeats(data, tmp_path):
+    evaluators = {"held-out": retrieval(data)}
     found = {}
     for precision in ("fp32", "bf16"):
-        config, _ = parse_config(flags_of(data, tmp_path, 3, harnesses, precision=precision))
+        config, _ = parse_config(flags_of(data, tmp_path, 3, evaluators, precision=precision))
         torch.manual_seed(0)
         stepper = Stepper(CLIP(config.model), config, ALONE)
         tokenizer = build_tokenizer(config.tokenizer)
         evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
         watch = Watch()
-        (finding,) = evaluations.run(["held-out"], 3, stepper, watch)
+        (result,) = evaluations.run(["held-out"], 3, stepper, watch)
         assert set(watch.told) == {("the evaluation held-out of step 3", True)}
         assert len(watch.told) >= 3  # before it, at images, at captions
-        found[precision] = finding.values
-        assert "held-out: image_to_text R@1" in finding.line
+        found[precision] = result.values
+        assert "held-out: image_to_text R@1" in result.line
     model = NaViTCLIP(config.model, tokenizer, preprocess_for(config))
     model.load_state_dict(stepper.model.state_dict())
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
@@ -225,10 +230,11 @@ def test_half_precision_is_the_towers_and_the_watch_is_told(data, tmp_path):
                 return super().embed_texts(texts)
 
     for precision, kind in (("fp32", PackedModel), ("bf16", Half)):
-        result = evaluate(kind(model.eval(), ""), RetrievalSpec(**spec), ALONE, 0)
+        evaluator = Retrieval(RetrievalSpec(**spec))
+        result = evaluator.run(kind(model.eval(), ""), ALONE, 0).to_json()
         for way in (I2T, T2I):
-            for figure, value in result[way].items():
-                assert found[precision][f"eval/held-out/{way}/{figure}"] == value
+            for metric, value in result[way].items():
+                assert found[precision][f"eval/held-out/{way}/{metric}"] == value
 
 
 def evaluate_rank(every_flags):
@@ -243,19 +249,19 @@ def evaluate_rank(every_flags):
             evaluations = Evaluations(config, tokenizer, preprocess_for(config), ranks)
             generator = torch.get_rng_state()
             weights = [local(p.detach()).clone() for p in stepper.model.parameters()]
-            findings = list(evaluations.run(["held-out"], 3, stepper, Watch()))
+            results = list(evaluations.run(["held-out"], 3, stepper, Watch()))
             after = [local(p.detach()) for p in stepper.model.parameters()]
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
             )
-            found[kind] = [f.values for f in findings], still, exported(stepper).state_dict()
+            found[kind] = [r.values for r in results], still, exported(stepper).state_dict()
     return found
 
 
 def test_ranks_together_find_what_one_process_finds(data, tmp_path):
-    harnesses = {"held-out": retrieval(data)}
+    evaluators = {"held-out": retrieval(data)}
     every_flags = {
-        kind: flags_of(data, tmp_path, 3, harnesses, parallel__kind=kind, ema__decay=0.5)
+        kind: flags_of(data, tmp_path, 3, evaluators, parallel__kind=kind, ema__decay=0.5)
         for kind in ("ddp", "fsdp")
     }
     first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
@@ -277,9 +283,9 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
 
 
 MISTAKES = [
-    ({"a": {"every_steps": 2}}, {}, "eval.harnesses.a.kind"),
+    ({"a": {"every_steps": 2}}, {}, "eval.evaluators.a.kind"),
     ({"a": {"kind": "zeroshoot"}}, {}, "'zeroshoot'"),
-    ({"a": {"kind": "zeroshot"}}, {}, "eval.harnesses.a: "),
+    ({"a": {"kind": "zeroshot"}}, {}, "eval.evaluators.a: "),
     ({"a/b": {"kind": "zeroshot", "data": "x"}}, {}, "'a/b'"),
     ({"a": {"kind": "zeroshot", "data": "nowhere", "image": "x"}}, {}, "image"),
     ({"a": {"kind": "zeroshot", "data": "nowhere", "max_tokens": ["x"]}}, {}, "max_tokens"),
@@ -290,24 +296,24 @@ MISTAKES = [
     ("retrieval", {"eval__best": "held-out/R@1"}, "'held-out/R@1'"),
     ("retrieval", {"eval__best": f"held-out/64/{I2T}/R@1"}, f"held-out/{I2T}/R@1"),
     ("retrieval", {"eval__workers": -1}, "eval.workers"),
-    ("square", {}, "eval.harnesses.held-out"),
-    ("empty", {}, "eval.harnesses.held-out: "),
+    ("square", {}, "eval.evaluators.held-out"),
+    ("empty", {}, "eval.evaluators.held-out: "),
     ({}, {"eval__best": "a/top1"}, "eval.best"),
 ]
 
 
-@pytest.mark.parametrize(("harnesses", "options", "named"), MISTAKES)
+@pytest.mark.parametrize(("evaluators", "options", "named"), MISTAKES)
 def test_a_mistake_is_one_line_before_any_step(
-    data, tmp_path, monkeypatch, capsys, harnesses, options, named
+    data, tmp_path, monkeypatch, capsys, evaluators, options, named
 ):
-    if harnesses == "empty":
+    if evaluators == "empty":
         (tmp_path / "images").mkdir()
-        harnesses = {"held-out": {**retrieval(data), "images": str(tmp_path / "images")}}
-    elif isinstance(harnesses, str):
-        more = {"square": [33]} if harnesses == "square" else {}
-        harnesses = {"held-out": retrieval(data, **more)}
+        evaluators = {"held-out": {**retrieval(data), "images": str(tmp_path / "images")}}
+    elif isinstance(evaluators, str):
+        more = {"square": [33]} if evaluators == "square" else {}
+        evaluators = {"held-out": retrieval(data, **more)}
     run_dir = tmp_path / "run"
-    assert run(monkeypatch, flags_of(data, run_dir, 2, harnesses, **options)) == 2
+    assert run(monkeypatch, flags_of(data, run_dir, 2, evaluators, **options)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("train: error: ")
     assert named in line

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from navit_clip.evaluation.report.axes import cost_axis, format_tick, place_labels, share_axis
-from navit_clip.evaluation.results import MAIN, Result, Row, read_result
+from navit_clip.evaluation.results import EvalResult, Metric, Row
 from navit_clip.files import write_output
 
 COSTS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
-    ("mean tokens per image", lambda row: row.tokens),
+    ("mean tokens per image", lambda row: row.mean_tokens),
     ("GFLOPs per image", lambda row: row.gflops),
 )
 _COLOURS = ("#2563eb", "#c2570c", "#0f8a6a", "#9333a8", "#6b7280")
@@ -34,75 +33,77 @@ _INK, _GRID = "#1f2328", "#e3e6ea"
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one model and figure that are joined.
+    """Points of one model and metric that are joined.
 
     Attributes:
         series: 0 for the model, 1 and on for baselines.
-        second: Whether it is the second of the two figures, drawn dashed.
-        figure: Its name.
+        second: Whether it is the second of the two metrics, drawn dashed.
+        key: Of the metric.
+        metric: How it is shown.
         rows: The settings, in order of cost.
     """
 
     series: int
     second: bool
-    figure: str
+    key: str
+    metric: Metric
     rows: tuple[Row, ...]
 
     def values(self) -> list[float]:
-        """The figure at each setting."""
-        return [row.figures[self.figure] for row in self.rows]
+        """The metric at each setting."""
+        return [row.metrics[self.key] for row in self.rows]
 
 
-def lines_of(result: Result, cost: Callable[[Row], float | None]) -> list[Line]:
-    """What a panel draws: settings whose cost and figure are known."""
+def lines_of(result: EvalResult, cost: Callable[[Row], float | None]) -> list[Line]:
+    """What a panel draws: settings whose cost and metric are known."""
     lines = []
-    for second, figure in enumerate(MAIN[result.kind]):
-        for series in sorted({row.series for row in result.rows}):
+    for second, (key, metric) in enumerate(result.headline.items()):
+        for series in result.models:
             for square in (False, True):
                 rows = [
                     row
                     for row in result.rows
                     if row.series == series
-                    and (row.kind == "square") == square
+                    and (row.setting.kind == "square") == square
                     and cost(row)
-                    and not math.isnan(row.figures[figure])
+                    and not math.isnan(row.metrics[key])
                 ]
                 rows.sort(key=lambda row: cost(row) or 0.0)
                 if rows:
-                    lines.append(Line(series, bool(second), figure, tuple(rows)))
+                    lines.append(Line(series, bool(second), key, metric, tuple(rows)))
     return lines
 
 
-def draw_curve(path: Path, result: dict[str, Any]) -> None:
-    """Draws accuracy or recall against mean tokens and against GFLOPs per image.
+def draw_curve(path: Path, result: EvalResult) -> None:
+    """Draws the headline metrics against mean tokens and against GFLOPs per image.
 
     Args:
         path: PNG file to write; it appears whole, folders are made.
-        result: What a harness wrote.
+        result: What is drawn.
 
     Raises:
-        UserError: If the result is damaged or the file cannot be written.
+        UserError: If the file cannot be written.
     """
-    read = read_result(result)
     figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    drawn = [_draw_panel(axes, read, *cost) for axes, cost in zip(panels, COSTS, strict=True)]
-    figure.suptitle(_shorten(read.title + (f" · {read.data}" if read.data else ""), 110), size=11)
-    names = {row.series: row.model for row in read.rows}
+    drawn = [_draw_panel(axes, result, *cost) for axes, cost in zip(panels, COSTS, strict=True)]
+    title = f"{result.heading} · {result.data}".removesuffix(" · ")
+    figure.suptitle(_shorten(title, 110), size=11)
     handles = [
-        Line2D([], [], color=_colour(s), marker=_marker(s), lw=2, label=_shorten(names[s], 48))
-        for s in sorted(names)
+        Line2D([], [], color=_colour(s), marker=_marker(s), lw=2, label=_shorten(name, 48))
+        for s, name in result.models.items()
     ]
-    for second, name in enumerate(MAIN[read.kind]):
-        handles.append(Line2D([], [], color=_INK, lw=1.5, ls="--" if second else "-", label=name))
+    for second, metric in enumerate(result.headline.values()):
+        style = "--" if second else "-"
+        handles.append(Line2D([], [], color=_INK, lw=1.5, ls=style, label=metric.name))
     ring = {"marker": "o", "mfc": "none", "mec": _INK, "ms": 12, "ls": "none"}
     handles.append(Line2D([], [], label="own setting", **ring))  # type: ignore[arg-type]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                   frameon=False, fontsize=9)  # fmt: skip
     canvas.draw()  # settles the layout, so that labels know where the points are
     for axes, lines, (_, cost) in zip(panels, drawn, COSTS, strict=True):
-        _label_views(axes, lines, cost)
+        _label_settings(axes, lines, cost)
     save_figure(figure, path)
 
 
@@ -118,7 +119,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def _draw_panel(
-    axes: Axes, result: Result, name: str, cost: Callable[[Row], float | None]
+    axes: Axes, result: EvalResult, name: str, cost: Callable[[Row], float | None]
 ) -> list[Line]:
     lines = lines_of(result, cost)
     axes.set_xlabel(name, color=_INK)
@@ -138,7 +139,7 @@ def _draw_panel(
             marker=_marker(line.series), ms=6, mfc="white" if line.second else colour, mew=1.5,
         )  # fmt: skip
         for x, y, row in zip(xs, line.values(), line.rows, strict=True):
-            if row.own:
+            if row.is_own:
                 axes.plot(x, y, "o", mfc="none", mec=_INK, ms=13, mew=1)
     across = cost_axis([cost(row) or 0.0 for line in lines for row in line.rows])
     axes.set_xscale("log" if across.log else "linear")
@@ -151,8 +152,8 @@ def _draw_panel(
     return lines
 
 
-def _label_views(axes: Axes, lines: Sequence[Line], cost: Callable[[Row], float | None]) -> None:
-    """Names the settings at the points of the first figure."""
+def _label_settings(axes: Axes, lines: Sequence[Line], cost: Callable[[Row], float | None]) -> None:
+    """Names the settings at the points of the first metric."""
     box = axes.get_window_extent()
 
     def pixel(line: Line) -> list[tuple[float, float]]:
@@ -164,7 +165,7 @@ def _label_views(axes: Axes, lines: Sequence[Line], cost: Callable[[Row], float 
     rows = [(row, line.series) for line in named for row in line.rows]
     centres = place_labels(
         points,
-        [row.label for row, _ in rows],
+        [row.setting.label for row, _ in rows],
         [pixel(line) for line in lines],
         width=11,
         height=18,
@@ -177,7 +178,7 @@ def _label_views(axes: Axes, lines: Sequence[Line], cost: Callable[[Row], float 
             axes.text(
                 place[0],
                 place[1],
-                row.label,
+                row.setting.label,
                 color=_colour(series),
                 size=9,
                 ha="center",

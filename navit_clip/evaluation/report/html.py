@@ -6,45 +6,35 @@ import platform
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from navit_clip.evaluation.report.samples import Shown
+from navit_clip.evaluation.report.samples import ReportSamples
 from navit_clip.evaluation.report.svg import SERIES, curve_svgs, marker_svg, reliability_svg
-from navit_clip.evaluation.results import (
-    DIRECTIONS,
-    MAIN,
-    Group,
-    Result,
-    Row,
-    format_figure,
-    read_result,
-)
+from navit_clip.evaluation.results import EvalResult, Group, Metric, Row, percent
 from navit_clip.files import write_output
 
 _PACKAGES = ("navit-clip", "torch", "open_clip_torch", "pillow")
-_GROUPS = (
-    ("aspect ratio (long side : short side)", "aspect"),
-    ("size (side in pixels of a square of the same area)", "size"),
+_BREAKDOWNS = (
+    ("aspect ratio (long side : short side)", "by_aspect"),
+    ("size (side in pixels of a square of the same area)", "by_size"),
 )
 
 
 def write_report(
-    path: Path, result: dict[str, Any], shown: Shown | None = None, *, command: str = ""
+    path: Path, result: EvalResult, samples: ReportSamples, *, command: str = ""
 ) -> None:
     """Writes one HTML file that shows a result to people.
 
     Args:
-        path: File to write; it appears whole, folders are made.
-        result: What a harness wrote.
-        shown: Sample images and captions; None leaves these parts out.
+        path: File to write, atomically; folders are made.
+        result: What is shown.
+        samples: Images and captions to show beside it.
         command: The command line that made the result, for the foot.
 
     Raises:
-        UserError: If the result is damaged or the file cannot be written.
+        UserError: If the file cannot be written.
     """
-    read, shown = read_result(result), shown or Shown()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -52,25 +42,18 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = list(dict.fromkeys(name for row in read.rows for name in row.figures))
-    ways = Counter(
-        way for name in figures for short, way in DIRECTIONS.items() if name.startswith(short)
-    )
-    environment.filters["figure"] = lambda value, name="": format_figure(name, value)
-    environment.filters["short"] = _shorten
-    environment.filters["span"] = _span
+    environment.filters |= {"percent": percent, "short": _shorten, "span": _span}
+    metrics = result.shown
+    groups = Counter(metric.group for metric in metrics.values() if metric.group)
     page = environment.get_template("page.html").render(
-        result=read,
-        shown=shown,
-        main=MAIN[read.kind],
-        headline=_headline(read),
-        names={row.series: row.model for row in read.rows},
-        figures=figures,
-        ways=list(ways.items()),
-        curves=curve_svgs(read),
-        reliability=reliability_svg(shown.calibration) if shown.calibration else None,
-        groups=_group_tables(read),
-        worst=sorted(read.own.per_class.items(), key=lambda item: (item[1], item[0])),
+        result=result,
+        samples=samples,
+        metrics=metrics,
+        metric_groups=groups,
+        curves=curve_svgs(result),
+        reliability=reliability_svg(samples.calibration) if samples.calibration else None,
+        breakdowns=_breakdowns(result),
+        worst=sorted(result.own.per_class.items(), key=lambda item: (item[1], item[0])),
         marker=marker_svg,
         colours=SERIES,
         command=command,
@@ -79,33 +62,32 @@ def write_report(
     write_output(path, page)
 
 
-def _headline(result: Result) -> list[tuple[str, str]]:
-    """Names and values of the figures at the top."""
-    own = result.own.figures
-    return [(name, format_figure(name, value)) for name, value in own.items()]
-
-
-def _group_tables(
-    result: Result,
-) -> list[tuple[str, str, list[Row], list[tuple[Group, list[float | None]]]]]:
-    """A table per grouping and figure: settings as columns, groups as rows."""
+def _breakdowns(
+    result: EvalResult,
+) -> list[tuple[Metric, str, list[Row], list[tuple[Group, list[float | None]]]]]:
+    """A table per metric and grouping: settings as columns, groups as rows."""
     tables = []
-    # One figure of classification is enough here; retrieval has two ways.
-    for figure in MAIN[result.kind][: 1 if result.kind == "zeroshot" else 2]:
-        for title, attribute in _GROUPS:
+    # The first headline metric of each group of metrics is enough here.
+    first: dict[str, tuple[str, Metric]] = {}
+    for key, metric in result.headline.items():
+        first.setdefault(metric.group, (key, metric))
+    for key, metric in first.values():
+        for title, attribute in _BREAKDOWNS:
             rows = [row for row in result.rows if getattr(row, attribute)]
-            labels: dict[str, Group] = {}
-            for row in rows:
-                labels |= {group.label: group for group in getattr(row, attribute)}
-            cells = []
-            for label, group in labels.items():
-                values = []
-                for row in rows:
-                    found = [g for g in getattr(row, attribute) if g.label == label]
-                    values.append(found[0].figures.get(figure) if found else None)
-                cells.append((group, values))
+            by_label = [{g.label: g for g in getattr(row, attribute)} for row in rows]
+            labels = {label: group for groups in by_label for label, group in groups.items()}
+            cells = [
+                (
+                    group,
+                    [
+                        groups[label].metrics.get(key) if label in groups else None
+                        for groups in by_label
+                    ],
+                )
+                for label, group in labels.items()
+            ]
             if cells:
-                tables.append((figure, title, rows, cells))
+                tables.append((metric, title, rows, cells))
     return tables
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
+from navit_clip.evaluation.calibration import Bin
 from navit_clip.evaluation.report.axes import cost_axis, format_tick, place_labels, share_axis
 from navit_clip.evaluation.report.curve import COSTS, Line, lines_of
-from navit_clip.evaluation.report.samples import Bin
-from navit_clip.evaluation.results import Result, Row, format_figure
+from navit_clip.evaluation.results import EvalResult, Row
 
 SERIES = 5  # colours and markers before they repeat, as in the style sheet
 _WIDTH, _HEIGHT = 440, 280
@@ -35,7 +35,7 @@ def marker_svg(series: int, *, hollow: bool = False, at: tuple[float, float] = (
     )
 
 
-def curve_svgs(result: Result) -> list[Markup]:
+def curve_svgs(result: EvalResult) -> list[Markup]:
     """Accuracy or recall against each cost; only those that are known."""
     drawings = []
     for name, cost in COSTS:
@@ -97,21 +97,21 @@ def _curve(lines: Sequence[Line], name: str, cost: Callable[[Row], float | None]
         parts.append(Markup('<polyline class="{}" points="{}"/>').format(style, path))
     for line in lines:
         for row, value, at in zip(line.rows, line.values(), points(line), strict=True):
-            if row.own:
+            if row.is_own:
                 parts.append(
                     Markup('<circle class="own" cx="{:.1f}" cy="{:.1f}" r="9"/>').format(*at)
                 )
-            told = (
-                f"{row.model} at {row.label}: {line.figure} {format_figure(line.figure, value)}, "
-                f"{cost(row):,.4g} {name}"
+            tooltip = (
+                f"{row.model} at {row.setting.label}: {line.metric.name} "
+                f"{line.metric.format(value)}, {cost(row):,.4g} {name}"
             )
             mark = marker_svg(line.series, hollow=line.second, at=at)
-            parts.append(Markup("<g>{}{}</g>").format(_tooltip(told), mark))
-    parts += _view_labels([line for line in lines if not line.second], lines, points)
-    return _drawing(f"{' and '.join(dict.fromkeys(x.figure for x in lines))} by {name}", parts)
+            parts.append(Markup("<g>{}{}</g>").format(_tooltip(tooltip), mark))
+    parts += _setting_labels([line for line in lines if not line.second], lines, points)
+    return _drawing(f"{' and '.join(dict.fromkeys(x.metric.name for x in lines))} by {name}", parts)
 
 
-def _view_labels(
+def _setting_labels(
     named: Sequence[Line],
     lines: Sequence[Line],
     points: Callable[[Line], list[tuple[float, float]]],
@@ -119,7 +119,7 @@ def _view_labels(
     rows = [(row, line.series) for line in named for row in line.rows]
     centres = place_labels(
         [(x - _LEFT, y - _TOP) for line in named for x, y in points(line)],
-        [row.label for row, _ in rows],
+        [row.setting.label for row, _ in rows],
         [[(x - _LEFT, y - _TOP) for x, y in points(line)] for line in lines],
         width=6.5,
         height=12,
@@ -127,8 +127,8 @@ def _view_labels(
         bounds=_PLOT,
     )
     return [
-        Markup('<text class="view s{}" x="{:.1f}" y="{:.1f}">{}</text>').format(
-            series % SERIES, centre[0] + _LEFT, centre[1] + _TOP + 4, row.label
+        Markup('<text class="setting s{}" x="{:.1f}" y="{:.1f}">{}</text>').format(
+            series % SERIES, centre[0] + _LEFT, centre[1] + _TOP + 4, row.setting.label
         )
         for centre, (row, series) in zip(centres, rows, strict=True)
         if centre is not None

@@ -1,0 +1,125 @@
+"""Ranks of right answers among all: how many wrong ones are at least as near.
+
+Ties, and scores that are NaN, go against the model: whatever is not certain counts as a miss. The
+similarity matrix is never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores are computed in float64 and count as tied up to here: copies of a vector must tie, and a
+# matrix product may round one copy otherwise than the other. Different float32 vectors are hardly
+# ever so near.
+TIE = 1e-12
+
+_SCORES = 1 << 22  # compared at a time, 32 MiB of them
+
+
+def pair_ranks(images_ED: Tensor, texts_TD: Tensor, image_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of matching pairs, both ways; 0 is the best rank.
+
+    Args:
+        images_ED: Unit vectors of the images.
+        texts_TD: Unit vectors of the captions.
+        image_T: Index of each caption's image.
+
+    Returns:
+        Image to text, int64 [E]: captions of other images that are no farther than the nearest of
+        the image's captions; all of them if it has none, or one of their scores is NaN. Text to
+        image, int64 [T]: other images that are no farther than the caption's image.
+    """
+    images_ED, texts_TD = images_ED.double(), texts_TD.double()
+    right_T = torch.cat(
+        [
+            (texts * images_ED[image]).sum(1)
+            for texts, image in zip(texts_TD.split(1024), image_T.split(1024), strict=True)
+        ]
+    )
+    best_E = _best_captions(right_T, image_T, len(images_ED))
+    image_ranks = []
+    text_ranks_T = torch.full_like(image_T, -1)  # its own image is always among those counted
+    block = max(1, _SCORES // max(1, len(texts_TD)))
+    for start in range(0, len(images_ED), block):
+        images = images_ED[start : start + block]
+        scores = images @ texts_TD.T
+        text_ranks_T += (~(scores < right_T - TIE)).sum(0, dtype=torch.int32)
+        index = torch.arange(start, start + len(images), device=image_T.device)
+        near = ~(scores < best_E[start : start + block, None] - TIE)
+        image_ranks.append((near & (image_T != index[:, None])).sum(1, dtype=torch.int32))
+    return torch.cat(image_ranks).long(), text_ranks_T
+
+
+def _best_captions(right_T: Tensor, image_T: Tensor, images: int) -> Tensor:
+    """Score of the nearest caption of each image, float64 [E]."""
+    best_E = torch.full((images,), -torch.inf, dtype=right_T.dtype, device=right_T.device)
+    best_E.scatter_reduce_(0, image_T, right_T, "amax")
+    # Whether a maximum keeps a NaN differs between devices.
+    best_E[image_T[right_T.isnan()]] = torch.nan
+    return best_E
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model takes each image for.
+
+    Attributes:
+        rank_E: Wrong classes at least as near as the nearest right one, int64; 0 is the best.
+        wrong_E: The nearest wrong class, int64; -1 if every class is right.
+        confidence_E: Probability of the nearest class, float64.
+    """
+
+    rank_E: Tensor
+    wrong_E: Tensor
+    confidence_E: Tensor
+
+
+def classify(
+    images_ED: Tensor, classes_CD: Tensor, right_LC: Tensor, group_E: Tensor, scale: float
+) -> Predictions:
+    """Compares every image with every class, a block of images at a time.
+
+    Args:
+        images_ED: Unit vectors of the images.
+        classes_CD: Unit vectors of the classes.
+        right_LC: Which classes are right, bool, a row per group of images; at least one in each.
+        group_E: Row of each image.
+        scale: The factor on cosine similarities that makes logits.
+    """
+    classes_CD = classes_CD.double()
+    parts = []
+    block = max(1, _SCORES // len(classes_CD))
+    for images, group in zip(images_ED.split(block), group_E.split(block), strict=True):
+        scores = images.double() @ classes_CD.T
+        right = right_LC[group]
+        wrong = scores.masked_fill(right, -torch.inf)
+        # Several may be right: the nearest counts, and none of them stands in another's way.
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        rank = (~(scores < best - TIE) & ~right).sum(1)
+        nearest = torch.where(right.all(1), -1, wrong.argmax(1))
+        parts.append((rank, nearest, (scale * scores).softmax(1).amax(1)))
+    rank_E, wrong_E, confidence_E = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Predictions(rank_E, wrong_E, confidence_E)
+
+
+def fraction(hits: Tensor) -> float:
+    """Mean of a bool tensor in float64."""
+    return hits.double().mean().item()
+
+
+def recall(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Fraction of queries with a hit among the first k, by ``R@k``, and the ``median_rank``.
+
+    The rank of a query is that of its first hit, counted from 1; of an even number of queries the
+    median is the mean of the middle two.
+
+    Args:
+        ranks: From `pair_ranks`, one per query, at least one.
+        ks: Which k.
+    """
+    recalls = {f"R@{k}": fraction(ranks < k) for k in ks}
+    return {**recalls, "median_rank": ranks.double().quantile(0.5).item() + 1}
