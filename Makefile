@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check bench
+.PHONY: install demo test test-slow check bench
 
 install: $(INSTALLED)
 
@@ -17,24 +17,28 @@ SHAPES := data/shapes
 DEMO := runs/demo
 
 demo: $(INSTALLED)
-	$(BIN)/python -m navit_clip.tools.shapes --output $(SHAPES) --train 60000
-	$(BIN)/python -m navit_clip.tools.train_tokenizer --shards $(SHAPES)/train \
+	$(BIN)/navit-clip data shapes --output $(SHAPES) --train 60000
+	$(BIN)/navit-clip data train_tokenizer --shards $(SHAPES)/train \
 		--captions json.captions json.names json.short --vocab-size 256 --model-type bpe \
 		--output $(DEMO)/tokenizer.model
-	$(BIN)/python -m train --config configs/demo.yaml
-	$(BIN)/python -m eval zeroshot --model $(DEMO)/model --data $(SHAPES)/zeroshot \
+	$(BIN)/navit-clip train --config demo
+	$(BIN)/navit-clip eval zeroshot --model $(DEMO)/model --data $(SHAPES)/zeroshot \
 		--templates $(SHAPES)/templates.txt --max-tokens 9,16,25,36 \
 		--output $(DEMO)/eval/zeroshot.json --report $(DEMO)/eval/zeroshot.html \
 		--curve $(DEMO)/eval/zeroshot.png
-	$(BIN)/python -m eval retrieval --model $(DEMO)/model --images $(SHAPES)/retrieval/images \
+	$(BIN)/navit-clip eval retrieval --model $(DEMO)/model --images $(SHAPES)/retrieval/images \
 		--captions $(SHAPES)/retrieval/captions.json --max-tokens 9,16,25,36 \
 		--output $(DEMO)/eval/retrieval.json --report $(DEMO)/eval/retrieval.html \
 		--gallery $(DEMO)/eval/gallery.png
 	@echo
-	@$(BIN)/python -m eval summary $(DEMO)/eval
+	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Minutes each; before a release.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

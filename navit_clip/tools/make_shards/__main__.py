@@ -18,7 +18,7 @@ from navit_clip.tools.make_shards.make import Summary, make_shards, verify_shard
 _DESCRIPTION = """Makes webdataset shards of image files, which are copied byte by byte, and their
 captions. After an interruption the same command continues; --verify checks the result."""
 
-# Options that mean something for some kinds of input only; a silent one would be a mistake unnoticed.
+# Options that mean something for some inputs only; a silent one would be a mistake unnoticed.
 _BELONGS = {
     "images": ("coco", "table"),
     "split": ("coco",),
