@@ -2,7 +2,7 @@
 
 Called by the encoder (self-attention) and by attention pooling (one query per example). Tokens
 of different examples never see each other, and no mask is built: CUDA in half precision uses
-PyTorch's variable-length flash attention; everywhere else each run of equally long segments is
+PyTorch's variable-length flash attention; everywhere else each group of equally long neighbours is
 one batched `scaled_dot_product_attention`, of views alone, without a copy of q, k or v.
 """
 
@@ -27,7 +27,7 @@ def segment_attention(
     """Softmax attention of each query segment over the key segment of the same index.
 
     Args:
-        q_THD: [T, H, D] queries; on a processor q and k may be float32 beside values in half
+        q_THD: [T, H, D] queries; on a CPU q and k may be float32 beside values in half
             precision.
         k_SHD: [S, H, D] keys.
         v_SHD: [S, H, D] values.
@@ -62,13 +62,13 @@ def segment_attention(
     if q_THD.is_cuda and dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
     if q_THD.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # A processor's kernel takes twice as long backward in half precision, although its matrix
+        # The CPU kernel takes twice as long backward in half precision, although its matrix
         # products are faster (benchmarks/LOG.md).
         q_THD, k_SHD, v_SHD = q_THD.float(), k_SHD.float(), v_SHD.float()
         with torch.autocast("cpu", enabled=False):
-            out_THD = _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+            out_THD = _by_groups(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
         return out_THD.to(dtype)
-    return _by_runs(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+    return _by_groups(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
 
 
 def _varlen(
@@ -96,7 +96,7 @@ def _varlen(
     return out_THD
 
 
-def _by_runs(
+def _by_groups(
     q_THD: Tensor,
     k_SHD: Tensor,
     v_SHD: Tensor,
@@ -104,16 +104,16 @@ def _by_runs(
     segments_k: Segments,
     causal: bool,
 ) -> Tensor:
-    runs = _shared_runs(segments_q, segments_k)
-    sizes_q = [count * length for length, _, count in runs] + [segments_q.padding]
-    sizes_k = [count * length for _, length, count in runs] + [segments_k.padding]
+    groups = _shared_groups(segments_q, segments_k)
+    sizes_q = [count * length for length, _, count in groups] + [segments_q.padding]
+    sizes_k = [count * length for _, length, count in groups] + [segments_k.padding]
     # split, not slicing: the backward of a slice writes a gradient of the full size each.
     blocks_q = q_THD.split(sizes_q)
     blocks_k = k_SHD.split(sizes_k)
     blocks_v = v_SHD.split(sizes_k)
     outputs = []
     for (length_q, length_k, count), q, k, v in zip(
-        runs, blocks_q, blocks_k, blocks_v, strict=False
+        groups, blocks_q, blocks_k, blocks_v, strict=False
     ):
         out_EHLD = F.scaled_dot_product_attention(
             q.unflatten(0, (count, length_q)).transpose(1, 2),
@@ -126,18 +126,19 @@ def _by_runs(
     return torch.cat(outputs)
 
 
-def _shared_runs(segments_q: Segments, segments_k: Segments) -> list[tuple[int, int, int]]:
+def _shared_groups(segments_q: Segments, segments_k: Segments) -> list[tuple[int, int, int]]:
     """Neighbouring examples equally long on both sides: (query length, key length, count)."""
     if segments_q is segments_k:
-        return [(length, length, count) for length, count in segments_q.runs]
+        return [(length, length, count) for length, count in segments_q.equal_length_groups]
     shared: list[tuple[int, int, int]] = []
-    runs_q, runs_k = list(segments_q.runs[::-1]), list(segments_k.runs[::-1])
-    while runs_q:
-        (length_q, count_q), (length_k, count_k) = runs_q.pop(), runs_k.pop()
+    groups_q = list(segments_q.equal_length_groups[::-1])
+    groups_k = list(segments_k.equal_length_groups[::-1])
+    while groups_q:
+        (length_q, count_q), (length_k, count_k) = groups_q.pop(), groups_k.pop()
         count = min(count_q, count_k)
         shared.append((length_q, length_k, count))
         if count_q > count:
-            runs_q.append((length_q, count_q - count))
+            groups_q.append((length_q, count_q - count))
         if count_k > count:
-            runs_k.append((length_k, count_k - count))
+            groups_k.append((length_k, count_k - count))
     return shared

@@ -1,18 +1,19 @@
 """The packed NaViT image tower: patches of many images in, one vector per image out.
 
-Takes `PackedImages` as the data pipeline left them (uint8), normalises pixels on the device,
-embeds patches, adds positions by coordinate, encodes the stream and pools each image.
+Takes `PackedImages` as the data pipeline left them (uint8), embeds patches, adds positions by
+coordinate, encodes the stream and pools each image; or leaves out the last step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
-from navit_clip.models.linear import linear
+from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
 from navit_clip.models.transformer import Encoder, EncoderConfig, layer_norm
@@ -71,21 +72,38 @@ class ImageTowerConfig:
             raise ValueError(f"registers must not be negative, got {self.registers}")
 
 
-class ImageTower(nn.Module):
-    """Encodes packed images to one vector of the encoder's width each."""
+class ImageTokens(NamedTuple):
+    """Encoded patches of many images, for models that read more than one vector per image.
 
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+    Attributes:
+        x_TC: [T, C] the encoder's outputs at the patches; class token and registers left out.
+        segments: Where each image lies, in the order of `PackedImages.segments`; its `order` is
+            not applied.
+        coords_T2: int32 [T, 2] row and column of each patch on its image's grid.
+    """
+
+    x_TC: Tensor
+    segments: Segments
+    coords_T2: Tensor
+
+
+class ImageTower(nn.Module):
+    """Encodes packed images to one vector of the encoder's width each, or to their tokens.
+
+    Attributes:
+        embed: Patches of pixels to tokens.
+        position: Embeds a patch's row and column.
+        encoder: The transformer over the patches, class token and registers included.
+        pool: (tokens [T, C], segments) to [E, C], one vector per image.
+    """
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         self.config = config
-        width, pixels = config.encoder.width, config.patch_size**2
-        std, mean = torch.tensor(config.pixel_std), torch.tensor(config.pixel_mean)
-        # (x/255 - mean) / std as one multiply and one add over a whole patch.
-        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
-        self.embed = linear(3 * pixels, width, bias=config.patch_bias)
+        width = config.encoder.width
+        self.embed = PatchEmbed(
+            config.patch_size, width, config.pixel_mean, config.pixel_std, bias=config.patch_bias
+        )
         self.position = build_position(config.position, width)
         self.class_token: nn.Parameter | None = None
         if config.pooling == "cls":
@@ -104,7 +122,7 @@ class ImageTower(nn.Module):
         self.norm = layer_norm(width, config.encoder) if config.pooled_norm else nn.Identity()
 
     def forward(self, images: PackedImages) -> Tensor:
-        """Encodes packed images.
+        """Encodes and pools packed images.
 
         Args:
             images: Patches on the tower's device.
@@ -112,22 +130,37 @@ class ImageTower(nn.Module):
         Returns:
             [E, C] one vector per image, in the order in which the images were packed.
         """
+        if self.class_token is None:
+            x_TC, segments, _ = self.tokens(images)
+        else:  # which pooling reads
+            x_TC, segments, _ = self._encode(images)
+        return self.norm(self.pool(x_TC, segments))[images.order]
+
+    def tokens(self, images: PackedImages) -> ImageTokens:
+        """Encodes packed images without pooling them.
+
+        Args:
+            images: Patches on the tower's device.
+        """
+        x_TC, _, places_T = self._encode(images)
+        if places_T is not None:
+            x_TC = x_TC.index_select(0, places_T)
+        return ImageTokens(x_TC, images.segments, images.coords)
+
+    def _encode(self, images: PackedImages) -> tuple[Tensor, Segments, Tensor | None]:
+        """The encoder's whole output: class token, registers and patches.
+
+        Returns:
+            The stream, its segments, and where each patch lies on it; None if the patches are all.
+        """
         segments = images.segments
-        pixels_TK = images.patches.to(self.pixel_scale.dtype)
-        x_TC = self.embed(torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale))
         sides_T2 = images.grids[segments.ids]
-        x_TC = x_TC + self.position(images.coords, sides_T2)
+        x_TC = self.embed(images.patches) + self.position(images.coords, sides_T2)
         prefix = self._prefix()
         if not prefix:
-            x_TC = self.encoder(x_TC, segments)
-        else:
-            x_TC, with_prefix, places_T = _prepend(torch.stack(prefix), x_TC, segments)
-            x_TC = self.encoder(x_TC, with_prefix)
-            if self.class_token is None:
-                x_TC = x_TC.index_select(0, places_T)
-            else:
-                segments = with_prefix
-        return self.norm(self.pool(x_TC, segments))[images.order]
+            return self.encoder(x_TC, segments), segments, None
+        x_TC, segments, places_T = _prepend(torch.stack(prefix), x_TC, segments)
+        return self.encoder(x_TC, segments), segments, places_T
 
     def _prefix(self) -> list[Tensor]:
         """The tokens before each image's patches, [C] each."""

@@ -56,12 +56,17 @@ def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> Li
             initialised alone, since the fan-out of the stack would make them too small.
     """
     layer = Linear(in_width, out_width, bias=bias)
+    init_linear(layer, stacked)
+    return layer
+
+
+def init_linear(layer: nn.Linear, stacked: int = 1) -> None:
+    """Draws a layer's first weights in place, as `linear` describes them."""
     with torch.no_grad():
         for weight in layer.weight.chunk(stacked):
             nn.init.xavier_uniform_(weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-    return layer
 
 
 class _OneDnnLinear(torch.autograd.Function):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -21,12 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from navit_clip.configs import check_choices
 from navit_clip.models.attention import segment_attention
 from navit_clip.models.linear import linear
+from navit_clip.models.rope import Rotary
 from navit_clip.packed.segments import Segments
 
-# A processor's caches hold what a short stream needs between two operators, and its allocator
-# keeps small blocks: a stream of more elements takes up to 25% longer in one piece than in parts.
-# A smaller one takes 3% longer in parts, whose weight gradients are added (benchmarks/LOG.md).
-_WHOLE_ELEMENTS = 2_500_000
+# A CPU's caches hold what a short stream needs between two operators, and its allocator keeps
+# small blocks: a stream of more elements takes up to 25% longer in one piece than in chunks. A
+# smaller one takes 3% longer in chunks, whose weight gradients are added (benchmarks/LOG.md).
+_UNCHUNKED_ELEMENTS = 2_500_000
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,15 @@ class SegmentAttention(nn.Module):
         self.q_norm = norm()
         self.k_norm = norm()
 
-    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """Attends within segments; [T, C] to [T, C]."""
         q_THD, k_THD, v_THD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
+        if rotary is not None:
+            q_THD, k_THD = rotary.rotate(q_THD), rotary.rotate(k_THD)
         if v_THD.device.type != "cpu":
             # Under autocast a LayerNorm returns float32, which kernels would not accept beside
-            # half-precision values. A processor attends in float32 anyway.
+            # half-precision values. A CPU attends in float32 anyway.
             q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
         y_THD = self.attend(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
         return self.out(y_THD.flatten(-2))
@@ -174,17 +178,9 @@ class Block(nn.Module):
         self.mlp_norm = layer_norm(config.width, config)
         self.mlp = Mlp(config)
 
-    def forward(
-        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
-    ) -> tuple[Tensor, ...]:
-        """Streams [T, C], each with its segments, to streams of the same shapes.
-
-        All in one call, so that FSDP gathers the parameters once.
-        """
-        return tuple(self._transform(x, part) for x, part in zip(streams, parts, strict=True))
-
-    def _transform(self, x_TC: Tensor, segments: Segments) -> Tensor:
-        x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments)
+    def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
+        """[T, C] to [T, C]."""
+        x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments, rotary)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
 
 
@@ -192,25 +188,30 @@ class Encoder(nn.Module):
     """A stack of blocks and a final norm over one packed stream.
 
     Attributes:
-        recompute_blocks: Keep only the blocks' inputs for the backward pass, which computes each
-            block again (activation checkpointing); changes memory and time, not results.
+        activation_checkpointing: Keep only the blocks' inputs for the backward pass, which
+            computes each block again; changes memory and time, not results.
+        chunked: On a CPU, run all blocks on one chunk of a long stream, then on the next, which is
+            faster than block by block. To be switched off where a block is gathered or compiled
+            for each call.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute_blocks = False
-        self._compiled = False
+        self.activation_checkpointing = False
+        self.chunked = True
         self.pre_norm = layer_norm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = layer_norm(config.width, config) if config.final_norm else nn.Identity()
 
-    def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """Encodes a packed stream.
 
         Args:
             x_TC: [T, C] embedded tokens.
             segments: Segments of the T tokens.
+            rotary: Rotations of the T tokens' queries and keys; None for positions that are added
+                to the tokens.
 
         Returns:
             [T, C] outputs, normalised by default.
@@ -218,30 +219,30 @@ class Encoder(nn.Module):
         x_TC = self.pre_norm(x_TC)
         if (
             x_TC.device.type != "cpu"
-            or x_TC.numel() <= _WHOLE_ELEMENTS
-            or self._compiled
+            or x_TC.numel() <= _UNCHUNKED_ELEMENTS
+            or not self.chunked
             or torch.compiler.is_compiling()
         ):
-            return self.norm(*self._transform((x_TC,), (segments,)))
-        streams = x_TC.split([part.num_tokens for part in segments.parts])
-        return self.norm(torch.cat(self._transform(streams, segments.parts)))
+            return self.norm(self._run_blocks(x_TC, segments, rotary))
+        sizes = [chunk.num_tokens for chunk in segments.chunks]
+        rotaries = repeat(None) if rotary is None else rotary.split(sizes)
+        outputs = map(self._run_blocks, x_TC.split(sizes), segments.chunks, rotaries)
+        return self.norm(torch.cat(list(outputs)))
 
-    def _transform(
-        self, streams: tuple[Tensor, ...], parts: tuple[Segments, ...]
-    ) -> tuple[Tensor, ...]:
+    def _run_blocks(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
         for block in self.blocks:
-            if self.recompute_blocks and torch.is_grad_enabled():
-                streams = checkpoint(block, streams, parts, use_reentrant=False)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_TC = checkpoint(block, x_TC, segments, rotary, use_reentrant=False)
             else:
-                streams = block(streams, parts)
-        return streams
+                x_TC = block(x_TC, segments, rotary)
+        return x_TC
 
     def compile_blocks(self) -> None:
         """Compiles each block in place at its next call; names of parameters stay."""
-        self._compiled = True
+        self.chunked = False
         for block in self.blocks:
             assert isinstance(block, Block)
             # Its segments' lengths are host numbers, other ones in every batch: traced, each
-            # batch would be compiled anew.
+            # batch would be compiled again.
             block.attention.attend = torch.compiler.disable(segment_attention)
             block.compile()

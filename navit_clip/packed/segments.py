@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PART_TOKENS = 2048  # of `Segments.parts`
+CHUNK_TOKENS = 2048  # of `Segments.chunks`
 
 
 # Not frozen: of a frozen dataclass that it passes on, torch.compile in 2.11 guards all fields,
-# and compiles anew for each batch.
+# and compiles again for each batch.
 @dataclass(eq=False)
 class Segments:
     """Where each example lies on a packed axis of T tokens; never changed once made.
 
-    Examples come first; what a fixed token budget leaves unused is one dummy segment at the end,
-    which attention keeps to itself and pooling and loss ignore.
+    Examples come first; what a fixed token budget leaves unused is one padding segment at the
+    end, which attention keeps to itself and pooling and loss ignore.
 
     Attributes:
-        lengths: Tokens of each segment, on the host; the dummy segment last, if there is one.
+        lengths: Tokens of each segment, on the host; the padding segment last, if there is one.
         offsets: int32 [len(lengths) + 1] on the device, cumulative lengths from 0 (cu_seqlens).
         num_examples: E, the number of real examples; `len(lengths)` is E or E + 1.
     """
@@ -85,8 +85,8 @@ class Segments:
         return max(self.lengths, default=0)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """Neighbouring examples of equal length as (length, count), dummy left out."""
+    def equal_length_groups(self) -> tuple[tuple[int, int], ...]:
+        """Neighbouring examples of equal length as (length, count), padding left out."""
         return tuple(
             (length, len(list(group)))
             for length, group in groupby(self.lengths[: self.num_examples])
@@ -101,19 +101,19 @@ class Segments:
         )
 
     @cached_property
-    def parts(self) -> tuple[Segments, ...]:
+    def chunks(self) -> tuple[Segments, ...]:
         """The same examples on several short streams, laid end to end; padding in the last."""
-        parts: list[Segments] = []
+        chunks: list[Segments] = []
         lengths: list[int] = []
         total = 0
         for length in self.lengths[: self.num_examples]:
-            if lengths and total + length > PART_TOKENS:
-                parts.append(Segments.from_lengths(lengths, device=self.offsets.device))
+            if lengths and total + length > CHUNK_TOKENS:
+                chunks.append(Segments.from_lengths(lengths, device=self.offsets.device))
                 lengths, total = [], 0
             lengths.append(length)
             total += length
         last = Segments.from_lengths(lengths, padding=self.padding, device=self.offsets.device)
-        return (*parts, last)
+        return (*chunks, last)
 
     def without_padding(self) -> Segments:
         """The same examples on a stream that ends with the last of them."""

@@ -87,7 +87,7 @@ class ParallelModel:
         self._replicated: list[nn.Parameter] = []
         for module in model.modules():
             if isinstance(module, Encoder):
-                module.recompute_blocks = config.activation_checkpointing
+                module.activation_checkpointing = config.activation_checkpointing
                 if config.compile:
                     module.compile_blocks()
         if ranks.world_size == 1:
@@ -131,6 +131,8 @@ class ParallelModel:
         half = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        for encoder in [m for m in self.model.modules() if isinstance(m, Encoder)]:
+            encoder.chunked = False  # else each block would be gathered once per chunk
         for block in [m for m in self.model.modules() if isinstance(m, Block)]:
             fully_shard(
                 block,

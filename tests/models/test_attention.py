@@ -95,9 +95,9 @@ SELF_LENGTHS = [
     (1,),
     (7,),
     (1, 1, 1),
-    (3, 3, 3, 3),  # one run
+    (3, 3, 3, 3),  # one group
     (5, 2, 5, 1, 9),  # no two alike
-    (2, 2, 6, 6, 6, 2, 1, 1),  # runs, unsorted
+    (2, 2, 6, 6, 6, 2, 1, 1),  # groups, unsorted
     tuple(range(1, 9)),
 ]
 
@@ -116,7 +116,7 @@ def test_self_attention(lengths, padding, causal):
     [
         ((1, 1, 1, 1), (4, 4, 4, 4)),
         ((1, 1, 1, 1, 1), (3, 3, 9, 1, 1)),  # pooling: one query over segments of any length
-        ((2, 2, 2, 5), (3, 4, 4, 4)),  # runs that begin and end apart
+        ((2, 2, 2, 5), (3, 4, 4, 4)),  # groups that begin and end apart
         ((6, 1), (1, 6)),
         ((1,), (1,)),
     ],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.pooling import MapPooling, build_pooling
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import Rotary
 from navit_clip.models.text_tower import TextTower, TextTowerConfig
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, Mlp, SegmentAttention
 from navit_clip.packed.images import ImagePatches, pack_images
@@ -173,9 +174,9 @@ def test_gradients_stay_within_their_segment(config):
 @every_switch
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_stream_in_parts_gives_what_it_gives_whole(config, padding, recompute, monkeypatch):
+def test_a_stream_in_chunks_gives_what_it_gives_whole(config, padding, recompute, monkeypatch):
     encoder = double(Encoder(config))
-    encoder.recompute_blocks = recompute
+    encoder.activation_checkpointing = recompute
     lengths = [3, 3, 1, 7, 5, 2]
     x = torch.randn(sum(lengths) + padding, config.width, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(sum(lengths), config.width, dtype=torch.float64)
@@ -186,13 +187,89 @@ def test_a_stream_in_parts_gives_what_it_gives_whole(config, padding, recompute,
         return segments, [y, *torch.autograd.grad((y * weight).sum(), [x, *encoder.parameters()])]
 
     whole, expected = run()
-    monkeypatch.setattr("navit_clip.packed.segments.PART_TOKENS", 6)
-    monkeypatch.setattr("navit_clip.models.transformer._WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr("navit_clip.packed.segments.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("navit_clip.models.transformer._UNCHUNKED_ELEMENTS", 0)
     cut, actual = run()
-    assert "parts" not in vars(whole)
-    assert [part.num_real_tokens for part in cut.parts] == [6, 1, 7, 5, 2]
+    assert "chunks" not in vars(whole)
+    assert [chunk.num_real_tokens for chunk in cut.chunks] == [6, 1, 7, 5, 2]
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+def block_by_block(encoder: Encoder, x: Tensor, segments: Segments) -> Tensor:
+    """Each block over all chunks before the next block."""
+    chunks = encoder.pre_norm(x).split([chunk.num_tokens for chunk in segments.chunks])
+    for block in encoder.blocks:
+        chunks = [block(chunk, s) for chunk, s in zip(chunks, segments.chunks, strict=True)]
+    return encoder.norm(torch.cat(chunks))
+
+
+@every_switch
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_order_of_blocks_and_chunks_changes_no_bit(config, recompute, monkeypatch):
+    monkeypatch.setattr("navit_clip.packed.segments.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("navit_clip.models.transformer._UNCHUNKED_ELEMENTS", 0)
+    encoder = Encoder(config)
+    randomise(encoder, seed=0, std=0.3)
+    encoder.activation_checkpointing = recompute
+    segments = Segments.from_lengths([3, 3, 1, 7, 5, 2], padding=3)
+    x = torch.randn(segments.num_tokens, config.width, requires_grad=True)
+    weight = torch.randn(segments.num_real_tokens, config.width)
+
+    def run(encode_stream) -> list[Tensor]:
+        y = encode_stream(x, segments)[: segments.num_real_tokens]
+        return [y, *torch.autograd.grad((y * weight).sum(), [x, *encoder.parameters()])]
+
+    expected = run(lambda x, segments: block_by_block(encoder, x, segments))
+    for a, e in zip(run(encoder), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """One head of one token, [D] by [D / 2] angles: each pair (i, i + D / 2) by a 2 x 2 matrix."""
+    turned = x.clone()
+    for i, angle in enumerate(angles.tolist()):
+        matrix = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        pair = [i, i + len(angles)]
+        turned[pair] = torch.tensor(matrix, dtype=x.dtype) @ x[pair]
+    return turned
+
+
+@pytest.mark.parametrize("each_head", [False, True])
+def test_rotary_turns_each_pair_of_dimensions(each_head):
+    heads, width = 3, 6
+    x = torch.randn(5, heads, width, dtype=torch.float64)
+    angles = torch.randn(5, *[heads] * each_head, width // 2, dtype=torch.float64)
+    actual = Rotary.from_angles(angles).rotate(x)
+    for token in range(5):
+        for head in range(heads):
+            own = angles[token, head] if each_head else angles[token]
+            torch.testing.assert_close(actual[token, head], rotate_pairs(x[token, head], own))
+
+
+@every_switch
+@pytest.mark.parametrize("chunk_tokens", [6, 2048])
+def test_rotary_makes_an_encoder_see_differences_of_positions(config, chunk_tokens, monkeypatch):
+    monkeypatch.setattr("navit_clip.packed.segments.CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr("navit_clip.models.transformer._UNCHUNKED_ELEMENTS", 0)
+    encoder = double(Encoder(config))
+    segments = Segments.from_lengths([3, 3, 1, 7], padding=2)
+    x = torch.randn(segments.num_tokens, config.width, dtype=torch.float64)
+    position = torch.randint(50, (segments.num_tokens, 1), dtype=torch.float64)
+    speeds = torch.tensor([1.0, 0.1], dtype=torch.float64)
+
+    def encode_at(position: Tensor) -> Tensor:
+        rotary = Rotary.from_angles(position * speeds)
+        return encoder(x, segments, rotary)[: segments.num_real_tokens]
+
+    expected = encode_at(position)
+    # Each segment moved as a whole, by a distance of its own.
+    torch.testing.assert_close(encode_at(position + 10 * segments.ids[:, None]), expected)
+    moved = encode_at(position + torch.arange(len(position))[:, None])
+    assert (moved - expected).abs().max() > 1e-3
+    torch.testing.assert_close(
+        encode_at(torch.zeros_like(position)), encoder(x, segments)[: segments.num_real_tokens]
+    )
 
 
 def test_causal_tokens_see_only_what_stands_before_them():
@@ -246,7 +323,8 @@ def test_mean_of_a_long_segment_in_half_precision(device):
     assert module(x, Segments.from_lengths([3000], device=device)).tolist() == [[1.0] * 4]
 
 
-def image_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
+def image_tokens(tower: ImageTower, image: ImagePatches) -> Tensor:
+    """What the encoder reads of one image: class token, registers and patches."""
     config = tower.config
     tokens = []
     for patch, (row, column) in zip(image.patches, image.coords, strict=True):
@@ -256,14 +334,20 @@ def image_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
         ]
         position = tower.position(torch.tensor([[row, column]]), torch.tensor([image.grid]))
         tokens.append(affine(torch.tensor(pixels, dtype=torch.float64), tower.embed) + position[0])
-    registers = [] if tower.registers is None else list(tower.registers)
     prefix = []
     if tower.class_token is not None:
         own_place = 0 if tower.class_position is None else tower.class_position
         prefix.append(tower.class_token + own_place)
-    x = encode(torch.stack([*prefix, *registers, *tokens]), tower.encoder)
-    x = torch.cat([x[: len(prefix)], x[len(prefix) + len(registers) :]])
-    pooled = pool(x, tower.pool, config.pooling, config.encoder)
+    registers = [] if tower.registers is None else list(tower.registers)
+    return torch.stack([*prefix, *registers, *tokens])
+
+
+def image_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
+    config = tower.config
+    x = encode(image_tokens(tower, image), tower.encoder)
+    patches = len(image.patches)
+    classes = x[: int(tower.class_token is not None)]
+    pooled = pool(torch.cat([classes, x[-patches:]]), tower.pool, config.pooling, config.encoder)
     return norm(pooled, tower.norm, config.encoder)
 
 
@@ -296,6 +380,27 @@ def test_image_tower(pooling, switches):
     expected = torch.stack([image_reference(tower, image) for image in images])
     # The pixel constants were rounded to float32 before the tower became float64.
     torch.testing.assert_close(tower(pack_images(images)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["map", "cls"])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_tokens_of_an_image_are_its_patches_encoded(pooling, registers):
+    config = ImageTowerConfig(
+        patch_size=2, encoder=EncoderConfig(**SMALL), pooling=pooling, registers=registers
+    )
+    tower = double(ImageTower(config))
+    images = [random_image(0, (3, 4)), random_image(1, (1, 1)), random_image(2, (5, 5), keep=4)]
+    packed = pack_images(images, budget=20)
+    x, segments, coords = tower.tokens(packed)
+    assert segments is packed.segments
+    tokens, places = (y.split(list(segments.lengths)) for y in (x, coords))
+    for image, i in zip(images, packed.order.tolist(), strict=True):
+        expected = encode(image_tokens(tower, image), tower.encoder)[-len(image.patches) :]
+        torch.testing.assert_close(tokens[i], expected, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(places[i], image.coords)
+    if pooling == "map":
+        pooled = tower.norm(tower.pool(x, segments))[packed.order]
+        assert torch.equal(pooled, tower(packed))
 
 
 @every_pooling

@@ -214,11 +214,11 @@ def test_antialiasing_and_interpolation_change_small_grids():
 
 def tower_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
     """One image with the table resized for it alone, in float64, and added to its patches."""
-    config = tower.config
-    pixels = torch.from_numpy(image.patches).float() * tower.pixel_scale + tower.pixel_shift
+    config, embed = tower.config, tower.embed
+    pixels = torch.from_numpy(image.patches).float() * embed.pixel_scale + embed.pixel_shift
     whole = reference(tower.position, config.position, image.grid)
     rows, columns = torch.from_numpy(image.coords).long().unbind(1)
-    x = tower.embed(pixels) + whole[rows, columns].float()
+    x = F.linear(pixels, embed.weight, embed.bias) + whole[rows, columns].float()
     if tower.class_token is not None:
         x = torch.cat([(tower.class_token + tower.class_position)[None], x])
     segments = Segments.from_lengths([len(x)])

@@ -63,7 +63,7 @@ def build(
 
 
 def images() -> list[ImagePatches]:
-    """Unsorted, with runs, single patches, and grids that lost patches."""
+    """Unsorted, some of equal length, single patches, and grids that lost patches."""
     return [
         random_image(0, (3, 4)),
         random_image(1, (1, 1)),

@@ -38,10 +38,10 @@ class TestSegments:
         assert offsets.tolist() == [0, 3, 4, 6] + [6 + padding] * bool(padding)
 
     @pytest.mark.parametrize("padding", [0, 4])
-    def test_runs_are_neighbours_of_equal_length(self, padding):
+    def test_groups_are_neighbours_of_equal_length(self, padding):
         segments = Segments.from_lengths([4, 4, 1, 4, 2, 2, 2], padding=padding)
-        # The dummy is as long as an example here, and yet of no run.
-        assert segments.runs == ((4, 2), (1, 1), (4, 1), (2, 3))
+        # The padding is as long as an example here, and yet of no group.
+        assert segments.equal_length_groups == ((4, 2), (1, 1), (4, 1), (2, 3))
 
     @pytest.mark.parametrize("padding", [0, 3])
     def test_without_padding_keeps_the_examples(self, padding):
@@ -61,7 +61,7 @@ class TestSegments:
     def test_no_example_at_all(self):
         segments = Segments.from_lengths([], padding=3)
         assert (segments.num_examples, segments.num_real_tokens, segments.padding) == (0, 0, 3)
-        assert segments.runs == ()
+        assert segments.equal_length_groups == ()
         assert Segments.from_lengths([]).max_length == 0
         assert Segments.from_lengths([]).ids.tolist() == []
 
@@ -110,7 +110,7 @@ class TestPackImages:
         assert packed.coords.dtype == packed.grids.dtype == torch.int32
         assert packed.order.dtype == torch.int64
 
-    def test_padding_is_one_dummy_segment_of_zeros(self):
+    def test_padding_is_one_segment_of_zeros(self):
         images = self.images()
         packed = pack_images(images, budget=64)
         real = packed.segments.num_real_tokens

@@ -1,4 +1,4 @@
-"""Compiled blocks: the same results, and nothing compiled anew when only the content changes."""
+"""Compiled blocks: the same results, and nothing compiled again when only the content changes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from navit_clip.data.shared_batch import Parcel
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.packed.batch import BatchCounts, PackedBatch
 from navit_clip.packed.images import pack_images
-from navit_clip.packed.segments import PART_TOKENS, Segments
+from navit_clip.packed.segments import CHUNK_TOKENS, Segments
 from navit_clip.packed.texts import pack_texts
 from navit_clip.training.freeze import LockConfig
 from navit_clip.training.parallel import ParallelConfig
@@ -144,13 +144,13 @@ def test_compiled_kernels_agree_and_are_built_once():
 
 
 def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels, monkeypatch):
-    # Parts, in which an uncompiled encoder reads it on a processor, would be other shapes to them.
-    monkeypatch.setattr("navit_clip.models.transformer._WHOLE_ELEMENTS", 0)
+    # Chunks, in which an uncompiled encoder reads it on a CPU, would be other shapes to them.
+    monkeypatch.setattr("navit_clip.models.transformer._UNCHUNKED_ELEMENTS", 0)
     config = EncoderConfig(width=8, depth=1, heads=2)
     for compiled in (True, False):
         encoder = Encoder(config)
         if compiled:
             encoder.compile_blocks()
-        segments = Segments.from_lengths([PART_TOKENS // 2] * 5)
+        segments = Segments.from_lengths([CHUNK_TOKENS // 2] * 5)
         encoder(torch.zeros(segments.num_tokens, 8), segments).sum().backward()
-        assert ("parts" in vars(segments)) is not compiled
+        assert ("chunks" in vars(segments)) is not compiled

@@ -48,6 +48,9 @@ TOLERANCE = {FLOAT: 2e-5, DOUBLE: 1e-11}
 
 def run_case(config, dtype, steps, ranks):
     stepper = new_stepper(config, ranks, dtype)
+    towers = (stepper.model.image, stepper.model.text)
+    # Blocks that are gathered for each call read a stream in one piece.
+    assert all(t.encoder.chunked == (config.parallel.kind == "ddp") for t in towers)
     found = figures(stepper, range(steps))
     exported = stepper.export()
     if exported is None:
