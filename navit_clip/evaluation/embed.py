@@ -9,8 +9,8 @@ equal to the last bit on any number of ranks.
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -29,7 +29,7 @@ from navit_clip.evaluation.datasets import EvalDataset, Item, Key, block_of
 from navit_clip.evaluation.models import Model, Sizer
 from navit_clip.evaluation.settings import EvalSetting
 
-SHOWN_SKIPS = 5  # kept word for word; the others are only counted
+SHOWN_SKIPS = 5  # described one by one; the others are only counted
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Embedded:
         sizes: Each image's native height and width, upright.
         embeddings: By setting, float32 [E, D] unit vectors.
         lengths: By setting, tokens of each image.
-        padding: By setting, share of padding among the tokens computed.
+        padding: By setting, fraction of padding among the tokens computed.
         skipped: Unusable images and captions by reason.
         skips: The first few of these in words.
     """
@@ -60,18 +60,10 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """One model's setting, as far as worker processes need to know it."""
-
-    sizer: Sizer
-    setting: EvalSetting
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class _Row:
-    """What is known of an image beside its embeddings."""
+    """What is known of a usable image beside its embeddings; `place` is that in its block."""
 
+    place: int
     key: Key
     name: str
     label: int
@@ -80,17 +72,8 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Sized:
-    """One image of a block, at the looks that are to be embedded."""
-
-    place: int
-    row: _Row
-    sized: dict[int, Any]
-
-
-@dataclass(frozen=True)
 class _Skipped:
-    """One image of a block that cannot be used."""
+    """An image that cannot be used."""
 
     place: int
     key: Key
@@ -100,137 +83,102 @@ class _Skipped:
 
 
 @dataclass(frozen=True)
-class _Close:
-    """Follows the images of a block; names of all looks in the cache, and what it had of them."""
+class _Block:
+    """Neighbouring images, decoded once and sized for all pairs of model and setting.
 
-    keys: dict[int, str]
-    hits: dict[int, ImageBlock]
+    Attributes:
+        rows: Of the usable images.
+        skipped: The others.
+        sized: By pair, the usable images as its model takes them; None where `cached` has them.
+        cached: By pair, the block as the cache has it, or None.
+        keys: By pair, its name in the cache; empty without one.
+    """
+
+    rows: list[_Row]
+    skipped: list[_Skipped]
+    sized: list[list[Any] | None]
+    cached: list[ImageBlock | None]
+    keys: list[str]
 
 
-@dataclass(frozen=True)
-class _Failure:
-    message: str
+class _Blocks(IterableDataset["_Block | UserError"]):
+    """One rank's blocks of a dataset, split further among workers.
 
-
-_Message = tuple[Key, _Sized | _Skipped | _Close] | _Failure
-
-
-class _SizedItems(IterableDataset[_Message]):
-    """One rank's blocks of a dataset, decoded and sized; split further among workers."""
+    Args:
+        dataset: Images with labels or captions.
+        pairs: How each pair of model and setting sizes images: sizer, setting, fingerprint.
+        ranks: This process among all of them.
+        cache: Where embeddings are kept.
+    """
 
     def __init__(
-        self, dataset: EvalDataset, looks: Sequence[_Look], ranks: Ranks, cache: Cache | None
+        self,
+        dataset: EvalDataset,
+        pairs: Sequence[tuple[Sizer, EvalSetting, str]],
+        ranks: Ranks,
+        cache: Cache | None,
     ) -> None:
-        self.dataset, self.looks, self.cache = dataset, looks, cache
+        self.dataset, self.pairs, self.cache = dataset, pairs, cache
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
-    def __iter__(self) -> Iterator[_Message]:
+    def __iter__(self) -> Iterator[_Block | UserError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         part, parts = self.rank * workers + worker, self.world_size * workers
         try:
             items = self.dataset.read(part, parts)
-            for number, block in groupby(items, key=lambda item: block_of(item.key)):
-                for message in self._block(block):
-                    yield number, message
+            for _, block in groupby(items, key=lambda item: block_of(item.key)):
+                yield self._read(list(block))
         except UserError as error:
-            yield _Failure(str(error))
+            yield error  # torch would put a traceback into the message of one that is raised
 
-    def _block(self, items: Iterable[Item]) -> Iterator[_Sized | _Skipped | _Close]:
-        keys: dict[int, str] = {}
-        hits: dict[int, ImageBlock] = {}
+    def _read(self, items: Sequence[Item]) -> _Block:
+        keys: list[str] = []
+        cached: list[ImageBlock | None] = [None] * len(self.pairs)
         if self.cache is not None:
-            items = list(items)
-            marks = [_mark(item) for item in items]
-            for number, look in enumerate(self.looks):
-                keys[number] = self.cache.image_key(look.fingerprint, look.setting, marks)
-                found = self.cache.read(keys[number], ImageBlock)
-                if found is not None:
-                    hits[number] = found
+            hashes = [_content_hash(item) for item in items]
+            keys = [self.cache.image_key(mark, setting, hashes) for _, setting, mark in self.pairs]
+            cached = [self.cache.read(key, ImageBlock) for key in keys]
+        block = _Block([], [], [None if found else [] for found in cached], cached, keys)
         for place, item in enumerate(items):
             try:
-                yield self._size(place, item, hits)
+                self._add(block, place, item)
             except SkipSampleError as error:
-                yield _Skipped(place, item.key, item.name, error.reason, error.detail)
-        yield _Close(keys, hits)
+                block.skipped.append(
+                    _Skipped(place, item.key, item.name, error.reason, error.detail)
+                )
+        return block
 
-    def _size(self, place: int, item: Item, hits: dict[int, ImageBlock]) -> _Sized:
-        """Decodes only for looks that the cache did not have.
+    def _add(self, block: _Block, place: int, item: Item) -> None:
+        """Adds an image; decodes it only if the cache lacks the block for a pair.
 
         Raises:
             SkipSampleError: If the image cannot be used.
         """
         if isinstance(item.data, SkipSampleError):
             raise item.data
-        for hit in hits.values():
-            if place in hit.skipped:
-                raise SkipSampleError(*hit.skipped[place])
-        if len(hits) == len(self.looks):
-            hit = hits[0]
-            size, sized = hit.sizes[hit.rows.index(place)], {}
+        found = [known for known in block.cached if known is not None]
+        for known in found:
+            if place in known.skipped:
+                raise SkipSampleError(*known.skipped[place])
+        if len(found) == len(self.pairs):
+            size = found[0].sizes[found[0].rows.index(place)]
         else:
             image = EncodedImage(item.data)
             size = image.height, image.width
-            sized = {
-                number: look.sizer(image, look.setting)
-                for number, look in enumerate(self.looks)
-                if number not in hits
-            }
-        return _Sized(place, _Row(item.key, item.name, item.label, item.captions, size), sized)
+            new = [
+                (sized, sizer(image, setting))
+                for sized, (sizer, setting, _) in zip(block.sized, self.pairs, strict=True)
+                if sized is not None
+            ]
+            # After all of them: decoding may fail at the first pixel that is asked for.
+            for sized, one in new:
+                sized.append(one)
+        block.rows.append(_Row(place, item.key, item.name, item.label, item.captions, size))
 
 
-def _mark(item: Item) -> bytes:
-    """What identifies an image in the cache."""
+def _content_hash(item: Item) -> bytes:
     return b"" if isinstance(item.data, SkipSampleError) else bytes_digest(item.data)
-
-
-class _Embedder:
-    """Embeds one rank's blocks as their last images arrive."""
-
-    def __init__(self, looks: Sequence[tuple[Model, EvalSetting]], cache: Cache | None) -> None:
-        self.looks, self.cache = looks, cache
-        self.rows: list[_Row] = []
-        self.skipped: list[_Skipped] = []
-        self.done: list[list[ImageBlock]] = [[] for _ in looks]
-        self._waiting: defaultdict[Key, list[_Sized | _Skipped]] = defaultdict(list)
-
-    def take(self, number: Key, message: _Sized | _Skipped | _Close) -> None:
-        """The next image of a block, or its end.
-
-        Raises:
-            UserError: If the cache cannot be written.
-        """
-        if not isinstance(message, _Close):
-            self._waiting[number].append(message)
-            return
-        block = self._waiting.pop(number, [])
-        images = [one for one in block if isinstance(one, _Sized)]
-        skipped = [one for one in block if isinstance(one, _Skipped)]
-        self.rows += [image.row for image in images]
-        self.skipped += skipped
-        for i in range(len(self.looks)):
-            if i in message.hits:
-                done = message.hits[i].only([image.place for image in images])
-            else:
-                done = self._embed(i, images, skipped)
-                if self.cache is not None:
-                    self.cache.write(message.keys[i], done)
-            self.done[i].append(done)
-
-    def _embed(
-        self, look: int, images: Sequence[_Sized], skipped: Sequence[_Skipped]
-    ) -> ImageBlock:
-        model = self.looks[look][0]
-        sized = [image.sized[look] for image in images]
-        before = model.padding_tokens
-        return ImageBlock(
-            model.embed_images(sized),
-            [image.place for image in images],
-            [model.length(one) for one in sized],
-            [image.row.size for image in images],
-            model.padding_tokens - before,
-            {one.place: (one.reason, one.detail) for one in skipped},
-        )
 
 
 def embed_dataset(
@@ -244,9 +192,9 @@ def embed_dataset(
     """Embeds every image of a dataset by every model at its settings; every rank calls it.
 
     Args:
-        models: Models with the settings that each is shown.
+        models: Models with the settings that each is evaluated at.
         dataset: Images with labels or captions.
-        ranks: This process among all of them; each takes a share, all get everything.
+        ranks: This process among all of them; each takes a part, all get everything.
         workers: Decoding processes per rank; 0 decodes in this one.
         cache: Where embeddings are kept from one evaluation to the next.
 
@@ -257,20 +205,23 @@ def embed_dataset(
         UserError: If the dataset cannot be read, no image in it can, or the cache cannot be
             written; the same on all ranks.
     """
-    looks = [(model, setting) for model, settings in models for setting in settings]
-    prints = [model.fingerprint if cache is not None else "" for model, _ in looks]
+    pairs = [(model, setting) for model, settings in models for setting in settings]
+    prints = [model.fingerprint if cache is not None else "" for model, _ in pairs]
     sizers = [
-        _Look(model.sizer, setting, mark)
-        for (model, setting), mark in zip(looks, prints, strict=True)
+        (model.sizer, setting, mark) for (model, setting), mark in zip(pairs, prints, strict=True)
     ]
-    loader: DataLoader[_Message] = DataLoader(
-        _SizedItems(dataset, sizers, ranks, cache),
+    loader: DataLoader[_Block | UserError] = DataLoader(
+        _Blocks(dataset, sizers, ranks, cache),
         batch_size=None,
         num_workers=workers,
+        # A worker decodes its next block while the last one is embedded, and holds no more.
+        prefetch_factor=1 if workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_prepare,
     )
-    embedder = _Embedder(looks, cache)
+    rows: list[_Row] = []
+    skipped: list[_Skipped] = []
+    embedded: list[list[ImageBlock]] = [[] for _ in pairs]
     failure: str | None = None
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
     try:
@@ -278,32 +229,60 @@ def embed_dataset(
             progress_bar("images", total, ranks) as progress,
             telling_of_killed_workers("give fewer --workers"),
         ):
-            for message in loader:
-                if isinstance(message, _Failure):
-                    raise UserError(message.message)
-                embedder.take(*message)
-                progress.update(not isinstance(message[1], _Close))
+            for block in loader:
+                if isinstance(block, UserError):
+                    raise block
+                for i, (model, _) in enumerate(pairs):
+                    embedded[i].append(_embed(model, block, i, cache))
+                rows += block.rows
+                skipped += block.skipped
+                progress.update(len(block.rows) + len(block.skipped))
     except UserError as error:
         failure = str(error)
-    # All ranks learn of a failure on one, or the others would wait for it for ever.
+    # The other ranks would wait without end for one that failed alone.
     failures = ranks.gather([failure] if failure else [])
     if failures:
         raise UserError(failures[0])
-    return _together(models, embedder, dataset.skipped, ranks)
+    return _together(models, rows, skipped, embedded, dataset.skipped, ranks)
+
+
+def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
+    """Embeds the images of a block, unless the cache has them.
+
+    Raises:
+        UserError: If the cache cannot be written.
+    """
+    places = [row.place for row in block.rows]
+    cached, sized = block.cached[pair], block.sized[pair]
+    if cached is not None:
+        return cached.only(places)
+    assert sized is not None
+    before = model.padding_tokens
+    embedded = ImageBlock(
+        model.embed_images(sized),
+        places,
+        [model.length(one) for one in sized],
+        [row.size for row in block.rows],
+        model.padding_tokens - before,
+        {one.place: (one.reason, one.detail) for one in block.skipped},
+    )
+    if cache is not None:
+        cache.write(block.keys[pair], embedded)
+    return embedded
 
 
 def _prepare(worker: int) -> None:
-    """Else a worker whose parent is killed may wait for ever for somebody to take its images."""
+    """Else a worker whose parent is killed may wait without end for somebody to take its images."""
     prepare_worker()
 
 
-def _as_it_is(message: Any) -> Any:
+def _as_it_is(block: Any) -> Any:
     """Keeps the loader from turning tuples into lists and arrays into tensors."""
-    return message
+    return block
 
 
 def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
-    """A bar over the first rank's share, if somebody watches; gone when it is done.
+    """A bar over the part of rank 0, on a terminal only; gone when it is done.
 
     Args:
         what: It counts, in the plural.
@@ -333,31 +312,33 @@ def _first(skipped: Sequence[_Skipped]) -> list[str]:
 
 def _together(
     models: Sequence[tuple[Model, Sequence[EvalSetting]]],
-    embedder: _Embedder,
+    rows: list[_Row],
+    skipped: list[_Skipped],
+    embedded: Sequence[list[ImageBlock]],
     dropped: Counter[str],
     ranks: Ranks,
 ) -> list[Embedded]:
     """What all ranks embedded, in the dataset's order; `dropped` the dataset skipped itself."""
-    rows = ranks.gather(embedder.rows)
-    skipped = sorted(ranks.gather(embedder.skipped), key=lambda one: one.key)
+    rows = ranks.gather(rows)
+    skipped = sorted(ranks.gather(skipped), key=lambda one: one.key)
+    skips = [f"{one.reason}: {one.name}: {one.detail}" for one in skipped[:SHOWN_SKIPS]]
     counts = Counter(one.reason for one in skipped) + dropped
     if not rows:
-        why = describe_skips(counts, _first(skipped)) if counts else "there is none"
+        why = describe_skips(counts, skips) if counts else "there is none"
         raise UserError(f"no image could be read: {why}")
     order = sorted(range(len(rows)), key=lambda i: rows[i].key)
     rows = [rows[i] for i in order]
-    done = iter(embedder.done)
+    of_pair = iter(embedded)
     together = []
     for model, settings in models:
         embeddings: dict[EvalSetting, Tensor] = {}
         lengths: dict[EvalSetting, list[int]] = {}
         padding: dict[EvalSetting, float] = {}
         for setting in settings:
-            blocks = next(done)
-            own = [block.embeddings for block in blocks]
+            blocks = next(of_pair)
             # One tensor per rank: each row on its own would be sent with the memory of all.
-            local = torch.cat([*own, torch.zeros(0, model.embed_dim)])
-            embeddings[setting] = torch.cat(ranks.gather([local]))[order]
+            parts = [*(block.embeddings for block in blocks), torch.zeros(0, model.embed_dim)]
+            embeddings[setting] = torch.cat(ranks.gather([torch.cat(parts)]))[order]
             every = ranks.gather([length for block in blocks for length in block.lengths])
             lengths[setting] = [every[i] for i in order]
             (wasted,) = ranks.sum([sum(block.padding for block in blocks)])
@@ -372,7 +353,7 @@ def _together(
                 lengths=lengths,
                 padding=padding,
                 skipped=counts,
-                skips=_first(skipped),
+                skips=skips,
             )
         )
     return together
