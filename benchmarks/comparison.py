@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import pickle
-import resource
 import statistics
 import tempfile
 import time
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor, multiprocessing
 
 from benchmarks.command import default_device
-from benchmarks.measure import flop_counter, in_processes, in_turn
-from benchmarks.needs import need_projects
+from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb
+from benchmarks.needs import need_proc, need_projects
 from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import PROJECTS, Towers
 from benchmarks.sizes import WIDTHS
@@ -117,6 +116,8 @@ def compare(
         UserError: If there are no photos, a peer is missing, or a variant cannot run.
     """
     need_projects(variant.project for variant in variants)
+    if workload.device == "cpu":
+        need_proc()
     threads = torch.get_num_threads()
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -146,7 +147,8 @@ def _draw(workload: Workload, drops: Iterable[float], folder: Path) -> None:
     samples = read_samples(workload.shards)
     for drop in drops:
         batches = list(draw_batches(samples, workload.pairs, workload.batches, drop))
-        _batches_file(folder, drop).write_bytes(pickle.dumps(batches))
+        with _batches_file(folder, drop).open("wb") as file:
+            pickle.dump(batches, file)
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -210,17 +212,39 @@ def run_trial(
     towers = PROJECTS[variant.project](WIDTHS[workload.size]).to(device)
     if variant.compiled:
         towers.compile_blocks()
-    step = _Step(variant, towers, device)
+    optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4, fused=True)
+
+    def step(batch: Any) -> None:
+        half = variant.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = _forward(variant, towers, batch)
+        loss.backward()
+        if variant.part == "step":
+            optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def warm_up(batch: Any) -> float:
+        """A step's operations; of a compiled variant NaN, nothing compiles under the counter."""
+        if variant.compiled:
+            step(batch)
+            return math.nan
+        with flop_counter() as counter:
+            step(batch)
+        return counter.get_total_flops()
+
     # Kept: freed pairs would be room within the highest memory before the first step, and the
     # step's own would seem smaller.
-    drawn: list[list[RealPair]] = pickle.loads(file.read_bytes())
+    with file.open("rb") as pickled:
+        drawn: list[list[RealPair]] = pickle.load(pickled)
     batches = [towers.prepare(pairs, device) for pairs in drawn]
     held_mb = _memory_mb(device)
-    flops = [step.count_flops(batch) for batch in batches]
+    flops = [warm_up(batch) for batch in batches]
     found = []
     for number, pairs in enumerate(drawn):
         begin = time.perf_counter()
-        step.take(batches[number])
+        step(batches[number])
         seconds = time.perf_counter() - begin
         sizes = {
             "image_tokens": sum(real.pair.image_length for real in pairs),
@@ -239,46 +263,18 @@ def run_trial(
     return found
 
 
-class _Step:
-    """A step of a variant, its optimiser included."""
-
-    def __init__(self, variant: Variant, towers: Towers, device: torch.device) -> None:
-        self.variant, self.towers, self.device = variant, towers, device
-        self.optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4, fused=True)
+def _forward(variant: Variant, towers: Towers, batch: Any) -> Tensor:
+    if variant.part == "step":
+        image_ED, text_ED = towers(batch)
         ours = variant.project == "navit_clip"
-        self.loss = softmax_contrastive_loss if ours else open_clip.ClipLoss()
-
-    def count_flops(self, batch: Any) -> float:
-        """Of a step, which is taken; NaN if compiled, since nothing compiles under the counter."""
-        if self.variant.compiled:
-            self.take(batch)
-            return math.nan
-        with flop_counter() as counter:
-            self.take(batch)
-        return counter.get_total_flops()
-
-    def take(self, batch: Any) -> None:
-        """One step, to its end on the device."""
-        half = self.variant.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss = self._forward(batch)
-        loss.backward()
-        if self.variant.part == "step":
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _forward(self, batch: Any) -> Tensor:
-        if self.variant.part == "step":
-            image_ED, text_ED = self.towers(batch)
-            return self.loss(image_ED, text_ED, self.towers.scale.exp())
-        embed = {"image": self.towers.embed_images, "text": self.towers.embed_texts}
-        return embed[self.variant.part](batch).float().square().sum()
+        loss = softmax_contrastive_loss if ours else open_clip.ClipLoss()
+        return loss(image_ED, text_ED, towers.scale.exp())
+    embed = towers.embed_images if variant.part == "image" else towers.embed_texts
+    return embed(batch).float().square().sum()
 
 
 def _memory_mb(device: torch.device) -> float:
     """The highest so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident_mb("VmHWM")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
-import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.command import at_least, command_line, run
+from benchmarks.measure import resident_mb
+from benchmarks.needs import need_proc
 from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
@@ -27,7 +28,6 @@ from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SHARDS, PER_SHARD = 10, 500
@@ -55,12 +55,6 @@ def write_shards(root: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def resident_mb(process: int) -> float:
-    """Resident memory of a process, from Linux's /proc."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
     """Lets samples through and looks at the worker now and then.
 
@@ -79,7 +73,7 @@ def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
             (worker,) = multiprocessing.active_children()
             assert worker.pid is not None
             seen.append(done)
-            resident.append(round(resident_mb(worker.pid), 1))
+            resident.append(round(resident_mb("VmRSS", worker.pid), 1))
         if done >= samples:
             break
         done += len(batch.ids) + sum(batch.counts.skipped.values())
@@ -88,8 +82,7 @@ def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Lets the samples through."""
-    if not Path("/proc/self/statm").exists():
-        raise UserError("memory is measured on Linux only, from /proc")
+    need_proc()
     with tempfile.TemporaryDirectory() as root:
         write_shards(Path(root))
         config = DataConfig(

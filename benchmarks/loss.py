@@ -25,7 +25,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -42,7 +41,8 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from benchmarks.command import command_line, default_device, run
-from benchmarks.measure import in_processes, in_turn
+from benchmarks.measure import in_processes, in_turn, resident_mb
+from benchmarks.needs import need_proc
 from navit_clip.errors import UserError
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 
@@ -85,15 +85,8 @@ class Measured(NamedTuple):
     """Seconds, extra bytes and the mean of the ranks' losses."""
 
     seconds: float
-    extra: int
+    extra: float
     loss: float
-
-
-def resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (at most) of this process, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None  # checked before the first pass
-    return 1024 * int(found.group(1))
 
 
 def features(case: Case, pairs: int, seed: int) -> Tensor:
@@ -114,11 +107,11 @@ def one_pass(case: Case, pairs: int, rank: int) -> Measured:
     cuda = case.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = float(torch.cuda.memory_allocated())
         torch.cuda.synchronize()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-        before = resident("VmRSS")
+        before = resident_mb("VmRSS") * 2**20
     if case.ranks > 1:
         dist.barrier()
     begin = time.perf_counter()
@@ -127,7 +120,7 @@ def one_pass(case: Case, pairs: int, rank: int) -> Measured:
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_mb("VmHWM") * 2**20
     return Measured(seconds, peak - before, loss.item())
 
 
@@ -230,8 +223,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = default_device() if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
-    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        raise UserError("the memory of processes is measured on Linux only, from /proc")
+    if device == "cpu":
+        need_proc()
     if any(size < LEAST or size % 4 for size in args.sizes or ()):
         raise UserError(f"--sizes must be {LEAST} or more, divisible by 4, got {args.sizes}")
     result: dict[str, Any] = {"device": device, "width": WIDTH}

@@ -1,12 +1,15 @@
-"""Measuring: variants in turn, operations, fresh processes."""
+"""Measuring: variants in turn, operations, memory, fresh processes."""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,18 +49,15 @@ def alternate(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict
         variants: What to run, by name.
         rounds: Measured rounds.
     """
-
-    def timed(variant: Callable[[], object]) -> Callable[[], float]:
-        def once() -> float:
-            begin = time.perf_counter()
-            variant()
-            return time.perf_counter() - begin
-
-        return once
-
-    timers = {name: timed(variant) for name, variant in variants.items()}
+    timers = {name: partial(_seconds, variant) for name, variant in variants.items()}
     results = in_turn(timers, rounds, warm_up=True)
     return {name: statistics.median(seconds) for name, seconds in results.items()}
+
+
+def _seconds(variant: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    variant()
+    return time.perf_counter() - begin
 
 
 def flop_counter() -> FlopCounterMode:
@@ -67,6 +67,20 @@ def flop_counter() -> FlopCounterMode:
 
 def _addmm_flops(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
     return 2 * a[0] * a[1] * b[1]
+
+
+def resident_mb(field: str, process: int | str = "self") -> float:
+    """Resident memory of a process in MiB, from Linux's /proc.
+
+    Args:
+        field: ``VmRSS`` (now) or ``VmHWM`` (at most). Not `getrusage`'s ``ru_maxrss``, which in a
+            new process begins with its parent's.
+        process: Its id; by default this one.
+    """
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None, f"{process} has ended"
+    return int(found[1]) / 1024
 
 
 def in_processes(

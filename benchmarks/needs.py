@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from benchmarks.command import command_line, run
@@ -38,6 +39,16 @@ def need_projects(names: Iterable[str]) -> None:
     """
     if "vit_pytorch" in names and find_spec("vit_pytorch") is None:
         raise UserError("vit-pytorch is not installed: pip install -e '.[bench]'")
+
+
+def need_proc() -> None:
+    """That the memory of processes can be measured.
+
+    Raises:
+        UserError: Where there is no Linux.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise UserError("the memory of processes is measured on Linux only, from /proc")
 
 
 def need_peer(python: str) -> dict[str, str]:
@@ -72,6 +83,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: If something is missing.
     """
+    need_proc()
     need_projects(["vit_pytorch"])
     return {"open_clip": need_peer(args.peer_python), "photos": len(read_samples(args.shards))}
 
