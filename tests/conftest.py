@@ -56,7 +56,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: SentencePiece
     encoder = EncoderConfig(width=16, depth=2, heads=2)
     config = CLIPConfig(
         embed_dim=8,
-        image=ImageTowerConfig(patch_size=8, encoder=encoder, position=PositionConfig(max_side=16)),
+        image=ImageTowerConfig(
+            patch_size=8, encoder=encoder, position=PositionConfig(table_side=16)
+        ),
         text=TextTowerConfig(vocab_size=tokenizer.vocab_size, context_length=16, encoder=encoder),
     )
     model = NaViTCLIP(config, tokenizer, Preprocess(max_tokens=12))

@@ -155,7 +155,7 @@ def both(name: str, size: float) -> tuple[nn.Module, NaViTCLIP]:
 
 def own_images(config: CLIPConfig, count: int) -> list[ImagePatches]:
     """Images of the model's own square size: random ones, the last nearly flat."""
-    side, patch = config.image.position.max_side, config.image.patch_size
+    side, patch = config.image.position.table_side, config.image.patch_size
     images = [random_image(seed, (side, side), patch_size=patch) for seed in range(count)]
     images[-1].patches[:] = 124 + images[-1].patches % 2
     return images
@@ -163,7 +163,7 @@ def own_images(config: CLIPConfig, count: int) -> list[ImagePatches]:
 
 def pixels(images: list[ImagePatches], config: CLIPConfig) -> Tensor:
     """The same images as open_clip takes them: float [E, 3, H, W], normalised."""
-    side, patch = config.image.position.max_side, config.image.patch_size
+    side, patch = config.image.position.table_side, config.image.patch_size
     squares = [
         np.einsum("rcyxk->krycx", image.patches.reshape(side, side, patch, patch, 3)).reshape(
             3, side * patch, side * patch

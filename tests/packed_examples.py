@@ -13,7 +13,7 @@ from navit_clip.packed.images import ImagePatches
 
 POOLINGS = ("map", "mean", "cls", "last")
 FACTORISED = [
-    PositionConfig("factorised", coordinates, embedding, combine, max_side=9)
+    PositionConfig("factorised", coordinates, embedding, combine, table_side=9)
     for coordinates, embedding, combine in itertools.product(
         ("absolute", "fractional"),
         ("learned", "sinusoidal", "fourier"),
@@ -22,8 +22,8 @@ FACTORISED = [
 ]
 POSITIONS = [
     *FACTORISED,
-    PositionConfig("learned_2d", max_side=9),
-    PositionConfig("learned_1d", max_side=4),
+    PositionConfig("learned_2d", table_side=9),
+    PositionConfig("learned_1d", table_side=4),
 ]
 
 

@@ -34,7 +34,7 @@ def tiny_config(*, steps: int = 30, kind: str = "softmax", **changes: Any) -> Tr
     deeper = replace(encoder, depth=2)
     model = CLIPConfig(
         embed_dim=8,
-        image=ImageTowerConfig(patch_size=2, encoder=deeper, position=PositionConfig(max_side=9)),
+        image=ImageTowerConfig(patch_size=2, encoder=deeper, position=PositionConfig(table_side=9)),
         text=TextTowerConfig(vocab_size=11, context_length=8, encoder=encoder),
         init_bias=-10.0 if kind == "sigmoid" else None,
     )

@@ -71,5 +71,8 @@ class Description:
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
-    """The same in the present format; format 1 named no kind."""
+    """The same in the present format."""
+    position = values["model"]["image"].get("position", {})
+    if "max_side" in position:
+        position["table_side"] = position.pop("max_side")
     return {**values, "kind": KIND}

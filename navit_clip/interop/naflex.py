@@ -266,18 +266,18 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _position(embeds: Any) -> PositionConfig:
-    max_side, _ = _table_sides(embeds)
+    table_side, _ = _table_sides(embeds)
     if embeds.pos_embed_type == "factorized":
         return PositionConfig(
             coordinates="interpolated",
-            max_side=max_side,
+            table_side=table_side,
             keep_aspect=embeds.pos_embed_ar_preserving,
         )
     # Sampling point by point, another way to the same values, cannot average.
     by_point = getattr(embeds, "pos_embed_use_grid_sample", False)
     return PositionConfig(
         "learned_1d",
-        max_side=max_side,
+        table_side=table_side,
         interpolation=embeds.pos_embed_interp_mode,
         # timm before this switch had it on.
         antialias=not by_point and getattr(embeds, "pos_embed_antialias", True),

@@ -37,7 +37,9 @@ class PositionConfig:
         embedding: Of ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
         combine: Of ``factorised``: rows and columns are summed, multiplied (``product``), or
             stacked, each with half the width.
-        max_side: Longest side in patches (maxLen); for tables that are resized, their own side.
+        table_side: Rows of the table of one axis, or side of the square table, in patches. Absolute
+            positions know no longer side (the paper's maxLen); tables that are resized to an
+            image's grid know any.
         interpolation: How tables of ``learned_1d`` and ``interpolated`` are resized: ``bilinear``
             (SigLIP 2 NaFlex) or ``bicubic`` (open_clip, timm), as `F.interpolate` has them.
         antialias: Of those: average more of the table where a side is shorter than it, as
@@ -46,7 +48,7 @@ class PositionConfig:
             takes the upper left part.
 
     Raises:
-        ValueError: If `max_side` is below 2, a choice is unknown, or Fourier features, which have
+        ValueError: If `table_side` is below 2, a choice is unknown, or Fourier features, which have
             no table, are to be ``interpolated``.
     """
 
@@ -54,15 +56,15 @@ class PositionConfig:
     coordinates: Literal["absolute", "fractional", "interpolated"] = "absolute"
     embedding: Literal["learned", "sinusoidal", "fourier"] = "learned"
     combine: Literal["sum", "product", "stack"] = "sum"
-    max_side: int = 64
+    table_side: int = 64
     interpolation: Interpolation = "bilinear"
     antialias: bool = False
     keep_aspect: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.max_side < 2:
-            raise ValueError(f"max_side must be at least 2 patches, got {self.max_side}")
+        if self.table_side < 2:
+            raise ValueError(f"table_side must be at least 2 patches, got {self.table_side}")
         if (
             self.kind == "factorised"
             and self.coordinates == "interpolated"
@@ -79,13 +81,13 @@ class PositionConfig:
         relative = self.kind == "learned_1d" or (
             self.kind == "factorised" and self.coordinates != "absolute"
         )
-        return ANY_SIDE if relative else self.max_side
+        return ANY_SIDE if relative else self.table_side
 
 
 def build_position(config: PositionConfig, width: int) -> nn.Module:
     """The module for `config`: (coords [T, 2], sides [T, 2]) to embeddings [T, width]."""
     if config.kind == "learned_2d":
-        return Learned2D(config.max_side, width)
+        return Learned2D(config.table_side, width)
     if config.kind == "learned_1d":
         return Interpolated1D(config, width)
     return Factorised(config, width)
@@ -129,8 +131,8 @@ def _axis(config: PositionConfig, width: int) -> nn.Module:
     if config.embedding == "fourier":
         return FourierAxis(config, width)
     if config.embedding == "sinusoidal":
-        return TableAxis(config, sinusoids(config.max_side, width), learned=False)
-    table = torch.empty(config.max_side, width)
+        return TableAxis(config, sinusoids(config.table_side, width), learned=False)
+    table = torch.empty(config.table_side, width)
     if config.combine == "product":
         # A product of two small tables would start near zero and hardly move: start near one.
         nn.init.normal_(table, mean=1.0, std=TABLE_STD)
@@ -190,8 +192,8 @@ class TableAxis(nn.Module):
 class FourierAxis(nn.Module):
     """Learned Fourier features: a linear map of the coordinate, then sines and cosines stacked.
 
-    Absolute coordinates are divided by `max_side`, so that both kinds lie in [0, 1). Frequencies
-    start as a normal with standard deviation max_side / 8 turns (our choice, the paper states
+    Absolute coordinates are divided by `table_side`, so that both kinds lie in [0, 1). Frequencies
+    start as a normal with standard deviation table_side / 8 turns (our choice, the paper states
     none): neighbouring patches differ, and the far ends do not alias.
     """
 
@@ -199,13 +201,13 @@ class FourierAxis(nn.Module):
         super().__init__()
         if width % 2:
             raise ValueError(f"width must be even for fourier positions, got {width}")
-        self.max_side = None if config.coordinates == "fractional" else config.max_side
-        std = config.max_side / 8
+        self.table_side = None if config.coordinates == "fractional" else config.table_side
+        std = config.table_side / 8
         self.frequency = nn.Parameter(torch.randn(width // 2) * std)
 
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""
-        side = side_T if self.max_side is None else self.max_side
+        side = side_T if self.table_side is None else self.table_side
         fraction_T = _exact(index_T, self.frequency) / side
         angle = 2 * math.pi * fraction_T[:, None] * self.frequency
         return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.frequency.dtype)
@@ -214,15 +216,15 @@ class FourierAxis(nn.Module):
 class Learned2D(nn.Module):
     """One learned vector per (row, column), as Pix2Struct."""
 
-    def __init__(self, max_side: int, width: int) -> None:
+    def __init__(self, table_side: int, width: int) -> None:
         super().__init__()
-        self.max_side = max_side
-        self.table = nn.Parameter(torch.empty(max_side * max_side, width))
+        self.table_side = table_side
+        self.table = nn.Parameter(torch.empty(table_side * table_side, width))
         nn.init.normal_(self.table, std=TABLE_STD)
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """[T, 2] integers to [T, C]."""
-        return F.embedding(coords_T2[:, 0] * self.max_side + coords_T2[:, 1], self.table)
+        return F.embedding(coords_T2[:, 0] * self.table_side + coords_T2[:, 1], self.table)
 
 
 class Interpolated1D(nn.Module):
@@ -235,7 +237,7 @@ class Interpolated1D(nn.Module):
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.table = nn.Parameter(torch.empty(config.max_side**2, width))
+        self.table = nn.Parameter(torch.empty(config.table_side**2, width))
         nn.init.normal_(self.table, std=TABLE_STD)
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:

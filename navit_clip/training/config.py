@@ -198,7 +198,7 @@ class TrainConfig:
             raise ValueError(
                 f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
                 f"past data.resolution.max_tokens={resolution.max_tokens} or "
-                f"model.image.position.max_side={self.model.image.position.max_side}"
+                f"model.image.position.table_side={self.model.image.position.table_side}"
             )
 
 

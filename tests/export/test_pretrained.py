@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,13 @@ def test_the_description_of_an_export_holds_the_checksum_too(directory):
 
 def test_an_export_of_format_1_is_read(directory):
     expected = embed(NaViTCLIP.from_directory(directory))
-    change_config(lambda c: (c.update(format=1), c.pop("kind")))(directory)
+
+    def before(values: dict[str, Any]) -> None:
+        values["format"] = 1
+        del values["kind"]
+        position = values["model"]["image"]["position"]
+        position["max_side"] = position.pop("table_side")
+
+    change_config(before)(directory)
     actual = embed(NaViTCLIP.from_directory(directory))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -125,7 +125,7 @@ def test_siglip_2_naflex_in_its_full_size():
     model = perturbed(timm.create_model(name), std=0.01)
     tower = naflex_image_tower(name, model.state_dict())
     assert tower.config.position == PositionConfig(
-        "learned_1d", max_side=16, interpolation="bilinear", antialias=True
+        "learned_1d", table_side=16, interpolation="bilinear", antialias=True
     )
     some = [random_image(i, grid, patch_size=16) for i, grid in enumerate([(7, 5), (2, 20)])]
     check(tower, model, some)

@@ -108,7 +108,7 @@ def test_another_square_size_is_what_open_clip_makes_of_it(name, side):
 
 def at_side(config: CLIPConfig, side: int) -> CLIPConfig:
     """The configuration with another own size, for the helpers."""
-    position = replace(config.image.position, max_side=side)
+    position = replace(config.image.position, table_side=side)
     return replace(config, image=replace(config.image, position=position))
 
 
@@ -194,7 +194,7 @@ def test_every_supported_model_has_all_its_parameters_mapped():
         assert shapes(ours.to_open_clip()) == shapes(theirs), name
         assert shapes(to_ours(model_pairs(ours.config), theirs)) == shapes(ours.state_dict()), name
         open_side = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
-        side, patch = ours.config.image.position.max_side, ours.config.image.patch_size
+        side, patch = ours.config.image.position.table_side, ours.config.image.patch_size
         assert side == open_side // patch, name
 
 

@@ -369,7 +369,7 @@ def test_image_tower(pooling, switches):
     config = ImageTowerConfig(
         patch_size=2,
         encoder=EncoderConfig(**SMALL),
-        position=PositionConfig(max_side=8),
+        position=PositionConfig(table_side=8),
         pooling=pooling,
         pixel_mean=(0.1, 0.5, 0.7),
         pixel_std=(0.2, 0.5, 0.9),

@@ -28,7 +28,7 @@ every_resizing = pytest.mark.parametrize(("mode", "antialias"), RESIZINGS)
 def square(mode: str, antialias: bool, side: int, *, keep_aspect: bool = False) -> PositionConfig:
     return PositionConfig(
         "learned_1d",
-        max_side=side,
+        table_side=side,
         interpolation=mode,
         antialias=antialias,
         keep_aspect=keep_aspect,
@@ -38,7 +38,7 @@ def square(mode: str, antialias: bool, side: int, *, keep_aspect: bool = False) 
 def factorised(mode: str, antialias: bool, side: int, **change: bool) -> PositionConfig:
     return PositionConfig(
         coordinates="interpolated",
-        max_side=side,
+        table_side=side,
         interpolation=mode,
         antialias=antialias,
         **change,
@@ -64,7 +64,7 @@ def resized(table_YXC: Tensor, grid: tuple[int, int], mode: str, antialias: bool
 
 def reference(module: nn.Module, config: PositionConfig, grid: tuple[int, int]) -> Tensor:
     """[rows, columns, C] positions of one grid, in float64."""
-    side, (rows, columns) = config.max_side, grid
+    side, (rows, columns) = config.table_side, grid
     if config.keep_aspect:
         grid = (max(grid), max(grid))
     how = (config.interpolation, config.antialias)

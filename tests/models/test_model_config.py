@@ -37,7 +37,7 @@ from navit_clip.models.transformer import EncoderConfig
         (partial(PositionConfig, combine=None), "combine must be one of .* got None"),
         (partial(ImageTowerConfig, pooling="max"), "pooling must be one of map, mean, cls, last"),
         (partial(TextTowerConfig, pooling="eot"), "pooling must be one of map, mean, cls, last"),
-        (partial(PositionConfig, max_side=1), "max_side must be at least 2 patches, got 1"),
+        (partial(PositionConfig, table_side=1), "table_side must be at least 2 patches, got 1"),
         (partial(ImageTowerConfig, patch_size=0), "patch_size must be at least 1, got 0"),
         (partial(ImageTowerConfig, pixel_std=(1, 0, 1)), r"pixel_std must be positive, got \(1, 0"),
         (

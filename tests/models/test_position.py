@@ -48,19 +48,19 @@ def axis_value(config: PositionConfig, axis: nn.Module, width: int, index: int, 
     """φ(index) of one axis, one channel at a time."""
     fractional = config.coordinates == "fractional"
     if config.embedding == "fourier":
-        turns = index / (side if fractional else config.max_side)
+        turns = index / (side if fractional else config.table_side)
         angles = [2 * math.pi * f * turns for f in axis.frequency.tolist()]
         return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
     if config.embedding == "learned":
         table = axis.table.tolist()
     else:
         half = width // 2
-        angles = [[i / 10_000 ** (j / half) for j in range(half)] for i in range(config.max_side)]
+        angles = [[i / 10_000 ** (j / half) for j in range(half)] for i in range(config.table_side)]
         table = [[math.sin(a) for a in row] + [math.cos(a) for a in row] for row in angles]
     if not fractional:
         return table[index]
-    places = range(config.max_side)
-    position = index / side * (config.max_side - 1)
+    places = range(config.table_side)
+    position = index / side * (config.table_side - 1)
     return [np.interp(position, places, channel) for channel in zip(*table, strict=True)]
 
 
@@ -86,7 +86,7 @@ def test_factorised_is_a_function_of_row_and_of_column(config):
 
 
 def test_learned_2d_is_one_vector_per_cell():
-    module = build(PositionConfig("learned_2d", max_side=9))
+    module = build(PositionConfig("learned_2d", table_side=9))
     assert isinstance(module, Learned2D)
     coords, sides = all_patches(GRIDS)
     table = module.table.unflatten(0, (9, 9))
@@ -97,7 +97,7 @@ def test_learned_2d_is_one_vector_per_cell():
 @pytest.mark.parametrize("side", [2, 5, 14])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 5), (3, 8), (1, 20), (30, 2), (14, 14), (6, 5)])
 def test_learned_1d_is_bilinear_interpolation_of_the_square_table(side, grid):
-    module = build(PositionConfig("learned_1d", max_side=side))
+    module = build(PositionConfig("learned_1d", table_side=side))
     assert isinstance(module, Interpolated1D)
     square = module.table.T.unflatten(1, (side, side))[None]
     expected = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
@@ -111,7 +111,7 @@ def test_learned_1d_is_bilinear_interpolation_of_the_square_table(side, grid):
 
 
 def test_learned_1d_is_the_table_itself_on_its_own_grid():
-    module = build(PositionConfig("learned_1d", max_side=4))
+    module = build(PositionConfig("learned_1d", table_side=4))
     torch.testing.assert_close(module(*all_patches([(4, 4)])), module.table.detach())
 
 
@@ -154,7 +154,7 @@ def test_fractional_positions_know_no_scale(config):
     ],
 )
 def test_longest_side_that_has_positions(change, expected):
-    assert replace(PositionConfig(max_side=9), **change).max_grid_side == expected
+    assert replace(PositionConfig(table_side=9), **change).max_grid_side == expected
 
 
 @every_config
@@ -205,7 +205,7 @@ def test_a_product_starts_near_one_and_a_sum_near_zero():
 
 def test_fourier_features_tell_neighbours_apart_and_do_not_alias():
     torch.manual_seed(0)
-    axis = FourierAxis(PositionConfig(embedding="fourier", max_side=32), 64)
+    axis = FourierAxis(PositionConfig(embedding="fourier", table_side=32), 64)
     side = torch.tensor([32])
     features = axis(torch.arange(32), side)
     distance = torch.cdist(features, features) + 10 * torch.eye(32)
@@ -225,8 +225,8 @@ def test_odd_widths_are_refused_where_halves_are_needed(config, message):
 
 
 def test_max_side_is_checked():
-    with pytest.raises(ValueError, match="max_side must be at least 2 patches, got 1"):
-        PositionConfig(max_side=1)
+    with pytest.raises(ValueError, match="table_side must be at least 2 patches, got 1"):
+        PositionConfig(table_side=1)
 
 
 def test_features_without_a_table_cannot_be_interpolated():
@@ -238,7 +238,7 @@ def test_features_without_a_table_cannot_be_interpolated():
 
 @pytest.mark.parametrize("width", [1, 7])
 def test_sinusoids_of_odd_width_are_whole(width):
-    module = build_position(PositionConfig(embedding="sinusoidal", max_side=9), width)
+    module = build_position(PositionConfig(embedding="sinusoidal", table_side=9), width)
     out = module(*all_patches([(3, 3)]))
     assert out.shape == (9, width)
     assert torch.isfinite(out).all()

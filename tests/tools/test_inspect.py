@@ -49,7 +49,7 @@ steps: 10
 optim: {{lr: 1.0e-3}}
 tokenizer: {{path: {tokenizer}}}
 model:
-  image: {{patch_size: 8, position: {{max_side: 64}}}}
+  image: {{patch_size: 8, position: {{table_side: 64}}}}
   text: {{vocab_size: 64, context_length: 12}}
 data:
   train: {train}

@@ -44,7 +44,7 @@ SQUARE = CLIPConfig(
     image=ImageTowerConfig(
         patch_size=16,
         encoder=ENCODER,
-        position=PositionConfig(kind="learned_1d", max_side=4),
+        position=PositionConfig(kind="learned_1d", table_side=4),
         pooling="cls",
         patch_bias=False,
         class_position=True,

@@ -139,7 +139,7 @@ ALL_KINDS = replace(
     image=ImageTowerConfig(
         patch_size=2,
         encoder=EncoderConfig(width=16, depth=3, heads=2, pre_norm=True, qkv_bias=True),
-        position=PositionConfig(kind="learned_1d", max_side=3),
+        position=PositionConfig(kind="learned_1d", table_side=3),
         pooling="cls",
         class_position=True,
     ),

@@ -70,7 +70,7 @@ def load(name: str, pretrained: Weights = None) -> Parts:
         config,
         to_ours(model_pairs(config), state),
         own_tokenizer(values["text_cfg"], path, download=tag is not None),
-        Preprocess(config.image.position.max_side**2),
+        Preprocess(config.image.position.table_side**2),
     )
 
 

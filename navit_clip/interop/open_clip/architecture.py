@@ -194,7 +194,7 @@ def _clip_image(values: Mapping[str, Any]) -> dict[str, Any]:
     image = CLIPVisionCfg(**values["vision_cfg"])
     return {
         "patch_size": image.patch_size,
-        "position": {"max_side": image.image_size // image.patch_size},
+        "position": {"table_side": image.image_size // image.patch_size},
         "encoder": {
             "width": image.width,
             "depth": image.layers,
@@ -223,7 +223,7 @@ def _timm_image(image: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"cannot load {name} of timm: its images or patches are not square")
     return {
         "patch_size": patch_rows,
-        "position": {"max_side": rows},
+        "position": {"table_side": rows},
         "encoder": {
             "width": trunk.embed_dim,
             "depth": len(trunk.blocks),
