@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
         write_report(args.report, result, evaluator.samples(), command=command)
         print(f"Report: {args.report}")
     if args.curve is not None:
-        from navit_clip.evaluation.report.curve import draw_curve
+        from navit_clip.evaluation.report.charts import draw_curve
 
         draw_curve(args.curve, result)
         print(f"Picture: {args.curve}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from navit_clip.evaluation.report.charts import COLOURS, curve_svgs, reliability_svg
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.report.svg import SERIES, curve_svgs, marker_svg, reliability_svg
 from navit_clip.evaluation.results import EvalResult, Group, Metric, Row, percent
 from navit_clip.files import write_output
 
@@ -54,8 +54,7 @@ def write_report(
         reliability=reliability_svg(samples.calibration) if samples.calibration else None,
         breakdowns=_breakdowns(result),
         worst=sorted(result.own.per_class.items(), key=lambda item: (item[1], item[0])),
-        marker=marker_svg,
-        colours=SERIES,
+        colours=len(COLOURS),
         command=command,
         versions=_versions(),
     )

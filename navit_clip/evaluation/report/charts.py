@@ -1,0 +1,367 @@
+"""The charts of a result: accuracy against cost, and confidence against accuracy.
+
+matplotlib draws them, as a PNG of two panels (mean tokens and GFLOPs per image) or as SVG inside
+the page. Colour and marker say the model, the line's dashes the metric, a label the setting, a ring
+the model's own. Settings at native aspect ratio are joined in order of cost, squares apart from
+them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.path import Path as LinePath
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
+
+from navit_clip.evaluation.calibration import Bin
+from navit_clip.evaluation.results import EvalResult, Metric, Row
+from navit_clip.files import write_output
+
+Cost = Callable[[Row], float | None]
+
+COSTS: tuple[tuple[str, Cost], ...] = (
+    ("mean tokens per image", lambda row: row.mean_tokens),
+    ("GFLOPs per image", lambda row: row.gflops),
+)
+# Of models, before they repeat; as in the style sheet of the page.
+COLOURS = ("#2563eb", "#c2570c", "#0f8a6a", "#9333a8", "#6b7280")
+_MARKERS = ("o", "s", "^", "D", "v")
+_INK, _SOFT, _GRID, _PAPER = "#1f2328", "#5b6470", "#dfe3e8", "#ffffff"
+# In the page the colours are those of the reader's light or dark scheme.
+_VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
+    _INK: "var(--ink)",
+    _SOFT: "var(--soft)",
+    _GRID: "var(--rule)",
+    _PAPER: "var(--paper)",
+}
+_LOG_FROM = 3.0  # ratio of largest to smallest from which a cost axis is logarithmic
+# Where a label may stand beside its point: offset in points of 1/72 inch, and how text aligns.
+_SIDES = (
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (8, 0, "left", "center"),
+    (-8, 0, "right", "center"),
+)
+_DASHES = ("-", "--")  # of the first headline metric and the second
+_RING: dict[str, Any] = {
+    "color": _INK,
+    "marker": "o",
+    "mfc": "none",
+    "ms": 10,
+    "mew": 0.9,
+    "clip_on": False,
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the font of the page
+    "svg.hashsalt": "navit-clip",  # the same chart is the same file
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _SOFT,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _SOFT,
+    "ytick.labelcolor": _SOFT,
+    "text.color": _INK,
+    "font.size": 8.0,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one model and metric that are joined.
+
+    Attributes:
+        series: 0 for the model, 1 and on for baselines.
+        dashed: Whether it is of the second metric.
+        key: Of the metric.
+        metric: How it is shown.
+        rows: The settings, in order of cost.
+        points: Cost and metric at each of them.
+    """
+
+    series: int
+    dashed: bool
+    key: str
+    metric: Metric
+    rows: tuple[Row, ...]
+    points: tuple[tuple[float, float], ...]
+
+
+def lines_of(result: EvalResult, cost: Cost) -> list[Line]:
+    """What a panel draws: settings whose cost and metric are known."""
+    lines = []
+    for dashed, (key, metric) in enumerate(result.headline.items()):
+        for series in result.models:
+            for square in (False, True):
+                rows = [
+                    (row, (cost(row) or 0.0, row.metrics[key]))
+                    for row in result.rows
+                    if row.series == series
+                    and (row.setting.kind == "square") == square
+                    and cost(row)
+                    and not math.isnan(row.metrics[key])
+                ]
+                rows.sort(key=lambda one: one[1][0])
+                if rows:
+                    shown, points = zip(*rows, strict=True)
+                    lines.append(Line(series, bool(dashed), key, metric, shown, points))
+    return lines
+
+
+def draw_curve(path: Path, result: EvalResult) -> None:
+    """Draws the headline metrics against mean tokens and against GFLOPs per image.
+
+    Args:
+        path: PNG file to write, atomically; folders are made.
+        result: What is drawn.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with rc_context({**_STYLE, "font.size": 10}):
+        figure = _figure(10, 4.6, dpi=150)
+        panels = list(zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True))
+        drawn = [_draw_panel(axes, lines_of(result, cost), name) for axes, (name, cost) in panels]
+        title = f"{result.heading} · {result.data}".removesuffix(" · ")
+        figure.suptitle(_shorten(title, 110), size=11)
+        handles = [
+            Line2D([], [], label=_shorten(name, 48), lw=2, **_look(series))
+            for series, name in result.models.items()
+        ]
+        for dashed, metric in enumerate(result.headline.values()):
+            handles.append(Line2D([], [], label=metric.name, color=_INK, ls=_DASHES[dashed]))
+        handles.append(Line2D([], [], label="own setting", ls="none", **_RING))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
+                      frameon=False, fontsize=9)  # fmt: skip
+        figure.canvas.draw()  # settles the layout, so that labels know where the points are
+        for (axes, _), lines in zip(panels, drawn, strict=True):
+            _label_settings(axes, lines)
+        save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a picture as PNG, atomically; folders are made.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_output(path, file.getvalue())
+
+
+def curve_svgs(result: EvalResult) -> list[Markup]:
+    """The panels of `draw_curve` for the page; only those whose costs are known."""
+    charts = []
+    for name, cost in COSTS:
+        lines = lines_of(result, cost)
+        if lines:
+            with rc_context(_STYLE):
+                figure = _figure(4.4, 2.8)
+                tooltips: list[str] = []
+                axes = figure.subplots()
+                _draw_panel(axes, lines, name, tooltips)
+                figure.canvas.draw()
+                _label_settings(axes, lines)
+                metrics = " and ".join(dict.fromkeys(line.metric.name for line in lines))
+                charts.append(_to_svg(figure, f"{metrics} by {name}", tooltips))
+    return charts
+
+
+def reliability_svg(bins: Sequence[Bin]) -> Markup:
+    """Accuracy by confidence for the page; a calibrated model's dots lie on the diagonal.
+
+    Args:
+        bins: Those that are not empty; a dot's area grows with the images in it.
+    """
+    most = max(one.images for one in bins)
+    with rc_context(_STYLE):
+        figure = _figure(4.4, 2.8)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=_SOFT, ls="--", lw=1)
+        axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=COLOURS[0])
+        tooltips = []
+        for number, one in enumerate(bins):
+            size = 3 + 10 * (one.images / most) ** 0.5
+            axes.plot(one.confidence, one.accuracy, "o", ms=size, gid=_gid(number), alpha=0.75,
+                      color=COLOURS[0], mew=0, clip_on=False)  # fmt: skip
+            tooltips.append(
+                f"{one.images:,} images: confidence {one.confidence:.1%}, right {one.accuracy:.1%}"
+            )
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (across) and accuracy (up)")
+        axes.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.5, 1])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        return _to_svg(figure, "Accuracy by confidence", tooltips)
+
+
+def _figure(width: float, height: float, dpi: int = 72) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_panel(
+    axes: Axes, lines: Sequence[Line], name: str, tooltips: list[str] | None = None
+) -> Sequence[Line]:
+    """Draws lines, without the names of settings.
+
+    Args:
+        axes: To draw on.
+        lines: From `lines_of`.
+        name: Of the cost.
+        tooltips: Gets a text for each point; None for a picture, which has none.
+    """
+    axes.set_xlabel(name)
+    if not lines:
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center")
+        axes.set_xticks([])
+        return lines
+    for line in lines:
+        look = _look(line.series)
+        axes.plot(*zip(*line.points, strict=True), color=look["color"], ls=_DASHES[line.dashed])
+        if line.dashed:
+            look["mfc"] = _PAPER
+        for row, (x, y) in zip(line.rows, line.points, strict=True):
+            gid = None
+            if tooltips is not None:
+                gid = _gid(len(tooltips))
+                tooltips.append(
+                    f"{row.model} at {row.setting.label}: {line.metric.name} "
+                    f"{line.metric.format(y)}, {x:,.4g} {name}"
+                )
+            axes.plot(x, y, gid=gid, **look)
+            if row.is_own:
+                axes.plot(x, y, **_RING)
+    costs, values = zip(*(point for line in lines for point in line.points), strict=True)
+    _scale_costs(axes, costs)
+    _scale_values(axes, values, lines[0].metric)
+    return lines
+
+
+def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
+    """A positive axis with round ticks, logarithmic when the costs differ much."""
+    least, most = min(costs), max(costs)
+    if most / least >= _LOG_FROM:
+        margin = (most / least) ** 0.08
+        axes.set_xscale("log")
+        axes.set_xlim(least / margin, most * margin)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most / least < 100 else (1,)))
+    else:
+        margin = 0.1 * (most - least) or 0.5 * most
+        axes.set_xlim(max(0, least - margin), most + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda tick, _: f"{tick / 1000:g}k" if tick >= 10_000 else f"{tick:g}")
+    )
+
+
+def _scale_values(axes: Axes, values: Sequence[float], metric: Metric) -> None:
+    margin = max(0.15 * (max(values) - min(values)), 0.01)
+    low, high = max(0.0, min(values) - margin), max(values) + margin
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    top = min(high, 1.0) if metric.is_fraction else high
+    ticks = [tick for tick in ticks if low - 1e-9 <= tick <= top + 1e-9]
+    axes.set_ylim(low, high)
+    axes.set_yticks(ticks, [f"{100 * t:.3g}%" if metric.is_fraction else f"{t:g}" for t in ticks])
+
+
+def _label_settings(axes: Axes, lines: Sequence[Line]) -> None:
+    """Names the settings at the points of the first metric, clear of each other and of all points.
+
+    A label that finds no free side is left out; of several the one that crosses fewest lines is
+    taken.
+    """
+    if not lines:
+        return
+    paths = [LinePath(axes.transData.transform(line.points)) for line in lines]
+    corners = np.concatenate([path.vertices for path in paths])
+    inside, taken = axes.get_window_extent(), list[Bbox]()
+    scale = axes.figure.dpi / 72
+    for line in lines:
+        if line.dashed:
+            continue
+        for row, point in zip(line.rows, line.points, strict=True):
+            best: tuple[int, Annotation, Bbox] | None = None
+            for x, y, ha, va in _SIDES:
+                label = axes.annotate(
+                    row.setting.label, point, (x, y), textcoords="offset points", ha=ha, va=va,
+                    color=_colour(line.series), annotation_clip=False,
+                )  # fmt: skip
+                box = label.get_window_extent()
+                crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
+                free = (
+                    inside.containsx(box.x0) and inside.containsx(box.x1)
+                    and inside.containsy(box.y0) and inside.containsy(box.y1)
+                    and not box.padded(5 * scale).count_contains(corners)
+                    and not any(box.overlaps(other) for other in taken)
+                )  # fmt: skip
+                if free and (best is None or crossed < best[0]):
+                    if best is not None:
+                        best[1].remove()
+                    best = crossed, label, box
+                else:
+                    label.remove()
+            if best is not None:
+                taken.append(best[2])
+
+
+def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
+    """The figure as an element of the page: its colours and font, and no identifiers but links'."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg, count=1)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    for number, text in enumerate(tooltips):
+        svg = svg.replace(f'<g id="{_gid(number)}">', f"<g><title>{escape(text)}</title>", 1)
+    # Identifiers of groups would stand several times in a page of several charts.
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    # In the font of the page; which of the two forms it is depends on matplotlib's version.
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    label = f'<svg role="img" aria-label="{escape(title)}" '
+    return Markup(svg.strip().replace("<svg ", label, 1))
+
+
+def _gid(number: int) -> str:
+    return f"tooltip-{number}"
+
+
+def _colour(series: int) -> str:
+    return COLOURS[series % len(COLOURS)]
+
+
+def _look(series: int) -> dict[str, Any]:
+    return {"color": _colour(series), "marker": _MARKERS[series % len(_MARKERS)], "clip_on": False}
+
+
+def _shorten(text: str, most: int) -> str:
+    """Keeps the end, which tells paths apart."""
+    return text if len(text) <= most else "…" + text[1 - most :]
