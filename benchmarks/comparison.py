@@ -247,8 +247,8 @@ def run_trial(
         step(batches[number])
         seconds = time.perf_counter() - begin
         sizes = {
-            "image_tokens": sum(real.pair.image_length for real in pairs),
-            "text_tokens": sum(real.pair.text_length for real in pairs),
+            "image_tokens": sum(real.pair.lengths[0] for real in pairs),
+            "text_tokens": sum(real.pair.lengths[1] for real in pairs),
         }
         found.append(
             {

@@ -77,7 +77,7 @@ class Run:
     device: str
 
 
-def our_command(run: Run, budget: Mapping[str, int], directory: Path) -> list[str]:
+def our_command(run: Run, budget: Mapping[str, Any], directory: Path) -> list[str]:
     """``python -m train`` with its configuration, written into the directory."""
     config = {
         "run_dir": str(directory / "run"),
@@ -166,13 +166,13 @@ def read_ours(directory: Path) -> dict[str, float]:
     """Pairs per second, fraction of waiting and padding from the second step on."""
     text = (directory / "run/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()][1:]
-    seconds = [line["pairs"] / line["images_per_s"] for line in lines]
+    seconds = [line["examples"] / line["examples_per_s"] for line in lines]
     waits = [line["data_wait"] * s for line, s in zip(lines, seconds, strict=True)]
     return {
-        "pairs_per_s": sum(line["pairs"] for line in lines) / sum(seconds),
+        "pairs_per_s": sum(line["examples"] for line in lines) / sum(seconds),
         "data_wait": sum(waits) / sum(seconds),
         "padding": statistics.mean(line["padding"] for line in lines),
-        "pairs": sum(line["pairs"] for line in lines),
+        "pairs": sum(line["examples"] for line in lines),
     }
 
 
@@ -192,17 +192,19 @@ def read_peer(directory: Path, pairs: int) -> dict[str, float]:
     }
 
 
-def find_budget(shards: Sequence[str], pairs: int) -> dict[str, int]:
+def find_budget(shards: Sequence[str], pairs: int) -> dict[str, Any]:
     """Token budgets that hold so many pairs, from a few hundred of the shards'."""
     samples = read_samples(shards)
     count = min(len(samples), max(pairs, 512))
     (drawn,) = draw_batches(samples, count, 1)
-    image = sum(real.pair.image_length for real in drawn) / count
-    text = sum(real.pair.text_length for real in drawn) / count
+    image = sum(real.pair.lengths[0] for real in drawn) / count
+    text = sum(real.pair.lengths[1] for real in drawn) / count
     return {
-        "image_tokens": max(MAX_TOKENS, round(ROOM * pairs * image)),
-        "text_tokens": max(CONTEXT, round(ROOM * pairs * text)),
-        "max_pairs": pairs,
+        "tokens": {
+            "image": max(MAX_TOKENS, round(ROOM * pairs * image)),
+            "text": max(CONTEXT, round(ROOM * pairs * text)),
+        },
+        "max_examples": pairs,
     }
 
 

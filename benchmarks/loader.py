@@ -77,8 +77,11 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
     config = DataConfig(
         train=shards, resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE), workers=0
     )
-    build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, 0)
-    batches = load_batches(build)
+    tokenizer = OpenClipTokenizer()
+    build = PairBuilder(
+        config.captions, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
+    )
+    batches = load_batches(build, config, 0)
 
     def once() -> float:
         count = 0

@@ -22,11 +22,11 @@ from benchmarks.command import at_least, command_line, run
 from benchmarks.measure import resident_mb
 from benchmarks.needs import need_proc
 from benchmarks.sizes import CONTEXT, PATCH
+from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
@@ -55,11 +55,12 @@ def write_shards(root: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
+def watch(build: PairBuilder, config: DataConfig, samples: int) -> tuple[list[int], list[float]]:
     """Lets samples through and looks at the worker now and then.
 
     Args:
-        build: Of a configuration with one worker.
+        build: Makes pairs.
+        config: With one worker.
         samples: How many, the unusable ones counted in.
 
     Returns:
@@ -68,7 +69,7 @@ def watch(build: PairBuilder, samples: int) -> tuple[list[int], list[float]]:
     done = 0
     seen: list[int] = []
     resident: list[float] = []
-    for batch in load_batches(build):
+    for batch in load_batches(build, config, 0):
         if done >= len(seen) * samples / POINTS:
             (worker,) = multiprocessing.active_children()
             assert worker.pid is not None
@@ -89,11 +90,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             train=root,
             resolution=ResolutionConfig(min_side=32, max_side=96, max_tokens=64),
             drop=DropConfig(kind="beta"),
-            budget=Budgets(image_tokens=2048, text_tokens=4096, max_pairs=256),
+            budget=Budgets({"image": 2048, "text": 4096}, max_examples=256),
             workers=1,
         )
-        build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, 0)
-        seen, resident = watch(build, args.samples)
+        tokenizer = OpenClipTokenizer()
+        build = PairBuilder(
+            config.captions, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
+        )
+        seen, resident = watch(build, config, args.samples)
     warm = POINTS // 10
     return {
         "samples": seen,

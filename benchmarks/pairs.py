@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
-from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
-from navit_clip.data.config import DataConfig
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.pairs import Pair, PairBuilder, PairInputs
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import UserError
-from navit_clip.packed.batch import BatchCounts, PackedBatch
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
@@ -114,19 +113,23 @@ def draw_batches(
     Raises:
         UserError: If too few samples have a photo and a caption.
     """
-    config = DataConfig(
-        train="unused",
-        resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS),
-        drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
+    build = PairBuilder(
+        {"txt": 1.0},
+        ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS),
+        DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
+        OpenClipTokenizer(),
+        CONTEXT,
+        PATCH,
+        64,
+        seed=0,
     )
-    build = PairBuilder(config, OpenClipTokenizer(), CONTEXT, PATCH, 64, seed=0)
     drawn = []
     for sample in samples:
         with suppress(SkipSampleError):
             drawn.append(RealPair(build(sample, Origin(0, 0, 0, 0)), sample))
     if len(drawn) < pairs * batches:
         raise UserError(f"{len(drawn)} photos with captions cannot make {batches} × {pairs} pairs")
-    drawn.sort(key=lambda real: real.pair.image_length)
+    drawn.sort(key=lambda real: real.pair.lengths[0])
     taken = [drawn[i] for i in np.linspace(0, len(drawn) - 1, pairs * batches).round().astype(int)]
     order = np.random.default_rng(0).permutation(pairs)
     for number in range(batches):
@@ -134,17 +137,7 @@ def draw_batches(
         yield [batch[i] for i in order]
 
 
-def packed(pairs: Sequence[RealPair]) -> PackedBatch:
+def packed(pairs: Sequence[RealPair]) -> PairInputs:
     """A batch as this project's loader makes it, without padding."""
     images = pack_images([real.pair.image for real in pairs])
-    texts = pack_texts([real.pair.token_ids for real in pairs])
-    tokens, text_tokens = images.segments.num_tokens, texts.segments.num_tokens
-    counts = BatchCounts(
-        len(pairs),
-        tokens,
-        sum(real.pair.image.tokens_before_drop for real in pairs),
-        text_tokens,
-        tokens,
-        text_tokens,
-    )
-    return PackedBatch(images, texts, tuple(real.pair.id for real in pairs), counts)
+    return PairInputs(images, pack_texts([real.pair.token_ids for real in pairs]))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import RealPair, packed
 from benchmarks.sizes import HEAD_WIDTH, PATCH, Widths
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
 from navit_clip.models.clip import CLIP
-from navit_clip.packed.batch import PackedBatch
 
 BUCKETS = 4  # of the padded images: images of one length side by side waste least
 ROW_TOKENS = 1024  # of vit-pytorch's rows
@@ -70,7 +70,7 @@ class Ours(Towers):
         self.clip = CLIP(widths.config())
         self.scale = self.clip.log_scale
 
-    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PackedBatch:
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PairInputs:
         """Two packed streams without padding."""
         return packed(pairs).to(device)
 
@@ -79,11 +79,11 @@ class Ours(Towers):
         for tower in (self.clip.image, self.clip.text):
             tower.encoder.compile_blocks()
 
-    def embed_images(self, batch: PackedBatch) -> Tensor:
+    def embed_images(self, batch: PairInputs) -> Tensor:
         """Through the packed image tower."""
         return self.clip.image_projection(self.clip.image(batch.images))
 
-    def embed_texts(self, batch: PackedBatch) -> Tensor:
+    def embed_texts(self, batch: PairInputs) -> Tensor:
         """Through the packed text tower."""
         return self.clip.text_projection(self.clip.text(batch.texts))
 
@@ -133,7 +133,7 @@ class TimmNaFlex(_OpenClipText):
         self, pairs: Sequence[RealPair], device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Buckets of as many images, each padded to its longest."""
-        by_length = sorted(pairs, key=lambda real: real.pair.image_length)
+        by_length = sorted(pairs, key=lambda real: real.pair.lengths[0])
         size = -(-len(by_length) // BUCKETS)
         buckets = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         images = [{k: v.to(device) for k, v in _padded(bucket).items()} for bucket in buckets]
@@ -171,10 +171,10 @@ class VitPytorch(_OpenClipText):
         self, pairs: Sequence[RealPair], device: torch.device
     ) -> tuple[list[list[Tensor]], Tensor]:
         """Rows of at most 1,024 tokens, filled first-fit from the longest down."""
-        by_length = sorted(pairs, key=lambda real: -real.pair.image_length)
+        by_length = sorted(pairs, key=lambda real: -real.pair.lengths[0])
         rows: list[list[RealPair]] = []
         for real in by_length:
-            fits = (r for r in rows if _tokens(r) + real.pair.image_length <= ROW_TOKENS)
+            fits = (r for r in rows if _tokens(r) + real.pair.lengths[0] <= ROW_TOKENS)
             row = next(fits, None)
             if row is None:
                 rows.append(row := [])
@@ -200,7 +200,7 @@ def _text_slots(pairs: Sequence[RealPair]) -> Tensor:
 
 
 def _tokens(row: Sequence[RealPair]) -> int:
-    return sum(real.pair.image_length for real in row)
+    return sum(real.pair.lengths[0] for real in row)
 
 
 def _patches(real: RealPair) -> Tensor:
@@ -209,12 +209,12 @@ def _patches(real: RealPair) -> Tensor:
 
 
 def _padded(bucket: Sequence[RealPair]) -> dict[str, Tensor]:
-    longest = max(real.pair.image_length for real in bucket)
+    longest = max(real.pair.lengths[0] for real in bucket)
     patches = torch.zeros(len(bucket), longest, 3 * PATCH**2)
     coords = torch.zeros(len(bucket), longest, 2, dtype=torch.int64)
     valid = torch.zeros(len(bucket), longest, dtype=torch.bool)
     for row, real in enumerate(bucket):
-        length = real.pair.image_length
+        length = real.pair.lengths[0]
         patches[row, :length] = _patches(real)
         coords[row, :length] = torch.from_numpy(real.pair.image.coords.copy())
         valid[row, :length] = True

@@ -28,10 +28,11 @@ import torch
 from benchmarks.command import command_line, default_device, run
 from benchmarks.measure import alternate, flop_counter
 from benchmarks.sizes import PATCH, WIDTHS, Widths
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.models.clip import CLIP
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import TokenizerConfig
@@ -62,14 +63,15 @@ class Point:
     grids: tuple[tuple[int, int], ...]
     caption: int = WORDS
 
-    def batch(self) -> PackedBatch:
+    def batch(self) -> Batch[PairInputs]:
         """Random pixels and ids, the same ones at every call."""
         rng = np.random.default_rng(0)
         images = pack_images([_image(grid, rng) for grid in self.grids])
         texts = pack_texts(rng.integers(0, VOCABULARY, (len(self.grids), self.caption)).tolist())
-        tokens, text_tokens = images.segments.num_tokens, texts.segments.num_tokens
-        counts = BatchCounts(len(self.grids), tokens, tokens, text_tokens, tokens, text_tokens)
-        return PackedBatch(images, texts, tuple(map(str, range(len(self.grids)))), counts)
+        lengths = {"image": images.segments.num_tokens, "text": texts.segments.num_tokens}
+        streams = {name: StreamCounts(n, n, n, n) for name, n in lengths.items()}
+        ids = tuple(map(str, range(len(self.grids))))
+        return Batch(PairInputs(images, texts), ids, BatchCounts(len(ids), streams))
 
 
 def _image(grid: tuple[int, int], rng: np.random.Generator) -> ImagePatches:
@@ -137,13 +139,13 @@ class Steps:
         self._stepper = Stepper(CLIP(model).to(self.device), config, Ranks(0, 1, self.device))
         self._numbers = count()
 
-    def take(self, batch: PackedBatch) -> None:
+    def take(self, batch: Batch[PairInputs]) -> None:
         """One step; the loss is read, so it has been computed at the end."""
         self._stepper.step([batch.to(self.device)], next(self._numbers))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def count_flops(self, batch: PackedBatch) -> int:
+    def count_flops(self, batch: Batch[PairInputs]) -> int:
         """Of one step, taken."""
         with flop_counter() as counter:
             self.take(batch)
@@ -165,17 +167,17 @@ def measure_curve(points: list[Point], steps: Steps, rounds: int) -> dict[str, A
     for point in points:
         name = str(point.x)
         counts = batches[name].counts
-        tokens = counts.image_tokens + counts.text_tokens
+        image, text = (counts.streams[stream].tokens for stream in ("image", "text"))
         rows.append(
             {
                 "x": point.x,
-                "pairs": counts.pairs,
-                "image_tokens": counts.image_tokens,
-                "text_tokens": counts.text_tokens,
+                "pairs": counts.examples,
+                "image_tokens": image,
+                "text_tokens": text,
                 "gflop": flops[name] / 1e9,
                 "seconds": seconds[name],
                 "ms_per_gflop": seconds[name] / flops[name] * 1e12,
-                "us_per_token": seconds[name] / tokens * 1e6,
+                "us_per_token": seconds[name] / (image + text) * 1e6,
             }
         )
     return {

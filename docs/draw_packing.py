@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
@@ -58,12 +58,14 @@ def main() -> None:
         train=args.shards,
         resolution=ResolutionConfig(min_side=64, max_side=160, max_tokens=100),
         drop=DropConfig(kind="beta", rate=0.25, max_rate=0.6),
-        budget=Budgets(image_tokens=COLUMNS * ROWS, text_tokens=1024, max_pairs=64),
+        budget=Budgets({"image": COLUMNS * ROWS, "text": 1024}, max_examples=64),
         shuffle_buffer=1,
         workers=0,
     )
-    build = PairBuilder(config, OpenClipTokenizer(), 32, PATCH, 64, seed=7)
-    images = unpack_images(next(load_batches(build)))
+    build = PairBuilder(
+        config.captions, config.resolution, config.drop, OpenClipTokenizer(), 32, PATCH, 64, seed=7
+    )
+    images = unpack_images(next(load_batches(build, config, build.seed)).inputs.images)
     draw(images).quantize(128).save(args.output, optimize=True)
 
 

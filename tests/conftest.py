@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from loader_cases import pair_builder
+from loader_cases import Pipeline, pair_pipeline
 from shard_factory import CAPTIONS, write_shard
 
-from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIPConfig
@@ -72,6 +71,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: SentencePiece
 
 
 @pytest.fixture
-def builder(tokenizer: SentencePieceTokenizer) -> Callable[..., PairBuilder]:
-    """Makes pair builders: ``builder(shards, seed=…, field=…)``, see `loader_cases`."""
-    return partial(pair_builder, tokenizer=tokenizer)
+def pipeline(tokenizer: SentencePieceTokenizer) -> Callable[..., Pipeline]:
+    """Makes pipelines of pairs: ``pipeline(shards, seed=…, field=…)``, see `loader_cases`."""
+    return partial(pair_pipeline, tokenizer=tokenizer)

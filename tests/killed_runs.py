@@ -67,7 +67,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_losses(run_dir: Path) -> list[tuple[float, ...]]:
     """What must not depend on how often a run was restarted, for each step."""
-    names = ("step", "loss", "grad_norm", "lr", "logit_scale", "pairs")
+    names = ("step", "loss", "grad_norm", "lr", "logit_scale", "examples")
     return [tuple(line[name] for name in names) for line in read_metrics(run_dir)]
 
 

@@ -3,51 +3,100 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
-from navit_clip.data.config import DataConfig
+from navit_clip.data.budgets import Budgets
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.pairs import Pair, PairBuilder, PairInputs
+from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.packer import Budgets
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.reader import Reader
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.data.state import LoaderPosition, ReaderStart, open_position
+from navit_clip.packed.batch import Batch
 from navit_clip.tokenizers.base import Tokenizer
 
 PATCH = 8
 CONFIG = DataConfig(
     resolution=ResolutionConfig(min_side=16, max_side=48, max_tokens=24),
     drop=DropConfig(kind="beta", rate=0.3),
-    budget=Budgets(image_tokens=64, text_tokens=96, max_pairs=6),
+    budget=Budgets({"image": 64, "text": 96}, max_examples=6),
     look_ahead=3,
     shuffle_buffer=7,
     workers=0,
     prefetch=2,
 )
 ONE_BY_ONE = {
-    "budget": Budgets(image_tokens=64, text_tokens=96, max_pairs=1),
+    "budget": Budgets({"image": 64, "text": 96}, max_examples=1),
     "look_ahead": 1,
     "shuffle_buffer": 1,
 }
 
 
-def pair_builder(
+@dataclass(frozen=True)
+class Pipeline:
+    """A sample builder, how its samples are read and packed, and the seed of both."""
+
+    build: Any
+    config: DataConfig
+    seed: int
+
+    @property
+    def mixture(self) -> Mixture:
+        """The shards."""
+        return Mixture.find(self.config)
+
+    def with_mix(self, mix: dict[str, DatasetConfig]) -> Pipeline:
+        """The same over several datasets."""
+        return replace(self, config=replace(self.config, train=[], mix=mix))
+
+    def begin(
+        self, saved: Sequence[LoaderPosition] = (), rank: int = 0, world_size: int = 1
+    ) -> LoaderPosition:
+        """Where a rank begins, or goes on."""
+        return open_position(
+            saved,
+            self.mixture,
+            self.seed,
+            workers=self.config.workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def reader(
+        self, reader: int = 0, readers: int = 1, start: ReaderStart | None = None
+    ) -> Reader[Any, Any]:
+        """One reader of several."""
+        start = start or ReaderStart()
+        return Reader(self.mixture, self.build, self.config, self.seed, reader, readers, start)
+
+    def load(self, **options: Any) -> Iterator[Batch[Any]]:
+        """The batches of one rank without end."""
+        return load_batches(self.build, self.config, self.seed, **options)
+
+
+def pair_pipeline(
     shards: Iterable[Path], tokenizer: Tokenizer, *, seed: int = 0, **fields: Any
-) -> PairBuilder:
-    """A pair builder for shards, with fields of `CONFIG` replaced."""
+) -> Pipeline:
+    """A pipeline of pairs from shards, with fields of `CONFIG` replaced."""
     paths = [str(shard) for shard in shards]
     config = replace(CONFIG, **{"train": paths, **fields})
-    return PairBuilder(config, tokenizer, 24, PATCH, 64, seed)
+    build = PairBuilder(
+        config.captions, config.resolution, config.drop, tokenizer, 24, PATCH, 64, seed
+    )
+    return Pipeline(build, config, seed)
 
 
-def take(build: PairBuilder, count: int, **options: Any) -> list[PackedBatch]:
+def take(pipeline: Pipeline, count: int, **options: Any) -> list[Batch[Any]]:
     """The next so many batches; ends whatever processes made them."""
-    with closing(load_batches(build, **options)) as batches:
+    with closing(pipeline.load(**options)) as batches:
         return list(itertools.islice(batches, count))
 
 
@@ -55,15 +104,16 @@ class EpochInId(PairBuilder):
     """Writes into each pair's id the epoch that it was read in."""
 
     def __call__(
-        self, sample: RawSample, origin: Origin, captions: Mapping[str, float] | None = None
+        self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
     ) -> Pair:
-        pair = super().__call__(sample, origin, captions)
+        pair = super().__call__(raw, origin, fields)
         return replace(pair, id=f"{origin.epoch}:{pair.id}")
 
 
-def naming_epochs(build: PairBuilder) -> EpochInId:
-    """The same builder, but with ids such as ``2:00001/7`` for the third epoch."""
-    return EpochInId(**{f.name: getattr(build, f.name) for f in fields(build)})
+def naming_epochs(pipeline: Pipeline) -> Pipeline:
+    """The same, but with ids such as ``2:00001/7`` for the third epoch."""
+    build = EpochInId(**{f.name: getattr(pipeline.build, f.name) for f in fields(pipeline.build)})
+    return replace(pipeline, build=build)
 
 
 def epoch_of(state: dict[str, Any]) -> int:
@@ -71,9 +121,9 @@ def epoch_of(state: dict[str, Any]) -> int:
     return state["walks"][0][0]
 
 
-def content(batch: PackedBatch) -> dict[str, Any]:
+def content(batch: Batch[PairInputs]) -> dict[str, Any]:
     """All of a batch, as values that compare by ==."""
-    images, texts = batch.images, batch.texts
+    images, texts = batch.inputs.images, batch.inputs.texts
     return {
         **{
             name: (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
@@ -90,5 +140,5 @@ def content(batch: PackedBatch) -> dict[str, Any]:
         "text_lengths": texts.segments.lengths,
         "ids": batch.ids,
         "counts": batch.counts,
-        "position": batch.position,
+        "state": batch.state,
     }

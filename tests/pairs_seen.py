@@ -11,20 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from navit_clip.checkpoints.checkpoint import SavedPositions
-from navit_clip.data.builders.pairs import PairBuilder
-from navit_clip.data.mixture import Sources
-from navit_clip.data.reader import ReaderState
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import read_shard
-from navit_clip.data.state import LoaderPosition
-from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.data.state import LoaderPosition, ReaderState, open_walks
 from navit_clip.training.config import parse_config
-from navit_clip.training.trainer import build_pair_builder
 
 
 def pairs_taken(
     position: LoaderPosition,
-    sources: Sources,
-    build: PairBuilder,
+    mixture: Mixture,
+    seed: int,
     reader: int,
     ids: Sequence[Sequence[str]],
 ) -> Counter[tuple[int, str]]:
@@ -32,14 +28,14 @@ def pairs_taken(
 
     Args:
         position: Of its rank.
-        sources: Of the run, only one.
-        build: Makes pairs.
+        mixture: Of the run, a single dataset.
+        seed: Of the run.
         reader: Its number.
         ids: Of all samples of each shard.
     """
-    own = position.reader(sources, build, reader)
-    state: ReaderState = position.state(own)
-    (walk,), (place,) = own.walks, state.walks
+    (walk,) = open_walks(mixture, seed, reader, position.total, position.start(reader))
+    state = position.state(reader) or ReaderState.at_begin([walk])
+    (place,) = state.walks
     ahead = {(o.epoch, o.shard, o.index) for o in (*state.buffer, *state.pending)}
     return Counter(
         (epoch, name)
@@ -66,12 +62,10 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
         or logged more often than handed out.
     """
     config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
-    assert config.tokenizer is not None  # none of its runs starts from a model
-    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
-    sources = Sources.find(config.data)
+    mixture = Mixture.find(config.data)
     ids = [
         [sample.id for sample in read_shard(shard, None, name)]
-        for shard, name in zip(sources.shards, sources.names, strict=True)
+        for shard, name in zip(mixture.shards, mixture.names, strict=True)
     ]
     logged: Counter[tuple[int, str]] = Counter()
     for path in run_dir.glob("pairs-*.jsonl"):
@@ -82,7 +76,8 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
     handed_out: Counter[tuple[int, str]] = Counter()
     by_pass: Counter[tuple[int, str]] = Counter()
     for reader in range(ranks * config.data.workers):
-        taken = pairs_taken(saved[reader // config.data.workers], sources, build, reader, ids)
+        position = saved[reader // config.data.workers]
+        taken = pairs_taken(position, mixture, config.seed, reader, ids)
         by_pass += taken
         for (_, name), count in taken.items():
             handed_out[reader, name] += count

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from packed_examples import random_caption, random_image
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import TokenizerConfig
@@ -65,16 +66,13 @@ def cut(pairs: list[Pair], parts: int) -> list[list[Pair]]:
     return [pairs[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def pack(pairs: list[Pair]) -> PackedBatch:
-    return PackedBatch(
-        pack_images([image for _, image, _ in pairs]),
-        pack_texts([caption for _, _, caption in pairs]),
-        ids=tuple(name for name, _, _ in pairs),
-        counts=BatchCounts(len(pairs), 0, 0, 0, 0, 0),
-    )
+def pack(pairs: list[Pair]) -> Batch[PairInputs]:
+    images = pack_images([image for _, image, _ in pairs])
+    inputs = PairInputs(images, pack_texts([caption for _, _, caption in pairs]))
+    return Batch(inputs, tuple(name for name, _, _ in pairs), BatchCounts(len(pairs)))
 
 
-def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[PackedBatch]:
+def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[Batch[PairInputs]]:
     """One rank's share of the global batch of a step."""
     mine = cut(global_batch(step), ranks.world_size)[ranks.rank]
     return [pack(part) for part in cut(mine, accumulate)]

@@ -245,8 +245,8 @@ def test_the_page_of_results_keeps_what_was_not_measured_anew(monkeypatch, tmp_p
     assert "Introduction." in first
     assert "as it was" in first
     assert "old" not in first
-    padding = packed["no_drop"]["greedy"]["image_padding"]
-    assert f"| greedy | {padding:.2%} /" in first
+    padding = packed["no_drop"]["fill"]["image_padding"]
+    assert f"| fill | {padding:.2%} /" in first
     assert "`python -m benchmarks.packing --pairs 4000`" in first
     tables.main()
     assert page.read_text() == first

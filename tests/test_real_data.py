@@ -33,7 +33,7 @@ def run_dir(tmp_path_factory):
         "model.text.vocab_size": 1000,
         "data.train": json.dumps(shards),
         "data.captions": "{txt: 1.0, json.captions: 1.0}",
-        "data.budget.image_tokens": 1024,
+        "data.budget.tokens.image": 1024,
         "data.shuffle_buffer": 100,
         "optim.schedule.warmup_steps": 2,
         "log.every_steps": 1,

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from navit_clip.data.budgets import Budgets, PackingMode
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.packer import Budgets, PackingMode
 from navit_clip.data.sizing import ResolutionConfig
 
 
 def _check_captions(name: str, captions: Mapping[str, float]) -> None:
     if not captions or any(weight <= 0 for weight in captions.values()):
-        raise ValueError(f"{name} must name sources with positive weights: {captions}")
-    for source in captions:
-        extension, _, json_field = source.partition(".")
+        raise ValueError(f"{name} must name fields with positive weights: {captions}")
+    for caption_field in captions:
+        extension, _, json_field = caption_field.partition(".")
         if extension == "json" and not json_field:
             raise ValueError(f"{name} must name a field of the JSON, such as json.caption")
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One of several sources that are mixed.
+class DatasetConfig:
+    """One of several datasets that are mixed.
 
     Attributes:
         shards: Its shards, written as `DataConfig.train` is.
-        weight: How many samples come from it, relative to the other sources.
+        weight: How many samples come from it, relative to the other datasets.
         captions: Its own caption weights; null takes those of `DataConfig.captions`.
 
     Raises:
@@ -55,18 +55,18 @@ class DataConfig:
     Attributes:
         train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
             list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
-        mix: Instead of `train`, several sources by name, each with its shards and weight.
+        mix: Instead of `train`, several datasets by name, each with its shards and weight.
         allow_commands: Run the shell commands of ``pipe:`` shards.
-        captions: Caption source to sampling weight: ``txt``, any text member such as
+        captions: Caption field to sampling weight: ``txt``, any text member such as
             ``title.txt``, or ``json.FIELD``.
         resolution: How large an image becomes.
         drop: Which patches are left out.
         budget: What one batch of one rank holds.
-        packing: ``greedy`` fills both budgets nearly; ``exact`` leaves no padding, dropping a few
-            more patches; ``constant`` gives every batch budget.max_pairs pairs.
-        look_ahead: Pairs that wait beyond those of a batch, to choose from; more of them, less
+        packing: ``fill`` fills all budgets nearly; ``exact`` leaves no padding, dropping a few
+            more patches; ``constant`` gives every batch budget.max_examples examples.
+        look_ahead: Examples that wait beyond those of a batch, to choose from; more of them, less
             padding.
-        pad_to_budget: Pad both streams to their budgets, so that compiled code sees one shape;
+        pad_to_budget: Pad all streams to their budgets, so that compiled code sees one shape;
             without it a stream ends with its last token.
         shuffle_buffer: Samples that each reader shuffles among; 1 keeps the shards' order.
         workers: Reader processes per rank; 0 reads in the training process.
@@ -74,17 +74,17 @@ class DataConfig:
         max_bad_samples: Unusable samples in a row after which a reader gives up.
 
     Raises:
-        ValueError: If a field is out of range or one image cannot fit the budget.
+        ValueError: If a field is out of range.
     """
 
     train: str | list[str] = field(default_factory=list)
-    mix: dict[str, SourceConfig] = field(default_factory=dict)
+    mix: dict[str, DatasetConfig] = field(default_factory=dict)
     allow_commands: bool = False
     captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     budget: Budgets = field(default_factory=Budgets)
-    packing: PackingMode = "greedy"
+    packing: PackingMode = "fill"
     look_ahead: int = 256
     pad_to_budget: bool = True
     shuffle_buffer: int = 1000
@@ -93,22 +93,16 @@ class DataConfig:
     max_bad_samples: int = 10_000
 
     @property
-    def sources(self) -> dict[str, SourceConfig]:
+    def datasets(self) -> dict[str, DatasetConfig]:
         """What is read, by name; nothing if neither `train` nor `mix` is given."""
-        return self.mix or ({"train": SourceConfig(self.train)} if self.train else {})
+        return self.mix or ({"train": DatasetConfig(self.train)} if self.train else {})
 
     def __post_init__(self) -> None:
         _check_captions("captions", self.captions)
         if self.train and self.mix:
-            raise ValueError("train and mix exclude each other: give all sources to mix")
+            raise ValueError("train and mix exclude each other: give all datasets to mix")
         for name in ("look_ahead", "shuffle_buffer", "prefetch", "max_bad_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
-        if self.resolution.max_tokens > self.budget.image_tokens:
-            raise ValueError(
-                f"budget.image_tokens={self.budget.image_tokens} cannot hold one image of "
-                f"resolution.max_tokens={self.resolution.max_tokens}: raise the first or lower "
-                "the second"
-            )

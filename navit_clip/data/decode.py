@@ -252,25 +252,3 @@ def find_image(members: dict[str, bytes]) -> bytes:
         if extension in members:
             return members[extension]
     raise SkipSampleError("no_image", f"members: {', '.join(members) or 'none'}")
-
-
-def patchify(pixels_HWK: np.ndarray, patch_size: int, keep: np.ndarray | None = None) -> np.ndarray:
-    """Cuts an image into patches, row by row.
-
-    Args:
-        pixels_HWK: uint8 [rows·P, columns·P, 3].
-        patch_size: P.
-        keep: int64 [n] indices of the patches wanted; the others are not copied. None wants all.
-
-    Returns:
-        uint8 [rows·columns or n, P·P·3], each patch row by row with channels last.
-    """
-    height, width, channels = pixels_HWK.shape
-    rows, columns = height // patch_size, width // patch_size
-    # One row of a patch as one item, which numpy copies at once, not byte by byte.
-    line = np.dtype((np.void, patch_size * channels))
-    lines = np.ascontiguousarray(pixels_HWK).reshape(rows, patch_size, columns, -1).view(line)
-    patches = lines[..., 0].swapaxes(1, 2)
-    if keep is None or len(keep) == rows * columns:
-        return np.ascontiguousarray(patches.reshape(rows * columns, patch_size)).view(np.uint8)
-    return patches[np.divmod(keep, columns)].view(np.uint8)

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from navit_clip.data.builders.pairs import PairBuilder
-from navit_clip.data.mixture import Sources
+from navit_clip.data.builders.base import SampleBuilder
+from navit_clip.data.config import DataConfig
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.reader import Reader
 from navit_clip.data.shared_batch import Parcel
 from navit_clip.data.state import LoaderPosition, open_position
 from navit_clip.data.workers import prepare_worker
 from navit_clip.errors import UserError
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch, Inputs
+
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,19 @@ class _Failure:
     message: str
 
 
-class _Readers(IterableDataset[PackedBatch | Parcel | _Failure]):
+class _Readers(IterableDataset[Batch[Any] | Parcel | _Failure]):
     """The readers of one rank; each worker process runs one of them."""
 
-    def __init__(
-        self, sources: Sources, build: PairBuilder, rank: int, position: LoaderPosition
-    ) -> None:
-        self.sources, self.build, self.position = sources, build, position
-        self.per_rank = max(1, build.config.workers)
-        self.first = rank * self.per_rank
+    def __init__(self, readers: Sequence[Reader[Any, Any]], position: LoaderPosition) -> None:
+        self.readers, self.position = readers, position
 
-    def __iter__(self) -> Iterator[PackedBatch | Parcel | _Failure]:
+    def __iter__(self) -> Iterator[Batch[Any] | Parcel | _Failure]:
         info = get_worker_info()
         worker = info.id if info else 0
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
-        number = self.first + (worker + self.position.batches) % self.per_rank
-        reader = self.position.reader(self.sources, self.build, number)
+        reader = self.readers[(worker + self.position.batches) % len(self.readers)]
         try:
-            for batch in reader.batches(self.position.state(reader)):
+            for batch in reader.batches(self.position.state(reader.reader)):
                 yield Parcel(batch) if info else batch
         except UserError as error:
             yield _Failure(str(error))
@@ -71,35 +71,46 @@ def _leave_signals_to_trainer(worker: int) -> None:
 
 
 def load_batches(
-    build: PairBuilder,
+    build: SampleBuilder[Any, AnyInputs],
+    config: DataConfig,
+    seed: int,
     *,
-    sources: Sources | None = None,
+    mixture: Mixture | None = None,
     rank: int = 0,
     world_size: int = 1,
     position: LoaderPosition | None = None,
     pin_memory: bool = False,
-) -> Iterator[PackedBatch]:
+) -> Iterator[Batch[AnyInputs]]:
     """Yields one rank's batches without end.
 
     Args:
-        build: Makes pairs, and holds the configuration.
-        sources: The shards; None looks up those of the configuration.
+        build: Makes samples, and inputs of many samples.
+        config: How they are read, shuffled and packed.
+        seed: Of their order.
+        mixture: The shards; None looks up those of the configuration.
         rank: This process.
         world_size: Number of processes.
         position: Where to go on, from `open_position`; the caller advances its own copy with each
-            batch it consumes. None begins anew.
+            batch it consumes. None begins at the first sample.
         pin_memory: Hand out batches in page-locked memory.
 
     Raises:
-        UserError: If the shards are missing, empty or unusable.
+        UserError: If the shards are missing, empty or unusable, or the token budgets are not those
+            of the builder's streams.
     """
-    config = build.config
-    sources = sources or Sources.find(config)
+    mixture = mixture or Mixture.find(config)
     if position is None:
-        position = open_position([], sources, build, rank=rank, world_size=world_size)
+        position = open_position(
+            [], mixture, seed, workers=config.workers, rank=rank, world_size=world_size
+        )
     position = replace(position, readers=dict(position.readers))
-    loader: DataLoader[PackedBatch | Parcel | _Failure] = DataLoader(
-        _Readers(sources, build, rank, position),
+    per_rank = max(1, config.workers)
+    readers = [
+        Reader(mixture, build, config, seed, number, position.total, position.start(number))
+        for number in range(rank * per_rank, (rank + 1) * per_rank)
+    ]
+    loader: DataLoader[Batch[Any] | Parcel | _Failure] = DataLoader(
+        _Readers(readers, position),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -112,5 +123,5 @@ def load_batches(
     for batch in loader:
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
-        assert isinstance(batch, PackedBatch)  # a parcel arrives without its wrapping
+        assert isinstance(batch, Batch)  # a parcel arrives without its wrapping
         yield batch

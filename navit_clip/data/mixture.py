@@ -1,6 +1,6 @@
-"""The sources of a run: all shards by number, and which of them belong together.
+"""The mixture of a run: all shards by number, and which of them belong to which dataset.
 
-From the configuration's patterns to the one numbered list of shards that every reader shares.
+From the configuration's patterns to the one numbered list of shards that every reader has.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from navit_clip.errors import UserError
 
 
 @dataclass(frozen=True)
-class Source:
-    """One source of samples.
+class Dataset:
+    """One of the datasets that are mixed.
 
     Attributes:
         name: As configured.
-        weight: Share of the samples that come from it.
-        captions: Caption source to sampling weight.
+        weight: Fraction of the samples that come from it.
+        captions: Caption field to sampling weight.
         shards: Numbers of its shards.
     """
 
@@ -33,48 +33,53 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Sources:
+class Mixture:
     """All shards of a run, in the order in which they are numbered.
 
     Attributes:
         shards: Path or address of each.
         names: Short name of each, which begins the ids of its samples.
-        sources: What they belong to; weights sum to 1.
+        datasets: What they belong to; weights sum to 1.
     """
 
     shards: tuple[str, ...]
     names: tuple[str, ...]
-    sources: tuple[Source, ...]
+    datasets: tuple[Dataset, ...]
 
     @classmethod
-    def find(cls, config: DataConfig) -> Sources:
+    def find(cls, config: DataConfig) -> Mixture:
         """Looks up the shards of a configuration.
 
         Raises:
             UserError: If no shards are configured, or a pattern matches none.
         """
-        if not config.sources:
+        if not config.datasets:
             raise UserError("data.train is empty: give the training shards, --data.train PATH")
-        total = sum(source.weight for source in config.sources.values())
+        total = sum(dataset.weight for dataset in config.datasets.values())
         shards: list[str] = []
-        sources = []
-        for name, source in config.sources.items():
+        datasets = []
+        for name, dataset in config.datasets.items():
             first = len(shards)
-            shards += expand_shards(source.patterns, allow_commands=config.allow_commands)
-            captions = source.captions or config.captions
-            sources.append(Source(name, source.weight / total, captions, range(first, len(shards))))
-        # Two sources may share shards, with other captions say.
+            shards += expand_shards(dataset.patterns, allow_commands=config.allow_commands)
+            captions = dataset.captions or config.captions
+            own = range(first, len(shards))
+            datasets.append(Dataset(name, dataset.weight / total, captions, own))
+        # Two datasets may share shards, with other captions say.
         unique = list(dict.fromkeys(shards))
         names = dict(zip(unique, shard_names(unique), strict=True))
-        return cls(tuple(shards), tuple(names[shard] for shard in shards), tuple(sources))
+        return cls(tuple(shards), tuple(names[shard] for shard in shards), tuple(datasets))
 
     @cached_property
-    def of_shard(self) -> tuple[int, ...]:
-        """Number of the source of each shard."""
-        return tuple(i for i, source in enumerate(self.sources) for _ in source.shards)
+    def _dataset_of_shard(self) -> tuple[int, ...]:
+        return tuple(i for i, dataset in enumerate(self.datasets) for _ in dataset.shards)
+
+    def dataset_of(self, shard: int) -> Dataset:
+        """The dataset that a shard belongs to."""
+        return self.datasets[self._dataset_of_shard[shard]]
 
     @cached_property
     def digest(self) -> str:
         """Tells these shards from others, wherever they lie and whatever their weights."""
-        lines = [f"{name} {source}" for name, source in zip(self.names, self.of_shard, strict=True)]
+        pairs = zip(self.names, self._dataset_of_shard, strict=True)
+        lines = [f"{name} {dataset}" for name, dataset in pairs]
         return f"{len(lines)} shards {hashlib.sha256('|'.join(lines).encode()).hexdigest()[:12]}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from navit_clip.data.mixture import Source
+from navit_clip.data.mixture import Dataset
 from navit_clip.data.seeding import generator
 
 
@@ -115,14 +115,14 @@ class Walk:
     """One reader's walk over one source.
 
     Attributes:
-        source: Which shards.
+        dataset: Which shards.
         seed: Of the run.
         reader: Which reader this is.
         readers: How many there are, over all ranks and workers.
         inherited: What it finishes first.
     """
 
-    source: Source
+    dataset: Dataset
     seed: int
     reader: int
     readers: int
@@ -136,14 +136,14 @@ class Walk:
     @property
     def by_sample(self) -> bool:
         """Whether readers share shards sample by sample, since there are too few."""
-        return len(self.source.shards) < self.readers
+        return len(self.dataset.shards) < self.readers
 
     def pieces(self, epoch: int) -> Sequence[Piece]:
         """All that the reader takes in one pass, in order."""
         if epoch < self.inherited.epoch:
             return self.inherited.pieces
-        shards = self.source.shards
-        rng = generator(self.seed, self.source.name, epoch, "shards")
+        shards = self.dataset.shards
+        rng = generator(self.seed, self.dataset.name, epoch, "shards")
         order = (rng.permutation(len(shards)) + shards.start).tolist()
         if self.by_sample:
             # Offsets turn from shard to shard and from epoch to epoch, else the first samples,

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic
 
-from navit_clip.data.builders.pairs import Origin, Pair, PairBuilder
+from navit_clip.data.builders.base import AnyInputs_co, AnySample, Origin, SampleBuilder
+from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import SkipSampleError
-from navit_clip.data.mixture import Sources
-from navit_clip.data.order import Inheritance, Piece, Walk, WalkPosition
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.order import Piece, Walk, WalkPosition
 from navit_clip.data.packer import Packer
 from navit_clip.data.seeding import draw_index
 from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.state import ReaderStart, ReaderState, open_walks
 from navit_clip.errors import UserError
-from navit_clip.packed.batch import BatchCounts, PackedBatch
-from navit_clip.packed.images import pack_images
-from navit_clip.packed.texts import pack_texts
+from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 
 _NAMED_SKIPS = 8  # samples named per batch; the rest is only counted
 # A dead server costs minutes of retries per shard; shards are read in random order, so as many in
@@ -33,75 +33,26 @@ _MAX_BAD_SHARDS = 10
 
 
 @dataclass
-class ReaderState:
-    """Where a reader stands after a batch.
+class Reader(Generic[AnySample, AnyInputs_co]):
+    """Walks its share of all datasets without end.
 
     Attributes:
-        walks: Its place in each source.
-        taken: Samples taken from each source.
-        drawn: Samples that left the shuffle buffer so far.
-        buffer: Samples in the shuffle buffer, in order.
-        pending: Samples that wait to be packed, in order.
-    """
-
-    walks: list[WalkPosition]
-    taken: list[int]
-    drawn: int = 0
-    buffer: list[Origin] = field(default_factory=list)
-    pending: list[Origin] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """The state as plain values; origins as lists, since there may be thousands."""
-        values: dict[str, Any] = {"taken": list(self.taken), "drawn": self.drawn}
-        values["walks"] = [list(walk) for walk in self.walks]
-        for name in ("buffer", "pending"):
-            values[name] = [[o.epoch, o.shard, o.index, o.images_seen] for o in getattr(self, name)]
-        return values
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ReaderState:
-        """The state that `to_json` wrote."""
-        origins = {name: [Origin(*o) for o in values[name]] for name in ("buffer", "pending")}
-        walks = [WalkPosition(*walk) for walk in values["walks"]]
-        return cls(walks, list(values["taken"]), values["drawn"], **origins)
-
-
-@dataclass(frozen=True)
-class ReaderStart:
-    """What a reader takes over from readers of another number.
-
-    Attributes:
-        images: Images that those had taken, all together.
-        sources: What is left to it of each source.
-    """
-
-    images: int = 0
-    sources: tuple[Inheritance, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The start as plain values."""
-        return {"images": self.images, "sources": [s.to_json() for s in self.sources]}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ReaderStart:
-        """The start that `to_json` wrote."""
-        return cls(values["images"], tuple(map(Inheritance.from_json, values["sources"])))
-
-
-@dataclass
-class Reader:
-    """Walks its share of all sources for ever.
-
-    Attributes:
-        sources: All shards of the run, the same in every reader.
-        build: Makes pairs of samples.
+        mixture: All shards of the run, the same in every reader.
+        build: Makes samples ready to be packed.
+        config: How they are shuffled and packed, and how many may be unusable.
+        seed: Of the run.
         reader: Which reader this is.
         readers: How many there are, over all ranks and workers.
         start: What it finishes before its own share.
+
+    Raises:
+        UserError: If the token budgets are not those of the builder's streams.
     """
 
-    sources: Sources
-    build: PairBuilder
+    mixture: Mixture
+    build: SampleBuilder[AnySample, AnyInputs_co]
+    config: DataConfig
+    seed: int
     reader: int
     readers: int
     start: ReaderStart = field(default_factory=ReaderStart)
@@ -110,18 +61,13 @@ class Reader:
         self._skipped: Counter[str] = Counter()
         self._skip_log: list[str] = []
         self._bad_in_a_row = self._bad_shards_in_a_row = 0
-        inherited = self.start.sources or (Inheritance(),) * len(self.sources.sources)
-        self.walks = [
-            Walk(source, self.build.seed, self.reader, self.readers, left)
-            for source, left in zip(self.sources.sources, inherited, strict=True)
-        ]
+        try:
+            self.budget = self.config.budget.ordered(self.build.streams)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.walks = open_walks(self.mixture, self.seed, self.reader, self.readers, self.start)
 
-    @property
-    def begin(self) -> ReaderState:
-        """The state before the first sample."""
-        return ReaderState([walk.begin for walk in self.walks], [0] * len(self.walks))
-
-    def batches(self, state: ReaderState | None = None) -> Iterator[PackedBatch]:
+    def batches(self, state: ReaderState | None = None) -> Iterator[Batch[AnyInputs_co]]:
         """Yields batches from `state` on, without end.
 
         Args:
@@ -131,9 +77,9 @@ class Reader:
             UserError: If a whole pass over the share of a source finds no usable sample, or too
                 many in a row are unusable.
         """
-        state = state or self.begin
-        config = self.build.config
-        packer: Packer[Pair] = Packer(config.budget, config.look_ahead, config.packing)
+        state = state or ReaderState.at_begin(self.walks)
+        config = self.config
+        packer: Packer[AnySample] = Packer(self.budget, config.look_ahead, config.packing)
         read_ahead = self._read_again([*state.buffer, *state.pending])
         buffer = [read_ahead[origin] for origin in state.buffer]
         for origin in state.pending:
@@ -143,64 +89,56 @@ class Reader:
         origins = list(state.buffer)
         # A restored packer may hold a whole batch already.
         yield from self._closed(packer, place, origins)
-        for sample, origin in self._mix(place):
-            buffer.append(sample)
+        for raw, origin in self._mix(place):
+            buffer.append(raw)
             origins.append(origin)
             if len(buffer) < config.shuffle_buffer:
                 continue
-            pick = draw_index(len(buffer), self.build.seed, self.reader, place.drawn, "shuffle")
+            pick = draw_index(len(buffer), self.seed, self.reader, place.drawn, "shuffle")
             # Swap with the last: removal from the middle would move the whole buffer.
             buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
             origins[pick], origins[-1] = origins[-1], origins[pick]
             images_seen = self.start.images + place.drawn * self.readers
             place.drawn += 1
             drawn, origin = buffer.pop(), origins.pop()
-            pair = self._try(drawn, Origin(origin.epoch, origin.shard, origin.index, images_seen))
-            if pair is not None:
-                packer.offer(pair)
+            sample = self._try(drawn, Origin(origin.epoch, origin.shard, origin.index, images_seen))
+            if sample is not None:
+                packer.offer(sample)
                 yield from self._closed(packer, place, origins)
 
     def _closed(
-        self, packer: Packer[Pair], place: ReaderState, buffer: list[Origin]
-    ) -> Iterator[PackedBatch]:
-        while (pairs := packer.take()) is not None:
+        self, packer: Packer[AnySample], place: ReaderState, buffer: list[Origin]
+    ) -> Iterator[Batch[AnyInputs_co]]:
+        while (samples := packer.take()) is not None:
             state = ReaderState(
                 place.walks,
                 place.taken,
                 place.drawn,
                 buffer,
-                [pair.origin for pair in packer.pending],
+                [sample.origin for sample in packer.pending],
             )
-            yield self._pack(pairs, state)
+            yield self._batch(samples, state)
 
-    def _pack(self, pairs: list[Pair], state: ReaderState) -> PackedBatch:
-        config = self.build.config
-        budget = config.budget
-        of_shard, sources = self.sources.of_shard, self.sources.sources
+    def _batch(self, samples: list[AnySample], state: ReaderState) -> Batch[AnyInputs_co]:
+        pad = self.config.pad_to_budget
+        streams = {}
+        for i, (name, budget) in enumerate(self.budget.tokens.items()):
+            tokens = sum(sample.lengths[i] for sample in samples)
+            full = sum(sample.full_lengths[i] for sample in samples)
+            streams[name] = StreamCounts(tokens, full, budget, slots=budget if pad else tokens)
         counts = BatchCounts(
-            pairs=len(pairs),
-            image_tokens=sum(pair.image_length for pair in pairs),
-            image_tokens_before_drop=sum(pair.image.tokens_before_drop for pair in pairs),
-            text_tokens=sum(pair.text_length for pair in pairs),
-            image_budget=budget.image_tokens,
-            text_budget=budget.text_tokens,
-            sources=Counter(sources[of_shard[pair.origin.shard]].name for pair in pairs),
+            examples=len(samples),
+            streams=streams,
+            sources=Counter(self.mixture.dataset_of(s.origin.shard).name for s in samples),
             skipped=self._skipped,
             skip_log=tuple(self._skip_log),
         )
         self._skipped, self._skip_log = Counter(), []
-        return PackedBatch(
-            pack_images(
-                [pair.image for pair in pairs],
-                budget=budget.image_tokens if config.pad_to_budget else None,
-            ),
-            pack_texts(
-                [pair.token_ids for pair in pairs],
-                budget=budget.text_tokens if config.pad_to_budget else None,
-            ),
-            ids=tuple(pair.id for pair in pairs),
+        return Batch(
+            self.build.collate(samples, tuple(self.budget.tokens.values()) if pad else None),
+            ids=tuple(sample.id for sample in samples),
             counts=counts,
-            position={str(self.reader): state.to_json()},
+            state={str(self.reader): state.to_json()},
         )
 
     def _mix(self, place: ReaderState) -> Iterator[tuple[RawSample, Origin]]:
@@ -210,7 +148,7 @@ class Reader:
         to one sample at any time and need no generator.
         """
         walks = [self._walk(number, place) for number in range(len(self.walks))]
-        weights = [walk.source.weight for walk in self.walks]
+        weights = [walk.dataset.weight for walk in self.walks]
         while True:
             total = sum(place.taken) + 1
             behind = [
@@ -266,7 +204,7 @@ class Reader:
 
     def _read(self, shard: int, wanted: Container[int]) -> Iterator[RawSample]:
         """The wanted samples of a shard."""
-        for sample in read_shard(self.sources.shards[shard], wanted, self.sources.names[shard]):
+        for sample in read_shard(self.mixture.shards[shard], wanted, self.mixture.names[shard]):
             if sample.index in wanted:
                 yield sample
 
@@ -287,28 +225,27 @@ class Reader:
         except KeyError as error:
             shard, index = error.args[0]
             raise UserError(
-                f"{self.sources.shards[shard]} no longer holds sample {index}, which the "
+                f"{self.mixture.shards[shard]} no longer holds sample {index}, which the "
                 "checkpoint had read ahead: resume with the shards it was trained on"
             ) from error
 
-    def _build(self, sample: RawSample, origin: Origin) -> Pair:
-        source = self.sources.sources[self.sources.of_shard[origin.shard]]
-        return self.build(sample, origin, source.captions)
+    def _build(self, raw: RawSample, origin: Origin) -> AnySample:
+        return self.build(raw, origin, self.mixture.dataset_of(origin.shard).captions)
 
-    def _try(self, sample: RawSample, origin: Origin) -> Pair | None:
+    def _try(self, raw: RawSample, origin: Origin) -> AnySample | None:
         try:
-            pair = self._build(sample, origin)
+            sample = self._build(raw, origin)
         except SkipSampleError as error:
-            self._skip(error.reason, f"{sample.id}: {error}")
+            self._skip(error.reason, f"{raw.id}: {error}")
             self._bad_in_a_row += 1
-            if self._bad_in_a_row >= self.build.config.max_bad_samples:
+            if self._bad_in_a_row >= self.config.max_bad_samples:
                 raise UserError(
-                    f"{self._bad_in_a_row} unusable samples in a row, the last one {sample.id}: "
+                    f"{self._bad_in_a_row} unusable samples in a row, the last one {raw.id}: "
                     f"{error}; check data.captions and the shards"
                 ) from error
             return None
         self._bad_in_a_row = 0
-        return pair
+        return sample
 
     def _skip(self, reason: str, line: str) -> None:
         self._skipped[reason] += 1
@@ -316,9 +253,8 @@ class Reader:
             self._skip_log.append(line)
 
     def _give_up_on(self, walk: Walk, pieces: Sequence[Piece]) -> None:
-        source = walk.source
         reason = f"; {self._skip_log[-1]}" if self._skip_log else ""
         raise UserError(
-            f"no sample in {len(pieces)} shard(s) of source {source.name}, the first one "
-            f"{self.sources.shards[pieces[0].shard]}{reason}"
+            f"no sample in {len(pieces)} shard(s) of dataset {walk.dataset.name}, the first one "
+            f"{self.mixture.shards[pieces[0].shard]}{reason}"
         )

@@ -27,7 +27,7 @@ LIBRARY = "navit-clip"
 TASK = "zero-shot-image-classification"
 TAGS = ("clip", "image-text-retrieval", "navit")
 
-_METRICS = ("loss", "logit_scale", "images_per_s")
+_METRICS = ("loss", "logit_scale", "examples_per_s")
 _USE = """```python
 from navit_clip import NaViTCLIP
 
@@ -148,8 +148,8 @@ def _training(run_dir: Path) -> list[str]:
     add("token drop", _settings(drop, ("kind", *rates.get(drop.get("kind", ""), ()))))
     if metrics:
         add("steps", f"{metrics[-1].get('step', 0):,}")
-        pairs = sum(line.get("pairs") or 0 for line in metrics)
-        add("pairs seen", f"{pairs:,.0f}" if pairs else None)
+        pairs = sum(line.get("examples") or 0 for line in metrics)
+        add("examples seen", f"{pairs:,.0f}" if pairs else None)
     add("optimiser", _settings(optim, ("kind", "lr", "weight_decay")))
     add("schedule", _settings(_group(optim, "schedule"), ("kind", "warmup_steps")))
     add("loss", _group(config, "loss").get("kind"))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from navit_clip.data.decode import EncodedImage, patchify
+from navit_clip.data.decode import EncodedImage
 from navit_clip.data.in_memory import OpenedImage
+from navit_clip.data.patches import cut_patches
 from navit_clip.data.sizing import fit_grid
 from navit_clip.models.clip import CLIP
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -52,8 +52,7 @@ def size_image(
     else:
         rows, columns = fit_grid(image.height, image.width, patch, max_tokens, most)
     pixels = image.pixels(rows * patch, columns * patch, reduced=False)
-    coords = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.int32)
-    return ImagePatches(patchify(pixels, patch), coords, (rows, columns))
+    return cut_patches(pixels, patch)
 
 
 def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: bool = True) -> Tensor:

@@ -1,15 +1,45 @@
-"""One training batch of one rank: packed inputs, counts, and the state of the data."""
+"""One training batch of one rank: packed inputs, counts, and where the data readers stand.
+
+Knows no task: what a model's forward pass takes is `Inputs`, and each stream of tokens has a name
+that the task's sample builder gives it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from navit_clip.packed.images import PackedImages
-from navit_clip.packed.texts import PackedTexts
+AnyInputs = TypeVar("AnyInputs", bound="Inputs")
+
+
+class Inputs(Protocol):
+    """What a model's forward pass takes; tensors, packed streams, ragged targets."""
+
+    def to(self: AnyInputs, device: torch.device | str, non_blocking: bool = False) -> AnyInputs:
+        """The same inputs on another device."""
+
+    def pin_memory(self: AnyInputs) -> AnyInputs:
+        """The same inputs in page-locked memory."""
+
+
+@dataclass(frozen=True)
+class StreamCounts:
+    """Tokens of one stream of a batch.
+
+    Attributes:
+        tokens: Real tokens, after token drop.
+        tokens_before_drop: Tokens of the whole examples.
+        budget: Tokens that the batch may hold.
+        slots: Tokens that the model computes, padding included.
+    """
+
+    tokens: int
+    tokens_before_drop: int
+    budget: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -17,54 +47,40 @@ class BatchCounts:
     """What went into one batch, for logs and dashboards.
 
     Attributes:
-        pairs: Image–caption pairs.
-        image_tokens: Real image tokens, after token drop.
-        image_tokens_before_drop: Patches of the whole grids.
-        text_tokens: Real text tokens.
-        image_budget: Image tokens the batch may hold.
-        text_budget: Text tokens the batch may hold.
-        sources: Pairs by source.
-        skipped: Samples passed over since the reader's previous batch, by reason.
+        examples: Such as image–caption pairs.
+        streams: Tokens of each stream, by name.
+        sources: Examples by dataset of the mixture.
+        skipped: Samples skipped since the reader's previous batch, by reason.
         skip_log: A line for the first few of them, naming each.
     """
 
-    pairs: int
-    image_tokens: int
-    image_tokens_before_drop: int
-    text_tokens: int
-    image_budget: int
-    text_budget: int
+    examples: int
+    streams: dict[str, StreamCounts] = field(default_factory=dict)
     sources: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     skip_log: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class Batch(Generic[AnyInputs]):
     """One training batch of one rank.
 
     Attributes:
-        images: All images, packed.
-        texts: Their captions, packed.
-        ids: A stable id per pair, ``shard/key``.
+        inputs: What the model's forward pass takes.
+        ids: A stable id per example, ``shard/key``.
         counts: What the batch holds and what was skipped on the way.
-        position: Where the loader stands once this batch is consumed, by reader.
+        state: Where the reader stands once this batch is consumed, by the reader's number.
     """
 
-    images: PackedImages
-    texts: PackedTexts
+    inputs: AnyInputs
     ids: tuple[str, ...]
     counts: BatchCounts
-    position: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on another device."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking),
-            texts=self.texts.to(device, non_blocking),
-        )
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch[AnyInputs]:
+        """The same batch with its inputs on another device."""
+        return replace(self, inputs=self.inputs.to(device, non_blocking))
 
-    def pin_memory(self) -> PackedBatch:
+    def pin_memory(self) -> Batch[AnyInputs]:
         """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
-        return replace(self, images=self.images.pin_memory(), texts=self.texts.pin_memory())
+        return replace(self, inputs=self.inputs.pin_memory())

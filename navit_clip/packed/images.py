@@ -20,16 +20,27 @@ class ImagePatches:
         patches: uint8 [n, P·P·3] kept patches, each row by row with channels last.
         coords: int32 [n, 2] row and column of each kept patch on the image's own grid.
         grid: Rows and columns of the whole grid, before any patch was dropped.
+        targets: [n, ...] what a task wants at each kept patch, None for tasks without.
     """
 
     patches: np.ndarray
     coords: np.ndarray
     grid: tuple[int, int]
+    targets: np.ndarray | None = None
 
     @property
     def tokens_before_drop(self) -> int:
         """Patches of the whole grid."""
         return self.grid[0] * self.grid[1]
+
+    def kept(self, keep: np.ndarray) -> ImagePatches:
+        """The image with only some of its patches and their targets.
+
+        Args:
+            keep: int64 [m] indices among the kept patches.
+        """
+        targets = None if self.targets is None else self.targets[keep]
+        return ImagePatches(self.patches[keep], self.coords[keep], self.grid, targets)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class PackedImages:
         grids: int32 [len(segments.lengths), 2] rows and columns of each image's whole grid.
         segments: Where each image lies; sorted by length, see `pack_images`.
         order: int64 [E]: the caller's i-th image is segment `order[i]`.
+        targets: [T, ...] targets of each patch, zero at padding; None for tasks without.
     """
 
     patches: Tensor
@@ -49,6 +61,7 @@ class PackedImages:
     grids: Tensor
     segments: Segments
     order: Tensor
+    targets: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
         """The same images on another device."""
@@ -58,6 +71,7 @@ class PackedImages:
             self.grids.to(device, non_blocking=non_blocking),
             self.segments.to(device, non_blocking),
             self.order.to(device, non_blocking=non_blocking),
+            None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> PackedImages:
@@ -68,6 +82,7 @@ class PackedImages:
             self.grids.pin_memory(),
             self.segments.pin_memory(),
             self.order.pin_memory(),
+            None if self.targets is None else self.targets.pin_memory(),
         )
 
 
@@ -79,17 +94,20 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
     undoes the sorting after pooling.
 
     Args:
-        images: At least one image.
+        images: At least one image; all of them with targets, or none.
         budget: Pad the stream to this many tokens, so that its shape never changes.
 
     Raises:
-        ValueError: If there is no image, or more tokens than `budget`.
+        ValueError: If there is no image, more tokens than `budget`, or targets for some images.
     """
     lengths = [len(image.patches) for image in images]
     sort, padding = order_by_length("image", lengths, budget)
     rows = [images[i] for i in sort]
     patches = _concatenate([image.patches for image in rows], padding)
     coords = _concatenate([image.coords for image in rows], padding)
+    targets = [image.targets for image in rows if image.targets is not None]
+    if targets and len(targets) < len(rows):
+        raise ValueError(f"{len(targets)} of {len(rows)} images have targets: give all or none")
     grids = np.array([image.grid for image in rows] + [(1, 1)] * bool(padding), dtype=np.int32)
     return PackedImages(
         torch.from_numpy(patches),
@@ -97,6 +115,7 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
         torch.from_numpy(grids),
         Segments.from_lengths([lengths[i] for i in sort], padding=padding),
         torch.from_numpy(np.argsort(sort)),
+        torch.from_numpy(_concatenate(targets, padding)) if targets else None,
     )
 
 

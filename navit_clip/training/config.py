@@ -184,13 +184,13 @@ class TrainConfig:
                 "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10); got "
                 f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
             )
-        text = self.model.text.context_length
-        if text > self.data.budget.text_tokens:
-            raise ValueError(
-                f"data.budget.text_tokens={self.data.budget.text_tokens} cannot hold one caption "
-                f"of model.text.context_length={text}: raise the first or lower the second"
-            )
         resolution = self.data.resolution
+        self.data.budget.check(
+            {
+                "image": (resolution.max_tokens, "data.resolution.max_tokens"),
+                "text": (self.model.text.context_length, "model.text.context_length"),
+            }
+        )
         square = max(1, resolution.max_side // self.model.image.patch_size)
         if resolution.mode == "square" and (
             square**2 > resolution.max_tokens or square > self.model.image.position.max_grid_side

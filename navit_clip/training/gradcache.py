@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.models.clip import CLIPOutput
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.training.parallel import ParallelModel
 
 
@@ -40,9 +41,9 @@ class _RandomState:
 
 
 def cached_backward(
-    batches: Sequence[PackedBatch],
+    batches: Sequence[Batch[PairInputs]],
     parallel: ParallelModel,
-    embed: Callable[[PackedBatch], CLIPOutput],
+    embed: Callable[[Batch[PairInputs]], CLIPOutput],
     loss_of: Callable[[CLIPOutput], Tensor],
 ) -> tuple[Tensor, CLIPOutput]:
     """Adds the gradient of the loss over all micro-batches to the parameters.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.training.config import LogConfig
 
 
@@ -28,25 +28,25 @@ class Window:
     """Counts since the last logged step on one rank.
 
     Attributes:
-        sources: Names of the sources that are mixed.
+        streams: Names of the task's streams.
+        sources: Names of the datasets that are mixed.
         steps: Steps taken.
-        pairs: Pairs trained on.
-        image_tokens: Real image tokens, after drop.
-        text_tokens: Real text tokens.
+        examples: Examples trained on.
+        tokens: Real tokens of each stream, after drop.
         flops: Counted operations of training on them.
-        tokens_before_drop: Image tokens before drop, plus text tokens.
-        slots: Tokens the towers computed, padding included.
+        tokens_before_drop: Of all streams.
+        slots: Tokens that the model computed, padding included.
         wait: Seconds spent waiting for data.
-        skipped: Samples passed over.
-        by_source: Pairs by source.
+        skipped: Samples skipped.
+        by_source: Examples by dataset.
         since: When the window began.
     """
 
+    streams: Sequence[str] = ()
     sources: Sequence[str] = ()
     steps: int = 0
-    pairs: int = 0
-    image_tokens: int = 0
-    text_tokens: int = 0
+    examples: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
     flops: float = 0.0
     tokens_before_drop: int = 0
     slots: int = 0
@@ -55,15 +55,15 @@ class Window:
     by_source: Counter[str] = field(default_factory=Counter)
     since: float = field(default_factory=time.perf_counter)
 
-    def add(self, batch: PackedBatch, wait: float, flops: float) -> None:
+    def add(self, batch: Batch[Any], wait: float, flops: float) -> None:
         """Counts one batch, the seconds it was waited for, and what training on it computes."""
         counts = batch.counts
-        self.pairs += counts.pairs
-        self.image_tokens += counts.image_tokens
-        self.text_tokens += counts.text_tokens
+        self.examples += counts.examples
         self.flops += flops
-        self.tokens_before_drop += counts.image_tokens_before_drop + counts.text_tokens
-        self.slots += batch.images.segments.num_tokens + batch.texts.segments.num_tokens
+        for name, stream in counts.streams.items():
+            self.tokens[name] += stream.tokens
+            self.tokens_before_drop += stream.tokens_before_drop
+            self.slots += stream.slots
         self.wait += wait
         self.skipped += sum(counts.skipped.values())
         self.by_source += counts.sources
@@ -78,30 +78,28 @@ class Window:
     def rates(self, ranks: Ranks) -> dict[str, float]:
         """Figures of the window over all ranks; every rank calls it."""
         seconds = time.perf_counter() - self.since
-        pairs, images, texts, flops, before, slots, wait, skipped, *by_source = ranks.sum(
+        examples, flops, before, slots, wait, skipped, *by_name = ranks.sum(
             [
-                self.pairs,
-                self.image_tokens,
-                self.text_tokens,
+                self.examples,
                 self.flops,
                 self.tokens_before_drop,
                 self.slots,
                 self.wait,
                 self.skipped,
+                *(self.tokens[name] for name in self.streams),
                 *(self.by_source[name] for name in self.sources),
             ]
         )
-        tokens = images + texts
-        shares = {
-            f"share/{name}": taken / pairs
-            for name, taken in zip(self.sources, by_source, strict=True)
-        }
+        count = len(self.streams)
+        by_stream = dict(zip(self.streams, by_name[:count], strict=True))
+        by_source = dict(zip(self.sources, by_name[count:], strict=True))
+        tokens = sum(by_stream.values())
+        shares = {f"share/{name}": taken / examples for name, taken in by_source.items()}
         return {
-            "pairs": pairs,
-            "images_per_s": pairs / seconds,
+            "examples": examples,
+            "examples_per_s": examples / seconds,
             "tokens_per_s": tokens / seconds,
-            "image_tokens_per_s": images / seconds,
-            "text_tokens_per_s": texts / seconds,
+            **{f"{name}_tokens_per_s": count / seconds for name, count in by_stream.items()},
             "step_s": seconds / max(1, self.steps),
             "model_flops_per_s": flops / seconds,
             "padding": 1 - tokens / slots,
@@ -223,7 +221,7 @@ class Progress:
 
     def show(self, values: dict[str, float]) -> None:
         """Shows the figures of a logged step."""
-        speed = f"loss {values['loss']:.3f}, {values['images_per_s']:,.0f} images/s"
+        speed = f"loss {values['loss']:.3f}, {values['examples_per_s']:,.0f} examples/s"
         wait = f"data wait {values['data_wait']:.1%}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed}, {wait}")
@@ -258,7 +256,7 @@ class SkipReport:
         self.counts: Counter[str] = Counter()
         self._next = 1
 
-    def lines(self, batch: PackedBatch) -> list[str]:
+    def lines(self, batch: Batch[Any]) -> list[str]:
         """What to print after a batch, usually nothing."""
         self.counts += batch.counts.skipped
         total = sum(self.counts.values())

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.training.freeze import LockConfig
 
 # Dense TFLOP/s in bf16 (tensor cores, float32 sums) and fp32 (no TF32, PyTorch's default), from
@@ -76,7 +77,7 @@ def cpu_peak(precision: str) -> float:
             return 2 * _PRODUCT_SIDE**3 / best
 
 
-def training_flops(model: CLIPConfig, lock: LockConfig, batch: PackedBatch) -> float:
+def training_flops(model: CLIPConfig, lock: LockConfig, batch: Batch[PairInputs]) -> float:
     """FLOPs of one forward and one backward pass of both towers, the loss left out.
 
     Args:
@@ -86,7 +87,7 @@ def training_flops(model: CLIPConfig, lock: LockConfig, batch: PackedBatch) -> f
     """
     images, texts = (
         LengthSums.of(segments.lengths[: segments.num_examples])
-        for segments in (batch.images.segments, batch.texts.segments)
+        for segments in (batch.inputs.images.segments, batch.inputs.texts.segments)
     )
     total = 0.0
     for tower, forward in forward_flops(model, images, texts).items():
@@ -145,7 +146,7 @@ class Accounting:
             return f"peak {self.peak / 1e12:,.0f} TFLOP/s"
         return f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s"
 
-    def flops(self, batch: PackedBatch) -> float:
+    def flops(self, batch: Batch[PairInputs]) -> float:
         """FLOPs of training on one batch, see `training_flops`."""
         return training_flops(self.model, self.lock, batch)
 

@@ -10,13 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIPOutput
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 
 NONFINITE_FILE = "nonfinite.jsonl"
 _NAMED = 8
@@ -81,7 +81,7 @@ def find_pairs(
     step: int,
     loss: float,
     grad_norm: float,
-    batches: Sequence[PackedBatch],
+    batches: Sequence[Batch[Any]],
     output: CLIPOutput,
     ranks: Ranks,
 ) -> NonFinite:

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from navit_clip.configs import check_choices
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIP, CLIPOutput
 from navit_clip.models.transformer import Block, Encoder
-from navit_clip.packed.batch import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class ParallelModel:
         else:
             self._shard(config, ranks, half_blocks)
 
-    def __call__(self, batch: PackedBatch) -> CLIPOutput:
+    def __call__(self, inputs: PairInputs) -> CLIPOutput:
         """The model's forward pass; a collective call under FSDP."""
-        return cast(CLIPOutput, self._forward(batch))
+        return cast(CLIPOutput, self._forward(inputs))
 
     @contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.training.metrics import truncate_log
 
 
@@ -27,10 +28,10 @@ class PairLog:
         truncate_log(path, step)
         self._file = path.open("a")
 
-    def write(self, step: int, batches: Sequence[PackedBatch]) -> None:
+    def write(self, step: int, batches: Sequence[Batch[Any]]) -> None:
         """Notes the batches of a step, counted from 1; on disk before the step's checkpoint is."""
         for batch in batches:
-            reader = int(next(iter(batch.position)))
+            reader = int(next(iter(batch.state)))
             line = {"step": step, "reader": reader, "ids": batch.ids}
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
 from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
 from navit_clip.models.clip import CLIP, CLIPOutput
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.training.config import LossConfig, TrainConfig
 from navit_clip.training.ema import EMA
 from navit_clip.training.freeze import lock_towers
@@ -97,7 +98,7 @@ class Stepper:
         self.guard = NonFiniteGuard(config.on_nonfinite, config.max_skipped_in_row)
 
     def step(
-        self, batches: Sequence[PackedBatch], step: int, *, measure: bool = False
+        self, batches: Sequence[Batch[PairInputs]], step: int, *, measure: bool = False
     ) -> StepResult:
         """Takes one step; every rank calls it with as many micro-batches.
 
@@ -180,16 +181,16 @@ class Stepper:
         model.load_state_dict(gathered)
         return model.eval()
 
-    def _forward(self, batch: PackedBatch) -> CLIPOutput:
+    def _forward(self, batch: Batch[PairInputs]) -> CLIPOutput:
         with torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         ):
-            return self._parallel(batch)
+            return self._parallel(batch.inputs)
 
     def _loss(self, output: CLIPOutput) -> Tensor:
         return contrastive_loss(output, self.config.loss)
 
-    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Tensor, CLIPOutput]:
+    def _backward(self, batches: Sequence[Batch[PairInputs]]) -> tuple[Tensor, CLIPOutput]:
         """Leaves the gradient, summed over the ranks, in the parameters."""
         if len(batches) > 1:
             loss, output = cached_backward(batches, self._parallel, self._forward, self._loss)
@@ -202,7 +203,11 @@ class Stepper:
         return loss, output
 
     def _refuse(
-        self, result: StepResult, batches: Sequence[PackedBatch], step: int, output: CLIPOutput
+        self,
+        result: StepResult,
+        batches: Sequence[Batch[PairInputs]],
+        step: int,
+        output: CLIPOutput,
     ) -> StepResult:
         self.optimizer.zero_grad()
         found = find_pairs(step, result.loss, result.grad_norm, batches, output, self.ranks)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from navit_clip.checkpoints.checkpoint import Checkpoints
-from navit_clip.data.builders.pairs import PairBuilder
+from navit_clip.data.builders.pairs import PairBuilder, PairInputs
 from navit_clip.data.loader import load_batches
-from navit_clip.data.mixture import Sources
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.sizing import default_max_tokens
 from navit_clip.data.state import LoaderPosition, open_position
 from navit_clip.data.workers import telling_of_killed_workers
@@ -31,7 +31,7 @@ from navit_clip.errors import UserError
 from navit_clip.export.card import write_card
 from navit_clip.export.pretrained import save_pretrained
 from navit_clip.inference.preprocess import Preprocess
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.config import TrainConfig
 from navit_clip.training.evaluation import Evaluations
@@ -57,7 +57,9 @@ def build_pair_builder(config: TrainConfig, tokenizer: Tokenizer) -> PairBuilder
             f"{text.vocab_size}: raise it"
         )
     return PairBuilder(
-        config.data,
+        config.data.captions,
+        config.data.resolution,
+        config.data.drop,
         tokenizer,
         text.context_length,
         config.model.image.patch_size,
@@ -90,8 +92,15 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
         state = stepper.state()
         saved = checkpoints.load(start, state)
         stepper.load_state(state)
-    sources = Sources.find(config.data)
-    position = open_position(saved, sources, build, rank=ranks.rank, world_size=ranks.world_size)
+    mixture = Mixture.find(config.data)
+    position = open_position(
+        saved,
+        mixture,
+        config.seed,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     reports = _Reports.open(config, resolved, ranks, start)
     try:
         parameters = sum(p.numel() for p in model.parameters())
@@ -108,13 +117,15 @@ def train(config: TrainConfig, resolved: dict[str, Any], ranks: Ranks) -> None:
             if start < config.steps:
                 batches = load_batches(
                     build,
-                    sources=sources,
+                    config.data,
+                    config.seed,
+                    mixture=mixture,
                     rank=ranks.rank,
                     world_size=ranks.world_size,
                     position=position,
                     pin_memory=ranks.device.type == "cuda",
                 )
-                window = Window([source.name for source in sources.sources])
+                window = Window(build.streams, [dataset.name for dataset in mixture.datasets])
                 with telling_of_killed_workers(
                     "lower data.workers, data.prefetch or data.shuffle_buffer; the same command "
                     "continues from the last checkpoint"
@@ -174,7 +185,7 @@ class _Reports:
 
 def _loop(
     stepper: Stepper,
-    batches: Iterator[PackedBatch],
+    batches: Iterator[Batch[PairInputs]],
     checkpoints: Checkpoints,
     evaluations: Evaluations,
     position: LoaderPosition,
@@ -189,7 +200,7 @@ def _loop(
         for step in range(start, config.steps):
             # The first one compiles, and waits for the readers to start.
             watch.begin(f"step {step + 1}", slow=step == start)
-            taken: list[PackedBatch] = []
+            taken: list[Batch[PairInputs]] = []
             for _ in range(config.accumulate):
                 asked = time.perf_counter()
                 taken.append(next(batches))
@@ -223,7 +234,7 @@ def _loop(
                     **rates,
                     **reports.account.figures(rates["model_flops_per_s"]),
                 }
-                window = Window(window.sources)
+                window = Window(window.streams, window.sources)
                 if reports.log is not None:
                     reports.log.write(values)
                 progress.show(values)
@@ -253,7 +264,7 @@ def _evaluate(
 
 def _step(
     stepper: Stepper,
-    batches: Sequence[PackedBatch],
+    batches: Sequence[Batch[PairInputs]],
     step: int,
     checkpoints: Checkpoints,
     *,

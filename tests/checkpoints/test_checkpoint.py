@@ -401,7 +401,11 @@ def test_two_ranks_then_one_then_three(data, tmp_path, monkeypatch):
     # Sharded, so that the weights themselves are cut anew.
     constant = {"parallel__kind": "fsdp", "optim__schedule__kind": "constant", "log__pairs": True}
     # Small steps and buffers: no reader comes to its second pass.
-    constant |= {"data__budget__image_tokens": 64, "data__shuffle_buffer": 2, "data__look_ahead": 1}
+    constant |= {
+        "data__budget__tokens__image": 64,
+        "data__shuffle_buffer": 2,
+        "data__look_ahead": 1,
+    }
 
     def flags(steps):
         return tiny_flags(data, run_dir, steps, **constant)

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from loader_cases import content, pair_builder, take
+from loader_cases import content, pair_pipeline, take
 from shard_factory import make_shards, write_shard
 from web_server import Site, serve
 
@@ -376,10 +376,10 @@ def test_the_same_batches_from_a_server_that_drops_every_tenth_connection(
             return 7_000
         return None
 
-    from_disk = take(pair_builder(paths, tokenizer, workers=workers), 200)
+    from_disk = take(pair_pipeline(paths, tokenizer, workers=workers), 200)
     with serve(Site(files, cut=cut)) as site:
         urls = [f"{site.url}/{path.name}" for path in paths]
-        from_server = take(pair_builder(urls, tokenizer, workers=workers), 200)
+        from_server = take(pair_pipeline(urls, tokenizer, workers=workers), 200)
     assert len(dropped) >= 4
     assert len(from_server) == 200
     for ours, theirs in zip(from_server, from_disk, strict=True):

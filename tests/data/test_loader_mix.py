@@ -1,32 +1,29 @@
-"""Several sources in their shares, each with its own captions and its own epochs."""
+"""Several datasets in their shares, each with its own captions and its own epochs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from loader_cases import ONE_BY_ONE, content, naming_epochs, take
 from shard_factory import make_shards, sample, write_shard
 
-from navit_clip.data.config import DataConfig, SourceConfig
-from navit_clip.data.mixture import Sources
-from navit_clip.data.reader import Reader
-from navit_clip.data.state import open_position
+from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.errors import UserError
 
 
 @pytest.fixture
-def mixed(builder, tmp_path):
-    """A builder of three sources whose weights are 5, 3 and 2."""
+def mixed(pipeline, tmp_path):
+    """A pipeline of three datasets whose weights are 5, 3 and 2."""
 
     def make(**fields):
         mix = {
-            name: SourceConfig([str(path) for path in make_shards(tmp_path / name, counts)], weight)
+            name: DatasetConfig(
+                [str(path) for path in make_shards(tmp_path / name, counts)], weight
+            )
             for name, counts, weight in (("a", [4, 3], 5), ("b", [9], 3), ("c", [2, 2, 2], 2))
         }
-        build = builder([], **fields)
-        return replace(build, config=replace(build.config, train=[], mix=mix))
+        return pipeline([], **fields).with_mix(mix)
 
     return make
 
@@ -34,33 +31,31 @@ def mixed(builder, tmp_path):
 def test_shares_hold_at_any_time(mixed):
     taken = Counter()
     for number, batch in enumerate(take(mixed(**ONE_BY_ONE), 60), start=1):
-        assert sum(batch.counts.sources.values()) == batch.counts.pairs == 1
+        assert sum(batch.counts.sources.values()) == batch.counts.examples == 1
         taken += batch.counts.sources
         for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
             assert abs(taken[name] - share * number) < 1
 
 
-def test_each_source_has_its_own_epochs(mixed):
-    build = mixed(**ONE_BY_ONE)
-    ids = [batch.ids[0] for batch in take(build, 70)]
-    names = Sources.find(build.config)
-    of_source = {name: number for number, name in enumerate(names.names)}
-    for source, size in ((0, 7), (1, 9), (2, 6)):
-        own = [i for i in ids if names.of_shard[of_source[i.rpartition("/")[0]]] == source]
+def test_each_dataset_has_its_own_epochs(mixed):
+    data = mixed(**ONE_BY_ONE)
+    ids = [batch.ids[0] for batch in take(data, 70)]
+    mixture = data.mixture
+    datasets = {name: mixture.dataset_of(shard).name for shard, name in enumerate(mixture.names)}
+    for dataset, size in (("a", 7), ("b", 9), ("c", 6)):
+        own = [i for i in ids if datasets[i.rpartition("/")[0]] == dataset]
         whole = len(own) // size
         assert whole >= 2
         for epoch in range(whole):
             assert len(set(own[epoch * size : (epoch + 1) * size])) == size
 
 
-def test_readers_share_every_source(mixed):
-    build = naming_epochs(mixed(**ONE_BY_ONE))
-    sources = Sources.find(build.config)
+def test_readers_share_every_dataset(mixed):
+    data = naming_epochs(mixed(**ONE_BY_ONE))
     first = Counter()
-    for reader in range(4):  # more than the shards of any source
-        walk = Reader(sources, build, reader, 4)
-        for batch in walk.batches():
-            state = batch.position[str(reader)]
+    for reader in range(4):  # more than the shards of any dataset
+        for batch in data.reader(reader, 4).batches():
+            state = batch.state[str(reader)]
             first.update(name for name in batch.ids if name.startswith("0:"))
             held = (*state["buffer"], *state["pending"])
             if all(walk[0] for walk in state["walks"]) and all(origin[0] for origin in held):
@@ -70,44 +65,42 @@ def test_readers_share_every_source(mixed):
 
 
 def test_a_resume_keeps_the_shares(mixed):
-    build = mixed()
-    whole = take(build, 14)
-    position = open_position([], Sources.find(build.config), build)
+    data = mixed()
+    whole = take(data, 14)
+    position = data.begin()
     for done in range(10):
-        rest = take(build, 4, position=position)
+        rest = take(data, 4, position=position)
         assert [content(b) for b in rest] == [content(b) for b in whole[done : done + 4]]
         position.advance(whole[done])
 
 
-def test_each_source_may_have_captions_of_its_own(builder, tokenizer, tmp_path):
+def test_each_dataset_may_have_captions_of_its_own(pipeline, tokenizer, tmp_path):
     words = {"txt": b"a red dog", "title.txt": b"yellow", "json": b'{"ocr": "one old bicycle"}'}
     mix = {}
     for name, captions in (("t", {"title.txt": 1.0}), ("j", {"json.ocr": 1.0}), ("d", None)):
         shard = write_shard(
             tmp_path / name / "0.tar", {str(i): {**sample(i), **words} for i in range(3)}
         )
-        mix[name] = SourceConfig(str(shard), captions=captions)
-    build = builder([], **ONE_BY_ONE)
-    build = replace(build, config=replace(build.config, train=[], mix=mix))
+        mix[name] = DatasetConfig(str(shard), captions=captions)
+    data = pipeline([], **ONE_BY_ONE).with_mix(mix)
     expected = {"t": "yellow", "j": "one old bicycle", "d": "a red dog"}
-    for batch in take(build, 9):
-        source = batch.ids[0].partition("/")[0]
-        assert batch.texts.token_ids[: batch.counts.text_tokens].tolist() == tokenizer.encode(
-            expected[source], 24
-        )
+    for batch in take(data, 9):
+        dataset = batch.ids[0].partition("/")[0]
+        tokens = batch.inputs.texts.token_ids[: batch.counts.streams["text"].tokens]
+        assert tokens.tolist() == tokenizer.encode(expected[dataset], 24)
 
 
-def test_an_empty_source_is_named(mixed, tmp_path):
-    build = mixed()
+def test_an_empty_dataset_is_named(mixed, tmp_path):
+    data = mixed()
     write_shard(tmp_path / "b/00000.tar", {})
-    with pytest.raises(UserError, match=r"source b.*b/00000\.tar"):
-        take(build, 30)
+    with pytest.raises(UserError, match=r"dataset b.*b/00000\.tar"):
+        take(data, 30)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": "a", "mix": {"b": SourceConfig("b")}}, "train and mix exclude each other"),
+        ({"train": "a", "mix": {"b": DatasetConfig("b")}}, "train and mix exclude each other"),
         ({"captions": {"json.": 1.0}}, "name a field of the JSON"),
         ({"captions": {"txt": 0.0}}, "positive weights"),
     ],
@@ -120,6 +113,6 @@ def test_a_contradiction_is_named(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"), [({"weight": 0.0}, "weight"), ({"captions": {}}, "captions")]
 )
-def test_a_source_checks_itself(fields, message):
+def test_a_dataset_checks_itself(fields, message):
     with pytest.raises(ValueError, match=message):
-        SourceConfig("a", **fields)
+        DatasetConfig("a", **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,20 +11,19 @@ from hypothesis import strategies as st
 from loader_cases import ONE_BY_ONE, naming_epochs, take
 from shard_factory import HTML, ids_of, make_shards, sample, write_shard
 
-from navit_clip.data.config import SourceConfig
+from navit_clip.data.budgets import Budgets
+from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig, mean_rate
-from navit_clip.data.mixture import Sources
-from navit_clip.data.packer import Budgets
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.state import LoaderPosition, open_position, take_over
+from navit_clip.data.state import LoaderPosition, take_over
 from navit_clip.errors import UserError
 
 
 class Run:
     """All ranks of a run, one after the other, with one reader each."""
 
-    def __init__(self, build, ranks):
-        self.build, self.sources = build, Sources.find(build.config)
+    def __init__(self, data, ranks):
+        self.data = data
         self.consumed = Counter()
         self.positions = []
         self.open(ranks)
@@ -37,20 +35,15 @@ class Run:
             for position in self.positions
         ]
         self.positions = [
-            open_position(saved, self.sources, self.build, rank=rank, world_size=ranks)
-            for rank in range(ranks)
+            self.data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)
         ]
-        readers = [
-            position.reader(self.sources, self.build, rank)
+        self.batches = [
+            self.data.reader(rank, ranks, position.start(rank)).batches(position.state(rank))
             for rank, position in enumerate(self.positions)
-        ]
-        self.walks = [
-            reader.batches(position.state(reader))
-            for reader, position in zip(readers, self.positions, strict=True)
         ]
 
     def step(self, rank):
-        batch = next(self.walks[rank])
+        batch = next(self.batches[rank])
         self.consumed.update(batch.ids)
         self.positions[rank].advance(batch)
 
@@ -62,7 +55,7 @@ class Run:
         return all(held[0] >= epoch for held in (*state["buffer"], *state["pending"]))
 
     def finish(self, epoch):
-        for rank in range(len(self.walks)):
+        for rank in range(len(self.batches)):
             while not self.has_left(epoch, rank):
                 self.step(rank)
 
@@ -81,12 +74,12 @@ class Run:
     buffer=st.integers(1, 6),
 )
 def test_any_sequence_of_readers_takes_every_sample_once_per_epoch(
-    counts, stops, buffer, builder, tmp_path_factory
+    counts, stops, buffer, pipeline, tmp_path_factory
 ):
     shards = make_shards(tmp_path_factory.mktemp("shards"), counts)
-    budget = Budgets(image_tokens=48, text_tokens=96, max_pairs=3)
-    build = naming_epochs(builder(shards, shuffle_buffer=buffer, budget=budget, look_ahead=2))
-    run = Run(build, stops[0][0])
+    budget = Budgets({"image": 48, "text": 96}, 3)
+    data = naming_epochs(pipeline(shards, shuffle_buffer=buffer, budget=budget, look_ahead=2))
+    run = Run(data, stops[0][0])
     for ranks, steps in stops:
         run.open(ranks)
         for rank in range(ranks):
@@ -99,8 +92,8 @@ def test_any_sequence_of_readers_takes_every_sample_once_per_epoch(
         )
 
 
-def test_the_same_number_of_readers_goes_on_bit_for_bit(builder, tmp_path):
-    run = Run(naming_epochs(builder(make_shards(tmp_path, [5, 4, 3]))), 2)
+def test_the_same_number_of_readers_goes_on_bit_for_bit(pipeline, tmp_path):
+    run = Run(naming_epochs(pipeline(make_shards(tmp_path, [5, 4, 3]))), 2)
     for rank in (0, 1, 1, 0, 1):
         run.step(rank)
     before = [position.to_json() for position in run.positions]
@@ -108,7 +101,7 @@ def test_the_same_number_of_readers_goes_on_bit_for_bit(builder, tmp_path):
     assert [position.to_json() for position in run.positions] == before
 
 
-def test_bad_samples_and_cut_shards_cost_only_themselves(builder, tmp_path):
+def test_bad_samples_and_cut_shards_cost_only_themselves(pipeline, tmp_path):
     shards = make_shards(tmp_path, [6, 6, 6, 6])
     write_shard(
         shards[1], {**{str(i): sample(i) for i in range(5)}, "5": {"png": HTML, "txt": b"no"}}
@@ -116,7 +109,7 @@ def test_bad_samples_and_cut_shards_cost_only_themselves(builder, tmp_path):
     cut = shards[2].read_bytes()
     shards[2].write_bytes(cut[: len(cut) // 2])
     readable = set(ids_of([6, 6, 0, 6])) - {"00001/5"}
-    run = Run(naming_epochs(builder(shards)), 3)
+    run = Run(naming_epochs(pipeline(shards)), 3)
     for ranks in (3, 1, 4, 2):
         run.open(ranks)
         for rank in range(ranks):
@@ -128,20 +121,16 @@ def test_bad_samples_and_cut_shards_cost_only_themselves(builder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_worker_processes_of_other_ranks_go_on(builder, tmp_path):
+def test_worker_processes_of_other_ranks_go_on(pipeline, tmp_path):
     counts = [4, 6, 5, 3, 6, 4, 5]
     shards = make_shards(tmp_path, counts)
     consumed, saved = Counter(), []
     for ranks, workers, batches in ((2, 1, 3), (1, 3, 4), (3, 2, 30)):
-        build = naming_epochs(builder(shards, workers=workers))
-        sources = Sources.find(build.config)
-        positions = [
-            open_position(saved, sources, build, rank=rank, world_size=ranks)
-            for rank in range(ranks)
-        ]
+        data = naming_epochs(pipeline(shards, workers=workers))
+        positions = [data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)]
         for rank, position in enumerate(positions):
             options = {"rank": rank, "world_size": ranks, "position": position}
-            for batch in take(build, batches, **options):
+            for batch in take(data, batches, **options):
                 consumed.update(batch.ids)
                 position.advance(batch)
         saved = positions
@@ -149,15 +138,13 @@ def test_worker_processes_of_other_ranks_go_on(builder, tmp_path):
     assert {f"0:{name}" for name in ids_of(counts)} <= consumed.keys()
 
 
-def test_each_source_of_a_mixture_is_taken_over(builder, tmp_path):
+def test_each_dataset_of_a_mixture_is_taken_over(pipeline, tmp_path):
     one, two = make_shards(tmp_path / "one", [5, 5]), make_shards(tmp_path / "two", [4])
-    build = builder([])
     mix = {
-        "one": SourceConfig([str(path) for path in one], 3.0),
-        "two": SourceConfig([str(path) for path in two], 1.0),
+        "one": DatasetConfig([str(path) for path in one], 3.0),
+        "two": DatasetConfig([str(path) for path in two], 1.0),
     }
-    build = naming_epochs(replace(build, config=replace(build.config, train=[], mix=mix)))
-    run = Run(build, 3)
+    run = Run(naming_epochs(pipeline([]).with_mix(mix)), 3)
     for ranks in (3, 2, 1):
         run.open(ranks)
         for rank in range(ranks):
@@ -168,47 +155,44 @@ def test_each_source_of_a_mixture_is_taken_over(builder, tmp_path):
     assert {name for name in names if run.times(name, 0) != 1} == set()
 
 
-def test_what_is_left_is_shared_by_all_and_read_once(builder, tmp_path):
-    build = builder(make_shards(tmp_path, [3] * 8), **ONE_BY_ONE)
-    sources = Sources.find(build.config)
-    position = open_position([], sources, build)
-    for batch in take(build, 4):
+def test_what_is_left_is_shared_by_all_and_read_once(pipeline, tmp_path):
+    data = pipeline(make_shards(tmp_path, [3] * 8), **ONE_BY_ONE)
+    position = data.begin()
+    for batch in take(data, 4):
         position.advance(batch)
-    starts = take_over([position], sources, build, 3)
-    pieces = [piece for start in starts for piece in start.sources[0].pieces]
+    starts = take_over([position], data.mixture, data.seed, 3)
+    pieces = [piece for start in starts for piece in start.datasets[0].pieces]
     assert len({piece.shard for piece in pieces}) == len(pieces)
-    assert {len(start.sources[0].pieces) for start in starts} <= {2, 3}
+    assert {len(start.datasets[0].pieces) for start in starts} <= {2, 3}
     assert {start.images for start in starts} == {4}
 
 
-def test_scheduled_drop_goes_on_from_the_images_seen(builder, tmp_path):
+def test_scheduled_drop_goes_on_from_the_images_seen(pipeline, tmp_path):
     drop = DropConfig(kind="fixed", schedule="sigmoid", schedule_images=40, schedule_midpoint=0.5)
-    build = builder(
+    data = pipeline(
         make_shards(tmp_path, [8] * 4),
         **ONE_BY_ONE,
         drop=drop,
         resolution=ResolutionConfig(mode="native", max_tokens=24),
     )
-    run = Run(build, 1)
+    run = Run(data, 1)
     for _ in range(20):
         run.step(0)
     run.open(2)
-    counts = next(run.walks[1]).counts
-    assert counts.image_tokens == max(
-        1, round(counts.image_tokens_before_drop * (1 - mean_rate(drop, 20)))
-    )
+    image = next(run.batches[1]).counts.streams["image"]
+    assert image.tokens == max(1, round(image.tokens_before_drop * (1 - mean_rate(drop, 20))))
 
 
-def test_other_shards_are_refused(builder, tmp_path):
-    build = builder(make_shards(tmp_path, [4, 4]))
-    position = open_position([], Sources.find(build.config), build)
-    fewer = builder(make_shards(tmp_path, [4]))
+def test_other_shards_are_refused(pipeline, tmp_path):
+    data = pipeline(make_shards(tmp_path, [4, 4]))
+    position = data.begin()
+    fewer = pipeline(make_shards(tmp_path, [4]))
     with pytest.raises(UserError, match="other training shards"):
-        open_position([position], Sources.find(fewer.config), fewer)
+        fewer.begin([position])
 
 
-def test_shards_that_moved_are_the_same(builder, tmp_path):
-    build = builder(make_shards(tmp_path / "here", [4, 4]))
-    position = open_position([], Sources.find(build.config), build)
-    moved = builder(make_shards(tmp_path / "there", [4, 4]))
-    assert open_position([position], Sources.find(moved.config), moved) == position
+def test_shards_that_moved_are_the_same(pipeline, tmp_path):
+    data = pipeline(make_shards(tmp_path / "here", [4, 4]))
+    position = data.begin()
+    moved = pipeline(make_shards(tmp_path / "there", [4, 4]))
+    assert moved.begin([position]) == position

@@ -1,10 +1,12 @@
-"""Which pairs share a batch: budgets, order, look-ahead, and the three modes."""
+"""Which examples share a batch: budgets, order, look-ahead, buckets, and the three modes."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,11 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_examples import random_caption, random_image
 
-from navit_clip.data.builders.pairs import Origin
+from navit_clip.data.budgets import Budgets, PackingMode
+from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import Pair as DataPair
-from navit_clip.data.packer import Budgets, Packer, PackingMode, share_cut
+from navit_clip.data.choose import choose, trim_lengths
+from navit_clip.data.packer import Packer
 
-MODES: tuple[PackingMode, ...] = ("greedy", "exact", "constant")
+MODES: tuple[PackingMode, ...] = ("fill", "exact", "constant")
+STREAMS = ("image", "text", "audio")
+
+
+def budgets_of(*tokens: int, most: int = 4096) -> Budgets:
+    return Budgets(dict(zip(STREAMS, tokens, strict=False)), most)
 
 
 @dataclass(frozen=True)
@@ -24,16 +33,16 @@ class Pair:
     """Sizes alone; `whole` is what it had before it was trimmed."""
 
     name: int
-    image_length: int
-    text_length: int
+    lengths: tuple[int, ...]
     whole: int
+    bucket: Hashable = ()
 
     def trimmed(self, tokens: int) -> Pair:
-        return replace(self, image_length=tokens)
+        return replace(self, lengths=(tokens, *self.lengths[1:]))
 
 
-def pairs_of(sizes: Iterable[tuple[int, int]]) -> list[Pair]:
-    return [Pair(name, image, text, image) for name, (image, text) in enumerate(sizes)]
+def pairs_of(sizes: Iterable[tuple[int, ...]]) -> list[Pair]:
+    return [Pair(name, lengths, lengths[0]) for name, lengths in enumerate(sizes)]
 
 
 def random_pairs(
@@ -57,21 +66,22 @@ def flushed(packer: Packer[Pair]) -> Iterator[list[Pair]]:
 
 
 def image_tokens(batch: list[Pair]) -> int:
-    return sum(pair.image_length for pair in batch)
+    return sum(pair.lengths[0] for pair in batch)
 
 
 def text_tokens(batch: list[Pair]) -> int:
-    return sum(pair.text_length for pair in batch)
+    return sum(pair.lengths[1] for pair in batch)
 
 
 @st.composite
 def packings(draw: st.DrawFn) -> tuple[list[Pair], Budgets, int, PackingMode]:
-    budgets = Budgets(draw(st.integers(1, 30)), draw(st.integers(1, 15)), draw(st.integers(1, 6)))
-    # Sometimes only small pairs, of which many fit.
-    image = draw(st.integers(1, budgets.image_tokens))
-    text = draw(st.integers(1, budgets.text_tokens))
-    sizes = st.tuples(st.integers(1, image), st.integers(1, text))
+    tokens = [draw(st.integers(1, most)) for most in (30, 15, 12)[: draw(st.integers(1, 3))]]
+    budgets = budgets_of(*tokens, most=draw(st.integers(1, 6)))
+    # Sometimes only small examples, of which many fit.
+    sizes = st.tuples(*(st.integers(1, draw(st.integers(1, budget))) for budget in tokens))
     pairs = pairs_of(draw(st.lists(sizes, max_size=40)))
+    buckets = draw(st.integers(1, 2))
+    pairs = [replace(pair, bucket=draw(st.integers(1, buckets))) for pair in pairs]
     return pairs, budgets, draw(st.integers(0, 12)), draw(st.sampled_from(MODES))
 
 
@@ -87,34 +97,36 @@ class TestEveryMode:
             names = [pair.name for pair in batch]
             assert batch
             assert names == sorted(names)
-            assert len(batch) <= budgets.max_pairs
-            assert image_tokens(batch) <= budgets.image_tokens
-            assert text_tokens(batch) <= budgets.text_tokens
+            assert len({pair.bucket for pair in batch}) == 1
+            assert len(batch) <= budgets.max_examples
+            totals = np.sum([pair.lengths for pair in batch], axis=0)
+            assert (totals <= [*budgets.tokens.values()]).all()
 
     @settings(max_examples=150, deadline=None)
     @given(packings())
-    def test_images_are_cut_only_to_fill_the_budget(self, packing):
+    def test_the_first_stream_is_trimmed_only_to_fill_its_budget(self, packing):
         pairs, budgets, look_ahead, mode = packing
         packer = Packer[Pair](budgets, look_ahead, mode)
         for batch in [*taken(packer, pairs), *flushed(packer)]:
-            cut = [pair for pair in batch if pair.image_length != pair.whole]
-            assert all(1 <= pair.image_length < pair.whole for pair in cut)
+            cut = [pair for pair in batch if pair.lengths[0] != pair.whole]
+            assert all(1 <= pair.lengths[0] < pair.whole for pair in cut)
             if cut:
-                assert mode != "greedy"
-                assert image_tokens(batch) == budgets.image_tokens
-                assert sum(pair.whole for pair in batch) <= 1.25 * budgets.image_tokens
+                assert mode != "fill"
+                budget = budgets.tokens["image"]
+                assert image_tokens(batch) == budget
+                assert sum(pair.whole for pair in batch) <= 1.25 * budget
 
     @settings(max_examples=100, deadline=None)
     @given(packings())
-    def test_the_oldest_pair_leaves_with_each_batch(self, packing):
+    def test_the_oldest_pair_of_a_bucket_leaves_with_each_batch(self, packing):
         pairs, budgets, look_ahead, mode = packing
         packer = Packer[Pair](budgets, look_ahead, mode)
-        oldest = 0
-        left = set()
+        waiting = {pair.name: pair.bucket for pair in pairs}
         for batch in [*taken(packer, pairs), *flushed(packer)]:
-            assert batch[0].name == oldest
-            left |= {pair.name for pair in batch}
-            oldest = next(name for name in range(len(pairs) + 1) if name not in left)
+            bucket = batch[0].bucket
+            assert batch[0].name == min(name for name, other in waiting.items() if other == bucket)
+            for pair in batch:
+                del waiting[pair.name]
 
     @settings(max_examples=60, deadline=None)
     @given(packings(), st.integers(0, 40))
@@ -128,14 +140,14 @@ class TestEveryMode:
         assert restored.pending == packer.pending
         assert given_out + len(packer.pending) == len(pairs[:cut])
         # Pending pairs are whole, so that a cut is made of the same image again.
-        assert all(pair.image_length == pair.whole for pair in packer.pending)
+        assert all(pair.lengths[0] == pair.whole for pair in packer.pending)
         futures = [([*taken(p, pairs[cut:]), *flushed(p)], p.pending) for p in (restored, packer)]
         assert futures[0] == futures[1]
 
     @pytest.mark.parametrize("mode", MODES)
     def test_restored_between_any_two_batches_of_a_long_stream(self, mode):
         pairs = random_pairs(600, (1, 40), (1, 12))
-        budgets, look_ahead = Budgets(410, 132, 20), 24
+        budgets, look_ahead = budgets_of(410, 132, most=20), 24
         packer = Packer[Pair](budgets, look_ahead, mode)
         whole: list[list[Pair]] = []
         cuts: list[tuple[int, tuple[Pair, ...]]] = []
@@ -156,7 +168,7 @@ class TestEveryMode:
     @pytest.mark.parametrize("mode", MODES)
     def test_none_waits_long(self, mode):
         pairs = random_pairs(4000, (1, 200), (6, 24))
-        packer = Packer[Pair](Budgets(4096, 620, 41), 64, mode)
+        packer = Packer[Pair](budgets_of(4096, 620, most=41), 64, mode)
         begun = {}
         longest = batches = 0
         for pair in pairs:
@@ -170,13 +182,13 @@ class TestEveryMode:
     @pytest.mark.parametrize("mode", MODES)
     def test_a_pair_as_large_as_the_budgets_is_a_batch_of_its_own(self, mode):
         pairs = pairs_of([(10, 5)] * 7)
-        packer = Packer[Pair](Budgets(10, 5, 8), 3, mode)
+        packer = Packer[Pair](budgets_of(10, 5, most=8), 3, mode)
         assert [*taken(packer, pairs), *flushed(packer)] == [[pair] for pair in pairs]
 
     @pytest.mark.parametrize("mode", MODES)
     def test_budgets_of_one(self, mode):
         pairs = pairs_of([(1, 1)] * 7)
-        packer = Packer[Pair](Budgets(1, 1, 1), 1, mode)
+        packer = Packer[Pair](budgets_of(1, 1, most=1), 1, mode)
         assert list(taken(packer, pairs)) == [[pair] for pair in pairs[:6]]
         assert packer.pending == (pairs[6],)
 
@@ -184,7 +196,7 @@ class TestEveryMode:
     def test_a_huge_pair_among_small_ones_leaves_in_its_turn(self, mode):
         sizes = [(3, 2)] * 300
         sizes[40] = (100, 2)  # as large as the whole budget
-        packer = Packer[Pair](Budgets(100, 70, 33), 16, mode)
+        packer = Packer[Pair](budgets_of(100, 70, most=33), 16, mode)
         batches = list(taken(packer, pairs_of(sizes)))
         (place,) = (i for i, batch in enumerate(batches) if 40 in [pair.name for pair in batch])
         assert place <= 5
@@ -195,7 +207,7 @@ class TestEveryMode:
     @pytest.mark.parametrize("look_ahead", [0, 1, 7])
     @pytest.mark.parametrize("mode", MODES)
     def test_waits_for_look_ahead_pairs_beyond_a_batch(self, mode, look_ahead):
-        packer = Packer[Pair](Budgets(100, 50, 10), look_ahead, mode)
+        packer = Packer[Pair](budgets_of(100, 50, most=10), look_ahead, mode)
         pairs = pairs_of([(10, 5)] * (10 + look_ahead))
         assert not list(taken(packer, pairs[:-1]))
         packer.offer(pairs[-1])
@@ -212,15 +224,170 @@ class TestEveryMode:
     @pytest.mark.parametrize(
         ("size", "message"),
         [
-            ((11, 1), "11 image and 1 text tokens exceeds the budgets of 10 and 5"),
-            ((1, 6), "1 image and 6 text tokens exceeds the budgets of 10 and 5"),
+            ((11, 1), "an example of 11 image tokens exceeds the budget of 10"),
+            ((1, 6), "an example of 6 text tokens exceeds the budget of 5"),
         ],
     )
     def test_a_pair_that_never_fits_is_refused_and_forgotten(self, size, message):
-        packer = Packer[Pair](Budgets(10, 5, 8), look_ahead=1)
+        packer = Packer[Pair](budgets_of(10, 5, most=8), look_ahead=1)
         with pytest.raises(ValueError, match=message):
             packer.offer(pairs_of([size])[0])
         assert packer.pending == ()
+
+
+class TestChoose:
+    """Against every step written out, one example and one exchange at a time."""
+
+    SHORT_AND_OVER: ClassVar = {
+        "fill": ((1, 4), (1, 4)),
+        "exact": ((16, 1), (16, 64)),
+        "constant": ((16, 1), (0, 64)),
+    }
+
+    @classmethod
+    def reference(cls, sizes: list[tuple[int, ...]], budgets: Budgets, mode: str) -> list[bool]:
+        limits = [*budgets.tokens.values()]
+        most = min(budgets.max_examples, *limits)
+        count, aims = cls.plan(sizes, limits, most, mode)
+        chosen = [i < count for i in range(len(sizes))]
+        running = np.cumsum(sizes, axis=0)
+        oldest = sum(all(4 * running[i] <= limits) for i in range(len(sizes)))
+        fixed = max(1, min(oldest, most // 4, count))
+        costs = [
+            cls.SHORT_AND_OVER[mode][min(stream, 1)] if aim >= limit else (1 / 16, 1 / 16)
+            for stream, (aim, limit) in enumerate(zip(aims, limits, strict=True))
+        ]
+        slopes = [
+            (np.float32(short / aim), np.float32(-over / aim))
+            for (short, over), aim in zip(costs, aims, strict=True)
+        ]
+
+        def cost(total: list[int]) -> np.float32:
+            found = np.float32(0)
+            for aim, tokens, (short, over) in zip(aims, total, slopes, strict=True):
+                gap = np.float32(aim - tokens)
+                found += max(gap * short, gap * over)
+            return found
+
+        nobody = (0,) * len(limits)
+        for _ in range(192):
+            total = [sum(size[s] for size, c in zip(sizes, chosen, strict=True) if c)
+                     for s in range(len(limits))]  # fmt: skip
+            best, move = cost(total), None
+            leaving = [i for i in reversed(range(fixed, len(sizes))) if chosen[i]]
+            joining = [i for i in range(len(sizes)) if not chosen[i]]
+            if mode != "constant":
+                leaving += [None] if sum(chosen) < most else []
+                joining += [None]
+            for out, into in itertools.product(leaving, joining):
+                minus = nobody if out is None else sizes[out]
+                plus = nobody if into is None else sizes[into]
+                after = cost([t - m + p for t, m, p in zip(total, minus, plus, strict=True)])
+                if after < best:
+                    best, move = after, (out, into)
+            if move is None:
+                break
+            for example, there in zip(move, (False, True), strict=True):
+                if example is not None:
+                    chosen[example] = there
+        if mode != "fill":
+            limits[0] = int(limits[0] * 1.25)
+        if all(np.sum([z for z, c in zip(sizes, chosen, strict=True) if c], axis=0) <= limits):
+            return chosen
+        left, fits = list(limits), [False] * len(sizes)
+        for i in sorted(range(len(sizes)), key=lambda i: not chosen[i]):
+            if sum(fits) < most and all(a <= b for a, b in zip(sizes[i], left, strict=True)):
+                fits[i] = True
+                left = [b - a for a, b in zip(sizes[i], left, strict=True)]
+        return fits
+
+    @staticmethod
+    def plan(
+        sizes: list[tuple[int, ...]], limits: list[int], most: int, mode: str
+    ) -> tuple[int, list[int]]:
+        """How many of the oldest to begin with, and the tokens to aim at."""
+        means = [sum(tokens) / len(sizes) for tokens in zip(*sizes, strict=True)]
+        reach = 0.4 if mode == "fill" else 0.25
+
+        def reachable(limit: int, offered: float) -> float:
+            return min(limit, max(offered, 2 * (1 + reach) * offered - limit))
+
+        fitting = [min(limit / mean, most) for limit, mean in zip(limits, means, strict=True)]
+        if mode == "exact":
+            fitting[0] = min(fitting[0] * 1.1, most)
+        deciding = [*range(1, len(limits))] or [0]
+        if mode == "constant":
+            aims = [reachable(limits[0], most * means[0]), *limits[1:]]
+            count = expected = most
+        else:
+            aims = [
+                reachable(limits[s], min([f for t, f in enumerate(fitting) if t != s] or [most])
+                          * means[s])
+                for s in range(len(limits))
+            ]  # fmt: skip
+            expected = min(aims[s] / means[s] for s in deciding)
+            running = np.cumsum(sizes, axis=0)
+            if mode == "exact":  # one fewer than reach the aim of the first stream to do so
+                count = min(sum(running[:, s] < aims[s]) for s in deciding)
+            else:
+                count = sum(sum(r / a for r, a in zip(row, aims, strict=True)) <= len(aims)
+                            for row in running)  # fmt: skip
+        if mode != "fill":
+            aims[0] = max(aims[0], expected * means[0] / 1.1)
+        return max(1, min(int(count), most, len(sizes))), [round(aim) for aim in aims]
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("streams", [1, 2, 3])
+    def test_is_the_reference(self, streams, mode):
+        rng = np.random.default_rng(streams)
+        for _ in range(60):
+            most = rng.integers(1, (40, 12, 6))[:streams]
+            sizes = rng.integers(1, most + 1, (int(rng.integers(1, 40)), streams))
+            budgets = budgets_of(
+                *(most * rng.integers(1, 15, streams)).tolist(), most=int(rng.integers(1, 20))
+            )
+            expected = self.reference([*map(tuple, sizes.tolist())], budgets, mode)
+            assert choose(sizes, budgets, mode).tolist() == expected
+
+
+class TestStreamsAndBuckets:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_one_stream_is_filled(self, mode):
+        pairs = pairs_of((n,) for n in np.random.default_rng(0).integers(16, 257, 4000).tolist())
+        count = round(8192 / np.mean([pair.whole for pair in pairs]))
+        packer = Packer[Pair](
+            budgets_of(8192, most=count if mode == "constant" else 4096), 64, mode
+        )
+        batches = list(taken(packer, pairs))
+        assert len(batches) > 50
+        assert {image_tokens(batch) for batch in batches[:-1]} == {8192}
+        cut = sum(pair.whole - pair.lengths[0] for batch in batches for pair in batch)
+        assert (cut > 0) == (mode == "constant")
+        if mode == "constant":
+            assert {len(batch) for batch in batches} == {count}
+
+    def test_three_streams_are_filled(self):
+        rng = np.random.default_rng(0)
+        pairs = pairs_of(map(tuple, rng.integers((16, 6, 20), (257, 25, 61), (6000, 3)).tolist()))
+        means = np.mean([pair.lengths for pair in pairs], axis=0)
+        tokens = np.round(8192 / means[0] * means).astype(int)
+        batches = list(taken(Packer[Pair](budgets_of(*tokens.tolist()), 256), pairs))
+        totals = np.array([np.sum([pair.lengths for pair in batch], axis=0) for batch in batches])
+        assert (totals.mean(axis=0) / tokens > 0.997).all()
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_each_bucket_is_packed_as_if_it_were_alone(self, mode):
+        pairs = [
+            replace(pair, bucket=("small", "large")[pair.name % 3 == 0])
+            for pair in random_pairs(900, (1, 40), (1, 12))
+        ]
+        budgets = budgets_of(410, 132, most=20)
+        batches = list(taken(Packer[Pair](budgets, 24, mode), pairs))
+        for bucket in ("small", "large"):
+            own = [pair for pair in pairs if pair.bucket == bucket]
+            alone = list(taken(Packer[Pair](budgets, 24, mode), own))
+            assert [batch for batch in batches if batch[0].bucket == bucket] == alone
+            assert len(alone) > 10
 
 
 def training_pairs(count: int, seed: int = 0) -> list[Pair]:
@@ -236,38 +403,38 @@ def means(pairs: list[Pair]) -> tuple[float, float]:
 
 
 class TestFill:
-    def test_greedy_fills_both_budgets_that_match(self):
+    def test_fill_fills_both_budgets_that_match(self):
         pairs = training_pairs(12_000)
         image, text = means(pairs)
-        budgets = Budgets(16384, round(16384 * text / image), 4096)
+        budgets = budgets_of(16384, round(16384 * text / image))
         batches = list(taken(Packer[Pair](budgets, 256), pairs))
         counts = [len(batch) for batch in batches]
-        assert 1 - np.mean([*map(image_tokens, batches)]) / budgets.image_tokens < 0.002
-        assert 1 - np.mean([*map(text_tokens, batches)]) / budgets.text_tokens < 0.002
+        assert 1 - np.mean([*map(image_tokens, batches)]) / budgets.tokens["image"] < 0.002
+        assert 1 - np.mean([*map(text_tokens, batches)]) / budgets.tokens["text"] < 0.002
         assert np.std(counts) / np.mean(counts) < 0.03
 
     def test_look_ahead_is_what_fills_them(self):
         pairs = training_pairs(6000)
         image, text = means(pairs)
-        budgets = Budgets(8192, round(8192 * text / image), 4096)
+        budgets = budgets_of(8192, round(8192 * text / image))
 
         def padding(look_ahead: int) -> float:
             batches = list(taken(Packer[Pair](budgets, look_ahead), pairs))
-            return 1 - np.mean([*map(text_tokens, batches)]) / budgets.text_tokens
+            return 1 - np.mean([*map(text_tokens, batches)]) / budgets.tokens["text"]
 
         assert padding(128) < padding(16) < padding(2)
 
     @pytest.mark.parametrize("text_share", [0.4, 2.5])
-    def test_greedy_fills_the_tower_that_runs_out_first(self, text_share):
+    def test_fill_fills_the_tower_that_runs_out_first(self, text_share):
         pairs = training_pairs(6000)
         image, text = means(pairs)
-        budgets = Budgets(16384, round(16384 * text / image * text_share), 4096)
+        budgets = budgets_of(16384, round(16384 * text / image * text_share))
         batches = list(taken(Packer[Pair](budgets, 128), pairs))
         counts = [len(batch) for batch in batches]
         scarce, budget = (
-            (image_tokens, budgets.image_tokens)
+            (image_tokens, budgets.tokens["image"])
             if text_share > 1
-            else (text_tokens, budgets.text_tokens)
+            else (text_tokens, budgets.tokens["text"])
         )
         assert 1 - np.mean([*map(scarce, batches)]) / budget < 0.001
         assert np.std(counts) / np.mean(counts) < 0.05
@@ -277,53 +444,53 @@ class TestFill:
     def test_exact_leaves_no_padding_while_images_are_in_surplus(self, surplus, seed):
         pairs = training_pairs(8000, seed)
         image, text = means(pairs)
-        budgets = Budgets(16384, round(16384 * text / image * surplus), 4096)
+        budgets = budgets_of(16384, round(16384 * text / image * surplus))
         batches = list(taken(Packer[Pair](budgets, 256, "exact"), pairs))
         assert len(batches) > 40
-        assert {image_tokens(batch) for batch in batches} == {budgets.image_tokens}
-        assert {text_tokens(batch) for batch in batches} == {budgets.text_tokens}
+        assert {image_tokens(batch) for batch in batches} == {budgets.tokens["image"]}
+        assert {text_tokens(batch) for batch in batches} == {budgets.tokens["text"]}
         whole = sum(pair.whole for batch in batches for pair in batch)
         kept = sum(image_tokens(batch) for batch in batches)
         assert 1 - kept / whole < surplus - 1 + 0.01
 
     def test_exact_keeps_every_patch_where_text_is_out_of_reach(self):
         pairs = training_pairs(3000)
-        packer = Packer[Pair](Budgets(16384, 16384, 4096), 128, "exact")
+        packer = Packer[Pair](budgets_of(16384, 16384), 128, "exact")
         batches = list(taken(packer, pairs))
-        cut = sum(pair.whole - pair.image_length for batch in batches for pair in batch)
+        cut = sum(pair.whole - pair.lengths[0] for batch in batches for pair in batch)
         assert cut / sum(map(image_tokens, batches)) < 0.002
         assert all(image_tokens(batch) == 16384 for batch in batches)
 
     def test_exact_pads_what_cannot_be_met(self):
         # Captions fill their budget with half the images that it takes.
         pairs = training_pairs(3000)
-        packer = Packer[Pair](Budgets(16384, 1024, 4096), 128, "exact")
+        packer = Packer[Pair](budgets_of(16384, 1024), 128, "exact")
         for batch in taken(packer, pairs):
             assert text_tokens(batch) == 1024
             assert image_tokens(batch) < 0.6 * 16384
-            assert all(pair.image_length == pair.whole for pair in batch)
+            assert all(pair.lengths[0] == pair.whole for pair in batch)
 
     @pytest.mark.parametrize("seed", range(3))
     def test_constant_is_constant(self, seed):
         pairs = training_pairs(8000, seed)
         image, text = means(pairs)
         count = round(16384 / image * 1.01)
-        budgets = Budgets(16384, round(count * text * 1.02), count)
+        budgets = budgets_of(16384, round(count * text * 1.02), most=count)
         batches = list(taken(Packer[Pair](budgets, 256, "constant"), pairs))
         assert {len(batch) for batch in batches} == {count}
-        assert 1 - np.mean([*map(image_tokens, batches)]) / budgets.image_tokens < 0.002
-        assert 1 - np.mean([*map(text_tokens, batches)]) / budgets.text_tokens < 0.025
+        assert 1 - np.mean([*map(image_tokens, batches)]) / budgets.tokens["image"] < 0.002
+        assert 1 - np.mean([*map(text_tokens, batches)]) / budgets.tokens["text"] < 0.025
 
     def test_constant_has_fewer_pairs_only_where_so_many_do_not_fit(self):
         pairs = training_pairs(3000)
         _, text = means(pairs)
-        packer = Packer[Pair](Budgets(16384, 1024, 400), 128, "constant")
+        packer = Packer[Pair](budgets_of(16384, 1024, most=400), 128, "constant")
         for batch in taken(packer, pairs):
             assert len(batch) == pytest.approx(1024 / text, rel=0.15)
             assert 1024 - text_tokens(batch) < 24
 
 
-class TestShareCut:
+class TestTrimLengths:
     @staticmethod
     def one_by_one(lengths: list[int], total: int) -> list[int]:
         """Takes token after token from the image that has lost the least share with it."""
@@ -341,7 +508,7 @@ class TestShareCut:
     @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.data())
     def test_no_image_loses_more_than_it_must(self, lengths, data):
         total = data.draw(st.integers(len(lengths), sum(lengths)))
-        after = share_cut(lengths, total)
+        after = trim_lengths(lengths, total)
         reference = self.one_by_one(lengths, total)
         assert sum(after) == total
         assert all(1 <= new <= old for new, old in zip(after, lengths, strict=True))
@@ -352,12 +519,12 @@ class TestShareCut:
         assert most_lost(after) == pytest.approx(most_lost(reference))
 
     def test_within_the_total_nothing_is_cut(self):
-        assert share_cut([3, 1, 4], 8) == [3, 1, 4]
-        assert share_cut([3, 1, 4], 9) == [3, 1, 4]
+        assert trim_lengths([3, 1, 4], 8) == [3, 1, 4]
+        assert trim_lengths([3, 1, 4], 9) == [3, 1, 4]
 
     def test_fewer_tokens_than_images(self):
-        with pytest.raises(ValueError, match="3 images cannot be cut to 2 tokens"):
-            share_cut([3, 1, 4], 2)
+        with pytest.raises(ValueError, match="3 examples cannot be trimmed to 2 tokens"):
+            trim_lengths([3, 1, 4], 2)
 
 
 class TestTrimmedPair:
@@ -368,7 +535,8 @@ class TestTrimmedPair:
     def test_keeps_a_subset_in_order(self):
         pair = self.pair()
         trimmed = pair.trimmed(11)
-        assert trimmed.image_length == len(trimmed.image.coords) == 11
+        assert trimmed.lengths == (len(trimmed.image.coords), 5) == (11, 5)
+        assert trimmed.full_lengths == pair.full_lengths == (42, 5)
         whole = [*map(tuple, pair.image.coords.tolist())]
         places = [whole.index(tuple(place)) for place in trimmed.image.coords.tolist()]
         assert places == sorted(set(places))
@@ -397,12 +565,24 @@ class TestTrimmedPair:
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="look_ahead must not be negative, got -1"):
         Packer(Budgets(), look_ahead=-1)
-    with pytest.raises(ValueError, match="mode must be one of greedy, exact, constant, got lazy"):
+    with pytest.raises(ValueError, match="mode must be one of fill, exact, constant, got lazy"):
         Packer(Budgets(), 1, "lazy")
 
 
-@pytest.mark.parametrize("field", ["image_tokens", "text_tokens", "max_pairs"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_budgets_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be at least 1, got {value}"):
-        Budgets(**{field: value})
+def test_budgets_name_the_field(value):
+    with pytest.raises(ValueError, match=rf"tokens\.text must be at least 1, got {value}"):
+        Budgets({"image": 1, "text": value})
+    with pytest.raises(ValueError, match=f"max_examples must be at least 1, got {value}"):
+        Budgets(max_examples=value)
+
+
+def test_budgets_are_those_of_the_tasks_streams():
+    budgets = budgets_of(30, 15)
+    assert list(budgets.ordered(("text", "image")).tokens.items()) == [("text", 15), ("image", 30)]
+    for streams in (("image",), ("image", "text", "audio"), ("image", "audio")):
+        with pytest.raises(ValueError, match=r"data\.budget\.tokens must name the streams image"):
+            budgets.ordered(streams)
+    budgets.check({"text": (15, "context"), "image": (30, "max_tokens")})
+    with pytest.raises(ValueError, match=r"tokens\.text=15 cannot hold one example of context=16"):
+        budgets.check({"text": (16, "context"), "image": (30, "max_tokens")})

@@ -28,9 +28,9 @@ from shard_factory import HTML, encode, photo, png_of_size, write_shard
 
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.packed.batch import PackedBatch
+from navit_clip.packed.batch import Batch
 
-CONTEXT = 24  # of `loader_cases.pair_builder`
+CONTEXT = 24  # of `loader_cases.pair_pipeline`
 SIZE = (24, 40)  # rows and columns of pixels; 3 × 5 patches, so nothing is resized
 JPEG = {"quality": 95, "subsampling": 0}
 LOSSLESS = {"lossless": True, "exact": True}
@@ -149,33 +149,34 @@ CASES = cases()
 
 
 @pytest.fixture
-def first_batches(tmp_path, builder):
+def first_batches(tmp_path, pipeline):
     """Makes the first batches, of one pair each, of a shard that holds a case and good samples."""
 
-    def first(case: Case) -> list[PackedBatch]:
+    def first(case: Case) -> list[Batch]:
         members = {
             name: data for name, data in {**GOOD, **case.members}.items() if data is not None
         }
         # More good samples than batches, so that no packer's looking ahead comes round to the case.
         samples = {"case": members, **{f"good{number}": GOOD for number in range(9)}}
-        build = builder(
+        data = pipeline(
             [write_shard(tmp_path / "00000.tar", samples)],
             resolution=ResolutionConfig(mode="native", max_tokens=24),
             drop=DropConfig(),
             **ONE_BY_ONE,
         )
-        return take(build, 3)
+        return take(data, 3)
 
     return first
 
 
-def picture(batch: PackedBatch) -> np.ndarray:
+def picture(batch: Batch) -> np.ndarray:
     """The only image of a batch, put together from its patches."""
-    rows, columns = batch.images.grids[0].tolist()
+    images = batch.inputs.images
+    rows, columns = images.grids[0].tolist()
     image = np.zeros((rows * PATCH, columns * PATCH, 3), np.uint8)
-    for number in range(batch.images.segments.lengths[0]):
-        row, column = (batch.images.coords[number] * PATCH).tolist()
-        patch = batch.images.patches[number].reshape(PATCH, PATCH, 3)
+    for number in range(images.segments.lengths[0]):
+        row, column = (images.coords[number] * PATCH).tolist()
+        patch = images.patches[number].reshape(PATCH, PATCH, 3)
         image[row : row + PATCH, column : column + PATCH] = patch
     return image
 
@@ -194,7 +195,7 @@ def test_a_sample_arrives_right_or_is_counted_once(name, first_batches):
         return
     assert not skipped
     batch = found["00000/case",]
-    assert 1 < batch.texts.segments.lengths[0] <= CONTEXT
+    assert 1 < batch.inputs.texts.segments.lengths[0] <= CONTEXT
     pixels = picture(batch)
     expected = case.outcome
     if expected.shape != pixels.shape:

@@ -48,7 +48,9 @@ def write_run(run_dir: Path, **data: object) -> None:
     }
     _, resolved = parse_config([word for k, v in flags.items() for word in (f"--{k}", str(v))])
     (run_dir / "config.yaml").write_text(resolved)
-    lines = [{"step": 10 * i, "loss": 3.0 / i, "pairs": 1000, "logit_scale": 14.3} for i in (1, 2)]
+    lines = [
+        {"step": 10 * i, "loss": 3.0 / i, "examples": 1000, "logit_scale": 14.3} for i in (1, 2)
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "metrics.jsonl").write_text(text + '{"step": 30, "lo')  # cut by a kill
 
@@ -82,7 +84,7 @@ def test_a_card_of_a_run(directory):
     assert table["data"] == "`shards/{00..11}.tar`"
     assert table["captions"] == "txt, json.alt"
     assert table["steps"] == "20"
-    assert table["pairs seen"] == "2,000"
+    assert table["examples seen"] == "2,000"
     assert table["last loss"] == "1.5"
     assert table["optimiser"].startswith("lr 0.002")
     assert table["seed"] == "5"

@@ -10,6 +10,7 @@ from packed_examples import random_caption, random_image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.flops import (
     LengthSums,
@@ -22,7 +23,7 @@ from navit_clip.models.flops import (
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import Encoder, EncoderConfig
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.segments import Segments
 from navit_clip.packed.texts import pack_texts
@@ -64,9 +65,9 @@ def random_sides(seed: int, padding: int = 0):
     return pack_images(images, budget=image_budget), pack_texts(captions, budget=text_budget)
 
 
-def random_batch(seed: int, padding: int = 0) -> PackedBatch:
+def random_batch(seed: int, padding: int = 0) -> Batch[PairInputs]:
     images, texts = random_sides(seed, padding)
-    return PackedBatch(images, texts, (), BatchCounts(6, 0, 0, 0, 0, 0))
+    return Batch(PairInputs(images, texts), (), BatchCounts(6))
 
 
 def length_sums(packed) -> LengthSums:
@@ -114,12 +115,12 @@ def test_the_known_size_of_a_vit_b16():
     assert image_flops(config, 512, 196) / 2e9 == pytest.approx(17.5, rel=0.02)
 
 
-def counted_training(config: CLIPConfig, lock: LockConfig, batch: PackedBatch) -> int:
+def counted_training(config: CLIPConfig, lock: LockConfig, batch: Batch[PairInputs]) -> int:
     model = CLIP(config)
     lock_towers(model, lock)
 
     def train() -> None:
-        output = model(batch)
+        output = model(batch.inputs)
         learning = [x.sum() for x in output[:2] if x.requires_grad]
         if learning:
             sum(learning).backward()

@@ -22,12 +22,12 @@ from packed_examples import (
 )
 from torch import Tensor
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
-from navit_clip.packed.batch import BatchCounts, PackedBatch
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 
@@ -243,19 +243,16 @@ def test_dropping_patches_keeps_the_places_of_the_others(pooling):
     assert (a - b).abs().max() > 1e-3
 
 
-def batch_of(count: int) -> PackedBatch:
-    return PackedBatch(
-        pack_images(images()[:count], budget=150),
-        pack_texts(captions()[:count], budget=50),
-        ids=tuple(map(str, range(count))),
-        counts=BatchCounts(count, 0, 0, 0, 150, 50),
+def inputs_of(count: int) -> PairInputs:
+    return PairInputs(
+        pack_images(images()[:count], budget=150), pack_texts(captions()[:count], budget=50)
     )
 
 
 @pytest.mark.parametrize("init_bias", [None, -10.0])
 def test_a_batch_becomes_unit_vectors_in_its_own_order(init_bias):
     model = build(init_bias=init_bias)
-    output = model(batch_of(5))
+    output = model(inputs_of(5))
     assert output.image_ED.shape == output.text_ED.shape == (5, 6)
     for tower, embeddings in (("image", output.image_ED), ("text", output.text_ED)):
         assert_same(embeddings.norm(dim=1), torch.ones(5))
@@ -304,18 +301,18 @@ def test_the_scale_starts_where_it_should_and_never_exceeds_its_maximum():
 )
 def test_autocast_stays_close_to_float32_and_to_each_example_alone(pooling, device):
     model = build(pooling)
-    expected = model(batch_of(5))
+    expected = model(inputs_of(5))
     model.to(device)
 
-    def embed(batch: PackedBatch) -> list[Tensor]:
+    def embed(inputs: PairInputs) -> list[Tensor]:
         with torch.autocast(device, torch.bfloat16):
-            output = model(batch.to(device))
+            output = model(inputs.to(device))
         assert output.image_ED.dtype == output.text_ED.dtype == torch.float32
         sum((x * torch.arange(6, device=device)).sum() for x in output[:2]).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         return [output.image_ED.detach().cpu(), output.text_ED.detach().cpu()]
 
-    packed, alone = embed(batch_of(5)), embed(batch_of(1))
+    packed, alone = embed(inputs_of(5)), embed(inputs_of(1))
     for side, reference in enumerate((expected.image_ED, expected.text_ED)):
         assert_same(packed[side], reference.detach(), 0.06)
         assert_same(packed[side][:1], alone[side], 0.03)
@@ -328,8 +325,8 @@ def test_autocast_stays_close_to_float32_and_to_each_example_alone(pooling, devi
 def test_a_model_in_bfloat16_stays_close_to_float32(pooling, position):
     model = build(pooling, position)
     model.to(torch.bfloat16)
-    actual = model(batch_of(5))
+    actual = model(inputs_of(5))
     model.float()  # at the same, rounded parameters
-    expected = model(batch_of(5))
+    expected = model(inputs_of(5))
     for name in ("image_ED", "text_ED"):
         assert_same(getattr(actual, name), getattr(expected, name), 0.1)

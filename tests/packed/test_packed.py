@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_examples import random_caption, random_image
 
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.data.builders.pairs import PairInputs
+from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.segments import Segments
 from navit_clip.packed.texts import PackedTexts, pack_texts
@@ -166,17 +167,18 @@ class TestPackTexts:
 
 
 def test_a_batch_moves_whole():
-    batch = PackedBatch(
-        pack_images([random_image(0, (2, 2))], budget=5),
-        pack_texts([[1, 2]], budget=3),
+    batch = Batch(
+        PairInputs(
+            pack_images([random_image(0, (2, 2))], budget=5), pack_texts([[1, 2]], budget=3)
+        ),
         ids=("a/b",),
-        counts=BatchCounts(1, 4, 4, 2, 5, 3),
-        position={"0": 1},
+        counts=BatchCounts(1, {"image": StreamCounts(4, 4, 5, 5)}),
+        state={"0": 1},
     )
     moved = batch.to("meta")
-    for part in (moved.images, moved.texts):
+    for part in (moved.inputs.images, moved.inputs.texts):
         assert isinstance(part, PackedImages | PackedTexts)
         tensors = [v for v in vars(part).values() if isinstance(v, torch.Tensor)]
         assert all(t.device.type == "meta" for t in [*tensors, part.segments.offsets])
-    assert moved.images.segments.lengths == batch.images.segments.lengths
-    assert (moved.ids, moved.counts, moved.position) == (batch.ids, batch.counts, batch.position)
+    assert moved.inputs.images.segments.lengths == batch.inputs.images.segments.lengths
+    assert (moved.ids, moved.counts, moved.state) == (batch.ids, batch.counts, batch.state)

@@ -25,7 +25,6 @@ from shard_factory import (
 )
 
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.mixture import Sources
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tools.inspect.__main__ import main
@@ -55,7 +54,7 @@ data:
   train: {train}
   resolution: {{min_side: 16, max_side: 48, max_tokens: 24}}
   drop: {{kind: beta, rate: 0.3}}
-  budget: {{image_tokens: 128, text_tokens: 96, max_pairs: 6}}
+  budget: {{tokens: {{image: 128, text: 96}}, max_examples: 6}}
   shuffle_buffer: 7
   workers: 3
 """
@@ -137,43 +136,42 @@ def test_several_captions_and_a_tokenizer(tmp_path, tokenizer, tokenizer_path):
     assert found["captions_cut"] == np.mean([n > found["context_length"] for n in lengths])
 
 
-def test_skips_are_counted_as_training_counts_them(tmp_path, builder):
+def test_skips_are_counted_as_training_counts_them(tmp_path, pipeline):
     # Each shard ends with a good sample, so a batch per good one has met all that is bad.
     shards = [
         write_shard(tmp_path / "0.tar", {"a": sample(0), **BAD, "b": sample(1)}),
         write_shard(tmp_path / "1.tar", {**BAD, "c": sample(2)}),
     ]
-    build = builder(shards, **ONE_BY_ONE)
-    training = sum((batch.counts.skipped for batch in take(build, 3)), Counter())
-    survey = survey_shards(Sources.find(build.config), build)
+    data = pipeline(shards, **ONE_BY_ONE)
+    training = sum((batch.counts.skipped for batch in take(data, 3)), Counter())
+    survey = survey_shards(data.mixture, data.build)
     assert survey.skipped == training
     assert survey.skipped.total() == 2 * len(BAD)
     assert (survey.samples, survey.usable) == (2 * len(BAD) + 3, 3)
     assert any("0/page: unreadable_image" in line for line in survey.skip_log)
 
 
-def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, builder):
+def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, pipeline):
     (whole,) = make_shards(tmp_path, [6])
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    build = builder([whole, cut])
-    survey = survey_shards(Sources.find(build.config), build)
+    data = pipeline([whole, cut])
+    survey = survey_shards(data.mixture, data.build)
     assert survey.skipped == {"bad_shard": 1}
     assert 6 < survey.usable < 12
 
 
-def test_figures_do_not_depend_on_workers(tmp_path, builder):
-    build = builder(make_shards(tmp_path, [4, 1, 6]))
-    sources = Sources.find(build.config)
-    alone, together = (survey_shards(sources, build, workers=n) for n in (1, 2))
+def test_figures_do_not_depend_on_workers(tmp_path, pipeline):
+    data = pipeline(make_shards(tmp_path, [4, 1, 6]))
+    alone, together = (survey_shards(data.mixture, data.build, workers=n) for n in (1, 2))
     assert alone.columns.keys() == together.columns.keys()
     for name, column in alone.columns.items():
         np.testing.assert_array_equal(column, together.columns[name])
 
 
-def test_max_samples_takes_from_every_shard(tmp_path, builder):
-    build = builder(make_shards(tmp_path, [9, 9, 9]))
-    survey = survey_shards(Sources.find(build.config), build, max_samples=8)
+def test_max_samples_takes_from_every_shard(tmp_path, pipeline):
+    data = pipeline(make_shards(tmp_path, [9, 9, 9]))
+    survey = survey_shards(data.mixture, data.build, max_samples=8)
     expected = [
         SIZES[(100 * s + i) % len(SIZES)][1] for s, n in enumerate((3, 3, 2)) for i in range(n)
     ]
@@ -183,31 +181,32 @@ def test_max_samples_takes_from_every_shard(tmp_path, builder):
 # Packing
 
 
-def test_filling_is_what_training_packs(tmp_path, builder):
-    build = builder(make_shards(tmp_path, [12, 9]))
-    filling = measure_filling(Sources.find(build.config), build, 21)
-    expected = take(build, len(filling.batches))
-    assert [b.pairs for b in filling.batches] == [b.counts.pairs for b in expected]
-    before = sum(b.counts.pairs for b in expected[:-1])
-    assert before < 21 <= before + expected[-1].counts.pairs
-    tokens = sum(sum(b.images.segments.lengths[: len(b.ids)]) for b in expected)
-    budget = CONFIG.budget.image_tokens * len(expected)
+def test_filling_is_what_training_packs(tmp_path, pipeline):
+    data = pipeline(make_shards(tmp_path, [12, 9]))
+    filling = measure_filling(data.mixture, data.build, data.config, 21)
+    expected = take(data, len(filling.batches))
+    assert [b.examples for b in filling.batches] == [b.counts.examples for b in expected]
+    before = sum(b.counts.examples for b in expected[:-1])
+    assert before < 21 <= before + expected[-1].counts.examples
+    tokens = sum(sum(b.inputs.images.segments.lengths[: len(b.ids)]) for b in expected)
+    budget = CONFIG.budget.tokens["image"] * len(expected)
     assert filling.image_padding == pytest.approx(1 - tokens / budget)
     pairs = np.array([len(b.ids) for b in expected])
     assert filling.pairs_cv == pytest.approx(pairs.std() / pairs.mean())
 
     first = expected[0]
-    order = first.images.order.tolist()
+    images, texts = first.inputs.images, first.inputs.texts
+    order = images.order.tolist()
     assert [pair.id for pair in filling.pairs] == [
         first.ids[order.index(place)] for place in range(len(first.ids))
     ]
-    texts = {
+    captions = {
         f"{s:05d}/{i}": CAPTIONS[(100 * s + i) % len(CAPTIONS)] for s in (0, 1) for i in range(12)
     }
-    assert [pair.caption for pair in filling.pairs] == [texts[pair.id] for pair in filling.pairs]
+    assert [pair.caption for pair in filling.pairs] == [captions[pair.id] for pair in filling.pairs]
     for pair in filling.pairs:
-        assert pair.image_length == first.images.segments.lengths[pair.place]
-        assert pair.text_tokens == first.texts.segments.lengths[pair.text_place]
+        assert pair.image_length == images.segments.lengths[pair.place]
+        assert pair.text_tokens == texts.segments.lengths[pair.text_place]
 
 
 def test_packing_of_a_config(tmp_path, config, capsys):
@@ -258,11 +257,11 @@ def test_picture_of_a_batch(tmp_path, config):
         {"resolution": ResolutionConfig(mode="native", max_tokens=64)},
     ],
 )
-def test_picture_of_every_kind_of_batch(tmp_path, builder, fields):
+def test_picture_of_every_kind_of_batch(tmp_path, pipeline, fields):
     long = {"png": encode(photo(3, 1, 4000)), "txt": ("x" * 100_000).encode()}
     shard = write_shard(tmp_path / "0.tar", {"long": long, "a": sample(0), "b": sample(1)})
-    build = builder([shard], **fields)
-    filling = measure_filling(Sources.find(build.config), build, 3)
+    data = pipeline([shard], **fields)
+    filling = measure_filling(data.mixture, data.build, data.config, 3)
     draw_batch(filling, "a test", tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.height < 3000
@@ -322,7 +321,7 @@ def test_bad_configs(tmp_path, capsys, text, message):
 
 def test_budgets_that_no_pair_fits(tmp_path, config, capsys):
     (shard,) = make_shards(tmp_path, [3])
-    config.write_text(config.read_text().replace("text_tokens: 96", "text_tokens: 2"))
+    config.write_text(config.read_text().replace("text: 96", "text: 2"))
     assert "cannot pack with this configuration" in refused(capsys, shard, "--config", config)
 
 

@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.shared_batch import Parcel
 from navit_clip.models.transformer import Encoder, EncoderConfig
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.segments import CHUNK_TOKENS, Segments
 from navit_clip.packed.texts import pack_texts
@@ -57,7 +58,7 @@ def compilations() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], counters["frames"]["total"]
 
 
-def varied_batch(seed: int) -> PackedBatch:
+def varied_batch(seed: int) -> Batch[PairInputs]:
     """1 to 15 pairs, padded to a budget; images of 1 to 25 patches, captions of 1 to 7 tokens.
 
     As it arrives from a data worker, since the compiler's guards also see how tensors lie.
@@ -71,13 +72,12 @@ def varied_batch(seed: int) -> PackedBatch:
     captions = [
         random_caption(100 * seed + i, int(n)) for i, n in enumerate(rng.integers(1, 8, pairs))
     ]
-    batch = PackedBatch(
-        pack_images(images, budget=400),
-        pack_texts(captions, budget=120),
+    batch = Batch(
+        PairInputs(pack_images(images, budget=400), pack_texts(captions, budget=120)),
         tuple(map(str, range(pairs))),
-        BatchCounts(pairs, 0, 0, 0, 0, 0),
+        BatchCounts(pairs),
     )
-    received: PackedBatch = ForkingPickler.loads(ForkingPickler.dumps(Parcel(batch)))
+    received: Batch[PairInputs] = ForkingPickler.loads(ForkingPickler.dumps(Parcel(batch)))
     return received
 
 

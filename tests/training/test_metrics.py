@@ -15,9 +15,10 @@ from packed_examples import random_caption, random_image
 from step_cases import ALONE, tiny_config
 from tiny_run import run, tiny_flags, write_tiny_data
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import build_tokenizer
@@ -31,7 +32,7 @@ from navit_clip.training.trainer import build_pair_builder
 TINY = tiny_config().model
 
 
-def random_batch(rng: np.random.Generator, padding: int) -> PackedBatch:
+def random_batch(rng: np.random.Generator, padding: int) -> Batch[PairInputs]:
     pairs = int(rng.integers(1, 9))
     grids = rng.integers(1, 5, (pairs, 2)).tolist()
     texts = rng.integers(1, 9, pairs).tolist()
@@ -39,14 +40,18 @@ def random_batch(rng: np.random.Generator, padding: int) -> PackedBatch:
     images = [random_image(i, (rows, columns)) for i, (rows, columns) in enumerate(grids)]
     captions = [random_caption(i, length) for i, length in enumerate(texts)]
     sources = Counter(rng.choice(["a", "b"], pairs).tolist())
-    counts = BatchCounts(
-        pairs, tokens, tokens + int(rng.integers(0, 20)), sum(texts), 0, 0, sources, Counter(odd=2)
-    )
-    return PackedBatch(
-        pack_images(images, budget=tokens + padding),
-        pack_texts(captions, budget=sum(texts) + padding),
+    full = tokens + int(rng.integers(0, 20))
+    image_budget, text_budget = tokens + padding, sum(texts) + padding
+    streams = {
+        "image": StreamCounts(tokens, full, image_budget, image_budget),
+        "text": StreamCounts(sum(texts), sum(texts), text_budget, text_budget),
+    }
+    return Batch(
+        PairInputs(
+            pack_images(images, budget=image_budget), pack_texts(captions, budget=text_budget)
+        ),
         tuple(map(str, range(pairs))),
-        counts,
+        BatchCounts(pairs, streams, sources, Counter(odd=2)),
     )
 
 
@@ -54,19 +59,19 @@ def random_batch(rng: np.random.Generator, padding: int) -> PackedBatch:
 def test_a_window_of_several_batches(monkeypatch, padding):
     rng = np.random.default_rng(padding)
     batches = [random_batch(rng, padding) for _ in range(6)]
-    window = Window(["a", "b"], since=100.0)
+    window = Window(["image", "text"], ["a", "b"], since=100.0)
     for number, batch in enumerate(batches):
         window.add(batch, wait=0.25, flops=1000.0 * number)
         window.steps += number % 2  # two micro-batches a step
     monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: 104.0)
     counts = [batch.counts for batch in batches]
-    pairs = sum(c.pairs for c in counts)
-    images, texts = sum(c.image_tokens for c in counts), sum(c.text_tokens for c in counts)
-    before = sum(c.image_tokens_before_drop for c in counts) + texts
+    pairs = sum(c.examples for c in counts)
+    images, texts = (sum(c.streams[name].tokens for c in counts) for name in ("image", "text"))
+    before = sum(c.streams["image"].tokens_before_drop for c in counts) + texts
     assert window.rates(ALONE) == pytest.approx(
         {
-            "pairs": pairs,
-            "images_per_s": pairs / 4,
+            "examples": pairs,
+            "examples_per_s": pairs / 4,
             "tokens_per_s": (images + texts) / 4,
             "image_tokens_per_s": images / 4,
             "text_tokens_per_s": texts / 4,
@@ -104,7 +109,7 @@ def test_figures_of_several_ranks():
         flops = sum(training_flops(TINY, LockConfig(), batch) for batch in ones)
         # The ranks' clocks differ, what they count does not.
         assert rates["model_flops_per_s"] * rates["step_s"] == pytest.approx(flops)
-        assert rates["pairs"] == sum(batch.counts.pairs for batch in ones)
+        assert rates["examples"] == sum(batch.counts.examples for batch in ones)
 
 
 def test_no_mfu_without_a_peak(monkeypatch):
@@ -169,7 +174,8 @@ def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, [*flags, "--lock.image=true", "--lock.image_unlocked_blocks=1"]) == 0
     assert "fp32, matrix products at 5 GFLOP/s, from step 0" in capsys.readouterr().out
     config, _ = parse_config(flags)
-    loader = load_batches(build_pair_builder(config, build_tokenizer(config.tokenizer)))
+    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    loader = load_batches(build, config.data, config.seed)
     batches = list(islice(loader, 12))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
@@ -178,9 +184,9 @@ def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
         flops = sum(training_flops(config.model, lock, batch) for batch in taken)
         assert line["model_flops_per_s"] * seconds == pytest.approx(flops)
         assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / 5e9)
-        assert line["images_per_s"] * seconds == pytest.approx(line["pairs"])
+        assert line["examples_per_s"] * seconds == pytest.approx(line["examples"])
         for side in ("image", "text"):
-            tokens = sum(getattr(batch.counts, f"{side}_tokens") for batch in taken)
+            tokens = sum(batch.counts.streams[side].tokens for batch in taken)
             assert line[f"{side}_tokens_per_s"] * seconds == pytest.approx(tokens)
         assert line["memory_gb"] > 0.05
     free = sum(

@@ -63,7 +63,7 @@ def test_micro_batches_replay_what_is_random():
             block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.5))
         torch.manual_seed(5)
         if held:  # the obvious way: the graphs of all micro-batches at once
-            outputs = [stepper.model(batch) for batch in batches]
+            outputs = [stepper.model(batch.inputs) for batch in batches]
             images, texts = (torch.cat([o[side] for o in outputs]) for side in (0, 1))
             output = CLIPOutput(images, texts, outputs[0].logit_scale, None)
             contrastive_loss(output, config.loss).backward()

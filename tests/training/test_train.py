@@ -43,11 +43,11 @@ def test_a_run_writes_metrics_config_checkpoint_and_model(data, tmp_path, monkey
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert {"loss", "lr", "logit_scale", "grad_norm", "images_per_s", "tokens_per_s"} <= set(
+        assert {"loss", "lr", "logit_scale", "grad_norm", "examples_per_s", "tokens_per_s"} <= set(
             line
         )
-        assert {"padding", "data_wait", "token_drop", "pairs", "skipped"} <= set(line)
-    assert (run_dir / "config.yaml").read_text().count("image_tokens: 96") == 1
+        assert {"padding", "data_wait", "token_drop", "examples", "skipped"} <= set(line)
+    assert (run_dir / "config.yaml").read_text().count("image: 96") == 1
     assert (run_dir / "checkpoints/step-00000006/run.json").is_file()
     pretrained = NaViTCLIP.from_directory(run_dir / "model")
     assert pretrained.preprocess.max_tokens == 16
@@ -66,7 +66,7 @@ def test_the_saved_config_starts_the_same_run(data, tmp_path, monkeypatch):
 def test_loss_falls(data, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     flags = tiny_flags(
-        data, run_dir, 150, optim__lr=3e-3, data__budget__image_tokens=256, optim__weight_decay=0.0
+        data, run_dir, 150, optim__lr=3e-3, data__budget__tokens__image=256, optim__weight_decay=0.0
     )
     assert run(monkeypatch, flags) == 0
     values = [loss for _, loss, _ in losses(run_dir)]
@@ -201,8 +201,8 @@ MISTAKES = [
     ({"optim__lr": "fast"}, "optim.lr"),
     ({"optim__lr": -1}, "optim.lr"),
     ({"model__image__encoder__heads": 5}, "heads"),
-    ({"data__budget__image_tokens": 8}, "budget.image_tokens"),
-    ({"data__budget__text_tokens": 8}, "text_tokens"),
+    ({"data__budget__tokens__image": 8}, "data.budget.tokens.image"),
+    ({"data__budget__tokens__text": 8}, "data.budget.tokens.text"),
     ({"tokenizer__path": "missing.model"}, "missing.model"),
     ({"model__text__vocab_size": 16}, "vocab_size"),
     ({"loss__kind": "sigmoid"}, "init_bias"),

@@ -12,10 +12,11 @@ import torch
 from distributed import run_ranks
 from tiny_run import tiny_flags, write_tiny_data
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.models.clip import CLIP
-from navit_clip.packed.batch import BatchCounts, PackedBatch
+from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import build_tokenizer
@@ -36,33 +37,34 @@ def data(tmp_path_factory):
 
 def batches_of(config, rank, world_size):
     build = build_pair_builder(config, build_tokenizer(config.tokenizer))
-    loader = load_batches(build, rank=rank, world_size=world_size)
+    loader = load_batches(build, config.data, config.seed, rank=rank, world_size=world_size)
     return [next(loader) for _ in range(STEPS)]
 
 
 def unpack(batch):
     """The images and captions of a batch, in the order in which they were packed."""
-    images = batch.images
+    images, texts = batch.inputs.images, batch.inputs.texts
     patches = images.patches.split(images.segments.lengths)
     coords = images.coords.split(images.segments.lengths)
-    texts = batch.texts.token_ids.split(batch.texts.segments.lengths)
+    captions = texts.token_ids.split(texts.segments.lengths)
     return [
         (
             ImagePatches(patches[i].numpy(), coords[i].numpy(), tuple(images.grids[i].tolist())),
-            texts[t].tolist(),
+            captions[t].tolist(),
         )
-        for i, t in zip(images.order.tolist(), batch.texts.order.tolist(), strict=True)
+        for i, t in zip(images.order.tolist(), texts.order.tolist(), strict=True)
     ]
 
 
 def merge(batches):
     """One batch of all ranks' pairs."""
     pairs = [pair for batch in batches for pair in unpack(batch)]
-    return PackedBatch(
-        pack_images([image for image, _ in pairs]),
-        pack_texts([ids for _, ids in pairs]),
+    return Batch(
+        PairInputs(
+            pack_images([image for image, _ in pairs]), pack_texts([ids for _, ids in pairs])
+        ),
         ids=tuple(name for batch in batches for name in batch.ids),
-        counts=BatchCounts(len(pairs), 0, 0, 0, 0, 0),
+        counts=BatchCounts(len(pairs)),
     )
 
 
@@ -78,7 +80,7 @@ def train_rank(flags):
         batches = batches_of(config, ranks.rank, ranks.world_size)
         return [
             (r.loss, r.grad_norm, r.logit_scale) for r in train_steps(config, ranks, batches)
-        ], [batch.counts.pairs for batch in batches]
+        ], [batch.counts.examples for batch in batches]
 
 
 def test_losses_of_two_ranks_equal_those_of_one_process(data, tmp_path):

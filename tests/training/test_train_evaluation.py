@@ -325,10 +325,10 @@ def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
     clock = iter([12.0, 17.0, 20.0])
     monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
     window = Window(since=10.0)
-    window.pairs = window.image_tokens = window.slots = window.tokens_before_drop = 10
+    window.examples = window.slots = window.tokens_before_drop = 10
     with window.paused():
         pass
-    assert window.rates(ALONE)["images_per_s"] == 2.0
+    assert window.rates(ALONE)["examples_per_s"] == 2.0
 
 
 def save_as(text):

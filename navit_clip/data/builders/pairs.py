@@ -1,4 +1,4 @@
-"""One raw sample to one pair ready to be packed.
+"""One raw sample to one image–caption pair, and many pairs to two packed streams.
 
 The middle of the pipeline: choose a caption, tokenise, read the header, draw a size, decode to it,
 cut into patches, drop some. Everything random about it follows from (seed, epoch, id).
@@ -6,43 +6,28 @@ cut into patches, drop some. Everything random about it follows from (seed, epoc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
+import torch
 
+from navit_clip.data.builders.base import Origin
 from navit_clip.data.captions import choose_caption
-from navit_clip.data.config import DataConfig
-from navit_clip.data.decode import EncodedImage, find_image, patchify
-from navit_clip.data.drop import keep_patches, sample_rate
+from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
+from navit_clip.data.patches import cut_patches
 from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.data.shards import RawSample
-from navit_clip.data.sizing import sample_grid
-from navit_clip.packed.images import ImagePatches
+from navit_clip.data.sizing import ResolutionConfig, sample_grid
+from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
+from navit_clip.packed.texts import PackedTexts, pack_texts
 from navit_clip.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a sample was read, enough to read it again and get the same pair.
-
-    Attributes:
-        epoch: The reader's pass over the data.
-        shard: Index of the shard in the sorted list.
-        index: Index of the sample within its shard.
-        images_seen: Images all readers had taken when it was drawn, for what follows a schedule.
-    """
-
-    epoch: int
-    shard: int
-    index: int
-    images_seen: int
-
-
-@dataclass(frozen=True)
 class Pair:
-    """One image and one caption, ready to be packed.
+    """One image and one caption, ready to be packed; a `Sample`.
 
     Attributes:
         id: ``shard/key``.
@@ -59,14 +44,19 @@ class Pair:
     seed: int
 
     @property
-    def image_length(self) -> int:
-        """Image tokens."""
-        return len(self.image.patches)
+    def lengths(self) -> tuple[int, int]:
+        """Image tokens after token drop, and text tokens."""
+        return len(self.image.patches), len(self.token_ids)
 
     @property
-    def text_length(self) -> int:
-        """Text tokens."""
-        return len(self.token_ids)
+    def full_lengths(self) -> tuple[int, int]:
+        """Patches of the whole grid, and text tokens."""
+        return self.image.tokens_before_drop, len(self.token_ids)
+
+    @property
+    def bucket(self) -> tuple[()]:
+        """All pairs may share a batch."""
+        return ()
 
     def trimmed(self, tokens: int) -> Pair:
         """The pair with a random subset of its patches, in their order.
@@ -77,10 +67,29 @@ class Pair:
             tokens: Patches to keep, at least 1.
         """
         rng = generator(self.seed, self.origin.epoch, "trim", self.id)
-        keep = np.sort(rng.permutation(self.image_length)[:tokens])
-        image = self.image
-        image = replace(image, patches=image.patches[keep], coords=image.coords[keep])
-        return replace(self, image=image)
+        keep = np.sort(rng.permutation(len(self.image.patches))[:tokens])
+        return replace(self, image=self.image.kept(keep))
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """Many images and their captions, packed; the i-th image belongs to the i-th caption.
+
+    Attributes:
+        images: All images.
+        texts: Their captions.
+    """
+
+    images: PackedImages
+    texts: PackedTexts
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairInputs:
+        """The same pairs on another device."""
+        return PairInputs(self.images.to(device, non_blocking), self.texts.to(device, non_blocking))
+
+    def pin_memory(self) -> PairInputs:
+        """The same pairs in page-locked memory."""
+        return PairInputs(self.images.pin_memory(), self.texts.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,9 @@ class PairBuilder:
     """Builds pairs; the same one for the same sample and epoch, wherever it runs.
 
     Attributes:
-        config: Caption weights, sizes and drop.
+        captions: Weight of each caption field, for datasets without weights of their own.
+        resolution: How large an image becomes.
+        drop: Which patches are left out.
         tokenizer: Turns captions into ids.
         context_length: Most text tokens.
         patch_size: P.
@@ -96,31 +107,38 @@ class PairBuilder:
         seed: Of the whole run.
     """
 
-    config: DataConfig
+    captions: Mapping[str, float]
+    resolution: ResolutionConfig
+    drop: DropConfig
     tokenizer: Tokenizer
     context_length: int
     patch_size: int
     max_grid_side: int
     seed: int
 
+    @property
+    def streams(self) -> tuple[str, str]:
+        """Names of the two streams."""
+        return "image", "text"
+
     def __call__(
-        self, sample: RawSample, origin: Origin, captions: Mapping[str, float] | None = None
+        self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
     ) -> Pair:
         """Builds one pair.
 
         Args:
-            sample: As the shard has it.
+            raw: As the shard has it.
             origin: Where it was read.
-            captions: Caption weights of its source; None takes those of the configuration.
+            fields: Weights of the caption fields of its dataset; None takes `captions`.
 
         Raises:
             SkipSampleError: If the sample has no usable image or caption.
         """
-        rng = sample_generator(self.seed, origin.epoch, sample.id)
-        caption = choose_caption(sample.members, captions or self.config.captions, rng)
-        image = EncodedImage(find_image(sample.members))
-        rows, columns = grid = sample_grid(
-            self.config.resolution,
+        rng = sample_generator(self.seed, origin.epoch, raw.id)
+        caption = choose_caption(raw.members, fields or self.captions, rng)
+        image = EncodedImage(find_image(raw.members))
+        rows, columns = sample_grid(
+            self.resolution,
             image.height,
             image.width,
             self.patch_size,
@@ -128,17 +146,22 @@ class PairBuilder:
             rng,
             origin.images_seen,
         )
-        rate = sample_rate(self.config.drop, rows * columns, origin.images_seen, rng)
+        rate = sample_rate(self.drop, rows * columns, origin.images_seen, rng)
         keep = keep_patches(rows * columns, rate, rng)
         pixels = image.pixels(rows * self.patch_size, columns * self.patch_size)
-        patches = patchify(pixels, self.patch_size, keep)
-        coords = _grid_coords(rows, columns)[keep]
+        patches = cut_patches(pixels, self.patch_size, keep)
         token_ids = self.tokenizer.encode(caption, self.context_length)
-        image_patches = ImagePatches(patches, coords, grid)
-        return Pair(sample.id, origin, image_patches, token_ids, self.seed)
+        return Pair(raw.id, origin, patches, token_ids, self.seed)
 
+    def collate(self, samples: Sequence[Pair], pad_to: tuple[int, ...] | None) -> PairInputs:
+        """Packs pairs into an image stream and a text stream.
 
-@lru_cache(maxsize=4096)
-def _grid_coords(rows: int, columns: int) -> np.ndarray:
-    """int32 [rows·columns, 2]: row and column of each patch of a grid."""
-    return np.stack(np.divmod(np.arange(rows * columns), columns), axis=1).astype(np.int32)
+        Args:
+            samples: At least one.
+            pad_to: Tokens that the streams are padded to; None pads none.
+        """
+        image_budget, text_budget = pad_to or (None, None)
+        return PairInputs(
+            pack_images([pair.image for pair in samples], budget=image_budget),
+            pack_texts([pair.token_ids for pair in samples], budget=text_budget),
+        )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit_clip.data.mixture import Sources
+from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import write_output
 from navit_clip.recipes import find_recipe
@@ -74,19 +74,19 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.config and settings.tokenizer is None:
         raise UserError(f"--config {args.config} names no tokenizer: give --tokenizer")
     build = pair_builder(settings)
-    sources = Sources.find(build.config)
-    survey = survey_shards(sources, build, max_samples=args.max_samples, workers=args.workers)
+    mixture = Mixture.find(settings.data)
+    survey = survey_shards(mixture, build, max_samples=args.max_samples, workers=args.workers)
     if not survey.samples:
         raise UserError(
-            f"no sample in {len(sources.shards)} shard(s), the first one {sources.shards[0]}"
+            f"no sample in {len(mixture.shards)} shard(s), the first one {mixture.shards[0]}"
             + "".join(f": {line}" for line in survey.skip_log[:1])
         )
     wanted = survey.usable and (args.config or args.picture)
-    filling = measure_filling(sources, build, survey.usable) if wanted else None
+    filling = measure_filling(mixture, build, settings.data, survey.usable) if wanted else None
     tokenised = settings.tokenizer is not None
     found = figures(survey, build.context_length, filling, tokenised)
     print(render(found))
-    if filling and survey.usable < filling.batches[0].pairs:
+    if filling and survey.usable < filling.batches[0].examples:
         print("\nOne batch holds more pairs than were looked at: some stand in it several times.")
     if args.output is not None:
         report = json.dumps(found, indent=2, ensure_ascii=False) + "\n"

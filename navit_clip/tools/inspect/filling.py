@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from navit_clip.data.builders.pairs import PairBuilder
+from navit_clip.data.builders.pairs import PairBuilder, PairInputs
+from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.mixture import Sources
+from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
-from navit_clip.packed.batch import BatchCounts, PackedBatch
-from navit_clip.packed.images import ImagePatches
+from navit_clip.packed.batch import Batch, BatchCounts
+from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.tokenizers.base import Tokenizer
 
 MAX_BATCHES = 32  # enough for means; a whole pass would decode everything twice
@@ -63,7 +64,7 @@ class Filling:
     @property
     def pairs_per_batch(self) -> np.ndarray:
         """int64 [batches]."""
-        return np.array([counts.pairs for counts in self.batches])
+        return np.array([counts.examples for counts in self.batches])
 
     @property
     def pairs_cv(self) -> float:
@@ -73,29 +74,42 @@ class Filling:
     @property
     def image_padding(self) -> float:
         """Unused share of the image budget."""
-        return 1 - _share(self.batches, "image_tokens", "image_budget")
+        return 1 - self.tokens("image") / self.budget("image")
 
     @property
     def text_padding(self) -> float:
         """Unused share of the text budget."""
-        return 1 - _share(self.batches, "text_tokens", "text_budget")
+        return 1 - self.tokens("text") / self.budget("text")
 
     @property
     def kept(self) -> float:
         """Share of image tokens that token drop leaves."""
-        return _share(self.batches, "image_tokens", "image_tokens_before_drop")
+        return self.tokens("image") / self.tokens_before_drop("image")
+
+    def budget(self, stream: str) -> int:
+        """Token budget of one batch."""
+        return self.batches[0].streams[stream].budget
+
+    def tokens(self, stream: str) -> float:
+        """Real tokens of a batch after token drop, mean."""
+        return float(np.mean([counts.streams[stream].tokens for counts in self.batches]))
+
+    def tokens_before_drop(self, stream: str) -> float:
+        """Tokens of a batch before token drop, mean."""
+        return float(
+            np.mean([counts.streams[stream].tokens_before_drop for counts in self.batches])
+        )
 
 
-def _share(batches: list[BatchCounts], part: str, whole: str) -> float:
-    return sum(getattr(b, part) for b in batches) / sum(getattr(b, whole) for b in batches)
-
-
-def measure_filling(sources: Sources, build: PairBuilder, pairs: int) -> Filling:
+def measure_filling(
+    mixture: Mixture, build: PairBuilder, config: DataConfig, pairs: int
+) -> Filling:
     """Packs one pass over the shards, or as much of it as fills `MAX_BATCHES`.
 
     Args:
-        sources: The shards; at least one of their samples must be usable.
-        build: Makes pairs, and holds the configuration.
+        mixture: The shards; at least one of their samples must be usable.
+        build: Makes pairs.
+        config: How they are packed.
         pairs: Pairs of one pass. A batch that holds more shows some of them again.
 
     Raises:
@@ -103,9 +117,15 @@ def measure_filling(sources: Sources, build: PairBuilder, pairs: int) -> Filling
     """
     remembering = _RememberingTokenizer(build.tokenizer)
     batches: list[BatchCounts] = []
-    first: PackedBatch | None = None
+    first: Batch[PairInputs] | None = None
     taken = 0
-    stream = load_batches(replace(build, tokenizer=remembering), sources=sources)
+    # What is measured does not depend on who reads, and one process keeps one tokenizer.
+    stream = load_batches(
+        replace(build, tokenizer=remembering),
+        replace(config, workers=0),
+        build.seed,
+        mixture=mixture,
+    )
     with tqdm(desc="packing", unit="batch") as bar:
         while taken < pairs and len(batches) < MAX_BATCHES:
             try:
@@ -115,13 +135,14 @@ def measure_filling(sources: Sources, build: PairBuilder, pairs: int) -> Filling
                 raise UserError(f"cannot pack with this configuration: {error}") from error
             first = first or batch
             batches.append(batch.counts)
-            taken += batch.counts.pairs
+            taken += batch.counts.examples
             bar.update()
     assert first is not None
+    images, texts = first.inputs.images.segments, first.inputs.texts.segments
     return Filling(
         batches,
-        first.images.segments.lengths[: first.images.segments.num_examples],
-        first.texts.segments.lengths[: first.texts.segments.num_examples],
+        images.lengths[: images.num_examples],
+        texts.lengths[: texts.num_examples],
         _unpack(first, remembering.texts),
     )
 
@@ -144,9 +165,8 @@ class _RememberingTokenizer(Tokenizer):
         return ids
 
 
-def unpack_images(batch: PackedBatch) -> list[ImagePatches]:
-    """The images of a batch in the stream's order."""
-    packed = batch.images
+def unpack_images(packed: PackedImages) -> list[ImagePatches]:
+    """Packed images one by one, in the stream's order."""
     lengths = packed.segments.lengths
     pieces = zip(
         packed.patches.split(lengths), packed.coords.split(lengths), packed.grids, strict=True
@@ -158,12 +178,13 @@ def unpack_images(batch: PackedBatch) -> list[ImagePatches]:
     return images[: packed.segments.num_examples]
 
 
-def _unpack(batch: PackedBatch, texts: dict[tuple[int, ...], str]) -> list[DrawnPair]:
-    images = unpack_images(batch)
-    captions = [ids.tolist() for ids in batch.texts.token_ids.split(batch.texts.segments.lengths)]
+def _unpack(batch: Batch[PairInputs], texts: dict[tuple[int, ...], str]) -> list[DrawnPair]:
+    packed = batch.inputs
+    images = unpack_images(packed.images)
+    captions = [ids.tolist() for ids in packed.texts.token_ids.split(packed.texts.segments.lengths)]
     pairs = []
     for i, name in enumerate(batch.ids):
-        place, text_place = int(batch.images.order[i]), int(batch.texts.order[i])
+        place, text_place = int(packed.images.order[i]), int(packed.texts.order[i])
         ids = captions[text_place]
         text = texts[tuple(ids)]
         pairs.append(DrawnPair(name, images[place], text, len(ids), place, text_place))

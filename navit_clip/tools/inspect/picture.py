@@ -70,24 +70,24 @@ def _draw_head(
     canvas: Image.Image, filling: Filling, title: str, shown: Sequence[DrawnPair]
 ) -> int:
     counts = filling.batches[0]
-    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {counts.pairs:,} pairs", 26)
+    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {counts.examples:,} pairs", 26)
     y = 62
-    if len(shown) < counts.pairs:
+    if len(shown) < counts.examples:
         note = (
             f"Every pair is a piece of both streams; the coloured ones are the {len(shown)} below"
         )
         _write(canvas, (_MARGIN, y), note, 15, _FAINT)
         y += 30
-    image = (filling.image_tokens, counts.image_tokens, counts.image_budget)
-    text = (filling.text_tokens, counts.text_tokens, counts.text_budget)
-    dropped = counts.image_tokens_before_drop - counts.image_tokens
+    image = counts.streams["image"]
+    dropped = image.tokens_before_drop - image.tokens
     notes = {
-        "image": f" ({dropped:,} of {counts.image_tokens_before_drop:,} patches were dropped)"
+        "image": f" ({dropped:,} of {image.tokens_before_drop:,} patches were dropped)"
         if dropped
         else "",
         "text": "",
     }
-    for name, (lengths, tokens, budget) in {"image": image, "text": text}.items():
+    for name, lengths in {"image": filling.image_tokens, "text": filling.text_tokens}.items():
+        tokens, budget = counts.streams[name].tokens, counts.streams[name].budget
         line = (
             f"{name.capitalize()} stream: {tokens:,} of {budget:,} tokens used, "
             f"{1 - tokens / budget:.2%} padding{notes[name]}"

@@ -76,19 +76,17 @@ def figures(
 
 def _packing(filling: Filling) -> dict[str, Any]:
     pairs = filling.pairs_per_batch
-    count = len(filling.batches)
     return {
-        "batches": count,
+        "batches": len(filling.batches),
         "pairs": {"min": int(pairs.min()), "mean": float(pairs.mean()), "max": int(pairs.max())},
         "pairs_cv": filling.pairs_cv,
-        "image_budget": filling.batches[0].image_budget,
-        "text_budget": filling.batches[0].text_budget,
+        "image_budget": filling.budget("image"),
+        "text_budget": filling.budget("text"),
         "image_padding": filling.image_padding,
         "text_padding": filling.text_padding,
-        "image_tokens_before_drop": sum(b.image_tokens_before_drop for b in filling.batches)
-        / count,
-        "image_tokens": sum(b.image_tokens for b in filling.batches) / count,
-        "text_tokens": sum(b.text_tokens for b in filling.batches) / count,
+        "image_tokens_before_drop": filling.tokens_before_drop("image"),
+        "image_tokens": filling.tokens("image"),
+        "text_tokens": filling.tokens("text"),
     }
 
 

@@ -120,8 +120,9 @@ def pair_builder(settings: DataSettings) -> PairBuilder:
     """
     image, text = settings.model.image, settings.model.text
     return PairBuilder(
-        # The figures do not depend on who reads, and one process needs no copy of the tokenizer.
-        replace(settings.data, workers=0),
+        settings.data.captions,
+        settings.data.resolution,
+        settings.data.drop,
         WordCounter() if settings.tokenizer is None else build_tokenizer(settings.tokenizer),
         text.context_length,
         image.patch_size,

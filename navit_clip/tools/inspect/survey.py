@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from navit_clip.data.builders.pairs import Origin, PairBuilder
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
-from navit_clip.data.mixture import Sources
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.workers import run_unordered
 
@@ -29,7 +30,7 @@ class SurveyTask:
         shard: Its number.
         path: Its path or address.
         name: Its short name, which begins the ids of its samples.
-        captions: Caption weights of its source.
+        captions: Caption weights of its dataset.
         build: Makes pairs.
         limit: Most samples to read, None for all.
     """
@@ -70,17 +71,17 @@ class Survey:
 
 
 def survey_shards(
-    sources: Sources, build: PairBuilder, *, max_samples: int | None = None, workers: int = 1
+    mixture: Mixture, build: PairBuilder, *, max_samples: int | None = None, workers: int = 1
 ) -> Survey:
     """Reads shards with a progress bar.
 
     Args:
-        sources: The shards.
+        mixture: The shards.
         build: Makes pairs; a sample is usable if this takes it.
         max_samples: Read no more than so many, the same number from the front of every shard.
         workers: Number of processes; the figures do not depend on it.
     """
-    shards = sources.shards
+    shards = mixture.shards
     limits: list[int | None] = [None] * len(shards)
     if max_samples is not None:
         share, rest = divmod(max_samples, len(shards))
@@ -89,8 +90,8 @@ def survey_shards(
         SurveyTask(
             number,
             path,
-            sources.names[number],
-            sources.sources[sources.of_shard[number]].captions,
+            mixture.names[number],
+            mixture.dataset_of(number).captions,
             build,
             limits[number],
         )
@@ -146,7 +147,7 @@ def _note(
         "image_bytes": len(data),
         "captions": len(texts),
         "tokens": rows * columns,
-        "kept_tokens": pair.image_length,
+        "kept_tokens": len(pair.image.patches),
     }
     for name, figure in figures.items():
         values[name].append(figure)
