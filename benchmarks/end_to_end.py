@@ -83,7 +83,7 @@ def our_command(run: Run, budget: Mapping[str, Any], directory: Path) -> list[st
         "run_dir": str(directory / "run"),
         "steps": run.steps,
         "tokenizer": {"kind": "open_clip"},
-        "model": asdict(run.widths.config()),
+        "task": {"kind": "contrastive", "model": asdict(run.widths.config())},
         "data": {
             "train": list(run.shards),
             "resolution": {"min_side": MIN_SIDE, "max_side": MAX_SIDE, "max_tokens": MAX_TOKENS},

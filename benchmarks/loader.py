@@ -79,7 +79,7 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
     )
     tokenizer = OpenClipTokenizer()
     build = PairBuilder(
-        config.captions, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
+        {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
     )
     batches = load_batches(build, config, 0)
 

@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         tokenizer = OpenClipTokenizer()
         build = PairBuilder(
-            config.captions, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
+            {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
         )
         seen, resident = watch(build, config, args.samples)
     warm = POINTS // 10

@@ -29,14 +29,17 @@ from benchmarks.command import command_line, default_device, run
 from benchmarks.measure import alternate, flop_counter
 from benchmarks.sizes import PATCH, WIDTHS, Widths
 from navit_clip.data.builders.pairs import PairInputs
+from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.models.clip import CLIP
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
-from navit_clip.tokenizers.load import TokenizerConfig
-from navit_clip.training.config import TrainConfig
+from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
+from navit_clip.training.ema import EMAConfig
+from navit_clip.training.nonfinite import NonFiniteGuard
+from navit_clip.training.optim import OptimConfig
+from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.step import Stepper
 
 # Its gradient and update cost the same at every point and, with a large vocabulary and narrow
@@ -131,12 +134,18 @@ class Steps:
     def __init__(self, widths: Widths, precision: Literal["fp32", "bf16"], device: str) -> None:
         torch.manual_seed(0)
         self.device = torch.device(device)
-        model = widths.config(VOCABULARY)
-        steps = 1_000_000  # the learning rate hardly changes
-        config = TrainConfig(
-            "unused", steps, TokenizerConfig(path="unused"), model, precision=precision
+        task = ContrastiveTask(ContrastiveConfig(model=widths.config(VOCABULARY)), DataConfig())
+        self._stepper = Stepper(
+            task,
+            task.build_model().to(self.device),
+            Ranks(0, 1, self.device),
+            steps=1_000_000,  # the learning rate hardly changes
+            optim=OptimConfig(),
+            parallel=ParallelConfig(),
+            ema=EMAConfig(),
+            guard=NonFiniteGuard("stop", 1),
+            precision=precision,
         )
-        self._stepper = Stepper(CLIP(model).to(self.device), config, Ranks(0, 1, self.device))
         self._numbers = count()
 
     def take(self, batch: Batch[PairInputs]) -> None:

@@ -68,7 +68,7 @@ class Ranks:
         return [item for part in parts for item in part]
 
     def broadcast(self, item: T) -> T:
-        """The first rank's item, on every rank."""
+        """The item of rank 0, on every rank."""
         if self.world_size == 1:
             return item
         items = [item]
@@ -117,7 +117,7 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 def _clean_store(rank: int, world_size: int) -> dist.Store:
-    """The store of torchrun or of the first rank, without what earlier attempts left in it.
+    """The store of torchrun or of rank 0, without what earlier attempts left in it.
 
     torchrun hands the same store to restarted ranks. In it they would find the addresses of dead
     ones before their successors overwrite them, and fail with "connection refused" or wait for

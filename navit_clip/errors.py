@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something that the user can mend; its message names the thing and the fix."""
+    """Something that the user can fix; its message names the thing and the fix."""
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def write_run(root: Path, *, train: int, steps: int) -> list[str]:
         ema__decay=0.9,
         checkpoint__every_steps=3,
         checkpoint__keep=2,
-        log__pairs=True,
+        log__samples=True,
     )
 
 

@@ -53,7 +53,7 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
 
     Args:
         flags: Of the run, but for its directory.
-        run_dir: Of the run, with ``log.pairs``.
+        run_dir: Of the run, with ``log.samples``.
         ranks: Of the run.
 
     Returns:
@@ -68,7 +68,7 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
         for shard, name in zip(mixture.shards, mixture.names, strict=True)
     ]
     logged: Counter[tuple[int, str]] = Counter()
-    for path in run_dir.glob("pairs-*.jsonl"):
+    for path in run_dir.glob("samples-*.jsonl"):
         for line in path.read_text().splitlines():
             batch = json.loads(line)
             logged.update((batch["reader"], name) for name in batch["ids"])

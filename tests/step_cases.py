@@ -12,7 +12,7 @@ from packed_examples import random_caption, random_image
 
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -20,16 +20,26 @@ from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
+from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveLossConfig
+from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.load import TokenizerConfig
-from navit_clip.training.config import LossConfig, OptimConfig, TrainConfig
+from navit_clip.training.config import TrainConfig
+from navit_clip.training.optim import OptimConfig
 from navit_clip.training.schedule import ScheduleConfig
 from navit_clip.training.step import Stepper
+from navit_clip.training.trainer import build_stepper
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 Pair = tuple[str, ImagePatches, list[int]]
 
 
-def tiny_config(*, steps: int = 30, kind: str = "softmax", **changes: Any) -> TrainConfig:
+def tiny_config(
+    *,
+    steps: int = 30,
+    kind: str = "softmax",
+    lock: LockConfig = LockConfig(),  # noqa: B008  frozen
+    **changes: Any,
+) -> TrainConfig:
     """A run of a model of three blocks of width 16; `changes` are fields of `TrainConfig`."""
     encoder = EncoderConfig(width=16, depth=1, heads=2)
     deeper = replace(encoder, depth=2)
@@ -42,9 +52,16 @@ def tiny_config(*, steps: int = 30, kind: str = "softmax", **changes: Any) -> Tr
     schedule = ScheduleConfig(warmup_steps=2)
     defaults: dict[str, Any] = {
         "optim": OptimConfig(lr=1e-3, eps=1e-6, schedule=schedule),
-        "loss": LossConfig(kind, chunk_size=4),
     }
-    return TrainConfig("unused", steps, TokenizerConfig(path="unused"), model, **defaults | changes)
+    loss = ContrastiveLossConfig(kind, chunk_size=4)
+    task = ContrastiveConfig(model=model, loss=loss, lock=lock)
+    tokenizer = TokenizerConfig(path="unused")
+    return TrainConfig("unused", steps, task, tokenizer, **defaults | changes)
+
+
+def with_task(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The same run with other fields of its task."""
+    return replace(config, task=replace(config.task, **changes))
 
 
 def global_batch(step: int) -> list[Pair]:
@@ -67,9 +84,14 @@ def cut(pairs: list[Pair], parts: int) -> list[list[Pair]]:
 
 
 def pack(pairs: list[Pair]) -> Batch[PairInputs]:
-    images = pack_images([image for _, image, _ in pairs])
-    inputs = PairInputs(images, pack_texts([caption for _, _, caption in pairs]))
-    return Batch(inputs, tuple(name for name, _, _ in pairs), BatchCounts(len(pairs)))
+    return Batch(
+        PairInputs(
+            pack_images([image for _, image, _ in pairs]),
+            pack_texts([caption for _, _, caption in pairs]),
+        ),
+        ids=tuple(name for name, _, _ in pairs),
+        counts=BatchCounts(len(pairs)),
+    )
 
 
 def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[Batch[PairInputs]]:
@@ -78,17 +100,20 @@ def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[Batch[PairIn
     return [pack(part) for part in cut(mine, accumulate)]
 
 
-def new_stepper(config: TrainConfig, ranks: Ranks = ALONE, dtype: torch.dtype | None = None):
+def new_stepper(
+    config: TrainConfig, ranks: Ranks = ALONE, dtype: torch.dtype | None = None
+) -> Stepper:
     torch.manual_seed(config.seed)
-    return Stepper(CLIP(config.model).to(dtype=dtype or torch.float32), config, ranks)
+    task = config.task.build(config.data)
+    return build_stepper(config, task, task.build_model().to(dtype=dtype or torch.float32), ranks)
 
 
-def figures(stepper: Stepper, steps: range) -> np.ndarray:
+def measurements(stepper: Stepper, steps: range, accumulate: int = 1) -> np.ndarray:
     """[steps, 5]: loss, gradient norm, scale; at every fifth step norms of weights and update."""
     rows = []
     for step in steps:
-        batches = micro_batches(step, stepper.ranks, stepper.config.accumulate)
+        batches = micro_batches(step, stepper.ranks, accumulate)
         result = stepper.step(batches, step, measure=step % 5 == 0)
         norms = result.measured.values() if result.measured else (np.nan, np.nan)
-        rows.append((result.loss, result.grad_norm, result.logit_scale, *norms))
+        rows.append((result.loss, result.grad_norm, result.metrics["logit_scale"], *norms))
     return np.array(rows)

@@ -142,7 +142,7 @@ def test_the_wheel_alone_makes_data_trains_and_evaluates(unpacked, tmp_path):
     navit_clip(
         "train --config demo --steps 2 --optim.schedule.warmup_steps 1 --device cpu "
         "--optim.schedule.cooldown_steps 0 --data.workers 1 --log.every_steps 1 "
-        "--eval.evaluators {} --model.text.vocab_size 128 --data.budget.max_examples 16"
+        "--eval.evaluators {} --task.model.text.vocab_size 128 --data.budget.max_examples 16"
     )
     assert len((tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()) == 2
     table = navit_clip(

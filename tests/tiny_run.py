@@ -52,9 +52,9 @@ def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> li
         "run_dir": run_dir,
         "steps": steps,
         "tokenizer.path": root / "tok.model",
-        "model.embed_dim": 16,
-        "model.text.vocab_size": 128,
-        "model.text.context_length": 32,
+        "task.model.embed_dim": 16,
+        "task.model.text.vocab_size": 128,
+        "task.model.text.context_length": 32,
         "data.train": root / "shapes/train",
         "data.workers": 0,
         "data.shuffle_buffer": 16,
@@ -71,6 +71,6 @@ def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> li
     }
     for tower in ("image", "text"):
         for name, value in encoder.items():
-            flags[f"model.{tower}.encoder.{name}"] = value
+            flags[f"task.model.{tower}.encoder.{name}"] = value
     flags.update({name.replace("__", "."): value for name, value in overrides.items()})
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

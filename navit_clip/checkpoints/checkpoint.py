@@ -3,14 +3,13 @@
 A checkpoint is a folder ``step-00001000``: `torch.distributed.checkpoint` files, and for each rank
 its data position and random generators. The training thread only copies the state to the host;
 another one writes the copy under a name of its own, and once the files of all ranks are complete
-the first rank names them in a manifest and renames the folder. A folder with the right name was
+rank 0 names them in a manifest and renames the folder. A folder with the right name was
 therefore complete, whenever the writer was killed, and `newest` compares it with its manifest,
 since disks fail too.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 import uuid
@@ -18,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from navit_clip.checkpoints.manifest import DamagedError, Manifest, file_mark, shapes
+from navit_clip.checkpoints.folder import (
+    PARTIAL,
+    REMOVED,
+    find_damage,
+    partial_folder,
+    remove,
+    saved_steps,
+    set_aside,
+    step_folder,
+)
+from navit_clip.checkpoints.manifest import DamagedError, Manifest, checksum, shapes
 from navit_clip.checkpoints.rank_state import (
     SavedPositions,
     rank_file,
@@ -37,14 +47,41 @@ from navit_clip.checkpoints.rank_state import (
 from navit_clip.data.state import LoaderPosition
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.training.config import CheckpointConfig
 
-_NAME = re.compile(r"^step-(\d{8})$")
-_PARTIAL, _REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
 # A slow disk is no failure: ranks wait for each other's writes without holding up the training.
 _WRITE_TIMEOUT = timedelta(hours=4)
 _LAST_WAIT_S = 60.0
 _SHARED_S = 20.0  # a network file system may show a new file that much later on other hosts
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is saved.
+
+    Attributes:
+        every_steps: Steps between checkpoints; one is also written at the end and on SIGTERM or
+            SIGINT.
+        keep: How many of the latest are kept.
+        keep_every: Beside those, checkpoints whose step is a multiple of this are never removed;
+            0 keeps none.
+        asynchronous: Write while the training goes on, from a copy of the state in the host's
+            memory; false writes from where the state is and lets the training wait.
+    """
+
+    every_steps: int = 1000
+    keep: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep_every < 0 or self.keep_every % max(1, self.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be 0 or a multiple of "
+                f"checkpoint.every_steps={self.every_steps}"
+            )
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Checkpoints:
@@ -72,11 +109,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None without any."""
-        return max(self._steps(), default=None)
+        return max(saved_steps(self.directory), default=None)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` steps."""
-        return self.directory / f"step-{step:08d}"
+        return step_folder(self.directory, step)
 
     def newest(self, report: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint that is as it was written; every rank calls it.
@@ -85,7 +122,7 @@ class Checkpoints:
         removed.
 
         Args:
-            report: Gets a line for each of those on the first rank.
+            report: Gets a line for each of those on rank 0.
 
         Raises:
             UserError: If there are checkpoints and all of them are damaged, or the ranks do not
@@ -93,26 +130,26 @@ class Checkpoints:
         """
         self._open()
         if self.ranks.is_first:
-            for leftover in sorted(self.directory.glob(f"step-*{_PARTIAL}")):
+            for leftover in sorted(self.directory.glob(f"step-*{PARTIAL}")):
                 report(f"checkpoint {leftover.stem} was not written to its end; removed")
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.directory.glob(f"step-*{_REMOVED}"):
+            for leftover in self.directory.glob(f"step-*{REMOVED}"):
                 shutil.rmtree(leftover, ignore_errors=True)
         damaged: list[tuple[Path, str]] = []
-        for step in self.ranks.broadcast(sorted(self._steps(), reverse=True)):
+        for step in self.ranks.broadcast(saved_steps(self.directory)[::-1]):
             damage = self._damage(step)
             if damage is None:
                 if self.ranks.is_first:
                     for path, what in damaged:
-                        report(f"{_set_aside(path, what)}; going on from step {step}")
+                        report(f"{set_aside(path, what)}; going on from step {step}")
                 return step
             damaged.append((self.path(step), damage))
         if damaged:
-            # Going on from nothing would throw the run away; that is for the user to say.
+            # Starting over would throw the run away, which only its user may do.
             path, what = damaged[0]
             raise UserError(
                 f"checkpoint {path} is damaged ({what}), and no other in {self.directory} is whole:"
-                " restore one, or use another run_dir to begin anew"
+                " restore one, or use another run_dir to start over"
             )
         return None
 
@@ -141,7 +178,7 @@ class Checkpoints:
         self._newest = step
         where: dict[str, Any] = {
             # Copied ahead to the host already; the default would reach for the first device.
-            "storage_writer": dcp.FileSystemWriter(_partial(final), per_thread_copy_ahead=0),
+            "storage_writer": dcp.FileSystemWriter(partial_folder(final), per_thread_copy_ahead=0),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -251,16 +288,8 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, the same on all ranks, each of which reads a part."""
-        found: list[str] = []
-        try:
-            manifest = Manifest.read(self.path(step))
-            own = sorted(manifest.files)[self.ranks.rank :: self.ranks.world_size]
-            manifest.check(self.path(step), own)
-            if manifest.step != step:
-                found = [f"it is of step {manifest.step}"]
-        except DamagedError as error:
-            found = [str(error)]
-        return next(iter(self.ranks.gather(found)), None)
+        found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
+        return next(iter(self.ranks.gather(list(found))), None)
 
     def _finish(
         self, step: int, own: str, weights: dict[str, list[int]], write: Callable[[], object]
@@ -271,25 +300,25 @@ class Checkpoints:
             What the disk objected to, the same on all ranks.
         """
         rank, final, problem = self.ranks.rank, self.path(step), None
-        folder, marks = _partial(final), {}
+        folder, checksums = partial_folder(final), {}
         try:
             write()  # returns or raises on all ranks alike
             rank_file(folder, rank).write_text(own)
             files = [rank_file(folder, rank), *folder.glob(f"__{rank}_*.distcp")]
             if self.ranks.is_first:
                 files.append(folder / ".metadata")
-            marks = {file.name: file_mark(file) for file in files}
+            checksums = {file.name: checksum(file) for file in files}
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _disk_error(error)
             if problem is None:
                 raise
-        parts = [(marks, problem)]
+        parts = [(checksums, problem)]
         if self._group is not None:
             parts *= self.ranks.world_size
-            dist.all_gather_object(parts, (marks, problem), group=self._group)
+            dist.all_gather_object(parts, (checksums, problem), group=self._group)
         problem = next((theirs for _, theirs in parts if theirs), None)
         if self.ranks.is_first:
-            every = {name: mark for part, _ in parts for name, mark in part.items()}
+            every = {name: value for part, _ in parts for name, value in part.items()}
             manifest = Manifest(step, self.ranks.world_size, weights, every)
             problem = problem or self._publish(manifest, final)
             if problem is not None:
@@ -300,52 +329,26 @@ class Checkpoints:
         return outcome[0]
 
     def _publish(self, manifest: Manifest, final: Path) -> str | None:
-        folder = _partial(final)
+        folder = partial_folder(final)
         try:
             manifest.write(folder)
             if final.exists():
-                _remove(final)
+                remove(final)
             folder.rename(final)
         except OSError as error:
             return error.strerror or str(error)
-        steps, every = sorted(self._steps()), self.config.keep_every
+        steps, every = saved_steps(self.directory), self.config.keep_every
         for step in steps[: -self.config.keep]:
             if not every or step % every:
-                _remove(self.path(step))
+                remove(self.path(step))
         return None
 
     def _raise(self, step: int, problem: str | None) -> None:
         if problem is not None:
             raise UserError(
                 f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
-                f"{'of step ' + str(self.latest()) if self._steps() else 'none'}"
+                f"{'of step ' + str(self.latest()) if self.latest() is not None else 'none'}"
             )
-
-    def _steps(self) -> list[int]:
-        if not self.directory.is_dir():
-            return []
-        matches = (_NAME.match(path.name) for path in self.directory.iterdir())
-        return [int(match[1]) for match in matches if match]
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(final.name + _PARTIAL)
-
-
-def _remove(path: Path) -> None:
-    """Removes a checkpoint; a kill halfway must not leave a part of it under its name."""
-    doomed = path.with_name(path.name + _REMOVED)
-    with suppress(OSError):
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _set_aside(path: Path, damage: str) -> str:
-    aside = path.with_name(path.name + _DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):
-        path.rename(aside)
-    return f"checkpoint {path.name} is damaged ({damage}), kept as {aside.name}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

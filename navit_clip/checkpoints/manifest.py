@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, sha256_of
 
+FORMAT = 2  # of a checkpoint; read no other
 _NAME = "run.json"
 
 
@@ -24,7 +26,7 @@ class DamagedError(Exception):
     """A checkpoint is not as it was written; the message says what about it."""
 
 
-def file_mark(path: Path) -> list[Any]:
+def checksum(path: Path) -> list[Any]:
     """Size in bytes and SHA-256 of a file.
 
     Raises:
@@ -46,13 +48,15 @@ class Manifest:
         step: Steps taken before it.
         world_size: Ranks of the run that wrote it.
         weights: Shapes of the model's weights, see `shapes`.
-        files: Mark of every other file of the folder, see `file_mark`.
+        files: Checksum of every other file of the folder, see `checksum`.
+        format: Of the checkpoint.
     """
 
     step: int
     world_size: int
     weights: dict[str, list[int]]
     files: dict[str, list[Any]]
+    format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         """Writes run.json.
@@ -68,10 +72,20 @@ class Manifest:
 
         Raises:
             DamagedError: If it is absent, or not what `write` wrote.
+            UserError: If another version wrote it.
         """
+        path = folder / _NAME
         try:
-            manifest = cls(**json.loads((folder / _NAME).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads(path.read_text())
+            # The first format did not say so itself.
+            found = values.get("format", 1 if "files" in values else None)
+            if found is not None and found != FORMAT:
+                raise UserError(
+                    f"{path} has format {found}, this version reads {FORMAT}: finish the run with "
+                    "the version that wrote it, or use another run_dir"
+                )
+            manifest = cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DamagedError(f"{_NAME} cannot be read: {error}") from error
         if not isinstance(manifest.files, dict) or not manifest.files:
             raise DamagedError(f"{_NAME} names no files")

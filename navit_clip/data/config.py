@@ -10,7 +10,12 @@ from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
 
 
-def _check_captions(name: str, captions: Mapping[str, float]) -> None:
+def check_captions(name: str, captions: Mapping[str, float]) -> None:
+    """Refuses weights of caption fields that cannot be drawn from.
+
+    Raises:
+        ValueError: If there is none, one is not positive or names no field; begins with `name`.
+    """
     if not captions or any(weight <= 0 for weight in captions.values()):
         raise ValueError(f"{name} must name fields with positive weights: {captions}")
     for caption_field in captions:
@@ -26,7 +31,7 @@ class DatasetConfig:
     Attributes:
         shards: Its shards, written as `DataConfig.train` is.
         weight: How many samples come from it, relative to the other datasets.
-        captions: Its own caption weights; null takes those of `DataConfig.captions`.
+        captions: Its own caption weights; null takes those of the task.
 
     Raises:
         ValueError: If a field is out of range.
@@ -45,7 +50,7 @@ class DatasetConfig:
         if self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
         if self.captions is not None:
-            _check_captions("captions", self.captions)
+            check_captions("captions", self.captions)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,6 @@ class DataConfig:
             list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
         mix: Instead of `train`, several datasets by name, each with its shards and weight.
         allow_commands: Run the shell commands of ``pipe:`` shards.
-        captions: Caption field to sampling weight: ``txt``, any text member such as
-            ``title.txt``, or ``json.FIELD``.
         resolution: How large an image becomes.
         drop: Which patches are left out.
         budget: What one batch of one rank holds.
@@ -80,7 +83,6 @@ class DataConfig:
     train: str | list[str] = field(default_factory=list)
     mix: dict[str, DatasetConfig] = field(default_factory=dict)
     allow_commands: bool = False
-    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     budget: Budgets = field(default_factory=Budgets)
@@ -98,7 +100,6 @@ class DataConfig:
         return self.mix or ({"train": DatasetConfig(self.train)} if self.train else {})
 
     def __post_init__(self) -> None:
-        _check_captions("captions", self.captions)
         if self.train and self.mix:
             raise ValueError("train and mix exclude each other: give all datasets to mix")
         for name in ("look_ahead", "shuffle_buffer", "prefetch", "max_bad_samples"):

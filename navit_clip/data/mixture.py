@@ -22,13 +22,13 @@ class Dataset:
     Attributes:
         name: As configured.
         weight: Fraction of the samples that come from it.
-        captions: Caption field to sampling weight.
+        captions: Caption field to sampling weight; None takes those of the task.
         shards: Numbers of its shards.
     """
 
     name: str
     weight: float
-    captions: Mapping[str, float]
+    captions: Mapping[str, float] | None
     shards: range
 
 
@@ -61,9 +61,8 @@ class Mixture:
         for name, dataset in config.datasets.items():
             first = len(shards)
             shards += expand_shards(dataset.patterns, allow_commands=config.allow_commands)
-            captions = dataset.captions or config.captions
             own = range(first, len(shards))
-            datasets.append(Dataset(name, dataset.weight / total, captions, own))
+            datasets.append(Dataset(name, dataset.weight / total, dataset.captions, own))
         # Two datasets may share shards, with other captions say.
         unique = list(dict.fromkeys(shards))
         names = dict(zip(unique, shard_names(unique), strict=True))

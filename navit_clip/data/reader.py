@@ -241,7 +241,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
             if self._bad_in_a_row >= self.config.max_bad_samples:
                 raise UserError(
                     f"{self._bad_in_a_row} unusable samples in a row, the last one {raw.id}: "
-                    f"{error}; check data.captions and the shards"
+                    f"{error}; check the fields that the task reads (task.captions) and the shards"
                 ) from error
             return None
         self._bad_in_a_row = 0

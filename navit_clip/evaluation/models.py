@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,12 +130,19 @@ class PackedModel(Model):
     Args:
         model: With its tokenizer and preprocessing.
         name: For tables and results.
+        around: A context for each call of a tower, autocast for one; similarities and metrics stay
+            in float32.
     """
 
-    def __init__(self, model: NaViTCLIP, name: str) -> None:
+    def __init__(
+        self,
+        model: NaViTCLIP,
+        name: str,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         assert model.tokenizer is not None
         assert model.preprocess is not None
-        self.model, self.name = model, name
+        self.model, self.name, self._around = model, name, around
         self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
         self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
         self._padding_tokens = 0
@@ -170,7 +178,7 @@ class PackedModel(Model):
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
         """Packed by token budget."""
         # Counted where the tower sees it: how streams are made is not this module's business.
-        with self.model.image.register_forward_pre_hook(self._count):
+        with self.model.image.register_forward_pre_hook(self._count), self._around():
             return image_vectors(self.model, images)
 
     def _count(self, tower: nn.Module, inputs: tuple[PackedImages, ...]) -> None:
@@ -178,7 +186,8 @@ class PackedModel(Model):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Packed by token budget."""
-        return text_vectors(self.model, self.tokenizer, texts)
+        with self._around():
+            return text_vectors(self.model, self.tokenizer, texts)
 
     @property
     def embed_dim(self) -> int:

@@ -126,7 +126,7 @@ def _training(run_dir: Path) -> list[str]:
     config = _read_yaml(run_dir / "config.yaml")
     metrics = _read_lines(run_dir / "metrics.jsonl")
     data, optim = _group(config, "data"), _group(config, "optim")
-    init = _group(config, "init")
+    init, task = _group(config, "init"), _group(config, "task")
     rows: list[list[object]] = []
 
     def add(name: str, value: object) -> None:
@@ -135,7 +135,7 @@ def _training(run_dir: Path) -> list[str]:
 
     add("began with", _settings(init, ("model", "weights")))
     add("data", ", ".join(_sources(data)))
-    captions = data.get("captions")
+    captions = task.get("captions")
     add("captions", ", ".join(captions) if isinstance(captions, dict) else captions)
     resolution, drop = _group(data, "resolution"), _group(data, "drop")
     sides = ("min_side", "max_side") if resolution.get("mode") == "sampled" else ()
@@ -152,7 +152,7 @@ def _training(run_dir: Path) -> list[str]:
         add("examples seen", f"{pairs:,.0f}" if pairs else None)
     add("optimiser", _settings(optim, ("kind", "lr", "weight_decay")))
     add("schedule", _settings(_group(optim, "schedule"), ("kind", "warmup_steps")))
-    add("loss", _group(config, "loss").get("kind"))
+    add("loss", _group(task, "loss").get("kind"))
     add("precision", config.get("precision"))
     add("seed", config.get("seed"))
     for name in _METRICS:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
 
 from navit_clip.distributed import join_ranks
 from navit_clip.errors import one_line_errors
-from navit_clip.training.config import parse_config, write_config
+from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import train
 from navit_clip.training.watchdog import failing_at_once
 
@@ -25,10 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tr
     with one_line_errors(prog):
         config, resolved = parse_config(sys.argv[1:] if argv is None else argv, prog)
         with join_ranks(config.device) as ranks, failing_at_once(ranks.world_size):
-            if ranks.is_first:
-                write_config(Path(config.run_dir), resolved)
-            ranks.barrier()
-            train(config, yaml.safe_load(resolved), ranks)
+            train(config, resolved, ranks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The best model so far: exported whenever its figure beats those before it.
+"""The best model so far: exported whenever its metric beats those before it.
 
 `navit_clip.training.evaluation` offers it every new value of the chosen metric; the folder beside
 ``model/`` has the same form, and ``best.json`` in it says which value and step it is of.
@@ -18,7 +18,7 @@ MARK = "best.json"
 
 
 class BestModel:
-    """``best/`` of a run directory, written by the first rank.
+    """``best/`` of a run directory, written by rank 0.
 
     Args:
         run_dir: Where it lies.
@@ -53,7 +53,7 @@ class BestModel:
         """Keeps a model if it is better than all before it.
 
         Args:
-            value: Its figure; one that is no number never is better.
+            value: Of its metric; NaN and infinity are never better.
             step: Steps it was trained for.
             save: Writes the model to a folder.
 

@@ -2,101 +2,38 @@
 
 Parsed by jsonargparse, so every field is a flag of its own name (``--optim.lr 1e-3``), typed and
 documented by its docstring; `navit_clip.training.__main__` is the only reader of the command line.
+Each part stands beside the class that it configures and is handed down to it; nothing but
+`trainer` sees the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from navit_clip.checkpoints.checkpoint import CheckpointConfig
 from navit_clip.configs import check_choices
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
 from navit_clip.files import write_output
-from navit_clip.models.clip import CLIPConfig
 from navit_clip.recipes import with_recipe_paths
+from navit_clip.tasks.base import TaskConfig
+from navit_clip.tasks.registry import task_config
+from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.load import TokenizerConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.evaluation import EvalConfig
-from navit_clip.training.freeze import TOWERS, LockConfig
+from navit_clip.training.metrics import LogConfig
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
-from navit_clip.training.starting_weights import InitConfig, check_shape, known_shape
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The contrastive loss.
-
-    Attributes:
-        kind: ``softmax`` (CLIP), or ``sigmoid`` (SigLIP), which needs model.init_bias.
-        chunk_size: Side of the largest block of logits that ever exists; null takes what suits
-            the device.
-    """
-
-    kind: Literal["softmax", "sigmoid"] = "softmax"
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"loss.chunk_size must be at least 1, got {self.chunk_size}")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run's state is saved.
-
-    Attributes:
-        every_steps: Steps between checkpoints; one is also written at the end and on SIGTERM or
-            SIGINT.
-        keep: How many of the latest are kept.
-        keep_every: Beside those, checkpoints whose step is a multiple of this are kept for ever;
-            0 keeps none.
-        asynchronous: Write while the training goes on, from a copy of the state in the host's
-            memory; false writes from where the state is and lets the training wait.
-    """
-
-    every_steps: int = 1000
-    keep: int = 2
-    keep_every: int = 0
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        if self.keep_every < 0 or self.keep_every % max(1, self.every_steps):
-            raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} must be 0 or a multiple of "
-                f"checkpoint.every_steps={self.every_steps}"
-            )
-        for name in ("every_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What the run reports.
-
-    Attributes:
-        every_steps: Steps between lines of metrics.jsonl and points on the dashboard.
-        wandb: ``online``, ``offline`` (files for `wandb sync`), or ``disabled``.
-        wandb_project: Project on the dashboard.
-        wandb_name: Name of the run there; null takes the run directory's.
-        pairs: Also write the ids of every step's pairs, to pairs-RANK.jsonl.
-    """
-
-    every_steps: int = 10
-    wandb: Literal["online", "offline", "disabled"] = "disabled"
-    wandb_project: str = "navit-clip"
-    wandb_name: str | None = None
-    pairs: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
+_DEFAULT_TASK = "contrastive"
 
 
 @dataclass(frozen=True)
@@ -107,27 +44,25 @@ class TrainConfig:
         run_dir: Where config, metrics, checkpoints and the exported model go; the same directory
             again continues the run.
         steps: Optimiser steps of the whole run.
-        tokenizer: How captions become token ids; null takes that of `init`.
+        task: What is trained, chosen by ``task.kind``.
+        tokenizer: How text becomes token ids; null takes that of `init`.
         init: The model whose weights the run starts from.
-        lock: Which towers keep them.
-        model: Shape of both towers; that of `init` if it is given.
         data: What is read and how it is packed.
         optim: Optimiser and learning rate.
-        loss: The contrastive loss.
         parallel: How ranks share the model, and what is traded for memory and speed.
-        ema: The moving average of the weights.
+        ema: The EMA of the weights.
         checkpoint: When the state is saved.
         log: What is reported.
         eval: What is evaluated during the training.
-        accumulate: Micro-batches of each rank per step. Their pairs form one batch of the loss, as
-            if they had fitted into memory together, for one more forward pass (GradCache); with
-            1 there is none.
-        on_nonfinite: When the loss or the gradient is not a number: ``stop`` the run, or ``skip``
-            the step and leave the weights as they are.
+        accumulate: Micro-batches of each rank per step. Their examples form one batch of the loss,
+            as if they had fitted into memory together; a contrastive loss takes one more forward
+            pass for it (GradCache).
+        on_nonfinite: When the loss or the gradient is NaN or infinite: ``stop`` the run, or
+            ``skip`` the step and leave the weights as they are.
         max_skipped_in_row: With ``skip``: a run that has skipped so many steps in a row stops.
         stall_timeout_s: A rank that makes no progress for so many seconds writes the stacks of its
             threads to stalls/ and standard error, and ends after as many again; checkpoints and
-            the first step are given three times as much. 0 waits for ever.
+            the first step are given three times as much. 0 waits without limit.
         seed: Of initialisation and of everything random about the data.
         precision: ``bf16`` runs matrix products under autocast; parameters stay float32.
         device: ``auto`` takes CUDA if there is one.
@@ -135,13 +70,11 @@ class TrainConfig:
 
     run_dir: str
     steps: int
+    task: TaskConfig
     tokenizer: TokenizerConfig | None = None
-    model: CLIPConfig = field(default_factory=CLIPConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    lock: LockConfig = field(default_factory=LockConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -162,44 +95,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.stall_timeout_s < 0:
             raise ValueError(f"stall_timeout_s must not be negative, got {self.stall_timeout_s}")
-        if self.tokenizer is None and self.init.model is None:
+        if self.task.needs_tokenizer and self.tokenizer is None and self.init.model is None:
             raise ValueError(
                 "tokenizer is missing: give tokenizer.path, or init.model with its own"
             )
-        for tower in TOWERS:
-            depth = getattr(self.model, tower).encoder.depth
-            if self.lock.unlocked_blocks(tower) > depth:
-                raise ValueError(
-                    f"lock.{tower}_unlocked_blocks={self.lock.unlocked_blocks(tower)} exceeds the "
-                    f"{depth} blocks of model.{tower}.encoder"
-                )
         schedule = self.optim.schedule
         if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
             raise ValueError(
                 f"steps={self.steps} cannot hold {schedule.warmup_steps} warm-up and "
                 f"{schedule.cooldown_steps} cool-down steps: lower optim.schedule's or raise steps"
             )
-        if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
-            raise ValueError(
-                "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10); got "
-                f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
-            )
-        resolution = self.data.resolution
-        self.data.budget.check(
-            {
-                "image": (resolution.max_tokens, "data.resolution.max_tokens"),
-                "text": (self.model.text.context_length, "model.text.context_length"),
-            }
-        )
-        square = max(1, resolution.max_side // self.model.image.patch_size)
-        if resolution.mode == "square" and (
-            square**2 > resolution.max_tokens or square > self.model.image.position.max_grid_side
-        ):
-            raise ValueError(
-                f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
-                f"past data.resolution.max_tokens={resolution.max_tokens} or "
-                f"model.image.position.table_side={self.model.image.position.table_side}"
-            )
+        self.task.check(self.data)
 
 
 def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[TrainConfig, str]:
@@ -216,28 +122,52 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         UserError: For an unknown key, a bad value or a missing file; names it.
         SystemExit: After ``--help`` and ``--print_config``.
     """
+    argv = with_recipe_paths(argv)
+    task = task_config(_task_kind(argv))
     parser = ArgumentParser(
-        prog=prog, description="Train a packed NaViT CLIP.", exit_on_error=False
+        prog=prog, description="Train a packed NaViT model.", exit_on_error=False
     )
     parser.add_argument(
         "--config", action="config", help="a recipe's name or a YAML file; later flags override it"
     )
-    parser.add_class_arguments(TrainConfig)
-    argv = with_recipe_paths(argv)
+    parser.add_class_arguments(TrainConfig, skip={"task"})
+    parser.add_class_arguments(task, "task")
     try:
         namespace = parser.parse_args(argv)
         init = InitConfig(**namespace["init"].as_dict())
-        shape = known_shape(init, Path(namespace["run_dir"]))
-        if shape is not None:  # what the configuration leaves out of `model` is the source's
-            parser.set_defaults({"model": asdict(shape)})
+        run_dir = Path(namespace["run_dir"])
+        # What the configuration leaves out is as in the model that the run starts from.
+        if defaults := task.defaults_from(init, run_dir):
+            parser.set_defaults({f"task.{name}": value for name, value in defaults.items()})
             namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_plain(str(error))) from error
-    if shape is not None:
-        check_shape(config.model, shape, config.init)
+    config.task.check_source(config.init, run_dir)
     return config, parser.dump(namespace)
+
+
+def _task_kind(argv: Sequence[str]) -> str:
+    """``task.kind`` of the words, by which the parser of all others is chosen."""
+    kind = _DEFAULT_TASK
+    words = [part for word in argv for part in word.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag == "--task.kind":
+            kind = value
+        elif flag == "--config":
+            kind = _kind_in(value) or kind
+    return kind
+
+
+def _kind_in(path: str) -> str | None:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # the parser says what is wrong with it
+    task = values.get("task") if isinstance(values, Mapping) else None
+    kind: Any = task.get("kind") if isinstance(task, Mapping) else None
+    return kind if isinstance(kind, str) else None
 
 
 def write_config(run_dir: Path, resolved: str) -> None:

@@ -1,6 +1,6 @@
-"""A moving average of the weights, updated after each step.
+"""The EMA of the weights, updated after each step.
 
-Held by `navit_clip.training.step`, saved in checkpoints beside the weights, and exported in their
+Held by `step`, saved in checkpoints beside the weights, and exported in their
 place: the average is usually the better model, the weights themselves remain in the checkpoints.
 """
 
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from navit_clip.training.parallel import local
+from navit_clip.training.parallel import local_tensor
 
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """The moving average of the weights.
+    """The EMA of the weights.
 
     Attributes:
-        decay: Share of the old average kept at each step, 0.9999 say; 0 keeps no average. With
-            one, model/ of the run directory holds the average instead of the last weights.
+        decay: Fraction of the old average kept at each step, such as 0.9999; 0 keeps none. With
+            one, model/ of the run directory holds the EMA instead of the last weights.
 
     Raises:
         ValueError: If `decay` is not in [0, 1).
@@ -43,7 +43,7 @@ class EMA:
     Args:
         model: Whose weights; possibly sharded, but not yet trained. Locked ones stay what they are
             and are not averaged.
-        decay: Share of the old average kept.
+        decay: Fraction of the old average kept.
 
     Attributes:
         weights: The averages by parameter name, sharded as the parameters are.
@@ -60,9 +60,9 @@ class EMA:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Goes on from saved averages, sharded as these are."""
         for name, average in self.weights.items():
-            local(average).copy_(local(weights[name]))
+            local_tensor(average).copy_(local_tensor(weights[name]))
 
     def update(self, model: nn.Module) -> None:
-        """Takes the weights after a step into the average."""
-        current = [local(p.detach()) for p in model.parameters() if p.requires_grad]
-        self._average([local(average) for average in self.weights.values()], current, 0)
+        """Updates the averages with the weights after a step."""
+        current = [local_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
+        self._average([local_tensor(average) for average in self.weights.values()], current, 0)

@@ -1,9 +1,8 @@
 """Evaluation during training: evaluators at their own cadences, on all ranks.
 
-`navit_clip.training.trainer` asks `Evaluations` after each step. Each rank gets a second model, of
-the very weights that would be exported: without sharding or an EMA they are shared, not copied. The
-training goes on as if nothing had been: its model is never called, and its random generators are
-put back.
+`trainer` asks `Evaluations` after each step. Each rank gets a second model, of the very weights
+that would be exported: without sharding or an EMA they are shared, not copied. The training goes on
+as if nothing had been: its model is never called, and its random generators are put back.
 """
 
 from __future__ import annotations
@@ -16,31 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from torch import Tensor
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
-from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.evaluation.results import EvalResult, Metric
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import write_output
-from navit_clip.inference.preprocess import Preprocess
-from navit_clip.model import NaViTCLIP
-from navit_clip.packed.images import ImagePatches
+from navit_clip.tasks.base import ExportedModel, Task
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
-from navit_clip.training.parallel import whole
-from navit_clip.training.watchdog import StallWatch
-
-if TYPE_CHECKING:  # the run's configuration contains this module's
-    from navit_clip.training.config import TrainConfig
-    from navit_clip.training.step import Stepper
+from navit_clip.training.step import Precision, Stepper
+from navit_clip.training.watchdog import Watchdog
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -145,9 +137,12 @@ class Evaluations:
     """The evaluations of one run.
 
     Args:
-        config: Of the run; its directory gets eval/ and best/.
+        config: What is evaluated, and when.
+        run_dir: Gets eval/ and best/.
+        steps: Of the whole run; the last one is always evaluated.
+        precision: Of the run, and of its model in evaluations.
+        task: Exports the weights, and says how evaluators see the exported model.
         tokenizer: Of the run.
-        preprocess: How the trained model wants its images.
         ranks: This process among all of them.
 
     Raises:
@@ -156,23 +151,30 @@ class Evaluations:
 
     def __init__(
         self,
-        config: TrainConfig,
-        tokenizer: Tokenizer,
-        preprocess: Preprocess,
+        config: EvalConfig,
+        run_dir: Path,
+        steps: int,
+        precision: Precision,
+        task: Task,
+        tokenizer: Tokenizer | None,
         ranks: Ranks,
     ) -> None:
         self.config, self.ranks = config, ranks
-        self._run_dir = Path(config.run_dir)
-        self._tokenizer, self._preprocess = tokenizer, preprocess
-        self._plans = config.eval.plans()
-        if self._plans:
-            self._check_data()
+        self._run_dir, self._steps, self._precision = run_dir, steps, precision
+        self._task, self._tokenizer = task, tokenizer
+        self._plans = config.plans()
+        if not self._plans:
+            if config.best is not None:
+                raise UserError(f"eval.best: {config.best!r} needs eval.evaluators")
+            return
+        with torch.device("meta"):  # of shapes alone
+            model = task.eval_model(task.export(None, tokenizer), "")
+        self._check_data(model)
         self._best: BestModel | None = None
-        best = config.eval.best
-        if best is not None:
-            metric = self._find_metric(best)
+        if config.best is not None:
+            metric = self._find_metric(config.best, model.own_setting)
             if ranks.is_first:
-                self._best = BestModel(self._run_dir, best, lower=metric.lower_is_better)
+                self._best = BestModel(run_dir, config.best, lower=metric.lower_is_better)
 
     def due(self, step: int, logged: Collection[str] = ()) -> list[str]:
         """Names of the evaluators that are due.
@@ -184,12 +186,12 @@ class Evaluations:
         return [
             name
             for name, plan in self._plans.items()
-            if (step % plan.every_steps == 0 or step == self.config.steps)
+            if (step % plan.every_steps == 0 or step == self._steps)
             and not any(key.startswith(f"eval/{name}/") for key in logged)
         ]
 
     def run(
-        self, names: Sequence[str], step: int, stepper: Stepper, watch: StallWatch
+        self, names: Sequence[str], step: int, stepper: Stepper, watchdog: Watchdog
     ) -> Iterator[LoggedResult]:
         """Evaluates the weights as they are; every rank consumes the whole iterator.
 
@@ -197,7 +199,7 @@ class Evaluations:
             names: From `due`, the same on all ranks.
             step: Steps taken.
             stepper: Holds the weights.
-            watch: Gets a heartbeat whenever an evaluation has come further.
+            watchdog: Gets a heartbeat whenever an evaluation has come further.
 
         Yields:
             What each evaluator measured, on rank 0 alone.
@@ -207,21 +209,29 @@ class Evaluations:
         """
         if not names:
             return
-        trained = exported(stepper)
-        trained.tokenizer, trained.preprocess = self._tokenizer, self._preprocess
+        with _generators_kept(self.ranks.device):
+            trained = self._task.export(stepper.full_weights(), self._tokenizer)
         for name in names:
             plan, since = self._plans[name], time.perf_counter()
-            beat = partial(watch.begin, f"the evaluation {name} of step {step}", slow=True)
+            beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
             beat()
             title = f"{self._run_dir} step {step}"
-            model = _InTraining(trained, title, self.config.precision, beat)
+            model = self._task.eval_model(trained, title, partial(self._running, beat))
             with _generators_kept(self.ranks.device):
-                result = plan.kind(plan.spec).run(model, self.ranks, self.config.eval.workers)
+                result = plan.kind(plan.spec).run(model, self.ranks, self.config.workers)
             if result is not None:
                 yield self._log(name, step, result, trained, since)
 
+    @contextmanager
+    def _running(self, beat: Callable[[], None]) -> Iterator[None]:
+        """Around each call of the model: under the run's precision, and reported as progress."""
+        beat()
+        bf16 = self._precision == "bf16"
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
+            yield
+
     def _log(
-        self, name: str, step: int, result: EvalResult, model: NaViTCLIP, since: float
+        self, name: str, step: int, result: EvalResult, model: ExportedModel, since: float
     ) -> LoggedResult:
         path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
         write_output(path, json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")
@@ -247,19 +257,15 @@ class Evaluations:
         logged[f"eval/{name}/seconds"] = seconds
         return LoggedResult(logged, f"{line} ({seconds:.1f} s)")
 
-    def _check_data(self) -> None:
+    def _check_data(self, model: Model) -> None:
         """Opens everything once: better one line now than after a day."""
-        with torch.device("meta"):  # of shapes alone
-            model = NaViTCLIP(self.config.model, self._tokenizer, self._preprocess)
-        packed = PackedModel(model, "")
         for name, plan in self._plans.items():
             try:
-                plan.kind(plan.spec).check(packed)
+                plan.kind(plan.spec).check(model)
             except UserError as error:
                 raise UserError(f"eval.evaluators.{name}: {error}") from error
 
-    def _find_metric(self, best: str) -> Metric:
-        own = EvalSetting("capped", self._preprocess.max_tokens)
+    def _find_metric(self, best: str, own: EvalSetting) -> Metric:
         known = {
             _key(name, None if setting == own else setting, key): metric
             for name, plan in self._plans.items()
@@ -267,50 +273,8 @@ class Evaluations:
             for key, metric in plan.kind.METRICS.items()
         }
         if best not in known:
-            options = ", ".join(known) or "nothing without eval.evaluators"
-            raise UserError(f"eval.best: no evaluator reports {best!r}, only {options}")
+            raise UserError(f"eval.best: no evaluator reports {best!r}, only {', '.join(known)}")
         return known[best]
-
-
-class _InTraining(PackedModel):
-    """A model under the run's precision, which says that it goes on."""
-
-    def __init__(
-        self,
-        model: NaViTCLIP,
-        name: str,
-        precision: Literal["fp32", "bf16"],
-        beat: Callable[[], None],
-    ) -> None:
-        super().__init__(model, name)
-        self._beat = beat
-        # Around the towers alone: similarities and metrics stay in float32.
-        self._autocast = torch.autocast(
-            model.device.type, torch.bfloat16, enabled=precision == "bf16"
-        )
-
-    def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
-        self._beat()
-        with self._autocast:
-            return super().embed_images(images)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        self._beat()
-        with self._autocast:
-            return super().embed_texts(texts)
-
-
-def exported(stepper: Stepper) -> NaViTCLIP:
-    """The whole model as it would be exported, on every rank's device; a collective call.
-
-    Costs no memory for weights that this rank holds in whole, since these are shared; shards are
-    gathered, all of them at once.
-    """
-    weights = stepper.weights()
-    with _generators_kept(stepper.ranks.device):
-        model = NaViTCLIP(stepper.model.config)
-    model.load_state_dict({n: whole(w.detach()) for n, w in weights.items()}, assign=True)
-    return model.to(stepper.ranks.device).eval()
 
 
 @contextmanager

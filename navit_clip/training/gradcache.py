@@ -1,24 +1,24 @@
 """GradCache: a step over k micro-batches that equals one over a batch k times as large.
 
-Called by `navit_clip.training.step` when a step takes several micro-batches. The contrastive loss
-needs all features at once, so summing the losses of micro-batches would be another objective. Here
-every micro-batch is embedded without a graph; the loss over all features of all ranks gives their
-gradients; then each micro-batch is embedded again, with a graph, and takes its features' gradients
-back through the towers (Gao et al., arXiv 2101.06983). Activations of one micro-batch are held at a
-time, for one more forward pass.
+Called by `step` for a task whose loss couples examples. Such a loss needs all outputs at once;
+summing the losses of micro-batches would be another objective. Here every micro-batch is embedded
+without a graph; the loss over all outputs of all ranks gives their gradients; then each micro-batch
+is embedded again, with a graph, and takes its outputs' gradients back through the model (Gao et
+al., arXiv 2101.06983). Activations of one micro-batch are held at a time, for one more forward
+pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from navit_clip.data.builders.pairs import PairInputs
-from navit_clip.models.clip import CLIPOutput
-from navit_clip.packed.batch import Batch
+from navit_clip.packed.batch import Inputs
+from navit_clip.tasks.base import Loss
 from navit_clip.training.parallel import ParallelModel
 
 
@@ -41,67 +41,70 @@ class _RandomState:
 
 
 def cached_backward(
-    batches: Sequence[Batch[PairInputs]],
+    inputs: Sequence[Inputs],
     parallel: ParallelModel,
-    embed: Callable[[Batch[PairInputs]], CLIPOutput],
-    loss_of: Callable[[CLIPOutput], Tensor],
-) -> tuple[Tensor, CLIPOutput]:
+    embed: Callable[[Inputs], Any],
+    loss_of: Callable[[Any], Loss],
+    device: torch.device,
+) -> tuple[Loss, Any]:
     """Adds the gradient of the loss over all micro-batches to the parameters.
 
     Gradients are reduced over the ranks once, with the last micro-batch. A collective call: every
-    rank brings the same number of micro-batches, of any number of pairs each.
+    rank brings the same number of micro-batches, of any number of examples each.
 
     Args:
-        batches: This rank's micro-batches, at least one, on its device.
+        inputs: Of this rank's micro-batches, at least one, on its device.
         parallel: Says how gradients are reduced.
-        embed: The forward pass through `parallel`; what is random in it (dropout) is the same in
-            both passes.
-        loss_of: The loss over the pairs of all ranks, of one output that holds all micro-batches.
+        embed: The forward pass through `parallel`, to a NamedTuple of tensors [E, …], scalars and
+            None; what is random in it (dropout) is the same in both passes.
+        loss_of: The loss over the examples of all ranks, of one output that holds all
+            micro-batches.
+        device: Of the inputs.
 
     Returns:
         The loss, and the output over all micro-batches, in their order, without a graph.
     """
-    device = parallel.model.device
     states, outputs = [], []
     with torch.no_grad():
-        for batch in batches:
+        for part in inputs:
             states.append(_RandomState.now(device))
-            outputs.append(embed(batch))
-    sizes = [len(output.image_ED) for output in outputs]
-    leaves = CLIPOutput(
-        torch.cat([output.image_ED for output in outputs]).requires_grad_(),
-        torch.cat([output.text_ED for output in outputs]).requires_grad_(),
-        outputs[-1].logit_scale.detach().requires_grad_(),
-        _leaf(outputs[-1].logit_bias),
-    )
+            outputs.append(embed(part))
+    leaves = [_leaf(values) for values in zip(*outputs, strict=True)]
+    sizes = [_examples(output) for output in outputs]
+    whole = type(outputs[0])(*leaves)
     outputs.clear()
-    loss = loss_of(leaves)
-    (loss * parallel.gradient_factor).backward()
-    image_gradients, text_gradients = (_gradient(x).split(sizes) for x in leaves[:2])
-    for number, (batch, state) in enumerate(zip(batches, states, strict=True), 1):
-        last = number == len(batches)
+    loss = loss_of(whole)
+    (loss.total * parallel.gradient_factor).backward()
+    gradients = [None if leaf is None else leaf.grad for leaf in leaves]
+    for number, (part, state) in enumerate(zip(inputs, states, strict=True)):
+        last = number == len(inputs) - 1
         with parallel.reducing(last=last):
             state.restore(device)
-            output = embed(batch)
-            heads: list[Tensor] = [output.image_ED, output.text_ED]
-            gradients = [image_gradients[number - 1], text_gradients[number - 1]]
-            if last:  # scale and bias are the same in every micro-batch: their gradient counts once
-                heads.append(output.logit_scale)
-                gradients.append(_gradient(leaves.logit_scale))
-                if output.logit_bias is not None and leaves.logit_bias is not None:
-                    heads.append(output.logit_bias)
-                    gradients.append(_gradient(leaves.logit_bias))
-            # A locked tower without a projection takes no gradient.
-            taking = [i for i, head in enumerate(heads) if head.requires_grad]
-            if taking:
-                torch.autograd.backward([heads[i] for i in taking], [gradients[i] for i in taking])
-    return loss.detach(), leaves
+            heads, head_gradients = [], []
+            for value, gradient in zip(embed(part), gradients, strict=True):
+                # A frozen part of the model takes no gradient.
+                if gradient is None or not value.requires_grad:
+                    continue
+                if value.ndim:
+                    gradient = gradient.split(sizes)[number]
+                elif not last:  # the same in every micro-batch: its gradient counts once
+                    continue
+                heads.append(value)
+                head_gradients.append(gradient)
+            if heads:
+                torch.autograd.backward(heads, head_gradients)
+    return Loss(loss.total.detach(), loss.metrics), whole
 
 
-def _leaf(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().requires_grad_()
+def _leaf(values: Sequence[Tensor | None]) -> Tensor | None:
+    """One field of all micro-batches' outputs: rows concatenated, a scalar as it is."""
+    first = values[-1]
+    if first is None:
+        return None
+    if not first.ndim:
+        return first.detach().requires_grad_()
+    return torch.cat([value for value in values if value is not None]).requires_grad_()
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None  # every leaf takes part in the loss
-    return leaf.grad
+def _examples(output: Sequence[Tensor | None]) -> int:
+    return next(len(value) for value in output if value is not None and value.ndim)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -20,16 +20,38 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write
 from navit_clip.packed.batch import Batch
-from navit_clip.training.config import LogConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the run reports.
+
+    Attributes:
+        every_steps: Steps between lines of metrics.jsonl and points on the dashboard.
+        wandb: ``online``, ``offline`` (files for `wandb sync`), or ``disabled``.
+        wandb_project: Project on the dashboard.
+        wandb_name: Name of the run there; null takes the run directory's.
+        samples: Also write the ids of every step's samples, to samples-RANK.jsonl.
+    """
+
+    every_steps: int = 10
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    wandb_project: str = "navit-clip"
+    wandb_name: str | None = None
+    samples: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
 @dataclass
-class Window:
-    """Counts since the last logged step on one rank.
+class Interval:
+    """Counts of one logging interval on one rank.
 
     Attributes:
         streams: Names of the task's streams.
-        sources: Names of the datasets that are mixed.
+        datasets: Names of the datasets that are mixed.
         steps: Steps taken.
         examples: Examples trained on.
         tokens: Real tokens of each stream, after drop.
@@ -38,12 +60,12 @@ class Window:
         slots: Tokens that the model computed, padding included.
         wait: Seconds spent waiting for data.
         skipped: Samples skipped.
-        by_source: Examples by dataset.
-        since: When the window began.
+        by_dataset: Examples by dataset.
+        since: When the interval began.
     """
 
     streams: Sequence[str] = ()
-    sources: Sequence[str] = ()
+    datasets: Sequence[str] = ()
     steps: int = 0
     examples: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
@@ -52,7 +74,7 @@ class Window:
     slots: int = 0
     wait: float = 0.0
     skipped: int = 0
-    by_source: Counter[str] = field(default_factory=Counter)
+    by_dataset: Counter[str] = field(default_factory=Counter)
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, batch: Batch[Any], wait: float, flops: float) -> None:
@@ -66,17 +88,17 @@ class Window:
             self.slots += stream.slots
         self.wait += wait
         self.skipped += sum(counts.skipped.values())
-        self.by_source += counts.sources
+        self.by_dataset += counts.sources
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside counts as no time of the training's."""
+        """What is done inside does not count as time of the training."""
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
 
     def rates(self, ranks: Ranks) -> dict[str, float]:
-        """Figures of the window over all ranks; every rank calls it."""
+        """Metrics of the interval over all ranks; every rank calls it."""
         seconds = time.perf_counter() - self.since
         examples, flops, before, slots, wait, skipped, *by_name = ranks.sum(
             [
@@ -87,14 +109,14 @@ class Window:
                 self.wait,
                 self.skipped,
                 *(self.tokens[name] for name in self.streams),
-                *(self.by_source[name] for name in self.sources),
+                *(self.by_dataset[name] for name in self.datasets),
             ]
         )
         count = len(self.streams)
         by_stream = dict(zip(self.streams, by_name[:count], strict=True))
-        by_source = dict(zip(self.sources, by_name[count:], strict=True))
+        by_dataset = dict(zip(self.datasets, by_name[count:], strict=True))
         tokens = sum(by_stream.values())
-        shares = {f"share/{name}": taken / examples for name, taken in by_source.items()}
+        shares = {f"share/{name}": taken / examples for name, taken in by_dataset.items()}
         return {
             "examples": examples,
             "examples_per_s": examples / seconds,
@@ -111,7 +133,7 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl and wandb, written by the first rank.
+    """metrics.jsonl and wandb, written by rank 0.
 
     Args:
         run_dir: Where metrics.jsonl lies.
@@ -135,7 +157,7 @@ class MetricsLog:
 
     def write(self, values: dict[str, float]) -> None:
         """Appends one line; visible at once to whoever follows the file."""
-        # A skipped step's loss is not a number, and NaN is not JSON.
+        # A skipped step's loss may be NaN, which is not JSON.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -143,7 +165,7 @@ class MetricsLog:
             self._wandb.log(values, step=int(values["step"]))
 
     def close(self) -> None:
-        """Ends the file and the dashboard."""
+        """Closes the file and the dashboard."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -194,7 +216,7 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
         raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
 
 
-# tqdm's own leaves 28 of 80 columns to the figures, and cuts what is longer.
+# tqdm's default leaves 28 of 80 columns to the metrics, and cuts what is longer.
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
@@ -204,7 +226,7 @@ class Progress:
     Args:
         steps: Steps of the whole run.
         step: Steps done before.
-        visible: False on all ranks but the first.
+        visible: False on all ranks but rank 0.
     """
 
     def __init__(self, steps: int, step: int, *, visible: bool) -> None:
@@ -220,7 +242,7 @@ class Progress:
             self._bar.update()
 
     def show(self, values: dict[str, float]) -> None:
-        """Shows the figures of a logged step."""
+        """Shows metrics of a logged step."""
         speed = f"loss {values['loss']:.3f}, {values['examples_per_s']:,.0f} examples/s"
         wait = f"data wait {values['data_wait']:.1%}"
         if self._bar is not None:
@@ -235,8 +257,8 @@ class Progress:
                 flush=True,
             )
 
-    def say(self, line: str) -> None:
-        """Prints a line without tearing the bar."""
+    def log(self, line: str) -> None:
+        """Prints a line above the bar."""
         if self.visible:
             tqdm.write(line) if self._bar is not None else print(line, flush=True)
 

@@ -1,10 +1,9 @@
-"""What a step ought to cost and what its machine could do: FLOPs counted, peaks, memory.
+"""The FLOPs meter: what a batch ought to cost, what its machine could do, and memory.
 
-The trainer hands each batch to `Accounting.flops` before the step and asks for the figures of a
-logged step; `navit_clip.training.metrics` adds up and writes. MFU is PaLM's (arXiv 2204.02311,
-appendix B): the FLOPs of one forward and one backward pass of the model as it is, per second, over
-the machine's peak. What padding, GradCache's extra forward pass and recomputed blocks cost beyond
-that counts as time only.
+The task counts FLOPs; `FlopsMeter` compares them with the peak of the devices. MFU is PaLM's (arXiv
+2204.02311, appendix B): the FLOPs of one forward and one backward pass of the model as it is, per
+second, over the machine's peak. What padding, GradCache's extra forward pass and activation
+checkpointing cost beyond that counts as time only.
 """
 
 from __future__ import annotations
@@ -16,12 +15,7 @@ from pathlib import Path
 
 import torch
 
-from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIPConfig
-from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
-from navit_clip.packed.batch import Batch
-from navit_clip.training.freeze import LockConfig
 
 # Dense TFLOP/s in bf16 (tensor cores, float32 sums) and fp32 (no TF32, PyTorch's default), from
 # NVIDIA's data sheets and the white paper of Ada; the first name that matches is taken. Volta has
@@ -36,7 +30,7 @@ _GPUS: tuple[tuple[str, float, float], ...] = (
     (r"\bV100S?-PCIE\b", 0, 14),
     (r"\bV100-SXM", 0, 15.7),
 )
-_PRODUCT_SIDE = 1024  # of the matrices a processor is measured with
+_PRODUCT_SIDE = 1024  # of the matrices that a CPU is measured with
 _MEASURING_S = 0.1
 
 
@@ -77,32 +71,11 @@ def cpu_peak(precision: str) -> float:
             return 2 * _PRODUCT_SIDE**3 / best
 
 
-def training_flops(model: CLIPConfig, lock: LockConfig, batch: Batch[PairInputs]) -> float:
-    """FLOPs of one forward and one backward pass of both towers, the loss left out.
-
-    Args:
-        model: Shape of both towers.
-        lock: What of them is passed forward only.
-        batch: Of any device; only the lengths of its examples are read, which the host holds.
-    """
-    images, texts = (
-        LengthSums.of(segments.lengths[: segments.num_examples])
-        for segments in (batch.inputs.images.segments, batch.inputs.texts.segments)
-    )
-    total = 0.0
-    for tower, forward in forward_flops(model, images, texts).items():
-        trained = None
-        if lock.locks(tower):
-            trained = lock.unlocked_blocks(tower) / getattr(model, tower).encoder.depth
-        total += sum(forward) + backward_flops(forward, trained_share=trained)
-    return total
-
-
 def memory_bytes(device: torch.device) -> float:
     """Most memory that tensors held on a GPU since the last call; else what the process holds.
 
     Returns:
-        0 on a processor whose system does not say.
+        0 on a CPU whose system does not say.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -115,12 +88,10 @@ def memory_bytes(device: torch.device) -> float:
     return float(resident_pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-class Accounting:
-    """Counts the cost of batches and compares it with the machine; a collective constructor.
+class FlopsMeter:
+    """Compares the FLOPs of batches with the machine; a collective constructor.
 
     Args:
-        model: Shape of both towers.
-        lock: What of them is passed forward only.
         precision: ``bf16`` or ``fp32``.
         ranks: This process among all of them.
 
@@ -128,8 +99,8 @@ class Accounting:
         peak: FLOP/s of matrix products on the devices of all ranks; 0 if that of any is unknown.
     """
 
-    def __init__(self, model: CLIPConfig, lock: LockConfig, precision: str, ranks: Ranks) -> None:
-        self.model, self.lock, self.ranks = model, lock, ranks
+    def __init__(self, precision: str, ranks: Ranks) -> None:
+        self.ranks = ranks
         if ranks.device.type == "cuda":
             peak = gpu_peak(torch.cuda.get_device_name(ranks.device), precision)
         else:
@@ -146,12 +117,8 @@ class Accounting:
             return f"peak {self.peak / 1e12:,.0f} TFLOP/s"
         return f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s"
 
-    def flops(self, batch: Batch[PairInputs]) -> float:
-        """FLOPs of training on one batch, see `training_flops`."""
-        return training_flops(self.model, self.lock, batch)
-
-    def figures(self, model_flops_per_s: float) -> dict[str, float]:
-        """Figures of a logged step; every rank calls it.
+    def metrics(self, model_flops_per_s: float) -> dict[str, float]:
+        """Metrics of a logged step; every rank calls it.
 
         Args:
             model_flops_per_s: FLOPs counted over all ranks, per second.

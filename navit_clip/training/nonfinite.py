@@ -1,7 +1,7 @@
 """What happens when a loss or a gradient is no longer a number.
 
-`navit_clip.training.step` asks here after each backward pass, before the optimiser may spread it to
-every weight: the run stops, or the step is skipped, and either way the pairs are named.
+`step` asks here after each backward pass, before the optimiser may spread it to
+every weight: the run stops, or the step is skipped, and either way the examples are named.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIPOutput
 from navit_clip.packed.batch import Batch
 
 NONFINITE_FILE = "nonfinite.jsonl"
@@ -28,27 +28,27 @@ class NonFinite:
 
     Attributes:
         step: Its number, from 1.
-        loss: Over the pairs of all ranks.
+        loss: Over the examples of all ranks.
         grad_norm: Global norm of the gradient.
-        pairs: Ids of all pairs of all ranks and micro-batches.
-        suspects: Those of them whose own features are not finite; none if only the loss or the
+        examples: Ids of all examples of all ranks and micro-batches.
+        suspects: Those of them whose own outputs are not finite; none if only the loss or the
             gradient overflowed.
     """
 
     step: int
     loss: float
     grad_norm: float
-    pairs: tuple[str, ...]
+    examples: tuple[str, ...]
     suspects: tuple[str, ...]
 
     def __str__(self) -> str:
-        named = self.suspects or self.pairs
+        named = self.suspects or self.examples
         more = len(named) - _NAMED
         return (
-            f"loss {self.loss}, gradient norm {self.grad_norm} at step {self.step}, pairs "
+            f"loss {self.loss}, gradient norm {self.grad_norm} at step {self.step}, examples "
             f"{', '.join(named[:_NAMED])}{f' and {more} more' if more > 0 else ''}"
-            f"{', which have non-finite features' if self.suspects else ''} "
-            f"(all {len(self.pairs)} pairs in {NONFINITE_FILE})"
+            f"{', which have non-finite outputs' if self.suspects else ''} "
+            f"(all {len(self.examples)} examples in {NONFINITE_FILE})"
         )
 
     def record(self, run_dir: Path) -> None:
@@ -58,7 +58,7 @@ class NonFinite:
             "loss": str(self.loss),  # JSON has no NaN
             "grad_norm": str(self.grad_norm),
             "suspects": self.suspects,
-            "pairs": self.pairs,
+            "examples": self.examples,
         }
         with (run_dir / NONFINITE_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -77,30 +77,37 @@ class NonFiniteError(Exception):
         super().__init__(str(found) + (f"; {in_row} steps in a row skipped" if in_row else ""))
 
 
-def find_pairs(
+def find_examples(
     step: int,
     loss: float,
     grad_norm: float,
-    batches: Sequence[Batch[Any]],
-    output: CLIPOutput,
+    batches: Sequence[Batch],
+    outputs: Sequence[Any],
     ranks: Ranks,
 ) -> NonFinite:
-    """Collects the pairs of a failed step from all ranks; every rank calls it.
+    """Collects the examples of a failed step from all ranks; every rank calls it.
 
     Args:
         step: Its number, from 0.
-        loss: Over the pairs of all ranks.
+        loss: Over the examples of all ranks.
         grad_norm: Global norm of the gradient.
         batches: This rank's micro-batches.
-        output: Features of all their pairs, in order.
+        outputs: Of the model for all their examples, in order; one or several NamedTuples.
         ranks: This process among all of them.
     """
     ids = [name for batch in batches for name in batch.ids]
-    fine_E = torch.isfinite(output.image_ED).all(1) & torch.isfinite(output.text_ED).all(1)
-    suspects = [name for name, fine in zip(ids, fine_E.tolist(), strict=True) if not fine]
+    finite = [flag for output in outputs for flag in _finite_rows(output).tolist()]
+    suspects = [name for name, is_finite in zip(ids, finite, strict=True) if not is_finite]
     return NonFinite(
         step + 1, loss, grad_norm, tuple(ranks.gather(ids)), tuple(ranks.gather(suspects))
     )
+
+
+def _finite_rows(output: Sequence[object]) -> Tensor:
+    """Bool [E]: whether all that the model computed for an example is finite."""
+    rows = [value for value in output if isinstance(value, Tensor) and value.ndim]
+    finite = [torch.isfinite(value[:, None]).flatten(1).all(1) for value in rows]
+    return torch.stack(finite).all(0)
 
 
 class NonFiniteGuard:

@@ -7,17 +7,13 @@ it differs between parameters.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.training.schedule import ScheduleConfig
-
-_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -74,35 +70,23 @@ class ParameterGroup:
     weight_decay: float
 
 
-def layers_above(name: str, config: CLIPConfig) -> int:
-    """How many layers lie between a parameter and the outputs.
-
-    Args:
-        name: Of a parameter of `CLIP`.
-        config: Of the model.
-
-    Returns:
-        0 for the final norm, the pooling, the projections, the scale and the bias; 1 for the last
-        block, depth for the first; depth + 1 for whatever comes before the blocks.
-    """
-    tower, _, rest = name.partition(".")
-    if tower not in ("image", "text") or rest.startswith(("encoder.norm.", "pool.")):
-        return 0
-    depth: int = getattr(config, tower).encoder.depth
-    block = _BLOCK.match(rest)
-    return depth - int(block[1]) if block else depth + 1
-
-
-def parameter_groups(model: CLIP, config: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, layers_above: Callable[[str], int]
+) -> list[ParameterGroup]:
     """The parameters that are trained, by learning rate and decay.
 
     Decay is for matrices and tables only. Scalars have a group of their own: under FSDP they are
     not sharded, and no operator takes sharded and other tensors together.
+
+    Args:
+        model: Possibly sharded.
+        config: Decays.
+        layers_above: How many layers stand above a parameter, by its name.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = config.layer_decay ** layers_above(name, model.config)
+            factor = config.layer_decay ** layers_above(name)
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((factor, decay, parameter.ndim == 0), []).append(parameter)
     return [
@@ -118,6 +102,6 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> to
 
 
 def set_lr(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], lr: float) -> None:
-    """Gives each group its share of a learning rate."""
+    """Sets the learning rate of each group."""
     for options, group in zip(optimizer.param_groups, groups, strict=True):
         options["lr"] = lr * group.lr_factor

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from navit_clip.configs import check_choices
-from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
-from navit_clip.models.clip import CLIP, CLIPOutput
 from navit_clip.models.transformer import Block, Encoder
+from navit_clip.packed.batch import Inputs
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,13 @@ class ParallelModel:
 
     After a backward pass inside `reducing(last=True)` and `finish_gradients`, each parameter's
     gradient is the SUM over the ranks of what their backward passes computed from
-    `loss * gradient_factor`, divided by `gradient_factor`; this is what the contrastive loss needs
-    (navit_clip.losses.contrastive).
+    `loss * gradient_factor`, divided by `gradient_factor`; this is what `Task.loss` promises.
 
     Args:
         model: On the ranks' device; sharded in place under FSDP.
         config: How it is shared.
         ranks: This process among all of them.
-        half_blocks: Gather the blocks' parameters as bfloat16 under FSDP. Only the blocks': they
+        bf16_blocks: Gather the blocks' parameters as bfloat16 under FSDP. Only the blocks': they
             run under autocast, which would round their matrices anyway, while embeddings in
             bfloat16 would make the residual stream bfloat16, unlike under DDP. Gradients are
             reduced in float32.
@@ -79,7 +77,7 @@ class ParallelModel:
     """
 
     def __init__(
-        self, model: CLIP, config: ParallelConfig, ranks: Ranks, *, half_blocks: bool
+        self, model: nn.Module, config: ParallelConfig, ranks: Ranks, *, bf16_blocks: bool
     ) -> None:
         self.model = model
         self.gradient_factor = 1
@@ -96,11 +94,11 @@ class ParallelModel:
             self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.gradient_factor = ranks.world_size  # DDP averages over ranks
         else:
-            self._shard(config, ranks, half_blocks)
+            self._shard(config, ranks, bf16_blocks)
 
-    def __call__(self, inputs: PairInputs) -> CLIPOutput:
+    def __call__(self, inputs: Inputs) -> Any:
         """The model's forward pass; a collective call under FSDP."""
-        return cast(CLIPOutput, self._forward(inputs))
+        return self._forward(inputs)
 
     @contextmanager
     def reducing(self, *, last: bool) -> Iterator[None]:
@@ -124,7 +122,7 @@ class ParallelModel:
             assert parameter.grad is not None  # an output of every forward pass
             dist.all_reduce(parameter.grad)
 
-    def _shard(self, config: ParallelConfig, ranks: Ranks, half_blocks: bool) -> None:
+    def _shard(self, config: ParallelConfig, ranks: Ranks, bf16_blocks: bool) -> None:
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         # FSDP cannot cut a scalar: scale and bias stay whole on every rank.
         self._replicated = [p for p in self.model.parameters() if p.ndim == 0]
@@ -138,7 +136,7 @@ class ParallelModel:
                 block,
                 mesh=mesh,
                 reshard_after_forward=config.reshard_after_forward,
-                mp_policy=half if half_blocks else MixedPrecisionPolicy(),
+                mp_policy=half if bf16_blocks else MixedPrecisionPolicy(),
             )
         # The root's own parameters are needed again as soon as the backward pass begins.
         fully_shard(
@@ -154,12 +152,12 @@ class ParallelModel:
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which each rank may hold a shard; a collective call for a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, which is all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -169,7 +167,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
     A collective call if any of them is sharded.
     """
-    norms = [whole(nn.utils.get_total_norm(group)) for group in _by_kind(tensors)]
+    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in _by_kind(tensors)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 

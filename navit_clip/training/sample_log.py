@@ -1,4 +1,4 @@
-"""Which pairs each step saw, for audits of the data order; off unless configured.
+"""Which samples each step saw, for audits of the data order; off unless configured.
 
 Beside metrics.jsonl in the run directory, one file per rank, cut at a restart in the same way.
 """
@@ -14,8 +14,8 @@ from navit_clip.packed.batch import Batch
 from navit_clip.training.metrics import truncate_log
 
 
-class PairLog:
-    """Appends ``{"step", "reader", "ids"}`` for each batch to ``pairs-RANK.jsonl``.
+class SampleLog:
+    """Appends ``{"step", "reader", "ids"}`` for each batch to ``samples-RANK.jsonl``.
 
     Args:
         run_dir: Where the file lies.
@@ -24,12 +24,12 @@ class PairLog:
     """
 
     def __init__(self, run_dir: Path, rank: int, step: int) -> None:
-        path = run_dir / f"pairs-{rank}.jsonl"
+        path = run_dir / f"samples-{rank}.jsonl"
         truncate_log(path, step)
         self._file = path.open("a")
 
     def write(self, step: int, batches: Sequence[Batch[Any]]) -> None:
-        """Notes the batches of a step, counted from 1; on disk before the step's checkpoint is."""
+        """Logs the batches of a step, counted from 1; on disk before the step's checkpoint is."""
         for batch in batches:
             reader = int(next(iter(batch.state)))
             line = {"step": step, "reader": reader, "ids": batch.ids}
@@ -37,5 +37,5 @@ class PairLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._file.close()

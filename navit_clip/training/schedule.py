@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Course of the learning rate.
+    """Schedule of the learning rate.
 
     Attributes:
         kind: ``cosine`` to `final_share` of the peak; ``rsqrt``, the paper's, falling with the
@@ -40,24 +40,24 @@ class ScheduleConfig:
             )
 
 
-def lr_share(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Share of the peak learning rate for one step.
+def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
+    """Multiple of the peak learning rate for one step.
 
     Args:
-        config: The course.
+        config: The schedule.
         step: The step about to be taken, from 0.
         steps: Steps of the whole run.
     """
-    share = 1.0
+    multiplier = 1.0
     past_warmup = step - config.warmup_steps
     if past_warmup < 0:
-        share = (step + 1) / (config.warmup_steps + 1)
+        multiplier = (step + 1) / (config.warmup_steps + 1)
     elif config.kind == "cosine":
         span = max(1, steps - config.warmup_steps - config.cooldown_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, past_warmup / span)))
-        share = config.final_share + (1 - config.final_share) * cosine
+        multiplier = config.final_share + (1 - config.final_share) * cosine
     elif config.kind == "rsqrt":
-        share = math.sqrt(config.timescale / (config.timescale + past_warmup))
+        multiplier = math.sqrt(config.timescale / (config.timescale + past_warmup))
     if config.cooldown_steps:
-        share *= min(1.0, (steps - step) / (config.cooldown_steps + 1))
-    return share
+        multiplier *= min(1.0, (steps - step) / (config.cooldown_steps + 1))
+    return multiplier

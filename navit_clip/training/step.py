@@ -1,46 +1,51 @@
-"""One optimiser step: both towers, the loss, the backward pass, the update.
+"""One optimiser step: forward pass, loss, backward pass, update.
 
-`Stepper` holds everything that changes from step to step (weights, optimiser, moving average,
-counters) and hands it to checkpoints as one state; how the ranks share it is
-`navit_clip.training.parallel`'s business, and how several micro-batches become one step is
-`navit_clip.training.gradcache`'s.
+`Stepper` holds everything that changes from step to step (weights, optimiser, EMA, counters) and
+hands it to checkpoints as one state. What is computed is the task's; how the ranks share the model
+is `parallel`'s business, and how several micro-batches become one loss over coupled examples is
+`gradcache`'s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.distributed import Ranks
-from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
-from navit_clip.models.clip import CLIP, CLIPOutput
-from navit_clip.packed.batch import Batch
-from navit_clip.training.config import LossConfig, TrainConfig
-from navit_clip.training.ema import EMA
-from navit_clip.training.freeze import lock_towers
+from navit_clip.packed.batch import Batch, Inputs
+from navit_clip.tasks.base import Loss, Task
+from navit_clip.training.ema import EMA, EMAConfig
 from navit_clip.training.gradcache import cached_backward
-from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_pairs
-from navit_clip.training.optim import build_optimizer, parameter_groups, set_lr
-from navit_clip.training.parallel import ParallelModel, clip_gradients, global_norm, whole
-from navit_clip.training.schedule import lr_share
+from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_examples
+from navit_clip.training.optim import OptimConfig, build_optimizer, parameter_groups, set_lr
+from navit_clip.training.parallel import (
+    ParallelConfig,
+    ParallelModel,
+    clip_gradients,
+    full_tensor,
+    global_norm,
+)
+from navit_clip.training.schedule import lr_multiplier
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found.
+    """Metrics of one step.
 
     Attributes:
-        loss: Over the pairs of all ranks.
+        loss: Over the examples of all ranks.
         grad_norm: Global norm of the gradient before clipping.
         lr: Learning rate of the step, where no layer has a lower one.
-        logit_scale: Factor on similarities before the step.
+        metrics: Of the task, by name.
         measured: If the step was to be measured: ``param_norm``, the global norm of the weights
             after it, and ``update_norm``, that of what it added to them.
         nonfinite: Set if the step was skipped.
@@ -49,61 +54,60 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
-    logit_scale: float
+    metrics: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     nonfinite: NonFinite | None = None
-
-
-def contrastive_loss(output: CLIPOutput, config: LossConfig) -> Tensor:
-    """The configured loss over the pairs of all ranks."""
-    if config.kind == "softmax":
-        return softmax_contrastive_loss(
-            output.image_ED, output.text_ED, output.logit_scale, chunk_size=config.chunk_size
-        )
-    assert output.logit_bias is not None  # checked by TrainConfig
-    return sigmoid_contrastive_loss(
-        output.image_ED,
-        output.text_ED,
-        output.logit_scale,
-        output.logit_bias,
-        chunk_size=config.chunk_size,
-    )
 
 
 class Stepper:
     """A model, its optimiser, and how batches move them.
 
     Args:
-        model: On the ranks' device, the same on all of them; locked and sharded in place if so
+        task: Whose model and loss.
+        model: On the ranks' device, the same on all of them; frozen and sharded in place if so
             configured.
-        config: Of the run.
         ranks: This process among all of them.
+        steps: Optimiser steps of the whole run.
+        optim: Optimiser and learning rate.
+        parallel: How the ranks share the model.
+        ema: Whether the run keeps an average of the weights.
+        guard: What happens at a non-finite step.
+        precision: ``bf16`` runs forward passes under autocast; parameters stay float32.
 
     Attributes:
         model: Its weights, possibly this rank's shards of them.
         optimizer: Of those weights.
-        ema: Their moving average, if the run keeps one.
-        guard: What happens at a non-finite step, and how many there were.
+        ema: Their EMA, if the run keeps one.
+        guard: How many non-finite steps there were.
     """
 
-    def __init__(self, model: CLIP, config: TrainConfig, ranks: Ranks) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
-        lock_towers(model, config.lock)  # DDP waits for the gradient of all that it finds trainable
-        self._parallel = ParallelModel(
-            model, config.parallel, ranks, half_blocks=config.precision == "bf16"
-        )
-        self._groups = parameter_groups(model, config.optim)
-        self.optimizer = build_optimizer(self._groups, config.optim)
-        self.ema = EMA(model, config.ema.decay) if config.ema.decay else None
-        self.guard = NonFiniteGuard(config.on_nonfinite, config.max_skipped_in_row)
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        ranks: Ranks,
+        *,
+        steps: int,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        ema: EMAConfig,
+        guard: NonFiniteGuard,
+        precision: Precision,
+    ) -> None:
+        self.task, self.model, self.ranks = task, model, ranks
+        self.steps, self.optim, self.precision = steps, optim, precision
+        task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
+        self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
+        self._groups = parameter_groups(model, optim, task.layers_above)
+        self.optimizer = build_optimizer(self._groups, optim)
+        self.ema = EMA(model, ema.decay) if ema.decay else None
+        self.guard = guard
 
-    def step(
-        self, batches: Sequence[Batch[PairInputs]], step: int, *, measure: bool = False
-    ) -> StepResult:
+    def step(self, batches: Sequence[Batch], step: int, *, measure: bool = False) -> StepResult:
         """Takes one step; every rank calls it with as many micro-batches.
 
         Args:
-            batches: This rank's micro-batches, on its device; their pairs and those of all ranks
+            batches: This rank's micro-batches, on its device; their examples and those of all ranks
                 are one batch to the loss.
             step: Number of the step, from 0.
             measure: Also measure weights and update, for a pass and a copy of the weights more.
@@ -112,24 +116,22 @@ class Stepper:
             NonFiniteError: If loss or gradient is not finite and the run must stop, the same on
                 all ranks; the weights are as they were.
         """
-        config, optim = self.config, self.config.optim
-        lr = optim.lr * lr_share(optim.schedule, step, config.steps)
+        lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, self.steps)
         set_lr(self.optimizer, self._groups, lr)
-        loss, output = self._backward(batches)
-        norm = clip_gradients(self.model.parameters(), optim.clip_norm)
-        result = StepResult(loss.item(), norm.item(), lr, output.logit_scale.item())
+        loss, outputs = self._backward([batch.inputs for batch in batches])
+        norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
+        metrics = {name: value.item() for name, value in loss.metrics.items()}
+        result = StepResult(loss.total.item(), norm.item(), lr, metrics)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            return self._refuse(result, batches, step, output)
+            return self._refuse(result, batches, step, outputs)
         self.guard.passed()
         before = [p.detach().clone() for p in self.model.parameters()] if measure else []
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.clamp_scale()
+        self.task.after_step(self.model)
         if self.ema is not None:
             self.ema.update(self.model)
-        if measure:
-            result.measured.update(self._measure(before))
-        return result
+        return replace(result, measured=self._measure(before)) if measure else result
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep of the training; a collective call.
@@ -156,65 +158,88 @@ class Stepper:
             self.ema.load_weights(state["ema"])
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run is judged by: the averages if it keeps them, else the latest; as sharded."""
+        """What is evaluated and exported: the EMA if there is one, else the latest; as sharded."""
         weights = self.model.state_dict()
         return weights if self.ema is None else weights | self.ema.weights
 
-    def export(self) -> CLIP | None:
-        """The whole model for evaluation and export, on the host; a collective call.
+    def full_weights(self) -> dict[str, Tensor]:
+        """`weights` in full on every rank's device; a collective call.
 
-        Returns:
-            On the first rank a model with the averaged weights if the run keeps an average, else
-            with the latest; None on the others.
+        Weights that this rank holds in full are shared, not copied; shards are gathered, all of
+        them at once.
         """
-        weights = self.weights()
-        # One at a time: the whole model may not fit beside its shard.
+        return {name: full_tensor(weight.detach()) for name, weight in self.weights().items()}
+
+    def host_weights(self) -> dict[str, Tensor] | None:
+        """A copy of `weights` in full on the host of rank 0, None on others; a collective call."""
         gathered = {}
-        for name, weight in weights.items():
-            full = whole(weight.detach())
+        for name, weight in self.weights().items():
+            # One at a time: the whole model may not fit beside its shard.
+            full = full_tensor(weight.detach())
             if self.ranks.is_first:
                 gathered[name] = full.cpu()
-        if not self.ranks.is_first:
-            return None
-        with torch.random.fork_rng(devices=[]):  # its first weights must not cost the run a draw
-            model = CLIP(self.model.config)
-        model.load_state_dict(gathered)
-        return model.eval()
+        return gathered if self.ranks.is_first else None
 
-    def _forward(self, batch: Batch[PairInputs]) -> CLIPOutput:
+    def _forward(self, inputs: Inputs) -> Any:
         with torch.autocast(
-            self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+            self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         ):
-            return self._parallel(batch.inputs)
+            return self._parallel(inputs)
 
-    def _loss(self, output: CLIPOutput) -> Tensor:
-        return contrastive_loss(output, self.config.loss)
-
-    def _backward(self, batches: Sequence[Batch[PairInputs]]) -> tuple[Tensor, CLIPOutput]:
+    def _backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
         """Leaves the gradient, summed over the ranks, in the parameters."""
-        if len(batches) > 1:
-            loss, output = cached_backward(batches, self._parallel, self._forward, self._loss)
+        if not self.task.couples_examples:
+            loss, outputs = self._uncoupled_backward(inputs)
+        elif len(inputs) == 1:
+            loss, output = self._one_backward(inputs, 0.0, last=True)
+            outputs = [output]
         else:
-            with self._parallel.reducing(last=True):
-                output = self._forward(batches[0])
-                loss = self._loss(output)
-                (loss * self._parallel.gradient_factor).backward()
+            loss, output = cached_backward(
+                inputs,
+                self._parallel,
+                self._forward,
+                lambda whole: self.task.loss(whole, inputs, 0.0),
+                self.ranks.device,
+            )
+            outputs = [output]
         self._parallel.finish_gradients()
+        return loss, outputs
+
+    def _one_backward(
+        self, inputs: Sequence[Inputs], count: float, *, last: bool
+    ) -> tuple[Loss, Any]:
+        with self._parallel.reducing(last=last):
+            output = self._forward(inputs[0])
+            loss = self.task.loss(output, inputs, count)
+            (loss.total * self._parallel.gradient_factor).backward()
         return loss, output
 
+    def _uncoupled_backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
+        """Adds up the gradients of micro-batches, each a share of one mean over all ranks."""
+        count = self.ranks.sum([sum(self.task.count(part) for part in inputs)])[0]
+        losses, outputs = [], []
+        for number, part in enumerate(inputs, 1):
+            loss, output = self._one_backward([part], count, last=number == len(inputs))
+            losses.append(loss)
+            outputs.append([v.detach() for v in output if isinstance(v, Tensor)])
+        names = list(losses[0].metrics)
+        shares = [
+            torch.stack([loss.total.detach(), *(loss.metrics[name].detach() for name in names)])
+            for loss in losses
+        ]
+        sums = torch.stack(shares).sum(0)
+        if self.ranks.world_size > 1:
+            dist.all_reduce(sums)
+        total, *metrics = sums
+        return Loss(total, dict(zip(names, metrics, strict=True))), outputs
+
     def _refuse(
-        self,
-        result: StepResult,
-        batches: Sequence[Batch[PairInputs]],
-        step: int,
-        output: CLIPOutput,
+        self, result: StepResult, batches: Sequence[Batch], step: int, outputs: list[Any]
     ) -> StepResult:
         self.optimizer.zero_grad()
-        found = find_pairs(step, result.loss, result.grad_norm, batches, output, self.ranks)
+        found = find_examples(step, result.loss, result.grad_norm, batches, outputs, self.ranks)
         self.guard.failed(found)
-        return StepResult(
-            result.loss, result.grad_norm, result.lr, result.logit_scale, nonfinite=found
-        )
+        return replace(result, nonfinite=found)
 
     def _measure(self, before: list[Tensor]) -> dict[str, float]:
         weights = [p.detach() for p in self.model.parameters()]

@@ -1,8 +1,8 @@
-"""A rank that hangs, or would hang while it fails: what it did is written down, then it is ended.
+"""The watchdog: a rank that hangs, or would hang while it fails, is reported, then ended.
 
-Without this a rank that waits for ever (a network file system, a dead peer that the network does
-not report, a deadlock) makes all others wait with it, silently. `navit_clip.training.trainer` tells
-the watch what it begins; a thread notices when that does not end. Since the others wait for the one
+Without it a rank that waits without end (a network file system, a dead peer that the network does
+not report, a deadlock) makes all others wait with it, silently. `trainer` sends a heartbeat with
+whatever it begins; a thread notices when the next one is late. Since the others wait for the one
 that hangs, all ranks report at about the same time, and the report whose stack is not inside a
 collective is the cause's. After as much time again each ends itself, so that torchrun can restart
 them.
@@ -28,7 +28,7 @@ STALL_EXIT_CODE = 70
 _PATIENCE = 3.0
 
 
-class StallWatch:
+class Watchdog:
     """Watches one rank.
 
     Args:
@@ -45,9 +45,9 @@ class StallWatch:
         self._ended = threading.Event()
 
     @contextmanager
-    def watching(self) -> Iterator[StallWatch]:
-        """Watches inside; does nothing before the first `begin`."""
-        thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+    def watching(self) -> Iterator[Watchdog]:
+        """Watches inside; does nothing before the first heartbeat."""
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if self.timeout_s:
             thread.start()
         try:
@@ -58,11 +58,11 @@ class StallWatch:
                 faulthandler.cancel_dump_traceback_later()
                 thread.join()
 
-    def begin(self, what: str, *, slow: bool = False) -> None:
-        """Notes progress.
+    def heartbeat(self, what: str, *, slow: bool = False) -> None:
+        """Reports progress.
 
         Args:
-            what: What begins now, for the report.
+            what: What begins now, named if it never ends.
             slow: It may well take long (compilation, a checkpoint): three times as much is allowed.
         """
         if not self.timeout_s:

@@ -21,12 +21,11 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from torch.distributed.checkpoint import filesystem
 
 from navit_clip.checkpoints import checkpoint
-from navit_clip.checkpoints.checkpoint import Checkpoints
+from navit_clip.checkpoints.checkpoint import CheckpointConfig, Checkpoints
 from navit_clip.data.state import LoaderPosition
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.training.__main__ import main
-from navit_clip.training.config import CheckpointConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -399,7 +398,7 @@ def train_rank(flags):
 def test_two_ranks_then_one_then_three(data, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     # Sharded, so that the weights themselves are cut anew.
-    constant = {"parallel__kind": "fsdp", "optim__schedule__kind": "constant", "log__pairs": True}
+    constant = {"parallel__kind": "fsdp", "optim__schedule__kind": "constant", "log__samples": True}
     # Small steps and buffers: no reader comes to its second pass.
     constant |= {
         "data__budget__tokens__image": 64,
@@ -429,7 +428,7 @@ def test_two_ranks_then_one_then_three(data, tmp_path, monkeypatch):
     assert (run_dir / "checkpoints/step-00000004").is_dir()
     assert not same(one, exported())
     # The last step by three ranks; no pair twice, since this is less than one pass.
-    logs = sorted(run_dir.glob("pairs-*.jsonl"))
+    logs = sorted(run_dir.glob("samples-*.jsonl"))
     assert len(logs) == 3
     ids = [
         name

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip.data.builders.pairs import PairInputs
+from navit_clip.data.config import DataConfig
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.models.flops import (
     LengthSums,
@@ -27,8 +28,8 @@ from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.segments import Segments
 from navit_clip.packed.texts import pack_texts
-from navit_clip.training.freeze import LockConfig, lock_towers
-from navit_clip.training.mfu import training_flops
+from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
+from navit_clip.tasks.locking import LockConfig, lock_towers
 
 ENCODER = EncoderConfig(width=24, depth=3, heads=2, mlp_ratio=2.5)
 EMBED_DIM = 10
@@ -126,6 +127,11 @@ def counted_training(config: CLIPConfig, lock: LockConfig, batch: Batch[PairInpu
             sum(learning).backward()
 
     return counted(train)
+
+
+def training_flops(config: CLIPConfig, lock: LockConfig, batch: Batch[PairInputs]) -> float:
+    task = ContrastiveTask(ContrastiveConfig(model=config, lock=lock), DataConfig())
+    return task.flops(batch.inputs)
 
 
 CLIP_LIKE = replace(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from packed_examples import random_caption, random_image
-from step_cases import new_stepper, tiny_config
+from step_cases import new_stepper, tiny_config, with_task
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -21,7 +21,7 @@ from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.segments import CHUNK_TOKENS, Segments
 from navit_clip.packed.texts import pack_texts
-from navit_clip.training.freeze import LockConfig
+from navit_clip.tasks.locking import LockConfig
 from navit_clip.training.parallel import ParallelConfig
 
 COMPILED = ParallelConfig(compile=True)
@@ -93,7 +93,7 @@ def compiled_late(step: Callable[[int], object]) -> tuple[int, int]:
     return graphs - early[0], frames - early[1]
 
 
-MODEL = tiny_config().model
+MODEL = tiny_config().task.model
 UNLIKE = replace(
     MODEL,
     text=replace(MODEL.text, encoder=replace(MODEL.text.encoder, width=24, causal=True)),
@@ -113,7 +113,7 @@ CASES = {
 def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
     config = tiny_config(steps=1000, parallel=COMPILED, **CASES[case])
     if "unlike" in case:
-        config = replace(config, model=UNLIKE)
+        config = with_task(config, model=UNLIKE)
     stepper = new_stepper(config)
 
     def step(number: int) -> None:

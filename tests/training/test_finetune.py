@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from sentencepiece import SentencePieceTrainer
-from step_cases import ALONE, figures, new_stepper, tiny_config
+from step_cases import ALONE, measurements, new_stepper, tiny_config
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks
@@ -25,15 +25,16 @@ from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
+from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.load import load_tokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
-from navit_clip.training.config import OptimConfig, parse_config
+from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
-from navit_clip.training.freeze import LockConfig
+from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.starting_weights import starting_point
-from navit_clip.training.trainer import preprocess_for, train
+from navit_clip.training.trainer import train
 
 ENCODER = EncoderConfig(
     width=32, depth=2, heads=2, qk_norm=False, qkv_bias=True, norm_bias=True, pre_norm=True
@@ -86,7 +87,7 @@ def finetune_flags(data, run_dir, steps, source="square", **overrides):
     kept = [
         pair
         for pair in pairs
-        if not pair[0].startswith(("--model.", "--tokenizer."))
+        if not pair[0].startswith(("--task.model.", "--tokenizer."))
         or pair[0].removeprefix("--").replace(".", "__") in overrides
     ]
     return [word for pair in kept for word in pair]
@@ -115,13 +116,13 @@ def test_a_run_starts_from_the_weights_the_shape_and_the_tokenizer(data, tmp_pat
     assert source.preprocess.square
     assert not found.preprocess.square
     config, _ = parse_config(["--config", str(tmp_path / "run/config.yaml")])
-    assert config.model == SQUARE
+    assert config.task.model == SQUARE
 
 
 EVERYTHING = {
     "optim__layer_decay": 0.8,
-    "lock__image": "true",
-    "lock__image_unlocked_blocks": 1,
+    "task__lock__image": "true",
+    "task__lock__image_unlocked_blocks": 1,
     "data__resolution__curriculum__images": 60,
     "data__resolution__curriculum__start_tokens": 4,
     "data__drop__kind": "beta",
@@ -166,18 +167,20 @@ def test_another_run_needs_the_model_again(data, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_given_beside_it_must_agree(data, tmp_path):
-    same = {"model__embed_dim": 16, "model__image__position__kind": "learned_1d"}
+    same = {"task__model__embed_dim": 16, "task__model__image__position__kind": "learned_1d"}
     config, _ = parse_config(finetune_flags(data, tmp_path, 1, **same))
-    assert config.model == SQUARE
-    other = finetune_flags(data, tmp_path, 1, model__text__encoder__depth=3)
-    with pytest.raises(UserError, match=r"model\.text\.encoder\.depth=3 disagrees .* has 2: leave"):
+    assert config.task.model == SQUARE
+    other = finetune_flags(data, tmp_path, 1, task__model__text__encoder__depth=3)
+    with pytest.raises(
+        UserError, match=r"task\.model\.text\.encoder\.depth=3 disagrees .* has 2: leave"
+    ):
         parse_config(other)
 
 
 def test_weights_of_another_shape_than_configured_are_refused(data, tmp_path):
     config, _ = parse_config(finetune_flags(data, tmp_path, 1))
     other = replace(config, model=replace(SQUARE, embed_dim=8))
-    with pytest.raises(UserError, match=r"model\.embed_dim=8 disagrees"):
+    with pytest.raises(UserError, match=r"task\.model\.embed_dim=8 disagrees"):
         starting_point(other, ALONE, begun=False)
 
 
@@ -186,7 +189,7 @@ MISTAKES = [
     ({"init__model": "open_clip:RN50"}, "RN50"),
     ({"init__weights": "w.pt"}, "init.weights belongs to init.model: open_clip:NAME"),
     ({"tokenizer__path": "missing.model"}, "missing.model"),
-    ({"lock__image": "true", "lock__image_unlocked_blocks": 3}, "exceeds the 2 blocks"),
+    ({"task__lock__image": "true", "task__lock__image_unlocked_blocks": 3}, "exceeds the 2 blocks"),
     ({"optim__layer_decay": 0}, "optim.layer_decay"),
     ({"data__resolution__curriculum__start_tokens": 4}, "curriculum.images"),
 ]
@@ -280,10 +283,11 @@ def test_the_recipes_for_a_small_model_parse(tmp_path):
     tokenizer = tmp_path / "tokenizer.model"
     config, _ = parse_config(["--config", str(recipes / "square.yaml")])
     train_pieces(tokenizer, 200)
-    model, source = NaViTCLIP(config.model), tmp_path / "model"
-    save_pretrained(source, model, SentencePieceTokenizer(tokenizer), preprocess_for(config))
+    model, source = NaViTCLIP(config.task.model), tmp_path / "model"
+    preprocess = config.task.build(config.data).preprocess
+    save_pretrained(source, model, SentencePieceTokenizer(tokenizer), preprocess)
     native = ["--config", str(recipes / "native.yaml"), "--init.model", str(source)]
-    assert parse_config(native)[0].model == config.model
+    assert parse_config(native)[0].task.model == config.task.model
     assert model.to_open_clip().keys()  # of a shape that open_clip has
 
 
@@ -306,16 +310,16 @@ CASES = {
 
 def run_case(config, ranks):
     stepper = new_stepper(config, ranks, torch.float64)
-    found = figures(stepper, range(4))
-    exported = stepper.export()
-    return found, exported and {n: w.numpy() for n, w in exported.state_dict().items()}
+    found = measurements(stepper, range(4), config.accumulate)
+    exported = stepper.host_weights()
+    return found, exported and {n: w.numpy() for n, w in exported.items()}
 
 
 def run_cases(runs):
     ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"))
     found = {name: run_case(config, ranks) for name, config in CASES.items()}
     for flags in runs:
-        train(parse_config(flags)[0], {}, ranks)
+        train(*parse_config(flags), ranks)
     return found
 
 
@@ -326,7 +330,7 @@ def two_ranks(data, tmp_path_factory):
     whole, parts = root / "whole", root / "parts"
     for directory in (whole, parts):
         os.mkdir(directory)
-    locked = {"lock__image": "true", "optim__layer_decay": 0.8}
+    locked = {"task__lock__image": "true", "optim__layer_decay": 0.8}
     runs = [
         finetune_flags(data, whole, 3, **locked),
         finetune_flags(data, parts, 1, **locked),

@@ -16,20 +16,20 @@ from step_cases import ALONE, tiny_config
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.data.builders.pairs import PairInputs
+from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
+from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.load import build_tokenizer
-from navit_clip.training import mfu as accounting
+from navit_clip.training import mfu
 from navit_clip.training.config import parse_config
-from navit_clip.training.freeze import LockConfig
-from navit_clip.training.metrics import Window
-from navit_clip.training.mfu import Accounting, cpu_peak, gpu_peak, memory_bytes, training_flops
-from navit_clip.training.trainer import build_pair_builder
+from navit_clip.training.metrics import Interval
+from navit_clip.training.mfu import FlopsMeter, cpu_peak, gpu_peak, memory_bytes
 
-TINY = tiny_config().model
+TASK = tiny_config().task.build(DataConfig())
 
 
 def random_batch(rng: np.random.Generator, padding: int) -> Batch[PairInputs]:
@@ -56,19 +56,19 @@ def random_batch(rng: np.random.Generator, padding: int) -> Batch[PairInputs]:
 
 
 @pytest.mark.parametrize("padding", [0, 7])
-def test_a_window_of_several_batches(monkeypatch, padding):
+def test_an_interval_of_several_batches(monkeypatch, padding):
     rng = np.random.default_rng(padding)
     batches = [random_batch(rng, padding) for _ in range(6)]
-    window = Window(["image", "text"], ["a", "b"], since=100.0)
+    interval = Interval(["image", "text"], ["a", "b"], since=100.0)
     for number, batch in enumerate(batches):
-        window.add(batch, wait=0.25, flops=1000.0 * number)
-        window.steps += number % 2  # two micro-batches a step
+        interval.add(batch, wait=0.25, flops=1000.0 * number)
+        interval.steps += number % 2  # two micro-batches a step
     monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: 104.0)
     counts = [batch.counts for batch in batches]
     pairs = sum(c.examples for c in counts)
     images, texts = (sum(c.streams[name].tokens for c in counts) for name in ("image", "text"))
     before = sum(c.streams["image"].tokens_before_drop for c in counts) + texts
-    assert window.rates(ALONE) == pytest.approx(
+    assert interval.rates(ALONE) == pytest.approx(
         {
             "examples": pairs,
             "examples_per_s": pairs / 4,
@@ -87,37 +87,37 @@ def test_a_window_of_several_batches(monkeypatch, padding):
     )
 
 
-def figures_of_a_rank() -> tuple[float, dict[str, float], dict[str, float]]:
+def metrics_of_a_rank() -> tuple[float, dict[str, float], dict[str, float]]:
     rank = dist.get_rank()
-    accounting.cpu_peak = lambda precision: 100.0 + rank
-    accounting.memory_bytes = lambda device: 1e9 * (3 - rank)
+    mfu.cpu_peak = lambda precision: 100.0 + rank
+    mfu.memory_bytes = lambda device: 1e9 * (3 - rank)
     ranks = Ranks(rank, dist.get_world_size(), torch.device("cpu"))
-    account = Accounting(TINY, LockConfig(), "fp32", ranks)
-    window = Window()
+    meter = FlopsMeter("fp32", ranks)
+    interval = Interval()
     batch = random_batch(np.random.default_rng(rank), 0)
-    window.add(batch, 0.0, account.flops(batch))
-    window.steps += 1
-    rates = window.rates(ranks)
-    return account.peak, rates, account.figures(1.0)
+    interval.add(batch, 0.0, TASK.flops(batch.inputs))
+    interval.steps += 1
+    rates = interval.rates(ranks)
+    return meter.peak, rates, meter.metrics(1.0)
 
 
-def test_figures_of_several_ranks():
+def test_metrics_of_several_ranks():
     ones = [random_batch(np.random.default_rng(rank), 0) for rank in range(2)]
-    for peak, rates, figures in run_ranks(figures_of_a_rank, 2):
+    for peak, rates, metrics in run_ranks(metrics_of_a_rank, 2):
         assert peak == 100 + 101
-        assert figures == {"mfu": 1 / 201, "memory_gb": 3.0}
-        flops = sum(training_flops(TINY, LockConfig(), batch) for batch in ones)
+        assert metrics == {"mfu": 1 / 201, "memory_gb": 3.0}
+        flops = sum(TASK.flops(batch.inputs) for batch in ones)
         # The ranks' clocks differ, what they count does not.
         assert rates["model_flops_per_s"] * rates["step_s"] == pytest.approx(flops)
         assert rates["examples"] == sum(batch.counts.examples for batch in ones)
 
 
 def test_no_mfu_without_a_peak(monkeypatch):
-    monkeypatch.setattr(accounting, "cpu_peak", lambda precision: 0.0)
-    monkeypatch.setattr(accounting, "memory_bytes", lambda device: 0.0)
-    account = Accounting(TINY, LockConfig(), "fp32", ALONE)
-    assert account.figures(5.0) == {}
-    assert account.describe() == "peak unknown"
+    monkeypatch.setattr(mfu, "cpu_peak", lambda precision: 0.0)
+    monkeypatch.setattr(mfu, "memory_bytes", lambda device: 0.0)
+    meter = FlopsMeter("fp32", ALONE)
+    assert meter.metrics(5.0) == {}
+    assert meter.describe() == "peak unknown"
 
 
 @pytest.mark.parametrize(
@@ -168,20 +168,21 @@ def test_memory_of_a_process():
 
 def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
     write_tiny_data(tmp_path)
-    monkeypatch.setattr(accounting, "cpu_peak", lambda precision: 5e9)
+    monkeypatch.setattr(mfu, "cpu_peak", lambda precision: 5e9)
     flags = tiny_flags(tmp_path, tmp_path / "run", 6, accumulate=2, log__every_steps=3)
-    lock = LockConfig(image=True, image_unlocked_blocks=1)
-    assert run(monkeypatch, [*flags, "--lock.image=true", "--lock.image_unlocked_blocks=1"]) == 0
+    flags += ["--task.lock.image=true", "--task.lock.image_unlocked_blocks=1"]
+    assert run(monkeypatch, flags) == 0
     assert "fp32, matrix products at 5 GFLOP/s, from step 0" in capsys.readouterr().out
     config, _ = parse_config(flags)
-    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    task = config.task.build(config.data)
+    build = task.build_samples(build_tokenizer(config.tokenizer), config.seed)
     loader = load_batches(build, config.data, config.seed)
     batches = list(islice(loader, 12))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
     for line, taken in zip(lines, (batches[:6], batches[6:]), strict=True):
         seconds = 3 * line["step_s"]
-        flops = sum(training_flops(config.model, lock, batch) for batch in taken)
+        flops = sum(task.flops(batch.inputs) for batch in taken)
         assert line["model_flops_per_s"] * seconds == pytest.approx(flops)
         assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / 5e9)
         assert line["examples_per_s"] * seconds == pytest.approx(line["examples"])
@@ -189,8 +190,6 @@ def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
             tokens = sum(batch.counts.streams[side].tokens for batch in taken)
             assert line[f"{side}_tokens_per_s"] * seconds == pytest.approx(tokens)
         assert line["memory_gb"] > 0.05
-    free = sum(
-        training_flops(config.model, replace(lock, image=False, image_unlocked_blocks=0), b)
-        for b in batches[:6]
-    )
+    unlocked = replace(config.task, lock=LockConfig()).build(config.data)
+    free = sum(unlocked.flops(batch.inputs) for batch in batches[:6])
     assert free > lines[0]["model_flops_per_s"] * 3 * lines[0]["step_s"]

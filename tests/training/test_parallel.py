@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from step_cases import ALONE, figures, new_stepper, tiny_config
+from step_cases import ALONE, measurements, new_stepper, tiny_config
 from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks
@@ -51,11 +51,9 @@ def run_case(config, dtype, steps, ranks):
     towers = (stepper.model.image, stepper.model.text)
     # Blocks that are gathered for each call read a stream in one piece.
     assert all(t.encoder.chunked == (config.parallel.kind == "ddp") for t in towers)
-    found = figures(stepper, range(steps))
-    exported = stepper.export()
-    if exported is None:
-        return found, None
-    return found, {name: weight.numpy() for name, weight in exported.state_dict().items()}
+    found = measurements(stepper, range(steps), config.accumulate)
+    exported = stepper.host_weights()
+    return found, exported and {name: weight.numpy() for name, weight in exported.items()}
 
 
 def run_cases(directory, runs):
@@ -73,7 +71,7 @@ def run_cases(directory, runs):
         cases = CASES[world_size].items()
         results[world_size] = {name: run_case(*case, ranks) for name, case in cases}
         for flags in runs if world_size == 2 else ():
-            train(parse_config(flags)[0], {}, ranks)
+            train(*parse_config(flags), ranks)
         ranks.barrier()
         dist.destroy_process_group()
     return results

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from step_cases import ALONE, micro_batches, new_stepper, tiny_config
 
-from navit_clip.training.config import OptimConfig
+from navit_clip.training.optim import OptimConfig
 from navit_clip.training.schedule import ScheduleConfig
 
 STEPS = 40

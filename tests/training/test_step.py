@@ -8,7 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from step_cases import ALONE, figures, global_batch, micro_batches, new_stepper, pack, tiny_config
+from step_cases import (
+    ALONE,
+    global_batch,
+    measurements,
+    micro_batches,
+    new_stepper,
+    pack,
+    tiny_config,
+    with_task,
+)
 from tiny_run import tiny_flags, write_tiny_data
 from torch import nn
 
@@ -16,15 +25,14 @@ from navit_clip.models.clip import CLIPOutput
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.transformer import EncoderConfig
+from navit_clip.tasks.locking import LockConfig
 from navit_clip.training.__main__ import main
 from navit_clip.training.config import TrainConfig
 from navit_clip.training.ema import EMAConfig
-from navit_clip.training.freeze import LockConfig
 from navit_clip.training.nonfinite import NonFiniteError
 from navit_clip.training.optim import OptimConfig, parameter_groups
 from navit_clip.training.parallel import ParallelConfig
-from navit_clip.training.schedule import ScheduleConfig, lr_share
-from navit_clip.training.step import contrastive_loss
+from navit_clip.training.schedule import ScheduleConfig, lr_multiplier
 
 RECOMPUTED = ParallelConfig(activation_checkpointing=True)
 
@@ -48,14 +56,15 @@ def same(found, expected):
 def test_micro_batches_equal_one_batch(kind, accumulate):
     parts = new_stepper(tiny_config(kind=kind, accumulate=accumulate), dtype=torch.float64)
     whole = new_stepper(tiny_config(kind=kind), dtype=torch.float64)
-    np.testing.assert_allclose(figures(parts, range(5)), figures(whole, range(5)), rtol=1e-12)
+    found = measurements(parts, range(5), accumulate)
+    np.testing.assert_allclose(found, measurements(whole, range(5)), rtol=1e-12)
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-11, atol=1e-13)
 
 
 def test_micro_batches_replay_what_is_random():
     config = tiny_config(accumulate=3, parallel=RECOMPUTED)
-    batches = micro_batches(0, ALONE, 3)
+    inputs = [batch.inputs for batch in micro_batches(0, ALONE, 3)]
     gradients, ends = [], []
     for held in (False, True):
         stepper = new_stepper(config, dtype=torch.float64)
@@ -63,12 +72,12 @@ def test_micro_batches_replay_what_is_random():
             block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.5))
         torch.manual_seed(5)
         if held:  # the obvious way: the graphs of all micro-batches at once
-            outputs = [stepper.model(batch.inputs) for batch in batches]
+            outputs = [stepper.model(part) for part in inputs]
             images, texts = (torch.cat([o[side] for o in outputs]) for side in (0, 1))
             output = CLIPOutput(images, texts, outputs[0].logit_scale, None)
-            contrastive_loss(output, config.loss).backward()
+            stepper.task.loss(output).total.backward()
         else:
-            stepper._backward(batches)
+            stepper._backward(inputs)
         gradients.append({n: p.grad for n, p in stepper.model.named_parameters()})
         ends.append(torch.rand(3))
     for name, gradient in gradients[1].items():
@@ -78,7 +87,7 @@ def test_micro_batches_replay_what_is_random():
 
 def test_recomputed_blocks_change_no_bit():
     plain, recomputed = new_stepper(tiny_config()), new_stepper(tiny_config(parallel=RECOMPUTED))
-    assert same(figures(plain, range(4)), figures(recomputed, range(4)))
+    assert same(measurements(plain, range(4)), measurements(recomputed, range(4)))
     assert_same_bits(weights(recomputed), weights(plain))
 
 
@@ -92,7 +101,7 @@ def count_saved(config):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-        stepper._forward(pack(global_batch(0)))
+        stepper._forward(pack(global_batch(0)).inputs)
     return kept
 
 
@@ -112,22 +121,24 @@ def test_compiled_blocks_compute_the_same_and_compile_a_few_times_only(monkeypat
     torch._dynamo.reset()
     compiled = new_stepper(tiny_config(parallel=ParallelConfig(compile=True)))
     plain = new_stepper(tiny_config())
-    np.testing.assert_allclose(figures(compiled, range(3)), figures(plain, range(3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        measurements(compiled, range(3)), measurements(plain, range(3)), rtol=1e-5
+    )
     # Once for the first batch's number of tokens, once for any, whatever lengths its images have.
     once = len(graphs)
-    figures(compiled, range(3, 8))
+    measurements(compiled, range(3, 8))
     assert 0 < len(graphs) == once
-    assert compiled.export().state_dict().keys() == plain.export().state_dict().keys()
+    assert compiled.host_weights().keys() == plain.host_weights().keys()
 
 
 def test_average_of_weights():
     stepper = new_stepper(tiny_config(ema=EMAConfig(0.9)))
     expected = weights(stepper)
     for step in range(4):
-        figures(stepper, range(step, step + 1))
+        measurements(stepper, range(step, step + 1))
         current = weights(stepper)
         expected = {n: 0.9 * old + 0.1 * current[n] for n, old in expected.items()}
-    exported = dict(stepper.export().named_parameters())
+    exported = stepper.host_weights()
     for name, value in expected.items():
         torch.testing.assert_close(stepper.ema.weights[name], value, rtol=1e-5, atol=1e-7)
         assert torch.equal(exported[name], stepper.ema.weights[name])
@@ -135,7 +146,7 @@ def test_average_of_weights():
 
 
 ALL_KINDS = replace(
-    tiny_config().model,
+    tiny_config().task.model,
     image=ImageTowerConfig(
         patch_size=2,
         encoder=EncoderConfig(width=16, depth=3, heads=2, pre_norm=True, qkv_bias=True),
@@ -173,7 +184,7 @@ def one_optimiser_per_parameter(model, optim):
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.6])
-@pytest.mark.parametrize("shape", [tiny_config().model, ALL_KINDS])
+@pytest.mark.parametrize("shape", [tiny_config().task.model, ALL_KINDS])
 def test_groups_train_as_one_optimiser_per_parameter(shape, decay):
     optim = OptimConfig(
         lr=1e-2,
@@ -183,15 +194,15 @@ def test_groups_train_as_one_optimiser_per_parameter(shape, decay):
         weight_decay=0.5,
         schedule=ScheduleConfig("cosine", warmup_steps=2),
     )
-    config = replace(tiny_config(optim=optim, steps=6), model=shape)
+    config = with_task(tiny_config(optim=optim, steps=6), model=shape)
     stepper, model = new_stepper(config, dtype=torch.float64), new_stepper(config).model.double()
     optimisers = one_optimiser_per_parameter(model, optim)
     peaks = {name: o.param_groups[0]["lr"] for name, o in optimisers.items()}
     for step in range(4):
         result = stepper.step(micro_batches(step, ALONE, 1), step)
-        share = lr_share(optim.schedule, step, 6)
+        share = lr_multiplier(optim.schedule, step, 6)
         assert result.lr == optim.lr * share
-        contrastive_loss(model(pack(global_batch(step))), config.loss).backward()
+        stepper.task.loss(model(pack(global_batch(step)).inputs)).total.backward()
         for name, optimiser in optimisers.items():
             optimiser.param_groups[0]["lr"] = peaks[name] * share
             optimiser.step()
@@ -202,10 +213,11 @@ def test_groups_train_as_one_optimiser_per_parameter(shape, decay):
 
 @pytest.mark.parametrize("decay", [1.0, 0.6])
 def test_there_are_as_few_groups_as_there_are_kinds(decay):
-    model = new_stepper(replace(tiny_config(), model=ALL_KINDS)).model
+    stepper = new_stepper(with_task(tiny_config(), model=ALL_KINDS))
+    model = stepper.model
     factors = factors_by_module(model, decay)
     kinds = {(factors[n], p.ndim >= 2, p.ndim == 0) for n, p in model.named_parameters()}
-    groups = parameter_groups(model, OptimConfig(layer_decay=decay))
+    groups = parameter_groups(model, OptimConfig(layer_decay=decay), stepper.task.layers_above)
     assert len(groups) == len(kinds)
     members = [id(p) for group in groups for p in group.parameters]
     assert sorted(members) == sorted(id(p) for p in model.parameters())
@@ -239,13 +251,13 @@ LOCKS = [
 def test_locked_parameters_stay_and_the_others_get_their_gradient(lock, accumulate):
     config = tiny_config(lock=lock, accumulate=accumulate, ema=EMAConfig(0.9))
     stepper, free = (
-        new_stepper(c, dtype=torch.float64) for c in (config, replace(config, lock=LockConfig()))
+        new_stepper(c, dtype=torch.float64) for c in (config, with_task(config, lock=LockConfig()))
     )
     learns = learns_by_module(stepper.model, lock)
     assert 0 < sum(learns.values()) < len(learns)
     gradients = []
     for each in (stepper, free):
-        each._backward(micro_batches(0, ALONE, accumulate))
+        each._backward([batch.inputs for batch in micro_batches(0, ALONE, accumulate)])
         gradients.append({name: p.grad for name, p in each.model.named_parameters()})
         each.optimizer.zero_grad()
     for name, gradient in gradients[1].items():
@@ -254,7 +266,7 @@ def test_locked_parameters_stay_and_the_others_get_their_gradient(lock, accumula
         else:
             assert gradients[0][name] is None
     before = weights(stepper)
-    assert np.isfinite(figures(stepper, range(3))[:, :3]).all()
+    assert np.isfinite(measurements(stepper, range(3), accumulate)[:, :3]).all()
     for name, weight in weights(stepper).items():
         assert torch.equal(weight, before[name]) != learns[name], name
         assert torch.equal(stepper.weights()[name], before[name]) != learns[name], name
@@ -264,17 +276,18 @@ def test_locked_parameters_stay_and_the_others_get_their_gradient(lock, accumula
     assert with_state == expected
     resumed = new_stepper(replace(config, seed=1), dtype=torch.float64)
     resumed.load_state(deepcopy(stepper.state()))
-    assert same(figures(resumed, range(3, 6)), figures(stepper, range(3, 6)))
+    found = measurements(resumed, range(3, 6), accumulate)
+    assert same(found, measurements(stepper, range(3, 6), accumulate))
     assert_same_bits(weights(resumed), weights(stepper))
 
 
 def test_a_locked_tower_without_a_projection_still_lets_the_other_learn():
-    shape = tiny_config(kind="sigmoid").model
+    shape = tiny_config(kind="sigmoid").task.model
     shape = replace(shape, embed_dim=16, image_projection="none")
-    config = replace(tiny_config(kind="sigmoid", lock=LockConfig(image=True)), model=shape)
-    parts = new_stepper(replace(config, accumulate=3), dtype=torch.float64)
-    whole = new_stepper(config, dtype=torch.float64)
-    np.testing.assert_allclose(figures(parts, range(3)), figures(whole, range(3)), rtol=1e-12)
+    config = with_task(tiny_config(kind="sigmoid", lock=LockConfig(image=True)), model=shape)
+    parts, whole = (new_stepper(config, dtype=torch.float64) for _ in range(2))
+    found = measurements(parts, range(3), 3)
+    np.testing.assert_allclose(found, measurements(whole, range(3)), rtol=1e-12)
 
 
 def test_nothing_is_kept_for_a_backward_pass_below_what_is_locked():
@@ -313,12 +326,13 @@ def test_norms_of_weights_and_of_the_update():
 def test_state_restores_everything():
     config = tiny_config(ema=EMAConfig(0.5), on_nonfinite="skip")
     first, second = new_stepper(config), new_stepper(replace(config, seed=1))
-    figures(first, range(3))
+    measurements(first, range(3))
     first.guard.skipped_steps, first.guard.in_row = 3, 2
     second.load_state(deepcopy(first.state()))
     assert second.guard.state() == {"skipped_steps": 3, "in_row": 2}
-    assert same(figures(second, range(3, 6)), figures(first, range(3, 6)))
-    assert_same_bits(dict(second.export().named_parameters()), first.ema.weights)
+    assert same(measurements(second, range(3, 6)), measurements(first, range(3, 6)))
+    exported = second.host_weights()
+    assert_same_bits({name: exported[name] for name in first.ema.weights}, first.ema.weights)
 
 
 TOKEN = 7
@@ -336,10 +350,10 @@ def with_bad_token(config, value=torch.nan):
 def test_a_non_finite_step_stops_and_names_its_pairs(accumulate):
     stepper = with_bad_token(tiny_config(accumulate=accumulate))
     before = weights(stepper)
-    with pytest.raises(NonFiniteError, match=r"at step 5, pairs 4/.* non-finite feat") as e:
+    with pytest.raises(NonFiniteError, match=r"at step 5, examples 4/.* non-finite out") as e:
         stepper.step(micro_batches(4, ALONE, accumulate), 4)
     assert "\n" not in str(e.value)
-    assert set(e.value.found.pairs) == {name for name, _, _ in global_batch(4)}
+    assert set(e.value.found.examples) == {name for name, _, _ in global_batch(4)}
     assert set(e.value.found.suspects) == {n for n, _, ids in global_batch(4) if TOKEN in ids}
     assert_same_bits(weights(stepper), before)
 
@@ -359,7 +373,7 @@ def test_skipped_steps_leave_the_weights_and_stop_after_so_many_in_a_row():
             each.model.text.token[TOKEN] = 0
             each.ema.weights["text.token"][TOKEN] = 0
     # The optimiser has seen nothing of them either.
-    assert same(figures(stepper, range(2, 5)), figures(twin, range(2, 5)))
+    assert same(measurements(stepper, range(2, 5)), measurements(twin, range(2, 5)))
     with torch.no_grad():
         stepper.model.text.token[TOKEN] = torch.nan
     for step in (5, 6):
@@ -372,7 +386,7 @@ def test_skipped_steps_leave_the_weights_and_stop_after_so_many_in_a_row():
 def test_an_overflowing_gradient_names_the_batch():
     stepper = new_stepper(tiny_config())
     stepper.model.image_projection.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(NonFiniteError, match=r"at step 1, pairs 0/0, .* and \d+ more \(all"):
+    with pytest.raises(NonFiniteError, match=r"at step 1, examples 0/0, .* and \d+ more \(all"):
         stepper.step(micro_batches(0, ALONE, 1), 0)
 
 
@@ -391,7 +405,7 @@ def test_a_run_that_skips_says_so_and_stops_at_last(tmp_path, monkeypatch, capsy
     assert err.count("\n") == 1
     lines = [json.loads(line) for line in (run_dir / "nonfinite.jsonl").open()]
     assert len(lines) == 3
-    assert all(len(line["pairs"]) > 1 for line in lines)
+    assert all(len(line["examples"]) > 1 for line in lines)
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     assert logged[-1]["skipped_steps"] == 2
     assert {"grad_norm", "param_norm", "update_norm"} <= set(logged[0])
@@ -404,11 +418,14 @@ def test_a_run_that_skips_says_so_and_stops_at_last(tmp_path, monkeypatch, capsy
         (lambda: ParallelConfig("tp"), "kind must be one of ddp, fsdp, got 'tp'"),
         (lambda: OptimConfig(layer_decay=0.0), r"optim.layer_decay must lie in \(0, 1\], got 0.0"),
         (lambda: OptimConfig(layer_decay=1.1), "optim.layer_decay must lie in"),
-        (lambda: LockConfig(text_unlocked_blocks=1), "text_unlocked_blocks=1 needs lock.text: tru"),
+        (
+            lambda: LockConfig(text_unlocked_blocks=1),
+            "text_unlocked_blocks=1 needs task.lock.",
+        ),
         (lambda: LockConfig(True, image_unlocked_blocks=-1), "image_unlocked_blocks must not be n"),
         (
             lambda: tiny_config(lock=LockConfig(True, image_unlocked_blocks=3)),
-            "lock.image_unlocked_blocks=3 exceeds the 2 blocks",
+            "task.lock.image_unlocked_blocks=3 exceeds the 2 blocks",
         ),
         (lambda: tiny_config(accumulate=0), "accumulate must be at least 1, got 0"),
         (lambda: tiny_config(max_skipped_in_row=0), "max_skipped_in_row must be at least 1"),

@@ -31,12 +31,12 @@ STEPS = 30
 WATCHED = """
 import ctypes, sys, time
 from pathlib import Path
-from navit_clip.training.watchdog import StallWatch
+from navit_clip.training.watchdog import Watchdog
 
 def hang_here(seconds):
     time.sleep(seconds)
 
-with StallWatch(Path(sys.argv[1]), 3, {timeout}).watching() as watch:
+with Watchdog(Path(sys.argv[1]), 3, {timeout}).watching() as watchdog:
     {body}
 print("ended well")
 """
@@ -55,7 +55,7 @@ def watched(path, timeout, body):
 
 
 def test_a_stall_is_reported_with_its_stack_and_then_ended(tmp_path):
-    result = watched(tmp_path, 0.3, "watch.begin('step 17'); hang_here(60)")
+    result = watched(tmp_path, 0.3, "watchdog.heartbeat('step 17'); hang_here(60)")
     assert result.returncode == 70
     report = (tmp_path / "stalls/rank-3.txt").read_text()
     for said in (result.stderr, report):
@@ -66,23 +66,25 @@ def test_a_stall_is_reported_with_its_stack_and_then_ended(tmp_path):
 
 
 def test_progress_slow_parts_and_a_timeout_of_0_are_no_stalls(tmp_path):
-    body = "[(watch.begin(f'step {i}'), time.sleep(0.1)) for i in range(15)]"
-    body += "; watch.begin('the first step', slow=True); time.sleep(1.8)"
+    body = "[(watchdog.heartbeat(f'step {i}'), time.sleep(0.1)) for i in range(15)]"
+    body += "; watchdog.heartbeat('the first step', slow=True); time.sleep(1.8)"
     result = watched(tmp_path, 0.9, body)
     assert (result.returncode, result.stderr) == (0, "")
-    result = watched(tmp_path, 0, "watch.begin('step 1'); time.sleep(0.5)")
+    result = watched(tmp_path, 0, "watchdog.heartbeat('step 1'); time.sleep(0.5)")
     assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "stalls").exists()
 
 
 def test_a_stall_that_ends_by_itself_is_only_reported(tmp_path):
-    result = watched(tmp_path, 0.5, "watch.begin('a'); time.sleep(0.8); watch.begin('b')")
+    result = watched(
+        tmp_path, 0.5, "watchdog.heartbeat('a'); time.sleep(0.8); watchdog.heartbeat('b')"
+    )
     assert result.returncode == 0
     assert result.stderr.count("stalled") == 1
 
 
 def test_a_call_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
-    body = "watch.begin('step 1'); ctypes.PyDLL(None).sleep(60)"
+    body = "watchdog.heartbeat('step 1'); ctypes.PyDLL(None).sleep(60)"
     result = watched(tmp_path, 0.1, body)
     assert result.returncode == 1
     assert "Timeout" in result.stderr
@@ -133,7 +135,7 @@ def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
     assert counts["pairs"] == sum(line[-1] for line in read_losses(whole))
     assert counts["pairs"] > 2 * counts["pairs_in_epoch"]
     assert counts["pairs_missing"] == counts["pairs_repeated"] == 0
-    log = whole / "pairs-1.jsonl"
+    log = whole / "samples-1.jsonl"
     kept = log.read_text()
     lines = kept.splitlines()
     lost, twice = (len(json.loads(lines[i])["ids"]) for i in (4, 7))

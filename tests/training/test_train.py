@@ -15,7 +15,7 @@ from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
-from navit_clip.training.schedule import ScheduleConfig, lr_share
+from navit_clip.training.schedule import ScheduleConfig, lr_multiplier
 from navit_clip.training.step import Stepper
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,9 @@ def test_wandb_offline_writes_its_files(data, tmp_path, monkeypatch):
 
 
 def test_sigmoid_loss_trains(data, tmp_path, monkeypatch):
-    flags = tiny_flags(data, tmp_path / "run", 2, loss__kind="sigmoid", model__init_bias=-10)
+    flags = tiny_flags(
+        data, tmp_path / "run", 2, task__loss__kind="sigmoid", task__model__init_bias=-10
+    )
     assert run(monkeypatch, flags) == 0
 
 
@@ -200,13 +202,13 @@ MISTAKES = [
     ({"optim__lrr": 1}, "optim.lrr"),
     ({"optim__lr": "fast"}, "optim.lr"),
     ({"optim__lr": -1}, "optim.lr"),
-    ({"model__image__encoder__heads": 5}, "heads"),
+    ({"task__model__image__encoder__heads": 5}, "heads"),
     ({"data__budget__tokens__image": 8}, "data.budget.tokens.image"),
     ({"data__budget__tokens__text": 8}, "data.budget.tokens.text"),
     ({"tokenizer__path": "missing.model"}, "missing.model"),
-    ({"model__text__vocab_size": 16}, "vocab_size"),
-    ({"loss__kind": "sigmoid"}, "init_bias"),
-    ({"data__captions": "{json.nothing: 1.0}", "data__max_bad_samples": 5}, "no_caption"),
+    ({"task__model__text__vocab_size": 16}, "vocab_size"),
+    ({"task__loss__kind": "sigmoid"}, "init_bias"),
+    ({"task__captions": "{json.nothing: 1.0}", "data__max_bad_samples": 5}, "no_caption"),
     ({"config": "missing.yaml"}, "missing.yaml"),
     ({"optim__schedule__warmup_steps": 99}, "warm-up"),
 ]
@@ -255,7 +257,7 @@ def test_an_empty_shard_and_a_corrupt_image(data, tmp_path, monkeypatch, capsys)
 
 def test_another_configuration_does_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
     run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
-    flags = tiny_flags(data, tmp_path / "run", 4, model__embed_dim=24)
+    flags = tiny_flags(data, tmp_path / "run", 4, task__model__embed_dim=24)
     assert run(monkeypatch, flags) == 2
     line = capsys.readouterr().err.strip()
     assert "step-00000002" in line
@@ -297,7 +299,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_pairs(data, tmp_path, mon
     line = capsys.readouterr().err.strip()
     assert "\n" not in line
     assert "at step" in line
-    assert "pairs 0000" in line
+    assert "examples 0000" in line
 
 
 def test_every_recipe_parses():
@@ -308,13 +310,13 @@ def test_every_recipe_parses():
 
 def test_schedules():
     cosine = ScheduleConfig("cosine", warmup_steps=10)
-    shares = [lr_share(cosine, step, 100) for step in range(100)]
+    shares = [lr_multiplier(cosine, step, 100) for step in range(100)]
     assert shares[:10] == sorted(shares[:10])
     assert max(shares) == shares[10] == 1.0
     assert shares[10:] == sorted(shares[10:], reverse=True)
     assert shares[-1] < 1e-3
     rsqrt = ScheduleConfig("rsqrt", warmup_steps=10, cooldown_steps=20, timescale=30)
-    assert lr_share(rsqrt, 40, 200) == pytest.approx(2**-0.5)
-    assert lr_share(rsqrt, 199, 200) == pytest.approx((30 / (30 + 189)) ** 0.5 / 21)
-    assert lr_share(ScheduleConfig("constant"), 5, 10) == 1.0
-    assert lr_share(ScheduleConfig(final_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)
+    assert lr_multiplier(rsqrt, 40, 200) == pytest.approx(2**-0.5)
+    assert lr_multiplier(rsqrt, 199, 200) == pytest.approx((30 / (30 + 189)) ** 0.5 / 21)
+    assert lr_multiplier(ScheduleConfig("constant"), 5, 10) == 1.0
+    assert lr_multiplier(ScheduleConfig(final_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)

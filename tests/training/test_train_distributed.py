@@ -15,14 +15,12 @@ from tiny_run import tiny_flags, write_tiny_data
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.models.clip import CLIP
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.config import parse_config
-from navit_clip.training.step import Stepper
-from navit_clip.training.trainer import build_pair_builder
+from navit_clip.training.trainer import build_stepper
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -36,7 +34,8 @@ def data(tmp_path_factory):
 
 
 def batches_of(config, rank, world_size):
-    build = build_pair_builder(config, build_tokenizer(config.tokenizer))
+    task = config.task.build(config.data)
+    build = task.build_samples(build_tokenizer(config.tokenizer), config.seed)
     loader = load_batches(build, config.data, config.seed, rank=rank, world_size=world_size)
     return [next(loader) for _ in range(STEPS)]
 
@@ -70,8 +69,13 @@ def merge(batches):
 
 def train_steps(config, ranks, batches):
     torch.manual_seed(config.seed)
-    stepper = Stepper(CLIP(config.model), config, ranks)
+    task = config.task.build(config.data)
+    stepper = build_stepper(config, task, task.build_model(), ranks)
     return [stepper.step([batch], step) for step, batch in enumerate(batches)]
+
+
+def row_of(result):
+    return result.loss, result.grad_norm, result.metrics["logit_scale"]
 
 
 def train_rank(flags):
@@ -79,7 +83,8 @@ def train_rank(flags):
     with join_ranks("cpu") as ranks:
         batches = batches_of(config, ranks.rank, ranks.world_size)
         return [
-            (r.loss, r.grad_norm, r.logit_scale) for r in train_steps(config, ranks, batches)
+            (r.loss, r.grad_norm, r.metrics["logit_scale"])
+            for r in train_steps(config, ranks, batches)
         ], [batch.counts.examples for batch in batches]
 
 
@@ -93,7 +98,7 @@ def test_losses_of_two_ranks_equal_those_of_one_process(data, tmp_path):
     alone = train_steps(config, Ranks(0, 1, torch.device("cpu")), together)
     counts = [pairs for _, pairs in results]
     assert any(len(set(step)) > 1 for step in zip(*counts, strict=True)), "uneven on purpose"
-    expected = np.array([(r.loss, r.grad_norm, r.logit_scale) for r in alone])
+    expected = np.array([row_of(result) for result in alone])
     for figures, _ in results:
         np.testing.assert_allclose(np.array(figures), expected, rtol=5e-4)
 

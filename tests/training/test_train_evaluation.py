@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +14,13 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 from navit_clip.model import NaViTCLIP
-from navit_clip.models.clip import CLIP
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
-from navit_clip.training.evaluation import Evaluations, exported
-from navit_clip.training.metrics import Window
-from navit_clip.training.parallel import local
-from navit_clip.training.step import Stepper
-from navit_clip.training.trainer import preprocess_for
+from navit_clip.training.evaluation import Evaluations
+from navit_clip.training.metrics import Interval
+from navit_clip.training.parallel import local_tensor
+from navit_clip.training.trainer import build_stepper
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 I2T, T2I = "image_to_text", "text_to_image"
@@ -191,33 +190,43 @@ def test_the_average_is_evaluated_where_it_is_exported(data, tmp_path, monkeypat
     assert all(torch.equal(best[name], model[name]) for name in model)
 
 
-class Watch:
-    """Notes what a stall watch is told."""
+class Heartbeats:
+    """A watchdog that keeps what it is sent."""
 
     def __init__(self):
-        self.told = []
+        self.sent = []
 
-    def begin(self, what, *, slow=False):
-        self.told.append((what, slow))
+    def heartbeat(self, what, *, slow=False):
+        self.sent.append((what, slow))
+
+
+def open_run(flags, ranks):
+    """A stepper with its first weights, the run's evaluations, and the task."""
+    config, _ = parse_config(flags)
+    torch.manual_seed(config.seed)
+    task = config.task.build(config.data)
+    stepper = build_stepper(config, task, task.build_model(), ranks)
+    tokenizer = build_tokenizer(config.tokenizer)
+    run_dir = Path(config.run_dir)
+    evaluations = Evaluations(
+        config.eval, run_dir, config.steps, config.precision, task, tokenizer, ranks
+    )
+    return stepper, evaluations, tokenizer
 
 
 def test_half_precision_is_the_towers_and_the_watchdog_gets_heartbeats(data, tmp_path):
     evaluators = {"held-out": retrieval(data)}
     found = {}
     for precision in ("fp32", "bf16"):
-        config, _ = parse_config(flags_of(data, tmp_path, 3, evaluators, precision=precision))
-        torch.manual_seed(0)
-        stepper = Stepper(CLIP(config.model), config, ALONE)
-        tokenizer = build_tokenizer(config.tokenizer)
-        evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
-        watch = Watch()
-        (result,) = evaluations.run(["held-out"], 3, stepper, watch)
-        assert set(watch.told) == {("the evaluation held-out of step 3", True)}
-        assert len(watch.told) >= 3  # before it, at images, at captions
+        flags = flags_of(data, tmp_path, 3, evaluators, precision=precision)
+        stepper, evaluations, tokenizer = open_run(flags, ALONE)
+        watchdog = Heartbeats()
+        (result,) = evaluations.run(["held-out"], 3, stepper, watchdog)
+        assert set(watchdog.sent) == {("the evaluation held-out of step 3", True)}
+        assert len(watchdog.sent) >= 3  # before it, at images, at captions
         found[precision] = result.values
         assert "held-out: image_to_text R@1" in result.line
-    model = NaViTCLIP(config.model, tokenizer, preprocess_for(config))
-    model.load_state_dict(stepper.model.state_dict())
+    model = stepper.task.export(stepper.full_weights(), tokenizer)
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
 
     class Half(PackedModel):
@@ -242,19 +251,15 @@ def evaluate_rank(every_flags):
     found = {}
     with join_ranks("cpu") as ranks:
         for kind, flags in every_flags.items():
-            config, _ = parse_config(flags)
-            torch.manual_seed(config.seed)
-            stepper = Stepper(CLIP(config.model), config, ranks)
-            tokenizer = build_tokenizer(config.tokenizer)
-            evaluations = Evaluations(config, tokenizer, preprocess_for(config), ranks)
+            stepper, evaluations, _ = open_run(flags, ranks)
             generator = torch.get_rng_state()
-            weights = [local(p.detach()).clone() for p in stepper.model.parameters()]
-            results = list(evaluations.run(["held-out"], 3, stepper, Watch()))
-            after = [local(p.detach()) for p in stepper.model.parameters()]
+            weights = [local_tensor(p.detach()).clone() for p in stepper.model.parameters()]
+            results = list(evaluations.run(["held-out"], 3, stepper, Heartbeats()))
+            after = [local_tensor(p.detach()) for p in stepper.model.parameters()]
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
             )
-            found[kind] = [r.values for r in results], still, exported(stepper).state_dict()
+            found[kind] = [r.values for r in results], still, stepper.full_weights()
     return found
 
 
@@ -265,12 +270,8 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
         for kind in ("ddp", "fsdp")
     }
     first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
-    config, _ = parse_config(every_flags["ddp"])
-    torch.manual_seed(config.seed)
-    stepper = Stepper(CLIP(config.model), config, ALONE)
-    tokenizer = build_tokenizer(config.tokenizer)
-    evaluations = Evaluations(config, tokenizer, preprocess_for(config), ALONE)
-    (alone,) = evaluations.run(["held-out"], 3, stepper, Watch())
+    stepper, evaluations, _ = open_run(every_flags["ddp"], ALONE)
+    (alone,) = evaluations.run(["held-out"], 3, stepper, Heartbeats())
     alone.values.pop("eval/held-out/seconds")
     for kind in every_flags:
         (together,) = first[kind][0]
@@ -324,11 +325,11 @@ def test_a_mistake_is_one_line_before_any_step(
 def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
     clock = iter([12.0, 17.0, 20.0])
     monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
-    window = Window(since=10.0)
-    window.examples = window.slots = window.tokens_before_drop = 10
-    with window.paused():
+    interval = Interval(since=10.0)
+    interval.examples = interval.slots = interval.tokens_before_drop = 10
+    with interval.paused():
         pass
-    assert window.rates(ALONE)["examples_per_s"] == 2.0
+    assert interval.rates(ALONE)["examples_per_s"] == 2.0
 
 
 def save_as(text):

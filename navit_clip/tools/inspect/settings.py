@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from navit_clip.data.builders.pairs import PairBuilder
-from navit_clip.data.config import DataConfig
+from navit_clip.data.config import DataConfig, check_captions
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 from navit_clip.models.clip import CLIPConfig
@@ -20,18 +20,34 @@ from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer
 
 
 @dataclass(frozen=True)
+class TaskSettings:
+    """The parts of a task's configuration that decide what becomes of a sample.
+
+    Attributes:
+        model: Patch size, longest side and caption length.
+        captions: Caption field to sampling weight.
+    """
+
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
+
+    def __post_init__(self) -> None:
+        check_captions("captions", self.captions)
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """The parts of a training configuration that decide what a batch holds.
 
     Attributes:
         data: What is read and how it is packed.
-        model: Patch size, longest side and caption length.
+        task: What becomes of a sample.
         tokenizer: How captions become token ids; None counts words instead.
         seed: Of everything random about the data.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: CLIPConfig = field(default_factory=CLIPConfig)
+    task: TaskSettings = field(default_factory=TaskSettings)
     tokenizer: TokenizerConfig | None = None
     seed: int = 0
 
@@ -71,6 +87,9 @@ def read_settings(path: Path) -> DataSettings:
     parser.add_class_arguments(DataSettings)
     try:
         known = {name: content[name] for name in names if name in content}
+        if isinstance(task := known.get("task"), Mapping):
+            parts = [f.name for f in fields(TaskSettings)]
+            known["task"] = {name: task[name] for name in parts if name in task}
         values = parser.instantiate(parser.parse_object(known))
         return DataSettings(**{name: values[name] for name in names})
     except (ArgumentError, ValueError, TypeError) as error:
@@ -94,12 +113,12 @@ def with_choices(
     Raises:
         UserError: If a caption source is not one.
     """
-    data = settings.data
+    data, task = settings.data, settings.task
     if shards:
         data = replace(data, train=list(shards), mix={})
     if captions is not None:
         try:
-            data = replace(data, captions=dict.fromkeys(captions, 1.0))
+            task = replace(task, captions=dict.fromkeys(captions, 1.0))
         except ValueError as error:
             raise UserError(f"--captions: {error}") from error
     config = settings.tokenizer
@@ -109,7 +128,7 @@ def with_choices(
             if tokenizer == "open_clip"
             else TokenizerConfig("sentencepiece", tokenizer)
         )
-    return replace(settings, data=data, tokenizer=config)
+    return replace(settings, data=data, task=task, tokenizer=config)
 
 
 def pair_builder(settings: DataSettings) -> PairBuilder:
@@ -118,9 +137,9 @@ def pair_builder(settings: DataSettings) -> PairBuilder:
     Raises:
         UserError: If the tokenizer cannot be read.
     """
-    image, text = settings.model.image, settings.model.text
+    image, text = settings.task.model.image, settings.task.model.text
     return PairBuilder(
-        settings.data.captions,
+        settings.task.captions,
         settings.data.resolution,
         settings.data.drop,
         WordCounter() if settings.tokenizer is None else build_tokenizer(settings.tokenizer),

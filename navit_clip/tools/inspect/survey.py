@@ -91,7 +91,7 @@ def survey_shards(
             number,
             path,
             mixture.names[number],
-            mixture.dataset_of(number).captions,
+            mixture.dataset_of(number).captions or build.captions,
             build,
             limits[number],
         )

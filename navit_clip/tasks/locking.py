@@ -1,15 +1,14 @@
 """Locked towers: parts of a model that keep the weights it was started from.
 
-Applied by `navit_clip.training.step` before ranks share the model. Locked parameters take no
-gradient and no optimiser state, and a tower that is locked up to a block is not passed backward
-below it (LiT, arXiv 2111.07991, locks the image tower).
+Locked parameters take no gradient and no optimiser state, and a tower that is locked up to a block
+is not passed backward below it (LiT, arXiv 2111.07991, locks the image tower).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from navit_clip.models.clip import CLIP
+from navit_clip.models.clip import CLIP, CLIPConfig
 
 TOWERS = ("image", "text")
 
@@ -38,9 +37,13 @@ class LockConfig:
         for tower in TOWERS:
             blocks = self.unlocked_blocks(tower)
             if blocks < 0:
-                raise ValueError(f"lock.{tower}_unlocked_blocks must not be negative, got {blocks}")
+                raise ValueError(
+                    f"task.lock.{tower}_unlocked_blocks must not be negative, got {blocks}"
+                )
             if blocks and not self.locks(tower):
-                raise ValueError(f"lock.{tower}_unlocked_blocks={blocks} needs lock.{tower}: true")
+                raise ValueError(
+                    f"task.lock.{tower}_unlocked_blocks={blocks} needs task.lock.{tower}: true"
+                )
 
     def locks(self, tower: str) -> bool:
         """Whether a tower, ``image`` or ``text``, is locked."""
@@ -49,6 +52,26 @@ class LockConfig:
     def unlocked_blocks(self, tower: str) -> int:
         """How many of a locked tower's last blocks learn."""
         return int(getattr(self, f"{tower}_unlocked_blocks"))
+
+    def check(self, model: CLIPConfig) -> None:
+        """Compares with the depth of the towers.
+
+        Raises:
+            ValueError: If a tower has fewer blocks.
+        """
+        for tower in TOWERS:
+            depth = getattr(model, tower).encoder.depth
+            if self.unlocked_blocks(tower) > depth:
+                raise ValueError(
+                    f"task.lock.{tower}_unlocked_blocks={self.unlocked_blocks(tower)} exceeds the "
+                    f"{depth} blocks of task.model.{tower}.encoder"
+                )
+
+    def trained_fraction(self, model: CLIPConfig, tower: str) -> float | None:
+        """Fraction of a locked tower's blocks that learn, None of a tower that is not locked."""
+        if not self.locks(tower):
+            return None
+        return self.unlocked_blocks(tower) / int(getattr(model, tower).encoder.depth)
 
 
 def lock_towers(model: CLIP, config: LockConfig) -> None:

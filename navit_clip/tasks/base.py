@@ -1,0 +1,224 @@
+"""The interface between a task and everything that trains it.
+
+A task is a model, what it makes of a sample, and a loss. It knows nothing of ranks, precision,
+wrappers, EMA or checkpoints; the trainer knows nothing of towers. To add one, subclass `TaskConfig`
+and `Task` and name the configuration in `navit_clip.tasks.registry`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from navit_clip.data.builders.base import SampleBuilder
+from navit_clip.data.config import DataConfig
+from navit_clip.errors import UserError
+from navit_clip.evaluation.models import Model
+from navit_clip.packed.batch import Inputs
+from navit_clip.tasks.source import InitConfig
+from navit_clip.tokenizers.base import Tokenizer
+
+
+class Loss(NamedTuple):
+    """What `Task.loss` returns.
+
+    Attributes:
+        total: Scalar. The parameters' gradient of the whole step is the SUM over ranks and
+            micro-batches of what backward passes from it compute. Of a task that couples examples
+            it is the loss itself, the same on every rank; of any other this micro-batch's share,
+            and the loss is the sum of all shares.
+        metrics: Scalars for the log by name. Shared out over micro-batches and ranks as `total` is.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+
+
+class ExportedModel(Protocol):
+    """A trained model as its users load it."""
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes the model's directory."""
+
+
+class Source(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+        model: With its first weights, on the host.
+        tokenizer: The one that those weights were trained with, None without.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+
+
+class Task(ABC):
+    """A model, its samples and its loss.
+
+    The model maps `Inputs` to a NamedTuple of tensors ``[E, …]``, a row per example, and scalars.
+    Parameters that the loss uses are outputs too, not attributes read from outside: DDP only
+    reduces gradients of parameters that its forward used. A task that does not couple examples may
+    return anything else beside, such as `Ragged` values per token.
+
+    Attributes:
+        couples_examples: The loss of one example depends on others (contrastive). Then the loss
+            sees the outputs of all micro-batches at once, embedded twice (GradCache). Without,
+            the gradients of micro-batches add up.
+    """
+
+    couples_examples: bool = False
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A new model with random weights, on the host."""
+
+    @abstractmethod
+    def build_samples(self, tokenizer: Tokenizer | None, seed: int) -> SampleBuilder:
+        """What makes examples of raw samples.
+
+        Args:
+            tokenizer: Of the run; None if the task needs none.
+            seed: Of everything random about a sample.
+
+        Raises:
+            UserError: If the tokenizer does not fit the model.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Any, inputs: Sequence[Inputs], count: float) -> Loss:
+        """The loss of one micro-batch, or of all together where examples are coupled.
+
+        Args:
+            outputs: As the model returned them; of several micro-batches concatenated.
+            inputs: Of those micro-batches, in order.
+            count: Sum of `count` over all micro-batches of the step and all ranks.
+        """
+
+    def count(self, inputs: Inputs) -> float:
+        """What the loss is a mean over, of one micro-batch: examples, boxes, masked tokens.
+
+        Read on the host before the first backward pass; a task that couples examples needs none.
+        """
+        return 0.0
+
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027  most tasks have nothing to do
+        """Called after each optimiser step, to keep parameters within their limits."""
+
+    def freeze(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
+        """Takes parameters out of the training, in place; before ranks share the model."""
+
+    def layers_above(self, name: str) -> int:
+        """How many layers stand above a parameter, for layer-wise learning rates; 0 at the top."""
+        return 0
+
+    @abstractmethod
+    def flops(self, inputs: Inputs) -> float:
+        """FLOPs of one forward and one backward pass, padding and loss left out."""
+
+    @abstractmethod
+    def describe(self, folder: Path) -> None:
+        """Writes what must be known to read the run's checkpoints without its configuration.
+
+        Raises:
+            OSError: If the disk does not take it.
+        """
+
+    @abstractmethod
+    def export(
+        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
+    ) -> ExportedModel:
+        """The model as users load it.
+
+        Args:
+            weights: Of all parameters, taken over without a copy; None leaves them random.
+            tokenizer: Of the run.
+        """
+
+    def write_card(self, directory: Path, run_dir: Path) -> None:  # noqa: B027  not all have one
+        """Writes the model card of an export from what the run's directory says.
+
+        Args:
+            directory: Of the export.
+            run_dir: Of the run.
+
+        Raises:
+            UserError: If the disk does not take it.
+        """
+
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Model:
+        """How evaluators see an exported model.
+
+        Args:
+            model: As `export` returned it.
+            name: For results.
+            around: A context for each call of the model.
+
+        Raises:
+            UserError: If there are no evaluators for such a model.
+        """
+        raise UserError(f"there are no evaluators for models of {type(self).__name__}")
+
+    def start_from(self, init: InitConfig) -> Source:
+        """The model that a run starts from.
+
+        Raises:
+            UserError: If the model cannot be read, or is of another architecture.
+        """
+        raise NotImplementedError(f"{type(self).__name__} starts from random weights only")
+
+
+class TaskConfig(ABC):
+    """Base of the configurations under ``task:``; subclasses are frozen dataclasses.
+
+    Attributes:
+        kind: Name of the task, by which the configuration chooses it.
+        needs_tokenizer: Samples have text.
+    """
+
+    kind: str
+    # Without a type: jsonargparse looks up the types of a subclass, its bases' too, among the names
+    # of the subclass's module.
+    needs_tokenizer = False
+
+    @abstractmethod
+    def check(self, data: DataConfig) -> None:
+        """Compares the task with what it reads.
+
+        Raises:
+            ValueError: If they do not fit; names the fields.
+        """
+
+    @abstractmethod
+    def build(self, data: DataConfig) -> Task:
+        """The task on this data."""
+
+    @classmethod
+    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
+        """Values of fields that `init` gives, as plain values.
+
+        Args:
+            init: What the run starts from.
+            run_dir: Of the run, which may have begun.
+
+        Raises:
+            UserError: If there is no such model.
+        """
+        return {}
+
+    def check_source(self, init: InitConfig, run_dir: Path) -> None:  # noqa: B027
+        """Compares the configuration with what `init` gives.
+
+        Raises:
+            UserError: Naming the first field that differs.
+        """

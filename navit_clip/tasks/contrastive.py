@@ -1,0 +1,257 @@
+"""Contrastive image–text training: CLIP's softmax loss or SigLIP's sigmoid loss over all pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from navit_clip.checkpoints.folder import RUN_MODEL
+from navit_clip.configs import check_choices
+from navit_clip.data.builders.pairs import PairBuilder, PairInputs
+from navit_clip.data.config import DataConfig, check_captions
+from navit_clip.data.sizing import default_max_tokens
+from navit_clip.errors import UserError
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.export.card import write_card
+from navit_clip.export.description import Description
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
+from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
+from navit_clip.packed.batch import Inputs
+from navit_clip.packed.segments import Segments
+from navit_clip.tasks.base import ExportedModel, Loss, Source, Task, TaskConfig
+from navit_clip.tasks.locking import LockConfig, lock_towers
+from navit_clip.tasks.source import InitConfig
+from navit_clip.tokenizers.base import Tokenizer
+
+_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ContrastiveLossConfig:
+    """The contrastive loss.
+
+    Attributes:
+        kind: ``softmax`` (CLIP), or ``sigmoid`` (SigLIP), which needs model.init_bias.
+        chunk_size: Side of the largest block of logits that ever exists; null takes what suits
+            the device.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"task.loss.chunk_size must be at least 1, got {self.chunk_size}")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(TaskConfig):
+    """Contrastive training of an image and a text tower.
+
+    Attributes:
+        kind: ``contrastive``.
+        model: Architecture of both towers; that of `init` if it is given.
+        loss: The loss over all pairs of all ranks.
+        lock: Which towers keep their first weights.
+        captions: Caption field to sampling weight: ``txt``, any text member such as
+            ``title.txt``, or ``json.FIELD``. A dataset of data.mix may have its own.
+
+    Raises:
+        ValueError: If fields do not fit each other; names them.
+    """
+
+    needs_tokenizer = True
+
+    kind: Literal["contrastive"] = "contrastive"
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
+    lock: LockConfig = field(default_factory=LockConfig)
+    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_captions("task.captions", self.captions)
+        self.lock.check(self.model)
+        if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
+            raise ValueError(
+                "task.loss.kind sigmoid and task.model.init_bias go together (SigLIP uses -10); got"
+                f" task.loss.kind={self.loss.kind} task.model.init_bias={self.model.init_bias}"
+            )
+
+    def check(self, data: DataConfig) -> None:
+        """Compares budgets and sizes with what the towers take."""
+        resolution, image = data.resolution, self.model.image
+        longest = {
+            "image": (resolution.max_tokens, "data.resolution.max_tokens"),
+            "text": (self.model.text.context_length, "task.model.text.context_length"),
+        }
+        data.budget.check(longest)
+        square = max(1, resolution.max_side // image.patch_size)
+        if resolution.mode == "square" and (
+            square**2 > resolution.max_tokens or square > image.position.max_grid_side
+        ):
+            raise ValueError(
+                f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
+                f"past data.resolution.max_tokens={resolution.max_tokens} or "
+                f"task.model.image.position.table_side={image.position.table_side}"
+            )
+
+    def build(self, data: DataConfig) -> ContrastiveTask:
+        """The task on this data."""
+        return ContrastiveTask(self, data)
+
+    @classmethod
+    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
+        """The architecture of the model that the run starts from."""
+        model = init.read_config(run_dir)
+        return {} if model is None else {"model": asdict(model)}
+
+    def check_source(self, init: InitConfig, run_dir: Path) -> None:
+        """Compares `model` with the model that the run starts from."""
+        model = init.read_config(run_dir)
+        if model is not None:
+            init.check_architecture(self.model, model)
+
+
+class ContrastiveTask(Task):
+    """Both towers, pairs, and the loss over the pairs of all ranks.
+
+    Args:
+        config: Model, loss and captions.
+        data: How images are sized and dropped.
+    """
+
+    couples_examples = True
+
+    def __init__(self, config: ContrastiveConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How the trained model wants its images: as large as the largest of training."""
+        resolution = self.data.resolution
+        return Preprocess(
+            default_max_tokens(resolution, self.config.model.image.patch_size),
+            square=resolution.mode == "square",
+        )
+
+    def build_model(self) -> CLIP:
+        """A new model with random weights, on the host."""
+        return CLIP(self.config.model)
+
+    def build_samples(self, tokenizer: Tokenizer | None, seed: int) -> PairBuilder:
+        """What makes pairs of samples."""
+        if tokenizer is None:
+            raise UserError("init.model brings no tokenizer: give `tokenizer`")
+        image, text = self.config.model.image, self.config.model.text
+        if tokenizer.vocab_size > text.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but task.model.text.vocab_size="
+                f"{text.vocab_size}: raise it"
+            )
+        return PairBuilder(
+            self.config.captions,
+            self.data.resolution,
+            self.data.drop,
+            tokenizer,
+            text.context_length,
+            image.patch_size,
+            image.position.max_grid_side,
+            seed,
+        )
+
+    def loss(self, outputs: CLIPOutput, inputs: Sequence[Inputs] = (), count: float = 0.0) -> Loss:
+        """The loss over the pairs of all ranks; a collective call."""
+        chunk_size = self.config.loss.chunk_size
+        features = outputs.image_ED, outputs.text_ED, outputs.logit_scale
+        if self.config.loss.kind == "softmax":
+            total = softmax_contrastive_loss(*features, chunk_size=chunk_size)
+        else:
+            assert outputs.logit_bias is not None  # checked by ContrastiveConfig
+            total = sigmoid_contrastive_loss(*features, outputs.logit_bias, chunk_size=chunk_size)
+        return Loss(total, {"logit_scale": outputs.logit_scale.detach()})
+
+    def after_step(self, model: nn.Module) -> None:
+        """Keeps the logit scale within its maximum."""
+        cast(CLIP, model).clamp_scale()
+
+    def freeze(self, model: nn.Module) -> None:
+        """Locks the towers that are configured to keep their weights."""
+        lock_towers(cast(CLIP, model), self.config.lock)
+
+    def layers_above(self, name: str) -> int:
+        """How many layers of its tower stand above a parameter.
+
+        Final norm, pooling, projection and scale have none above them; embeddings lie one layer
+        below the first block.
+        """
+        tower, _, rest = name.partition(".")
+        if tower not in ("image", "text") or rest.startswith(("encoder.norm.", "pool.")):
+            return 0
+        depth: int = getattr(self.config.model, tower).encoder.depth
+        block = _BLOCK.match(rest)
+        return depth - int(block[1]) if block else depth + 1
+
+    def flops(self, inputs: Inputs) -> float:
+        """FLOPs of one forward and one backward pass of both towers.
+
+        Args:
+            inputs: On any device; only the lengths of examples are read, which the host holds.
+        """
+        assert isinstance(inputs, PairInputs)
+        images, texts = (_length_sums(part.segments) for part in (inputs.images, inputs.texts))
+        model, lock = self.config.model, self.config.lock
+        return sum(
+            sum(forward)
+            + backward_flops(forward, trained_share=lock.trained_fraction(model, tower))
+            for tower, forward in forward_flops(model, images, texts).items()
+        )
+
+    def describe(self, folder: Path) -> None:
+        """Writes architecture and preprocessing as model.json."""
+        Description(self.config.model, self.preprocess).write(folder / RUN_MODEL)
+
+    def export(
+        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
+    ) -> NaViTCLIP:
+        """The model with tokenizer and preprocessing, in evaluation mode."""
+        # What it draws for its first weights must not cost the caller's generator anything.
+        with torch.random.fork_rng(devices=[]):
+            model = NaViTCLIP(self.config.model, tokenizer, self.preprocess)
+        if weights is not None:
+            model.load_state_dict(dict(weights), assign=True)
+        return model.eval()
+
+    def write_card(self, directory: Path, run_dir: Path) -> None:
+        """Writes the model card of an export."""
+        write_card(directory, run_dir)
+
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> PackedModel:
+        """Embeds images and texts, packed."""
+        return PackedModel(cast(NaViTCLIP, model), name, around)
+
+    def start_from(self, init: InitConfig) -> Source:
+        """The model that the run starts from, and its tokenizer."""
+        model = init.read_model()
+        init.check_architecture(self.config.model, model.config)
+        return Source(model.train(), model.tokenizer)
+
+
+def _length_sums(segments: Segments) -> LengthSums:
+    return LengthSums.of(segments.lengths[: segments.num_examples])

@@ -1,0 +1,40 @@
+"""Tasks by the name that a configuration chooses them by."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from navit_clip.errors import UserError
+from navit_clip.tasks.base import TaskConfig
+from navit_clip.tasks.contrastive import ContrastiveConfig
+
+_TASKS: dict[str, type[TaskConfig]] = {"contrastive": ContrastiveConfig}
+
+
+def register(kind: str, config: type[TaskConfig]) -> None:
+    """Adds a task of your own, before `navit_clip.training.__main__.main` is called.
+
+    Args:
+        kind: The name that ``task.kind`` chooses it by.
+        config: A frozen dataclass; its fields are the task's part of the configuration.
+    """
+    _TASKS[kind] = config
+
+
+def known_tasks() -> Mapping[str, type[TaskConfig]]:
+    """Configurations by kind."""
+    return dict(_TASKS)
+
+
+def task_config(kind: str) -> type[TaskConfig]:
+    """The configuration class of a kind.
+
+    Raises:
+        UserError: If there is no such task.
+    """
+    if kind not in _TASKS:
+        near = difflib.get_close_matches(kind, _TASKS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"task.kind must be one of {', '.join(_TASKS)}, got {kind!r}{hint}")
+    return _TASKS[kind]

@@ -1,0 +1,117 @@
+"""The model that a run starts from, in place of random weights.
+
+`navit_clip.training.config` asks a task here for the architecture, so that the run's resolved
+configuration holds it, and `navit_clip.training.starting_weights` for the first weights. Once the
+run has a checkpoint of its own, the model it started from is never read again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from navit_clip.checkpoints.folder import RUN_MODEL
+from navit_clip.errors import UserError
+from navit_clip.export.card import CONFIG_FILE
+from navit_clip.export.description import Description
+from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIPConfig
+
+OPEN_CLIP = "open_clip:"
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The model that a run starts from; its architecture is the run's and need not be given.
+
+    Attributes:
+        model: The directory of an exported model (RUN_DIR/model), or ``open_clip:NAME``; null
+            starts from random weights.
+        weights: Of ``open_clip:NAME``: a local checkpoint, or a tag of open_clip to download.
+
+    Raises:
+        ValueError: If `weights` is given for a model that is not from open_clip.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.open_clip_name is None:
+            raise ValueError(
+                f"init.weights belongs to init.model: open_clip:NAME, got init.model={self.model}"
+            )
+
+    @property
+    def open_clip_name(self) -> str | None:
+        """NAME of ``open_clip:NAME``, None of any other model."""
+        if self.model is None or not self.model.startswith(OPEN_CLIP):
+            return None
+        return self.model.removeprefix(OPEN_CLIP)
+
+    def read_config(self, run_dir: Path) -> CLIPConfig | None:
+        """Architecture of the model, None without one.
+
+        Args:
+            run_dir: Of the run; if it has begun, it holds the architecture itself, whatever has
+                become of the model it started from.
+
+        Raises:
+            UserError: If there is no such model.
+        """
+        if self.model is None:
+            return None
+        if any((run_dir / "checkpoints").glob("step-*")) and (run_dir / RUN_MODEL).is_file():
+            return Description.read(run_dir / RUN_MODEL).model
+        if self.open_clip_name is not None:
+            from navit_clip.interop.open_clip import config_of
+
+            return config_of(self.open_clip_name, self.weights)
+        path = Path(self.model) / CONFIG_FILE
+        if not path.is_file():
+            raise UserError(
+                f"no model at init.model={self.model}: expected {CONFIG_FILE} in it "
+                f"(RUN_DIR/model), or {OPEN_CLIP}NAME"
+            )
+        return Description.read(path).model
+
+    def read_model(self) -> NaViTCLIP:
+        """The model with its weights, on the host.
+
+        Raises:
+            UserError: If it cannot be read, or open_clip's has no weights.
+        """
+        assert self.model is not None
+        if self.open_clip_name is None:
+            return NaViTCLIP.from_directory(Path(self.model))
+        if self.weights is None:
+            raise UserError(
+                f"init.weights is missing for init.model={self.model}: give a checkpoint's path, "
+                "or a tag of open_clip"
+            )
+        return NaViTCLIP.from_open_clip(self.open_clip_name, self.weights)
+
+    def check_architecture(self, given: CLIPConfig, known: CLIPConfig) -> None:
+        """Refuses a ``task.model`` section that is not that of the model.
+
+        Raises:
+            UserError: Naming the first field that differs.
+        """
+        difference = _first_difference(given, known, "task.model")
+        if difference is not None:
+            name, ours, theirs = difference
+            raise UserError(
+                f"{name}={ours} disagrees with init.model={self.model}, which has {theirs}: leave "
+                "`task.model` out, init.model gives all of it"
+            )
+
+
+def _first_difference(given: Any, known: Any, name: str) -> tuple[str, Any, Any] | None:
+    if is_dataclass(given):
+        found = (
+            _first_difference(getattr(given, f.name), getattr(known, f.name), f"{name}.{f.name}")
+            for f in fields(given)
+        )
+        return next((difference for difference in found if difference is not None), None)
+    return None if given == known else (name, given, known)
