@@ -19,8 +19,8 @@ from navit_clip.data.loader import load_batches
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
-from navit_clip.tools.inspect.filling import unpack_images
-from navit_clip.tools.inspect.patches import COLOURS, draw_on_grid, draw_stream
+from navit_clip.tools.inspect.draw_patches import COLOURS, draw_on_grid, draw_stream
+from navit_clip.tools.inspect.packing_efficiency import unpack_images
 
 PATCH, TILE, COLUMNS, ROWS = 16, 24, 36, 8
 WIDTH = COLUMNS * (TILE + 2) + 40

@@ -1,4 +1,4 @@
-"""Looking at shards: figures against a slow count, skips as training counts them, the picture."""
+"""Inspecting shards: statistics against a slow count, skips as in training, the picture."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tools.inspect.__main__ import main
-from navit_clip.tools.inspect.filling import measure_filling
-from navit_clip.tools.inspect.patches import draw_on_grid
-from navit_clip.tools.inspect.picture import draw_batch
-from navit_clip.tools.inspect.survey import survey_shards
+from navit_clip.tools.inspect.draw_batch import draw_batch
+from navit_clip.tools.inspect.draw_patches import draw_on_grid
+from navit_clip.tools.inspect.packing_efficiency import measure_packing
+from navit_clip.tools.inspect.statistics import collect_statistics
 
 BAD = {
     "page": {"jpg": HTML, "txt": b"a page"},
@@ -81,10 +81,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     )
 
 
-# Figures
+# Statistics
 
 
-def test_figures_without_a_config(tmp_path, capsys):
+def test_statistics_without_a_config(tmp_path, capsys):
     make_shards(tmp_path / "shards", [5, 3])
     numbers = [0, 1, 2, 3, 4, 100, 101, 102]
     assert inspect(tmp_path / "shards", "--output", tmp_path / "a/b.json") == 0
@@ -144,11 +144,11 @@ def test_skips_are_counted_as_training_counts_them(tmp_path, pipeline):
     ]
     data = pipeline(shards, **ONE_BY_ONE)
     training = sum((batch.counts.skipped for batch in take(data, 3)), Counter())
-    survey = survey_shards(data.mixture, data.build)
-    assert survey.skipped == training
-    assert survey.skipped.total() == 2 * len(BAD)
-    assert (survey.samples, survey.usable) == (2 * len(BAD) + 3, 3)
-    assert any("0/page: unreadable_image" in line for line in survey.skip_log)
+    statistics = collect_statistics(data.mixture, data.build)
+    assert statistics.skipped == training
+    assert statistics.skipped.total() == 2 * len(BAD)
+    assert (statistics.samples, statistics.usable) == (2 * len(BAD) + 3, 3)
+    assert any("0/page: unreadable_image" in line for line in statistics.skip_log)
 
 
 def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, pipeline):
@@ -156,14 +156,14 @@ def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, pi
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     data = pipeline([whole, cut])
-    survey = survey_shards(data.mixture, data.build)
-    assert survey.skipped == {"bad_shard": 1}
-    assert 6 < survey.usable < 12
+    statistics = collect_statistics(data.mixture, data.build)
+    assert statistics.skipped == {"bad_shard": 1}
+    assert 6 < statistics.usable < 12
 
 
-def test_figures_do_not_depend_on_workers(tmp_path, pipeline):
+def test_statistics_do_not_depend_on_workers(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [4, 1, 6]))
-    alone, together = (survey_shards(data.mixture, data.build, workers=n) for n in (1, 2))
+    alone, together = (collect_statistics(data.mixture, data.build, workers=n) for n in (1, 2))
     assert alone.columns.keys() == together.columns.keys()
     for name, column in alone.columns.items():
         np.testing.assert_array_equal(column, together.columns[name])
@@ -171,42 +171,42 @@ def test_figures_do_not_depend_on_workers(tmp_path, pipeline):
 
 def test_max_samples_takes_from_every_shard(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [9, 9, 9]))
-    survey = survey_shards(data.mixture, data.build, max_samples=8)
+    statistics = collect_statistics(data.mixture, data.build, max_samples=8)
     expected = [
         SIZES[(100 * s + i) % len(SIZES)][1] for s, n in enumerate((3, 3, 2)) for i in range(n)
     ]
-    assert survey.columns["width"].tolist() == expected
+    assert statistics.columns["width"].tolist() == expected
 
 
 # Packing
 
 
-def test_filling_is_what_training_packs(tmp_path, pipeline):
+def test_packing_is_what_training_packs(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [12, 9]))
-    filling = measure_filling(data.mixture, data.build, data.config, 21)
-    expected = take(data, len(filling.batches))
-    assert [b.examples for b in filling.batches] == [b.counts.examples for b in expected]
+    packing = measure_packing(data.mixture, data.build, data.config, 21)
+    expected = take(data, len(packing.batches))
+    assert [b.examples for b in packing.batches] == [b.counts.examples for b in expected]
     before = sum(b.counts.examples for b in expected[:-1])
     assert before < 21 <= before + expected[-1].counts.examples
     tokens = sum(sum(b.inputs.images.segments.lengths[: len(b.ids)]) for b in expected)
     budget = CONFIG.budget.tokens["image"] * len(expected)
-    assert filling.image_padding == pytest.approx(1 - tokens / budget)
+    assert packing.padding("image") == pytest.approx(1 - tokens / budget)
     pairs = np.array([len(b.ids) for b in expected])
-    assert filling.pairs_cv == pytest.approx(pairs.std() / pairs.mean())
+    assert packing.pairs_cv == pytest.approx(pairs.std() / pairs.mean())
 
     first = expected[0]
     images, texts = first.inputs.images, first.inputs.texts
     order = images.order.tolist()
-    assert [pair.id for pair in filling.pairs] == [
+    assert [pair.id for pair in packing.pairs] == [
         first.ids[order.index(place)] for place in range(len(first.ids))
     ]
     captions = {
         f"{s:05d}/{i}": CAPTIONS[(100 * s + i) % len(CAPTIONS)] for s in (0, 1) for i in range(12)
     }
-    assert [pair.caption for pair in filling.pairs] == [captions[pair.id] for pair in filling.pairs]
-    for pair in filling.pairs:
-        assert pair.image_length == images.segments.lengths[pair.place]
-        assert pair.text_tokens == texts.segments.lengths[pair.text_place]
+    assert [pair.caption for pair in packing.pairs] == [captions[pair.id] for pair in packing.pairs]
+    for pair in packing.pairs:
+        assert pair.image_tokens == images.segments.lengths[pair.segments["image"]]
+        assert pair.text_tokens == texts.segments.lengths[pair.segments["text"]]
 
 
 def test_packing_of_a_config(tmp_path, config, capsys):
@@ -232,7 +232,7 @@ def test_a_config_may_name_the_shards(tmp_path, tokenizer_path, capsys):
     inspect("--config", path, "--max-samples", 2)
     printed = capsys.readouterr().out
     assert re.search("^samples +2$", printed, re.MULTILINE)
-    assert "some stand in it several times" in printed
+    assert "some are in it several times" in printed
 
 
 # The picture
@@ -261,8 +261,8 @@ def test_picture_of_every_kind_of_batch(tmp_path, pipeline, fields):
     long = {"png": encode(photo(3, 1, 4000)), "txt": ("x" * 100_000).encode()}
     shard = write_shard(tmp_path / "0.tar", {"long": long, "a": sample(0), "b": sample(1)})
     data = pipeline([shard], **fields)
-    filling = measure_filling(data.mixture, data.build, data.config, 3)
-    draw_batch(filling, "a test", tmp_path / "out.png")
+    packing = measure_packing(data.mixture, data.build, data.config, 3)
+    draw_batch(packing, "a test", tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.height < 3000
 

@@ -1,6 +1,6 @@
-"""Looks at shards before anything is trained on them.
+"""Inspects shards before anything is trained on them.
 
-`survey` reads every sample as training would; `filling` packs batches as a configuration would;
-`report` puts the figures into a table and a JSON; `picture` draws one batch patch by patch.
-``python -m navit_clip.tools.inspect --help``.
+`statistics` reads every sample as training would; `packing_efficiency` packs batches as a
+configuration would; `describe` puts both into a table and a JSON; `draw_batch` draws one batch
+patch by patch. ``navit-clip data inspect --help``.
 """

@@ -13,25 +13,25 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import write_output
 from navit_clip.recipes import find_recipe
-from navit_clip.tools.inspect.filling import measure_filling
-from navit_clip.tools.inspect.picture import draw_batch
-from navit_clip.tools.inspect.report import figures, render
-from navit_clip.tools.inspect.settings import (
+from navit_clip.tools.inspect.data_settings import (
     DataSettings,
     pair_builder,
     read_settings,
     with_choices,
 )
-from navit_clip.tools.inspect.survey import survey_shards
+from navit_clip.tools.inspect.describe import to_json, to_text
+from navit_clip.tools.inspect.draw_batch import draw_batch
+from navit_clip.tools.inspect.packing_efficiency import measure_packing
+from navit_clip.tools.inspect.statistics import collect_statistics
 
-_DESCRIPTION = """Counts what shards hold, what training would pass over and why, and how full its
+_DESCRIPTION = """Counts what shards hold, what training would skip and why, and how full its
 batches would be; draws one batch patch by patch."""
 
 
 def main(
     argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.inspect"
 ) -> int:
-    """Looks at shards.
+    """Inspects shards.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
@@ -45,12 +45,12 @@ def main(
     parser.add_argument("--config", help="a recipe or a training YAML: also measure its packing")
     parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
     parser.add_argument(
-        "--captions", nargs="+", help="caption sources, such as txt json.captions; the config's"
+        "--captions", nargs="+", help="caption fields, such as txt json.captions; the config's"
     )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw one batch")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write what is printed")
     parser.add_argument(
-        "--max-samples", type=int, help="look at so many, taken from the front of every shard"
+        "--max-samples", type=int, help="read so many, taken from the front of every shard"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
@@ -75,25 +75,28 @@ def _inspect(args: argparse.Namespace) -> int:
         raise UserError(f"--config {args.config} names no tokenizer: give --tokenizer")
     build = pair_builder(settings)
     mixture = Mixture.find(settings.data)
-    survey = survey_shards(mixture, build, max_samples=args.max_samples, workers=args.workers)
-    if not survey.samples:
+    statistics = collect_statistics(
+        mixture, build, max_samples=args.max_samples, workers=args.workers
+    )
+    if not statistics.samples:
         raise UserError(
             f"no sample in {len(mixture.shards)} shard(s), the first one {mixture.shards[0]}"
-            + "".join(f": {line}" for line in survey.skip_log[:1])
+            + "".join(f": {line}" for line in statistics.skip_log[:1])
         )
-    wanted = survey.usable and (args.config or args.picture)
-    filling = measure_filling(mixture, build, settings.data, survey.usable) if wanted else None
+    packing = None
+    if statistics.usable and (args.config or args.picture):
+        packing = measure_packing(mixture, build, settings.data, statistics.usable)
     tokenised = settings.tokenizer is not None
-    found = figures(survey, build.context_length, filling, tokenised)
-    print(render(found))
-    if filling and survey.usable < filling.batches[0].examples:
-        print("\nOne batch holds more pairs than were looked at: some stand in it several times.")
+    found = to_json(statistics, build.context_length, packing, tokenised)
+    print(to_text(found))
+    if packing and statistics.usable < packing.batches[0].examples:
+        print("\nOne batch holds more pairs than were read: some are in it several times.")
     if args.output is not None:
         report = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         write_output(args.output, report, f"--output {args.output}")
-    if args.picture and filling:
+    if args.picture and packing:
         title = config.name if config else "the default settings"
-        draw_batch(filling, title, args.picture)
+        draw_batch(packing, title, args.picture)
         print(f"\ndrew {args.picture}")
     elif args.picture:
         raise UserError("no usable sample: nothing to draw")

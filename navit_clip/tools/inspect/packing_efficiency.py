@@ -16,50 +16,46 @@ from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.tokenizers.base import Tokenizer
 
-MAX_BATCHES = 32  # enough for means; a whole pass would decode everything twice
+MAX_BATCHES = 32  # enough for means; a whole epoch would decode everything twice
 
 
 @dataclass(frozen=True)
-class DrawnPair:
-    """One pair of a batch, for people.
+class UnpackedPair:
+    """One pair of a batch, taken out of it again.
 
     Attributes:
         id: ``shard/key``.
         image: Kept patches and the grid.
         caption: The text that was tokenised.
         text_tokens: Tokens it became.
-        place: Segment of the image in the packed stream.
-        text_place: Segment of the caption in the packed stream.
+        segments: Number of its segment in each packed stream.
     """
 
     id: str
     image: ImagePatches
     caption: str
     text_tokens: int
-    place: int
-    text_place: int
+    segments: dict[str, int]
 
     @property
-    def image_length(self) -> int:
-        """Image tokens."""
+    def image_tokens(self) -> int:
+        """Kept patches."""
         return len(self.image.patches)
 
 
 @dataclass(frozen=True)
-class Filling:
-    """What packing reaches.
+class PackingEfficiency:
+    """How full batches are.
 
     Attributes:
         batches: Counts of each batch.
-        image_tokens: Real image tokens of the first batch's segments, in the stream's order.
-        text_tokens: Real text tokens of the first batch's segments, in the stream's order.
+        lengths: Tokens of the first batch's segments in each stream, in the stream's order.
         pairs: The first batch's pairs, in the order of the image stream.
     """
 
     batches: list[BatchCounts]
-    image_tokens: tuple[int, ...]
-    text_tokens: tuple[int, ...]
-    pairs: list[DrawnPair]
+    lengths: dict[str, tuple[int, ...]]
+    pairs: list[UnpackedPair]
 
     @property
     def pairs_per_batch(self) -> np.ndarray:
@@ -70,21 +66,6 @@ class Filling:
     def pairs_cv(self) -> float:
         """Coefficient of variation of pairs per batch."""
         return float(self.pairs_per_batch.std() / self.pairs_per_batch.mean())
-
-    @property
-    def image_padding(self) -> float:
-        """Unused share of the image budget."""
-        return 1 - self.tokens("image") / self.budget("image")
-
-    @property
-    def text_padding(self) -> float:
-        """Unused share of the text budget."""
-        return 1 - self.tokens("text") / self.budget("text")
-
-    @property
-    def kept(self) -> float:
-        """Share of image tokens that token drop leaves."""
-        return self.tokens("image") / self.tokens_before_drop("image")
 
     def budget(self, stream: str) -> int:
         """Token budget of one batch."""
@@ -100,17 +81,21 @@ class Filling:
             np.mean([counts.streams[stream].tokens_before_drop for counts in self.batches])
         )
 
+    def padding(self, stream: str) -> float:
+        """Unused fraction of the token budget."""
+        return 1 - self.tokens(stream) / self.budget(stream)
 
-def measure_filling(
+
+def measure_packing(
     mixture: Mixture, build: PairBuilder, config: DataConfig, pairs: int
-) -> Filling:
-    """Packs one pass over the shards, or as much of it as fills `MAX_BATCHES`.
+) -> PackingEfficiency:
+    """Packs one epoch of the shards, or as much of it as fills `MAX_BATCHES`.
 
     Args:
         mixture: The shards; at least one of their samples must be usable.
         build: Makes pairs.
         config: How they are packed.
-        pairs: Pairs of one pass. A batch that holds more shows some of them again.
+        pairs: Pairs of one epoch. A batch that holds more has some of them twice.
 
     Raises:
         UserError: If the shards cannot be read, or a pair exceeds the budgets.
@@ -119,7 +104,7 @@ def measure_filling(
     batches: list[BatchCounts] = []
     first: Batch[PairInputs] | None = None
     taken = 0
-    # What is measured does not depend on who reads, and one process keeps one tokenizer.
+    # Efficiency does not depend on who reads, and one process keeps one tokenizer.
     stream = load_batches(
         replace(build, tokenizer=remembering),
         replace(config, workers=0),
@@ -138,17 +123,13 @@ def measure_filling(
             taken += batch.counts.examples
             bar.update()
     assert first is not None
-    images, texts = first.inputs.images.segments, first.inputs.texts.segments
-    return Filling(
-        batches,
-        images.lengths[: images.num_examples],
-        texts.lengths[: texts.num_examples],
-        _unpack(first, remembering.texts),
-    )
+    streams = {"image": first.inputs.images.segments, "text": first.inputs.texts.segments}
+    lengths = {name: packed.lengths[: packed.num_examples] for name, packed in streams.items()}
+    return PackingEfficiency(batches, lengths, _unpack(first, remembering.texts))
 
 
 class _RememberingTokenizer(Tokenizer):
-    """A tokenizer that knows the texts of what it encoded, which a packed batch does not carry."""
+    """A tokenizer that keeps the texts of what it encoded, which a packed batch does not hold."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -168,24 +149,24 @@ class _RememberingTokenizer(Tokenizer):
 def unpack_images(packed: PackedImages) -> list[ImagePatches]:
     """Packed images one by one, in the stream's order."""
     lengths = packed.segments.lengths
-    pieces = zip(
+    parts = zip(
         packed.patches.split(lengths), packed.coords.split(lengths), packed.grids, strict=True
     )
     images = [
         ImagePatches(patches.numpy(), coords.numpy(), (int(grid[0]), int(grid[1])))
-        for patches, coords, grid in pieces
+        for patches, coords, grid in parts
     ]
     return images[: packed.segments.num_examples]
 
 
-def _unpack(batch: Batch[PairInputs], texts: dict[tuple[int, ...], str]) -> list[DrawnPair]:
+def _unpack(batch: Batch[PairInputs], texts: dict[tuple[int, ...], str]) -> list[UnpackedPair]:
     packed = batch.inputs
     images = unpack_images(packed.images)
     captions = [ids.tolist() for ids in packed.texts.token_ids.split(packed.texts.segments.lengths)]
     pairs = []
     for i, name in enumerate(batch.ids):
-        place, text_place = int(packed.images.order[i]), int(packed.texts.order[i])
-        ids = captions[text_place]
-        text = texts[tuple(ids)]
-        pairs.append(DrawnPair(name, images[place], text, len(ids), place, text_place))
-    return sorted(pairs, key=lambda pair: pair.place)
+        segments = {"image": int(packed.images.order[i]), "text": int(packed.texts.order[i])}
+        ids = captions[segments["text"]]
+        image = images[segments["image"]]
+        pairs.append(UnpackedPair(name, image, texts[tuple(ids)], len(ids), segments))
+    return sorted(pairs, key=lambda pair: pair.segments["image"])

@@ -52,15 +52,15 @@ def draw_stream(
     """
     draw = ImageDraw.Draw(canvas)
     cell = side + 2
-    place = 0
+    position = 0
     for number, image in enumerate(images):
         own = patch_side(image)
         for patch in image.patches:
-            left = corner[0] + place % columns * cell
-            top = corner[1] + place // columns * line_height
+            left = corner[0] + position % columns * cell
+            top = corner[1] + position // columns * line_height
             tile = Image.fromarray(patch.reshape(own, own, 3)).resize((side, side))
             canvas.paste(tile, (left, top))
             line = (left, top + side + 1, left + cell - 1, top + side + 3)
             draw.rectangle(line, fill=COLOURS[number % len(COLOURS)])
-            place += 1
-    return corner[1] + -(-place // columns) * line_height
+            position += 1
+    return corner[1] + -(-position // columns) * line_height

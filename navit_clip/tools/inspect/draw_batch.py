@@ -1,4 +1,4 @@
-"""Draws one packed batch: how full it is, some of its pairs, and how their patches lie in it."""
+"""Draws one packed batch: how full it is, some of its pairs, and their patches in the stream."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from navit_clip.files import write_output
-from navit_clip.tools.inspect.filling import DrawnPair, Filling
-from navit_clip.tools.inspect.patches import COLOURS, draw_on_grid, draw_stream, patch_side
+from navit_clip.tools.inspect.draw_patches import COLOURS, draw_on_grid, draw_stream, patch_side
+from navit_clip.tools.inspect.packing_efficiency import PackingEfficiency, UnpackedPair
 
 _WIDTH, _MARGIN = 1460, 30
 _INNER = _WIDTH - 2 * _MARGIN
@@ -24,23 +24,23 @@ _LEAST_CELL = 8  # pixels of a patch below which lines between patches would hid
 _TILES, _STREAM_HEIGHT = (18, 12, 8), 640
 _TEXT, _FAINT, _PAPER = "#1f2328", "#656d76", "#ffffff"
 _BLANK, _GRID = 246, "#d0d7de"  # a dropped patch is an empty cell, unlike any grey of a photo
-_OTHERS = ("#d0d7de", "#e6eaef")  # segments that are not shown, by turns
+_OTHERS = ("#d0d7de", "#e6eaef")  # segments of other pairs, alternating
 
 
-def draw_batch(filling: Filling, title: str, output: Path) -> None:
-    """Draws the first batch of a filling.
+def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
+    """Draws the first batch.
 
     Args:
-        filling: See `measure_filling`.
+        packing: See `measure_packing`.
         title: What the batch was made of.
         output: PNG file to write.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    shown = _choose(filling.pairs)
+    shown = _choose(packing.pairs)
     canvas = Image.new("RGB", (_WIDTH, 4000), _PAPER)
-    y = _draw_head(canvas, filling, title, shown)
+    y = _draw_head(canvas, packing, title, shown)
     y = _draw_gallery(canvas, shown, y)
     y = _draw_patches(canvas, shown, y)
     file = io.BytesIO()
@@ -48,7 +48,7 @@ def draw_batch(filling: Filling, title: str, output: Path) -> None:
     write_output(output, file.getvalue(), f"--picture {output}")
 
 
-def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:
+def _choose(pairs: Sequence[UnpackedPair]) -> list[UnpackedPair]:
     """Pairs spread evenly over the batch, from the shortest image to the longest."""
     count = min(_COLUMNS * _ROWS, len(pairs))
     step = (len(pairs) - 1) / max(1, count - 1)
@@ -67,47 +67,40 @@ def _write(
 
 
 def _draw_head(
-    canvas: Image.Image, filling: Filling, title: str, shown: Sequence[DrawnPair]
+    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[UnpackedPair]
 ) -> int:
-    counts = filling.batches[0]
-    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {counts.examples:,} pairs", 26)
+    batch = packing.batches[0]
+    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {batch.examples:,} pairs", 26)
     y = 62
-    if len(shown) < counts.examples:
-        note = (
-            f"Every pair is a piece of both streams; the coloured ones are the {len(shown)} below"
-        )
+    if len(shown) < batch.examples:
+        note = f"Every pair is a segment of both streams; coloured are the {len(shown)} below"
         _write(canvas, (_MARGIN, y), note, 15, _FAINT)
         y += 30
-    image = counts.streams["image"]
-    dropped = image.tokens_before_drop - image.tokens
-    notes = {
-        "image": f" ({dropped:,} of {image.tokens_before_drop:,} patches were dropped)"
-        if dropped
-        else "",
-        "text": "",
-    }
-    for name, lengths in {"image": filling.image_tokens, "text": filling.text_tokens}.items():
-        tokens, budget = counts.streams[name].tokens, counts.streams[name].budget
+    for name, lengths in packing.lengths.items():
+        counts = batch.streams[name]
+        dropped = counts.tokens_before_drop - counts.tokens
         line = (
-            f"{name.capitalize()} stream: {tokens:,} of {budget:,} tokens used, "
-            f"{1 - tokens / budget:.2%} padding{notes[name]}"
+            f"{name.capitalize()} stream: {counts.tokens:,} of {counts.budget:,} tokens used, "
+            f"{1 - counts.tokens / counts.budget:.2%} padding"
         )
+        if dropped:
+            line += f" ({dropped:,} of {counts.tokens_before_drop:,} patches were dropped)"
         _write(canvas, (_MARGIN, y), line, 17)
-        places = {p.place if name == "image" else p.text_place: n for n, p in enumerate(shown)}
-        _draw_bar(canvas, y + 26, lengths, budget, places)
+        numbers = {pair.segments[name]: number for number, pair in enumerate(shown)}
+        _draw_bar(canvas, y + 26, lengths, counts.budget, numbers)
         y += 26 + _BAR + 16
     return y
 
 
 def _draw_bar(
-    canvas: Image.Image, y: int, lengths: Sequence[int], budget: int, places: dict[int, int]
+    canvas: Image.Image, y: int, lengths: Sequence[int], budget: int, numbers: dict[int, int]
 ) -> None:
-    """The whole stream as one bar: a piece per segment, what is left of the budget empty."""
+    """The whole stream as one bar, a box per segment; what is left of the budget stays empty."""
     draw = ImageDraw.Draw(canvas)
     end = 0
     for segment, length in enumerate(lengths):
         left, end = end, end + length
-        number = places.get(segment)
+        number = numbers.get(segment)
         colour = _OTHERS[segment % 2] if number is None else _colour(number)
         box = (
             _MARGIN + left * _INNER // budget,
@@ -120,13 +113,13 @@ def _draw_bar(
     draw.rectangle((_MARGIN, y, _MARGIN + _INNER - 1, y + _BAR), outline=_FAINT)
 
 
-def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
+def _draw_gallery(canvas: Image.Image, shown: Sequence[UnpackedPair], y: int) -> int:
     sides = [max(pair.image.grid) * patch_side(pair.image) for pair in shown]
     zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
     title = "Images from few patches to many" + (", at one scale" if len(set(zooms)) == 1 else "")
-    if any(pair.image_length < pair.image.tokens_before_drop for pair in shown):
+    if any(pair.image_tokens < pair.image.tokens_before_drop for pair in shown):
         title += "; empty cells are dropped patches"
     _write(canvas, (_MARGIN, y), title, 17)
     y += 34
@@ -146,7 +139,7 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
     return y
 
 
-def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
+def _picture(pair: UnpackedPair, zoom: float) -> Image.Image:
     """The image on its grid, with thin lines between the patches."""
     rows, columns = pair.image.grid
     side = patch_side(pair.image) * zoom
@@ -162,9 +155,9 @@ def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
     return picture
 
 
-def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, y: int) -> None:
+def _draw_caption(canvas: Image.Image, pair: UnpackedPair, number: int, left: int, y: int) -> None:
     whole = pair.image.tokens_before_drop
-    kept = pair.image_length
+    kept = pair.image_tokens
     patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
     _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, _colour(number))
     for line, text in enumerate(_wrap(pair.caption), start=1):
@@ -187,7 +180,7 @@ def _wrap(text: str) -> list[str]:
     return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"{lines[_LINES - 1]} …"]
 
 
-def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
+def _draw_patches(canvas: Image.Image, shown: Sequence[UnpackedPair], y: int) -> int:
     """The patches of the pairs shown as they lie in the stream, as many as there is room for."""
     images = [pair.image for pair in shown]
     for tile in _TILES:

@@ -1,4 +1,4 @@
-"""The figures of shards, as a JSON object and as a table for the terminal."""
+"""Statistics and packing efficiency of shards, as a JSON object and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from navit_clip.tools.inspect.filling import Filling
-from navit_clip.tools.inspect.survey import Survey
+from navit_clip.tools.inspect.packing_efficiency import PackingEfficiency
+from navit_clip.tools.inspect.statistics import Statistics
 
 _QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 _HEADER = ("min", "5%", "median", "mean", "95%", "max")
 
-# Column of the survey, label, decimals, unit.
+# Column of the statistics, label, decimals, unit.
 _IMAGE_ROWS = (
     ("width", "width, px", 0),
     ("height", "height, px", 0),
@@ -31,35 +31,38 @@ _TOKEN_ROWS = (("tokens", "image tokens", 0), ("kept_tokens", "after token drop"
 
 
 def summarise(values: np.ndarray) -> dict[str, float]:
-    """Minimum, quantiles, mean and maximum of one figure, which must not be empty."""
+    """Minimum, quantiles, mean and maximum of values, at least one."""
     found = {name: float(np.quantile(values, quantile)) for name, quantile in _QUANTILES.items()}
     return {**found, "mean": float(values.mean())}
 
 
-def figures(
-    survey: Survey, context_length: int, filling: Filling | None, tokenised: bool
+def to_json(
+    statistics: Statistics,
+    context_length: int,
+    packing: PackingEfficiency | None,
+    tokenised: bool,
 ) -> dict[str, Any]:
-    """All figures as plain JSON values.
+    """All of it as plain JSON values.
 
     Args:
-        survey: What the samples are like.
+        statistics: Of the samples.
         context_length: Most text tokens, at which captions are cut.
-        filling: What packing reaches, None if no configuration was given.
+        packing: How full batches are, None if no configuration was given.
         tokenised: Whether a tokenizer was given, so that tokens mean something.
     """
-    columns = dict(survey.columns)
+    columns = dict(statistics.columns)
     if "image_bytes" in columns:
         columns["image_kb"] = columns.pop("image_bytes") / 1000
     left_out = set() if tokenised else {"text_tokens"}
-    left_out |= set() if filling else {"tokens", "kept_tokens"}
+    left_out |= set() if packing else {"tokens", "kept_tokens"}
     found: dict[str, Any] = {
-        "shards": survey.shards,
-        "samples": survey.samples,
-        "usable": survey.usable,
-        "bytes": survey.bytes,
-        "formats": dict(survey.formats.most_common()),
-        "skipped": dict(survey.skipped.most_common()),
-        "skip_log": survey.skip_log,
+        "shards": statistics.shards,
+        "samples": statistics.samples,
+        "usable": statistics.usable,
+        "bytes": statistics.bytes,
+        "formats": dict(statistics.formats.most_common()),
+        "skipped": dict(statistics.skipped.most_common()),
+        "skip_log": statistics.skip_log,
         "distributions": {
             name: summarise(column)
             for name, column in columns.items()
@@ -69,29 +72,29 @@ def figures(
     if tokenised and len(columns.get("text_tokens", ())):
         found["captions_cut"] = float((columns["text_tokens"] > context_length).mean())
         found["context_length"] = context_length
-    if filling:
-        found["packing"] = _packing(filling)
+    if packing:
+        found["packing"] = _packing(packing)
     return found
 
 
-def _packing(filling: Filling) -> dict[str, Any]:
-    pairs = filling.pairs_per_batch
+def _packing(packing: PackingEfficiency) -> dict[str, Any]:
+    pairs = packing.pairs_per_batch
     return {
-        "batches": len(filling.batches),
+        "batches": len(packing.batches),
         "pairs": {"min": int(pairs.min()), "mean": float(pairs.mean()), "max": int(pairs.max())},
-        "pairs_cv": filling.pairs_cv,
-        "image_budget": filling.budget("image"),
-        "text_budget": filling.budget("text"),
-        "image_padding": filling.image_padding,
-        "text_padding": filling.text_padding,
-        "image_tokens_before_drop": filling.tokens_before_drop("image"),
-        "image_tokens": filling.tokens("image"),
-        "text_tokens": filling.tokens("text"),
+        "pairs_cv": packing.pairs_cv,
+        "image_budget": packing.budget("image"),
+        "text_budget": packing.budget("text"),
+        "image_padding": packing.padding("image"),
+        "text_padding": packing.padding("text"),
+        "image_tokens_before_drop": packing.tokens_before_drop("image"),
+        "image_tokens": packing.tokens("image"),
+        "text_tokens": packing.tokens("text"),
     }
 
 
-def render(found: dict[str, Any]) -> str:
-    """The figures as lines of aligned columns."""
+def to_text(found: dict[str, Any]) -> str:
+    """The same as lines of aligned columns, see `to_json`."""
     lines = [_heading("samples"), *_counts(found)]
     distributions = found["distributions"]
     sections = {"images": _IMAGE_ROWS, "captions": _CAPTION_ROWS, "as configured": _TOKEN_ROWS}

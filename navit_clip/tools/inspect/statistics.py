@@ -1,4 +1,4 @@
-"""Reads shards sample by sample as training would, and notes what each sample is like."""
+"""Statistics of shards, read sample by sample as training would."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WHOLE_CAPTION = 1 << 20  # tokens; no caption is cut at it
 
 
 @dataclass(frozen=True)
-class SurveyTask:
+class _ShardTask:
     """One shard to be read.
 
     Attributes:
         shard: Its number.
         path: Its path or address.
-        name: Its short name, which begins the ids of its samples.
+        name: Its short name, prefix of the ids of its samples.
         captions: Caption weights of its dataset.
         build: Makes pairs.
         limit: Most samples to read, None for all.
@@ -44,8 +44,8 @@ class SurveyTask:
 
 
 @dataclass
-class Survey:
-    """What samples are like.
+class Statistics:
+    """What shards hold.
 
     Attributes:
         shards: Shards read.
@@ -53,10 +53,10 @@ class Survey:
         usable: Those that training would take.
         bytes: Size of all their files.
         formats: Usable samples by the image's extension.
-        columns: Figures by name, float64 or int64 [n], of usable samples (``width``, ``height``,
+        columns: Values by name, float64 or int64 [n], of usable samples (``width``, ``height``,
             ``side``, ``aspect``, ``image_bytes``, ``captions``, ``tokens``, ``kept_tokens``) or of
             all their captions (``characters``, ``words``, ``text_tokens``).
-        skipped: Samples that training would pass over, and shards that end early, by reason.
+        skipped: Samples that training would skip, and shards that end early, by reason.
         skip_log: A line for each of the first few of them.
     """
 
@@ -70,24 +70,24 @@ class Survey:
     skip_log: list[str] = field(default_factory=list)
 
 
-def survey_shards(
+def collect_statistics(
     mixture: Mixture, build: PairBuilder, *, max_samples: int | None = None, workers: int = 1
-) -> Survey:
+) -> Statistics:
     """Reads shards with a progress bar.
 
     Args:
         mixture: The shards.
         build: Makes pairs; a sample is usable if this takes it.
         max_samples: Read no more than so many, the same number from the front of every shard.
-        workers: Number of processes; the figures do not depend on it.
+        workers: Number of processes; the statistics do not depend on it.
     """
     shards = mixture.shards
     limits: list[int | None] = [None] * len(shards)
     if max_samples is not None:
-        share, rest = divmod(max_samples, len(shards))
-        limits = [share + (number < rest) for number in range(len(shards))]
+        each, rest = divmod(max_samples, len(shards))
+        limits = [each + (number < rest) for number in range(len(shards))]
     tasks = [
-        SurveyTask(
+        _ShardTask(
             number,
             path,
             mixture.names[number],
@@ -98,48 +98,51 @@ def survey_shards(
         for number, path in enumerate(shards)
         if limits[number] != 0
     ]
-    found: dict[int, Survey] = {}
+    found: dict[int, Statistics] = {}
     with tqdm(total=len(tasks), desc="reading", unit="shard") as bar:
-        for number, survey in run_unordered(survey_shard, tasks, workers):
-            found[number] = survey
+        for number, statistics in run_unordered(_shard_statistics, tasks, workers):
+            found[number] = statistics
             samples = sum(done.samples for done in found.values())
             bar.set_postfix_str(f"{samples:,} samples", refresh=False)
             bar.update()
     return _merge([found[number] for number in sorted(found)])
 
 
-def survey_shard(task: SurveyTask) -> tuple[int, Survey]:
+def _shard_statistics(task: _ShardTask) -> tuple[int, Statistics]:
     """Reads one shard; returns its number and what is in it."""
-    survey = Survey(shards=1)
+    statistics = Statistics(shards=1)
     values: defaultdict[str, list[float]] = defaultdict(list)
     try:
         for sample in read_shard(task.path, name=task.name):
-            survey.samples += 1
-            survey.bytes += sum(map(len, sample.members.values()))
+            statistics.samples += 1
+            statistics.bytes += sum(map(len, sample.members.values()))
             try:
-                _note(task, sample, survey, values)
+                _add(task, sample, statistics, values)
             except SkipSampleError as error:
-                _skip(survey, error.reason, f"{sample.id}: {error}")
-            if survey.samples == task.limit:
+                _skip(statistics, error.reason, f"{sample.id}: {error}")
+            if statistics.samples == task.limit:
                 break
     except ShardError as error:
-        _skip(survey, "bad_shard", str(error))
-    survey.columns = {name: np.array(column) for name, column in values.items()}
-    return task.shard, survey
+        _skip(statistics, "bad_shard", str(error))
+    statistics.columns = {name: np.array(column) for name, column in values.items()}
+    return task.shard, statistics
 
 
-def _note(
-    task: SurveyTask, sample: RawSample, survey: Survey, values: defaultdict[str, list[float]]
+def _add(
+    task: _ShardTask,
+    sample: RawSample,
+    statistics: Statistics,
+    values: defaultdict[str, list[float]],
 ) -> None:
-    """Appends one sample's figures, unless training would pass over it."""
+    """Adds one sample, unless training would skip it."""
     pair = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
     data = find_image(sample.members)
     image = EncodedImage(data)
-    texts = [text for source in task.captions for text in find_captions(sample.members, source)]
-    survey.usable += 1
-    survey.formats[next(e for e, content in sample.members.items() if content is data)] += 1
+    texts = [text for name in task.captions for text in find_captions(sample.members, name)]
+    statistics.usable += 1
+    statistics.formats[next(e for e, content in sample.members.items() if content is data)] += 1
     rows, columns = pair.image.grid
-    figures = {
+    measured = {
         "width": image.width,
         "height": image.height,
         "side": (image.width * image.height) ** 0.5,
@@ -149,32 +152,32 @@ def _note(
         "tokens": rows * columns,
         "kept_tokens": len(pair.image.patches),
     }
-    for name, figure in figures.items():
-        values[name].append(figure)
+    for name, value in measured.items():
+        values[name].append(value)
     encode = task.build.tokenizer.encode
     values["characters"] += map(len, texts)
     values["words"] += (len(text.split()) for text in texts)
     values["text_tokens"] += (len(encode(text, _WHOLE_CAPTION)) for text in texts)
 
 
-def _skip(survey: Survey, reason: str, line: str) -> None:
-    survey.skipped[reason] += 1
-    if len(survey.skip_log) < NAMED_SKIPS:
-        survey.skip_log.append(line)
+def _skip(statistics: Statistics, reason: str, line: str) -> None:
+    statistics.skipped[reason] += 1
+    if len(statistics.skip_log) < NAMED_SKIPS:
+        statistics.skip_log.append(line)
 
 
-def _merge(surveys: Sequence[Survey]) -> Survey:
-    names = dict.fromkeys(name for survey in surveys for name in survey.columns)
-    return Survey(
-        shards=len(surveys),
-        samples=sum(survey.samples for survey in surveys),
-        usable=sum(survey.usable for survey in surveys),
-        bytes=sum(survey.bytes for survey in surveys),
-        formats=sum((survey.formats for survey in surveys), Counter()),
+def _merge(parts: Sequence[Statistics]) -> Statistics:
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    return Statistics(
+        shards=len(parts),
+        samples=sum(part.samples for part in parts),
+        usable=sum(part.usable for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        formats=sum((part.formats for part in parts), Counter()),
         columns={
-            name: np.concatenate([s.columns[name] for s in surveys if name in s.columns])
+            name: np.concatenate([part.columns[name] for part in parts if name in part.columns])
             for name in names
         },
-        skipped=sum((survey.skipped for survey in surveys), Counter()),
-        skip_log=[line for survey in surveys for line in survey.skip_log],
+        skipped=sum((part.skipped for part in parts), Counter()),
+        skip_log=[line for part in parts for line in part.skip_log],
     )

@@ -1,4 +1,4 @@
-"""What shards are looked at with: the parts of a training configuration that concern data."""
+"""The parts of a training configuration that concern data."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class WordCounter(Tokenizer):
 
 
 def read_settings(path: Path) -> DataSettings:
-    """The data's part of a training configuration; whatever else it says is left unread.
+    """The data's part of a training configuration; the rest of it is not read.
 
     Args:
-        path: A YAML file as ``python -m train --config`` takes it, or a run's ``config.yaml``.
+        path: A YAML file as ``navit-clip train --config`` takes it, or a run's ``config.yaml``.
 
     Raises:
         UserError: If it cannot be read, or an entry is unknown or out of range; names it.
@@ -102,16 +102,16 @@ def with_choices(
     captions: Sequence[str] | None,
     tokenizer: str | None,
 ) -> DataSettings:
-    """The settings with what the command line says instead.
+    """The settings with those of the command line instead.
 
     Args:
         settings: Read from a configuration, or the defaults.
         shards: Patterns; none keeps the configuration's.
-        captions: Caption sources of equal weight; None keeps the configuration's.
+        captions: Caption fields of equal weight; None keeps the configuration's.
         tokenizer: A SentencePiece model's path, or ``open_clip``.
 
     Raises:
-        UserError: If a caption source is not one.
+        UserError: If a caption field is not one.
     """
     data, task = settings.data, settings.task
     if shards:
