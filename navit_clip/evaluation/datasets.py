@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.annotations.labels import Labeller
+from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import SkipSampleError, find_image
 from navit_clip.data.shards import RawSample, ShardError, read_shard
@@ -58,14 +58,14 @@ class Item:
         key: Place in the whole dataset.
         name: File or sample, for messages and pictures.
         data: The encoded image, or why there is none.
-        label: Class index, -1 for captioned data.
+        classes: Indices of the classes that are right, none for captioned data.
         captions: Its captions, none for labelled data.
     """
 
     key: Key
     name: str
     data: bytes | SkipSampleError
-    label: int = -1
+    classes: tuple[int, ...] = ()
     captions: tuple[str, ...] = ()
 
 
@@ -88,11 +88,11 @@ class EvalDataset(ABC):
 
 
 class FileDataset(EvalDataset):
-    """Images in files, each with a label or captions.
+    """Images in files, each with classes or captions.
 
     Args:
         paths: One file each.
-        labels: Class index of each, or none.
+        classes: Indices of the classes that are right for each, or none.
         captions: Captions of each, or none; an image with an empty tuple is skipped.
         skipped: Captions dropped by reason.
     """
@@ -100,11 +100,11 @@ class FileDataset(EvalDataset):
     def __init__(
         self,
         paths: Sequence[Path],
-        labels: Sequence[int] | None = None,
+        classes: Sequence[tuple[int, ...]] | None = None,
         captions: Sequence[tuple[str, ...]] | None = None,
         skipped: Counter[str] | None = None,
     ) -> None:
-        self.paths, self.labels, self.captions = paths, labels, captions
+        self.paths, self.classes, self.captions = paths, classes, captions
         self._skipped = skipped or Counter()
 
     @property
@@ -123,7 +123,7 @@ class FileDataset(EvalDataset):
         for index, path in enumerate(self.paths):
             if index not in wanted:
                 continue
-            label = self.labels[index] if self.labels is not None else -1
+            classes = self.classes[index] if self.classes is not None else ()
             captions = self.captions[index] if self.captions is not None else ()
             data: bytes | SkipSampleError
             try:
@@ -132,7 +132,7 @@ class FileDataset(EvalDataset):
                 data = SkipSampleError("missing_image", error.strerror or str(error))
             if self.captions is not None and not captions:
                 data = SkipSampleError("no_caption", "nothing says what it shows")
-            yield Item((0, index), str(path), data, label, captions)
+            yield Item((0, index), str(path), data, classes, captions)
 
 
 class ShardDataset(EvalDataset):
@@ -141,17 +141,17 @@ class ShardDataset(EvalDataset):
     Args:
         shards: Tar files.
         captions: caption fields as in training; none reads labels.
-        labeller: What the labels mean; class indices if not given.
+        class_map: What the labels mean; class indices if not given.
     """
 
     def __init__(
         self,
         shards: Sequence[str],
         captions: Sequence[str] = (),
-        labeller: Labeller | None = None,
+        class_map: ClassMap | None = None,
     ) -> None:
         self.shards, self.captions = shards, captions
-        self.labeller = labeller or Labeller()
+        self.class_map = class_map or ClassMap("index")
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
         """Reads every `parts`-th block of samples of each shard."""
@@ -174,21 +174,20 @@ class ShardDataset(EvalDataset):
                         "no_caption", f"none of the fields {', '.join(self.captions)}"
                     )
                 return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
-            return Item(key, sample.id, data, label=self._label(sample))
+            return Item(key, sample.id, data, self._classes(sample))
         except SkipSampleError as error:
             return Item(key, sample.id, error)
 
-    def _label(self, sample: RawSample) -> int:
+    def _classes(self, sample: RawSample) -> tuple[int, ...]:
         try:
             written = sample.members["cls"]
         except KeyError as error:
             raise UserError(
                 f"{sample.id} has no .cls member with its class: labelled shards need one"
             ) from error
-        try:
-            label = self.labeller(written.decode().strip())
-        except ValueError as error:
-            raise SkipSampleError("bad_label", f"{written[:20]!r}") from error
-        if label is None:
+        classes = self.class_map.find(written.decode(errors="replace").strip())
+        if classes is None:
+            raise SkipSampleError("bad_label", f"{written[:20]!r}")
+        if not classes:
             raise SkipSampleError("class_left_out", f"{written[:20]!r}")
-        return label
+        return classes

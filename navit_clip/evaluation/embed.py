@@ -38,7 +38,7 @@ class Embedded:
 
     Attributes:
         names: Each image's file or sample.
-        labels: Each image's class index, or -1.
+        classes: Indices of the classes that are right for each image, if any.
         captions: Each image's captions, if any.
         sizes: Each image's native height and width, upright.
         embeddings: By setting, float32 [E, D] unit vectors.
@@ -49,7 +49,7 @@ class Embedded:
     """
 
     names: list[str]
-    labels: list[int]
+    classes: list[tuple[int, ...]]
     captions: list[tuple[str, ...]]
     sizes: list[tuple[int, int]]
     embeddings: dict[EvalSetting, Tensor]
@@ -66,7 +66,7 @@ class _Row:
     place: int
     key: Key
     name: str
-    label: int
+    classes: tuple[int, ...]
     captions: tuple[str, ...]
     size: tuple[int, int]
 
@@ -174,7 +174,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
             # After all of them: decoding may fail at the first pixel that is asked for.
             for sized, one in new:
                 sized.append(one)
-        block.rows.append(_Row(place, item.key, item.name, item.label, item.captions, size))
+        block.rows.append(_Row(place, item.key, item.name, item.classes, item.captions, size))
 
 
 def _content_hash(item: Item) -> bytes:
@@ -346,7 +346,7 @@ def _together(
         together.append(
             Embedded(
                 names=[row.name for row in rows],
-                labels=[row.label for row in rows],
+                classes=[row.classes for row in rows],
                 captions=[row.captions for row in rows],
                 sizes=[row.size for row in rows],
                 embeddings=embeddings,

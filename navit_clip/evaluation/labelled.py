@@ -6,17 +6,15 @@ classes. What the data calls its classes is settled by `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from navit_clip.data.annotations.labels import (
     ClassMap,
-    Labeller,
     is_index,
     load_class_map,
     read_label_file,
-    unnamed_label,
 )
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.data.shards import expand_shards
@@ -29,36 +27,42 @@ class Labelled:
     """Labelled images and what is known of their classes.
 
     Attributes:
-        dataset: The images; a label is the index of a class that is right.
-        folders: The data's own names of its classes, in label order; None where labels are indices
-            of classes that somebody else names.
-        right: All right classes by label, of labels that have several.
-        labels: Every label that occurs, None if only reading all samples tells.
+        dataset: The images, each with the indices of the classes that are right.
+        folders: The data's own names of its classes, by index; None where indices are those of
+            classes that somebody else names.
+        classes: Every class that occurs, None if only reading all samples tells.
     """
 
     dataset: EvalDataset
     folders: list[str] | None = None
-    right: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    labels: frozenset[int] | None = None
+    classes: frozenset[int] | None = None
 
-    def present(self, seen: Iterable[int]) -> list[int]:
+    def present(self, seen: Iterable[tuple[int, ...]]) -> list[int]:
         """Classes that occur in the data, sorted.
 
         Args:
-            seen: Labels of the images that could be read.
+            seen: Classes of the images that could be read.
         """
-        labels = set(seen) if self.labels is None else self.labels
-        return sorted({index for label in labels for index in self.right.get(label, (label,))})
+        if self.classes is not None:
+            return sorted(self.classes)
+        return sorted({index for classes in seen for index in classes})
 
-    def check_names(self, names: Sequence[str]) -> None:
-        """Finds labels without a name before hours of embedding, where they are known.
+    def check_names(self, names: Sequence[str], seen: Iterable[tuple[int, ...]] = ()) -> None:
+        """Finds a class without a name, before hours of embedding where the classes are known.
+
+        Args:
+            names: By class index.
+            seen: Classes of the images that could be read.
 
         Raises:
             UserError: If there is one.
         """
-        last = max(self.present(()), default=-1)
+        last = max(self.present(seen), default=-1)
         if last >= len(names):
-            raise unnamed_label(last, len(names))
+            raise UserError(
+                f"label {last} has no name: there are {len(names)} class names; check "
+                "--classnames and --class-map"
+            )
 
 
 def open_labelled(path: str, labels: str | None = None, class_map: str | None = None) -> Labelled:
@@ -82,10 +86,7 @@ def open_labelled(path: str, labels: str | None = None, class_map: str | None = 
             raise UserError(f"no folder at {path}: --labels goes with a folder of images")
         return _label_file(root, labels, known)
     if not root.is_dir() or any(root.glob("*.tar")):
-        labeller = Labeller.of(known, known.indices.values()) if known else Labeller()
-        return Labelled(
-            ShardDataset(expand_shards([path]), labeller=labeller), right=labeller.right
-        )
+        return Labelled(ShardDataset(expand_shards([path]), class_map=known))
     return _class_folders(root, known)
 
 
@@ -124,34 +125,36 @@ def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
     if class_map is not None:
         return _mapped(images, class_map, "label")
     if all(is_index(label) for _, label in images):
-        labels = [int(label) for _, label in images]
-        return Labelled(FileDataset([path for path, _ in images], labels), labels=frozenset(labels))
+        return _labelled(images, {label: (int(label),) for _, label in images})
     return _numbered(images, sorted({label for _, label in images}))
 
 
 def _numbered(images: Sequence[tuple[Path, str]], names: list[str]) -> Labelled:
-    place = {name: index for index, name in enumerate(names)}
-    labels = [place[name] for _, name in images]
-    dataset = FileDataset([path for path, _ in images], labels)
-    return Labelled(dataset, names, labels=frozenset(labels))
+    return _labelled(images, {name: (index,) for index, name in enumerate(names)}, names)
 
 
 def _mapped(images: Sequence[tuple[Path, str]], class_map: ClassMap, what: str) -> Labelled:
-    answers = {name: class_map.find(name) for name in dict.fromkeys(name for _, name in images)}
-    known = {name: found for name, found in answers.items() if found is not None}
-    if unknown := [name for name in answers if name not in known]:
+    found = {name: class_map.find(name) for name in dict.fromkeys(name for _, name in images)}
+    known = {name: classes for name, classes in found.items() if classes is not None}
+    if unknown := [name for name in found if name not in known]:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         fix = 'add it, or leave it out with "folder": [] in JSON'
         if class_map.is_built_in:
             fix = 'give a file that has it, such as JSON {"folder": 3}'
         raise UserError(f"{what} {unknown[0]!r}{more} is not in class map {class_map.name}: {fix}")
-    labeller = Labeller.of(class_map, known.values())
-    kept = [(path, label) for path, name in images if (label := labeller(name)) is not None]
-    if not kept:
+    if not any(known.values()):
         raise UserError(f"class map {class_map.name} leaves out every {what}")
-    labels = [label for _, label in kept]
-    dataset = FileDataset([path for path, _ in kept], labels)
-    return Labelled(dataset, right=labeller.right, labels=frozenset(labels))
+    return _labelled([(path, name) for path, name in images if known[name]], known)
+
+
+def _labelled(
+    images: Sequence[tuple[Path, str]],
+    indices: Mapping[str, tuple[int, ...]],
+    folders: list[str] | None = None,
+) -> Labelled:
+    classes = [indices[name] for _, name in images]
+    present = frozenset(index for found in classes for index in found)
+    return Labelled(FileDataset([path for path, _ in images], classes), folders, present)
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:

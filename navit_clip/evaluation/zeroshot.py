@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from navit_clip.data.annotations.labels import is_index, read_text, unnamed_label
+from navit_clip.data.annotations.labels import is_index, read_text
 from navit_clip.errors import UserError
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.datasets import EvalDataset
@@ -156,7 +156,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
 
     def counts(self, data: Embedded) -> tuple[int, ...]:
         """Images, and classes that compete."""
-        return len(data.labels), len(self._classes(data).competitors)
+        return len(data.names), len(self._classes(data).competitors)
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
         """Accuracy, confusions and calibration at every setting."""
@@ -208,26 +208,23 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         Raises:
             UserError: If a label has no name.
         """
-        right = self.labelled.right
-        answers = {label: right.get(label, (label,)) for label in sorted(set(data.labels))}
-        present = self.labelled.present(data.labels)
-        if unnamed := set(present) - set(range(len(self.names))):
-            raise unnamed_label(max(unnamed), len(self.names))
-        competitors = present if self.spec.only_present else list(range(len(self.names)))
-        row = {label: i for i, label in enumerate(answers)}
+        self.labelled.check_names(self.names, data.classes)
+        present, every = self.labelled.present(data.classes), list(range(len(self.names)))
+        competitors = present if self.spec.only_present else every
+        answers = {found: row for row, found in enumerate(sorted(set(data.classes)))}
         column = {index: i for i, index in enumerate(competitors)}
-        right_LC = torch.zeros(len(row), len(column), dtype=torch.bool)
-        for label, found in answers.items():
-            right_LC[row[label], [column[index] for index in found]] = True
+        right_LC = torch.zeros(len(answers), len(column), dtype=torch.bool)
+        for found, row in answers.items():
+            right_LC[row, [column[index] for index in found]] = True
         # ImageNet has two missiles and two pairs of sunglasses.
         count = Counter(self.names)
         unique = [n if count[n] == 1 else f"{n} ({i})" for i, n in enumerate(self.names)]
         return ClassTable(
             competitors=competitors,
             titles=[unique[index] for index in competitors],
-            groups=[" / ".join(unique[index] for index in found) for found in answers.values()],
+            groups=[" / ".join(unique[index] for index in found) for found in answers],
             right_LC=right_LC,
-            group_E=torch.tensor([row[label] for label in data.labels]),
+            group_E=torch.tensor([answers[found] for found in data.classes]),
         )
 
     def _class_vectors(self, texts_TD: Tensor, classes: ClassTable) -> Tensor:

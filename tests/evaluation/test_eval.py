@@ -69,7 +69,9 @@ def test_embeddings_are_those_of_each_image_alone(model_dir, data):
     embedded = embed(PackedModel(model, "tiny"), open_dataset(data, "classes"))
     files = sorted((data / "classes").glob("*/*.png"))
     assert embedded.names == [str(path) for path in files]
-    assert [sorted(CLASSES)[label] for label in embedded.labels] == [p.parent.name for p in files]
+    assert [sorted(CLASSES)[label] for (label,) in embedded.classes] == [
+        p.parent.name for p in files
+    ]
     assert embedded.skipped == {"unreadable_image": 1}
     assert len(embedded.skips) == 1
     assert "broken.jpg" in embedded.skips[0]
@@ -137,13 +139,14 @@ def test_zeroshot(model_dir, data, tmp_path, capsys):
         vectors.append(torch.cat([model.encode_text([line]) for line in lines]))
     classes = torch.stack([v.double().mean(0) / v.double().mean(0).norm() for v in vectors])
     common_metrics(result, model, embedded.lengths)
+    labels = [label for (label,) in embedded.classes]
     for entry, setting in zip(result["views"], SETTINGS, strict=True):
         scores = embedded.embeddings[setting].double() @ classes.T
-        ranks = [place(row, own) for row, own in zip(scores, embedded.labels, strict=True)]
+        ranks = [place(row, own) for row, own in zip(scores, labels, strict=True)]
         assert entry["top1"] == pytest.approx(np.mean([rank < 1 for rank in ranks]))
         assert entry["top5"] == 1.0  # of four classes
         for label, name in enumerate(sorted(CLASSES)):
-            own = [r < 1 for r, y in zip(ranks, embedded.labels, strict=True) if y == label]
+            own = [r < 1 for r, y in zip(ranks, labels, strict=True) if y == label]
             found = entry["per_class"].get(name.replace("_", " "))
             assert found == (pytest.approx(np.mean(own)) if own else None)
     assert {"top1": result["top1"], "top5": result["top5"]}.items() <= result["views"][1].items()

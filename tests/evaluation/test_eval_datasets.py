@@ -74,7 +74,7 @@ def test_coco_captions(tmp_path):
         "b.png": ("second",),
         "silent.png": (),
     }
-    assert all(isinstance(item.data, bytes) and item.label == -1 for item in items[:2])
+    assert all(isinstance(item.data, bytes) and item.classes == () for item in items[:2])
     assert items[2].data.reason == "no_caption"
     assert (dataset.count, dataset.skipped) == (3, Counter())
 

@@ -9,7 +9,7 @@ import pytest
 from shard_factory import make_shards, sample, write_shard
 from source_cases import image, in_parts, read, write
 
-from navit_clip.data.annotations.labels import ClassMap, Labeller, load_class_map
+from navit_clip.data.annotations.labels import load_class_map
 from navit_clip.errors import UserError
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation.labelled import open_labelled
@@ -28,10 +28,10 @@ def test_class_folders(tmp_path):
     labelled = open_labelled(str(tmp_path))
     assert labelled.folders == ["a", "b", "empty"]  # an empty class still has its name and index
     items = read(labelled.dataset)
-    assert [(item.name, item.label) for item in items] == [
-        (str(files[2]), 0),
-        (str(files[1]), 0),
-        (str(files[0]), 1),
+    assert [(item.name, item.classes) for item in items] == [
+        (str(files[2]), (0,)),
+        (str(files[1]), (0,)),
+        (str(files[0]), (1,)),
     ]
     assert items[0].data == files[2].read_bytes()
     assert labelled.dataset.count == 3
@@ -46,16 +46,17 @@ def test_labelled_shards(tmp_path):
             "b": {**sample(1), "cls": b" 0\n"},
             "c": {**sample(2), "cls": b"dog"},
             "d": {"cls": b"1"},
+            "e": {**sample(2), "cls": b"-1"},
         },
     )
     for path in (shard, tmp_path):
         labelled = open_labelled(str(path))
         assert labelled.folders is None
         assert labelled.dataset.count is None
-        assert labelled.present([3, 0, 3]) == [0, 3]
+        assert labelled.present([(3,), (0,), (3,)]) == [0, 3]
         items = read(labelled.dataset)
-        assert [(item.name, item.label) for item in items[:2]] == [("0/a", 3), ("0/b", 0)]
-        assert [item.data.reason for item in items[2:]] == ["bad_label", "no_image"]
+        assert [(item.name, item.classes) for item in items[:2]] == [("0/a", (3,)), ("0/b", (0,))]
+        assert [item.data.reason for item in items[2:]] == ["bad_label", "no_image", "bad_label"]
 
 
 def test_shards_without_labels_are_refused(tmp_path):
@@ -146,7 +147,7 @@ def test_the_map_of_imagenet():
         ({"a": "dog"}, "'a' is neither"),
         ({"a": {"b": 1}}, "'a' is neither"),
         ({"a": True}, "'a' is neither"),
-        ("3", "it is neither"),
+        ("3", "line 1 is '3'"),
         ([1, 2], "it is neither"),
         (["a", "b", "a"], "lists 'a' twice"),
         ("a 1\nb\n", "line 2 is 'b'"),
@@ -165,15 +166,14 @@ def test_class_folders_through_a_map(tmp_path):
     content = {"mug": 2, "chair": [1, 7], "towel": 2, "out": [], "absent": 5}
     labelled = open_labelled(str(tmp_path / "data"), class_map=write(tmp_path / "map", content))
     items = read(labelled.dataset)
-    assert [(Path(item.name).parent.name, item.label) for item in items] == [
-        ("chair", 1),
-        ("mug", 2),
-        ("mug", 2),
-        ("towel", 2),
+    assert [(Path(item.name).parent.name, item.classes) for item in items] == [
+        ("chair", (1, 7)),
+        ("mug", (2,)),
+        ("mug", (2,)),
+        ("towel", (2,)),
     ]
     assert labelled.folders is None
-    assert labelled.right == {1: (1, 7)}
-    assert labelled.present([2]) == [1, 2, 7]
+    assert labelled.present([(2,)]) == [1, 2, 7]
     labelled.check_names(["name"] * 8)
     with pytest.raises(UserError, match="label 7 has no name: there are 7 class names"):
         labelled.check_names(["name"] * 7)
@@ -185,14 +185,12 @@ def test_class_folders_through_a_map(tmp_path):
         open_labelled(str(tmp_path / "data"), class_map=content)
 
 
-def test_each_set_of_right_classes_has_a_label_of_its_own():
-    answers = [(3, 5), (3,), (5, 8), (1, 3, 5), (3,), ()]
-    labeller = Labeller.of(ClassMap("map"), answers)
-    assert set(labeller.labels) == set(answers) - {()}
-    assert len(set(labeller.labels.values())) == 4
-    assert all(label in found for found, label in labeller.labels.items())
-    with pytest.raises(UserError, match="classes 1, 2 are right together"):
-        Labeller.of(ClassMap("map"), [(1,), (2,), (1, 2)])
+def test_sets_of_right_classes_may_overlap(tmp_path):
+    for i, name in enumerate("abc"):
+        image(tmp_path / "data" / name / "x.png", i)
+    content = write(tmp_path / "map", {"a": 1, "b": 2, "c": [2, 1]})
+    items = read(open_labelled(str(tmp_path / "data"), class_map=content).dataset)
+    assert [item.classes for item in items] == [(1,), (2,), (1, 2)]
 
 
 def test_folders_that_are_numbers_are_class_indices_of_imagenet(tmp_path):
@@ -200,10 +198,10 @@ def test_folders_that_are_numbers_are_class_indices_of_imagenet(tmp_path):
         image(tmp_path / str(i) / "x.png", i)
     for class_map in ("imagenet", "index"):
         items = read(open_labelled(str(tmp_path), class_map=class_map).dataset)
-        assert {Path(item.name).parent.name: item.label for item in items} == {
-            "10": 10,
-            "2": 2,
-            "999": 999,
+        assert {Path(item.name).parent.name: item.classes for item in items} == {
+            "10": (10,),
+            "2": (2,),
+            "999": (999,),
         }
 
 
@@ -213,7 +211,7 @@ def test_a_hundred_folders_of_imagenet_are_named_among_its_thousand_classes():
     names = load_classnames("imagenet", labelled.folders)
     labelled.check_names(names)
     assert len(labelled.present([])) == labelled.dataset.count == 100
-    found = {Path(item.name).parent.name: names[item.label] for item in read(labelled.dataset)}
+    found = {Path(item.name).parent.name: names[item.classes[0]] for item in read(labelled.dataset)}
     assert found["n01440764"] == "tench"
     assert found["n01601694"] == "American dipper"
     with pytest.raises(UserError, match=r"1000 class names for 100 class folders.*--class-map"):
@@ -227,14 +225,13 @@ def test_labelled_shards_through_a_map(tmp_path):
     content = write(tmp_path / "map", {"chair": [1, 7], "mug": 2, "out": []})
     labelled = open_labelled(str(shard), class_map=content)
     items = read(labelled.dataset)
-    assert [item.label for item in items] == [1, 2, -1, 4, -1, -1]
-    assert [item.data.reason for item in items if item.label < 0] == [
+    assert [item.classes for item in items] == [(1, 7), (2,), (), (4,), (), ()]
+    assert [item.data.reason for item in items if not item.classes] == [
         "class_left_out",
         "bad_label",
         "bad_label",
     ]
-    assert labelled.right == {1: (1, 7)}
-    assert labelled.present([1, 4]) == [1, 4, 7]
+    assert labelled.present([(1, 7), (4,)]) == [1, 4, 7]
 
 
 # Label files
@@ -256,10 +253,10 @@ def test_a_flat_folder_with_a_label_file(name, content, tmp_path):
     labelled = open_labelled(str(tmp_path / "data"), labels=write(tmp_path / name, content))
     assert labelled.folders == ["dog", "red cat"]
     items = read(labelled.dataset)
-    assert [(item.name, item.label) for item in items] == [
-        (str(files[0]), 0),
-        (str(files[1]), 1),
-        (str(files[2]), 0),
+    assert [(item.name, item.classes) for item in items] == [
+        (str(files[0]), (0,)),
+        (str(files[1]), (1,)),
+        (str(files[2]), (0,)),
     ]
     assert all(isinstance(item.data, bytes) for item in items)
 
@@ -281,7 +278,7 @@ def test_labels_may_be_indices(content, class_map, tmp_path):
     labelled = open_labelled(str(tmp_path / "data"), labels=file, class_map=class_map)
     assert labelled.folders is None
     items = read(labelled.dataset)
-    assert [item.label for item in items] == [65, 0, 3]
+    assert [item.classes for item in items] == [(65,), (0,), (3,)]
     assert [item.data.reason for item in items[2:]] == ["missing_image"]
 
 
@@ -290,7 +287,7 @@ def test_the_label_file_of_imagenets_localisation_challenge(tmp_path):
     content = "ImageId,PredictionString\nILSVRC2012_val_00048981,n03995372 85 1 499 272 1 2 3 4 \n"
     file = write(tmp_path / "LOC_val_solution.csv", content)
     labelled = open_labelled(str(tmp_path / "data"), labels=file, class_map="imagenet")
-    assert [(item.label, type(item.data)) for item in read(labelled.dataset)] == [(740, bytes)]
+    assert [(item.classes, type(item.data)) for item in read(labelled.dataset)] == [((740,), bytes)]
 
 
 @pytest.mark.parametrize(
@@ -328,4 +325,4 @@ def test_parts_together_are_the_whole(parts, block, tmp_path, monkeypatch):
         image(tmp_path / "classes" / "abc"[i % 3] / f"{i}.png", i)
     folders = open_labelled(str(tmp_path / "classes")).dataset
     assert in_parts(folders, parts) == read(folders)
-    assert Counter(item.label for item in read(folders)) == {0: 3, 1: 2, 2: 2}
+    assert Counter(item.classes for item in read(folders)) == {(0,): 3, (1,): 2, (2,): 2}

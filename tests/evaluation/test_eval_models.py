@@ -104,7 +104,7 @@ def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
         decoded.append(self) if self.tile else None, load(self))[1])  # fmt: skip
     model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
     settings = make_settings([4, 12, 50], native=True, square=[64])
-    (embedded,) = embed_dataset([(model, settings)], FileDataset([path], [0]), ALONE, workers=0)
+    (embedded,) = embed_dataset([(model, settings)], FileDataset([path], [(0,)]), ALONE, workers=0)
     assert len(set(embedded.lengths)) == 5
     assert len(decoded) == 1
 

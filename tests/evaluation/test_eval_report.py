@@ -50,11 +50,11 @@ def make_photos(root: Path, count: int) -> list[Path]:
     return paths
 
 
-def embedded(names, *, labels=None, captions=None, sizes=None):
+def embedded(names, *, classes=None, captions=None, sizes=None):
     count = len(names)
     return Embedded(
         names=[str(name) for name in names],
-        labels=labels or [-1] * count,
+        classes=classes or [()] * count,
         captions=captions or [()] * count,
         sizes=sizes or [(30, 40)] * count,
         embeddings={},
@@ -114,11 +114,9 @@ def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
     assert again == samples
 
 
-def zeroshot_samples(
-    result, data, images_ED, classes_CD, names, scale, dataset, *, right=None, only=None
-):
-    evaluator = ZeroShot(ZeroShotSpec("data", only_present=only is not None))
-    evaluator.labelled = Labelled(dataset, right=right or {}, labels=only and frozenset(only))
+def zeroshot_samples(result, data, images_ED, classes_CD, names, scale, dataset, *, present=None):
+    evaluator = ZeroShot(ZeroShotSpec("data", only_present=present is not None))
+    evaluator.labelled = Labelled(dataset, classes=present and frozenset(present))
     evaluator.dataset, evaluator.names = dataset, names
     own = EvalSetting("capped", 64)
     evaluator.result, evaluator.data = (
@@ -144,23 +142,24 @@ def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
     paths = make_photos(tmp_path / "photos", 60)
     names = ["crane", "dog", "lake", "crane", "boat", "unused"]
     labels = [i % 5 for i in range(60)]
-    right, only = {4: (4, 2)}, [0, 1, 2, 3, 4]
+    right = {4: (2, 4)}
+    classes = [right.get(label, (label,)) for label in labels]
     classes_CD = random_units(6, 16, seed=3)
     noise = random_units(60, 16, seed=4)
     images_ED = F.normalize(classes_CD[labels] + 2.5 * noise, dim=-1)
     result = make_result("zeroshot")
-    groups = ["crane (0)", "dog", "lake", "crane (3)", "boat / lake"]
+    groups = ["crane (0)", "dog", "lake", "crane (3)", "lake / boat"]
     result["views"][0]["confusions"] = [
         {"class": name, "images": 12, "top1": 0.1, "taken_for": []} for name in (*groups, "gone")
     ]
-    data = embedded(paths, labels=labels)
+    data = embedded(paths, classes=classes)
     samples = zeroshot_samples(
-        result, data, images_ED, classes_CD, names, 7.0, FileDataset(paths), right=right, only=only
+        result, data, images_ED, classes_CD, names, 7.0, FileDataset(paths), present=range(5)
     )
 
     logits = 7.0 * images_ED.double() @ classes_CD[:5].double().T
     chances = (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy()
-    good = [set(right.get(label, (label,))) for label in labels]
+    good = [set(found) for found in classes]
     best = chances.argmax(1)
     wrong = [i for i in np.argsort(-chances.max(1), kind="stable") if best[i] not in good[i]]
     place = {str(path): i for i, path in enumerate(paths)}
@@ -322,8 +321,8 @@ def evil_samples(kind, tmp_path):
         data = embedded(paths, captions=captions)
         return retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
     names = [f"{EVIL}{name}" for name in ("dog", "lake", "boat")]
-    labels = [i % 3 for i in range(30)]
-    data = embedded(paths, labels=labels)
+    classes = [(i % 3,) for i in range(30)]
+    data = embedded(paths, classes=classes)
     vectors = random_units(33, 16, seed=6)
     result = evil_everywhere(make_result("zeroshot"))
     return zeroshot_samples(result, data, vectors[3:], vectors[:3], names, 9.0, FileDataset(paths))
@@ -417,7 +416,7 @@ def test_a_report_of_many_classes_and_large_photos_is_small(tmp_path):
         photograph = Image.fromarray(grainy[i % 8]).resize((1200, 900), Image.Resampling.BILINEAR)
         paths.append(tmp_path / f"{i}.jpg")
         paths[-1].write_bytes(encode(photograph, "JPEG"))
-    data = embedded([paths[i % 60] for i in range(1000)], labels=list(range(1000)))
+    data = embedded([paths[i % 60] for i in range(1000)], classes=[(i,) for i in range(1000)])
     result = make_result("zeroshot")
     result["views"][0]["per_class"] = dict.fromkeys(names, 0.25)
     result["views"][0]["confusions"] = [

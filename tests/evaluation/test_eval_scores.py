@@ -60,13 +60,13 @@ def scored(evaluator, model, data, texts_TD):
     return written
 
 
-def embedded(vectors, *, labels=None, captions=None, sizes=None, skipped=None):
+def embedded(vectors, *, classes=None, captions=None, sizes=None, skipped=None):
     """Images at the model's own setting and at a square one, where they are all turned round."""
     count = len(vectors)
     own, square = EvalSetting("capped", 4), EvalSetting("square", 16)
     return Embedded(
         names=[str(i) for i in range(count)],
-        labels=labels or [-1] * count,
+        classes=classes or [()] * count,
         captions=captions or [()] * count,
         sizes=sizes or [(10, 10)] * count,
         embeddings={own: vectors, square: -vectors},
@@ -80,17 +80,19 @@ NAMES = ["cat", "dog", "cow", "dog"]
 CLASSES = {"cat": (1.0, 0.0), "dog": (0.0, 1.0), "cow": (-1.0, 0.0)}
 
 
-def classified(data, names, vectors, *, scale=1.0, right=None, present=None):
+def classified(data, names, vectors, *, scale=1.0, present=None):
     evaluator = ZeroShot(ZeroShotSpec("data", only_present=present is not None))
-    evaluator.labelled = Labelled(None, right=right or {}, labels=present)
+    evaluator.labelled = Labelled(None, classes=present)
     evaluator.names = names
     return scored(evaluator, model_of(scale), data, vectors)
 
 
 def classified_as(labels, vectors, **options):
-    data = embedded(F.normalize(torch.tensor(vectors), dim=-1), labels=labels, skipped={"x": 2})
-    classes = torch.tensor(list(CLASSES.values()))
-    return classified(data, NAMES[:3], classes, scale=2.0, **options)
+    """Classes are right as `labels` say: an index, or several where any of them will do."""
+    classes = [label if isinstance(label, tuple) else (label,) for label in labels]
+    data = embedded(F.normalize(torch.tensor(vectors), dim=-1), classes=classes, skipped={"x": 2})
+    class_vectors = torch.tensor(list(CLASSES.values()))
+    return classified(data, NAMES[:3], class_vectors, scale=2.0, **options)
 
 
 def test_the_metrics_of_zero_shot():
@@ -144,17 +146,19 @@ def test_only_the_classes_that_are_asked_for_compete():
 
 
 def test_any_of_several_right_classes_will_do():
-    labels, vectors = [0, 0, 0, 1], [(1.0, 0.1), (-1.0, 0.1), (0.1, 1.0), (0.1, 1.0)]
-    result = classified_as(labels, vectors, right={0: (0, 2)}, present=frozenset([0, 1]))
+    any_of = (0, 2)
+    labels = [any_of, any_of, any_of, 1]
+    vectors = [(1.0, 0.1), (-1.0, 0.1), (0.1, 1.0), (0.1, 1.0)]
+    result = classified_as(labels, vectors, present=frozenset([0, 1, 2]))
     assert (result["top1"], result["classes"]) == (3 / 4, 3)
     own = result["views"][0]
     assert own["per_class"] == {"cat / cow": 2 / 3, "dog": 1.0}
     assert own["confusions"][0]["taken_for"] == [{"class": "dog", "share": 1 / 3}]
-    assert classified_as([0], [(1.0, 0.1)], right={0: (0, 1, 2)})["top1"] == 1.0
+    assert classified_as([(0, 1, 2)], [(1.0, 0.1)])["top1"] == 1.0
 
 
 def test_classes_of_one_name_are_told_apart():
-    data = embedded(torch.randn(4, 3), labels=[0, 1, 2, 3])
+    data = embedded(torch.randn(4, 3), classes=[(0,), (1,), (2,), (3,)])
     result = classified(data, NAMES, torch.randn(4, 3))
     assert list(result["views"][0]["per_class"]) == ["cat", "dog (1)", "cow", "dog (3)"]
 
@@ -163,8 +167,7 @@ def test_classes_of_one_name_are_told_apart():
     ("labels", "options"),
     [
         ([0, 3], {}),
-        ([0, -1], {}),
-        ([0, 0], {"right": {0: (0, 3)}}),
+        ([0, (0, 3)], {}),
         ([0, 0], {"present": frozenset([0, 3])}),
     ],
 )
@@ -176,10 +179,10 @@ def test_a_label_without_a_name_is_refused(labels, options):
 def test_the_ten_worst_classes_are_shown():
     names = [f"c{i:02}" for i in range(14)]
     vectors = torch.eye(14)
-    labels = [i for i in range(14) for _ in range(2)]
+    classes = [(i,) for i in range(14) for _ in range(2)]
     # Every second class is always taken for the next one, the others once.
     taken = [(i + 1) % 14 if i % 2 or j else i for i in range(14) for j in range(2)]
-    data = embedded(vectors[taken], labels=labels)
+    data = embedded(vectors[taken], classes=classes)
     result = classified(data, names, vectors)
     found = [(c["class"], c["top1"]) for c in result["views"][0]["confusions"]]
     expected = [(f"c{i:02}", 0.0) for i in range(1, 14, 2)] + [(f"c{i:02}", 0.5) for i in (0, 2, 4)]

@@ -196,8 +196,8 @@ def test_class_folders(tmp_path, capsys):
 
     from_shards = open_labelled(str(tmp_path / "out")).dataset
     from_folders = open_labelled(str(tmp_path / "in")).dataset
-    assert [(i.data, i.label) for i in from_shards.read(0, 1)] == [
-        (i.data, i.label) for i in from_folders.read(0, 1)
+    assert [(i.data, i.classes) for i in from_shards.read(0, 1)] == [
+        (i.data, i.classes) for i in from_folders.read(0, 1)
     ]
 
     (tmp_path / "names.txt").write_text("Ant\nSea lion\n")

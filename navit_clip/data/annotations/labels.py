@@ -2,7 +2,7 @@
 
 A class map takes the data's own names for its classes, mostly folders, to indices of the classes
 that a model chooses among. It is what makes 100 folders of ImageNet count right against ImageNet's
-1,000 class names. `labelled` opens the data with it; `zeroshot` judges.
+1,000 class names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,73 +66,9 @@ class ClassMap:
         return max((index for found in self.indices.values() for index in found), default=-1)
 
 
-def unnamed_label(label: int, names: int) -> UserError:
-    """The error for a class index past the class names."""
-    return UserError(
-        f"label {label} has no name: there are {names} class names; check --classnames and "
-        "--class-map"
-    )
-
-
 def is_index(text: str) -> bool:
     """Whether a label is written as a class index."""
     return text.isascii() and text.isdigit()
-
-
-@dataclass(frozen=True)
-class Labeller:
-    """One class index per image, though several may be right.
-
-    Attributes:
-        class_map: What the data's names mean; None takes them for indices.
-        labels: Label by all right classes: one of them, different for each such set.
-    """
-
-    class_map: ClassMap | None = None
-    labels: Mapping[tuple[int, ...], int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, class_map: ClassMap, answers: Iterable[tuple[int, ...]]) -> Labeller:
-        """Labels for sets of right classes.
-
-        Args:
-            class_map: Where they come from.
-            answers: Each the right classes of some images.
-
-        Raises:
-            UserError: If every class of a set already stands for another set.
-        """
-        labels: dict[tuple[int, ...], int] = {}
-        taken = set()
-        for found in sorted(set(answers) - {()}, key=lambda answer: (len(answer), answer)):
-            label = next((index for index in found if index not in taken), None)
-            if label is None:
-                raise UserError(
-                    f"class map {class_map.name}: classes {', '.join(map(str, found))} are right "
-                    "together for one class of the data and each for another one: leave one out"
-                )
-            taken.add(label)
-            labels[found] = label
-        return cls(class_map, labels)
-
-    def __call__(self, written: str) -> int | None:
-        """The label of a name or number, None if the class is left out.
-
-        Raises:
-            ValueError: If it is unknown.
-        """
-        if self.class_map is None:
-            return int(written)
-        found = self.class_map.find(written)
-        if found is None:
-            raise ValueError(f"{written!r} is not in class map {self.class_map.name}")
-        # A number beside a map's names is a set of its own that no name has.
-        return self.labels.get(found, found[0]) if found else None
-
-    @property
-    def right(self) -> dict[int, tuple[int, ...]]:
-        """All right classes by label, of labels that have several."""
-        return {label: found for found, label in self.labels.items() if len(found) > 1}
 
 
 def load_class_map(name: str) -> ClassMap:
@@ -160,24 +96,23 @@ def load_class_map(name: str) -> ClassMap:
     if name == "index":
         return ClassMap(name)
     text = read_text(name, "class map", ", ".join(_BUILT_IN))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith(("{", "[")):
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            indices = _from_json(name, json.loads(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"cannot read class map {name}: not JSON ({error})") from error
-        indices = _from_lines(name, text)
     else:
-        indices = _from_json(name, content)
+        indices = _from_lines(name, [line.strip() for line in text.splitlines() if line.strip()])
     if not indices:
         raise UserError(f"class map {name} is empty")
     return ClassMap(name, indices)
 
 
 def _by_place(name: str, folders: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {folder: (i,) for i, folder in enumerate(folders)}
-    if len(found) < len(folders):
-        twice = next(f for i, f in enumerate(folders) if found[f] != (i,))
-        raise UserError(f"class map {name} lists {twice!r} twice: give every class one place")
+    found: dict[str, tuple[int, ...]] = {}
+    for index, folder in enumerate(folders):
+        if found.setdefault(folder, (index,)) != (index,):
+            raise UserError(f"class map {name} lists {folder!r} twice: give every class one place")
     return found
 
 
@@ -185,14 +120,14 @@ def _from_json(name: str, content: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(content, list) and all(isinstance(folder, str) for folder in content):
         return _by_place(name, content)
     found: dict[str, tuple[int, ...]] = {}
-    for key, value in content.items() if isinstance(content, dict) else [(None, content)]:
+    for key, value in content.items() if isinstance(content, dict) else [("it", content)]:
         values = value if isinstance(value, list) else [value]
-        if key is not None and key.isdigit() and values and isinstance(values[0], str):
+        if key.isdigit() and values and isinstance(values[0], str):
             found[values[0]] = (int(key),)
-        elif key is not None and all(type(v) is int and v >= 0 for v in values):
+        elif isinstance(content, dict) and all(type(v) is int and v >= 0 for v in values):
             found[key] = tuple(sorted(set(values)))
         else:
-            what = "it" if key is None else f"{key!r}"
+            what = repr(key) if isinstance(content, dict) else "it"
             raise UserError(
                 f"class map {name}: {what} is neither a class index nor a list of them: expected "
                 '{"folder": 3, "other": [5, 7]}'
@@ -200,15 +135,12 @@ def _from_json(name: str, content: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _from_lines(name: str, text: str) -> dict[str, tuple[int, ...]]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if all(_SYNSET.match(line) for line in lines):
-        synsets = [line.split()[0] for line in lines]
-        if not all(_FOLDER_AND_INDICES.fullmatch(line) for line in lines):
-            return _by_place(name, synsets)
+def _from_lines(name: str, lines: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    matches = [_FOLDER_AND_INDICES.fullmatch(line) for line in lines]
+    if not all(matches) and all(map(_SYNSET.match, lines)):
+        return _by_place(name, [line.split()[0] for line in lines])
     found: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(lines, 1):
-        match = _FOLDER_AND_INDICES.fullmatch(line)
+    for number, (line, match) in enumerate(zip(lines, matches, strict=True), 1):
         if match is None:
             raise UserError(
                 f"class map {name}: line {number} is {line[:60]!r}, expected a folder and its "
@@ -231,11 +163,21 @@ def read_label_file(path: str) -> dict[str, str]:
     Raises:
         UserError: If it cannot be read, is empty, or gives an image two labels.
     """
-    text = read_text(path, "labels")
+    lines = read_text(path, "labels").splitlines()
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
+    rows = csv.reader(lines, delimiter=delimiter) if delimiter else map(_split_line, lines)
     found: dict[str, str] = {}
-    for number, name, label in _label_rows(path, text):
-        boxes = _BOXES.fullmatch(label)
-        label = boxes[1] if boxes else label
+    for number, row in enumerate(rows, 1):
+        name, label = (word.strip() for word in [*row, "", ""][:2])
+        if not any(row):
+            continue
+        if not name or not label:
+            raise UserError(
+                f"labels {path}: line {number} is {' '.join(row)[:60]!r}, expected an image and "
+                "its label"
+            )
+        if boxes := _BOXES.fullmatch(label):
+            label = boxes[1]
         if found.setdefault(name, label) != label:
             raise UserError(
                 f"labels {path}: line {number} labels {name} {label!r}, after {found[name]!r}: "
@@ -246,26 +188,9 @@ def read_label_file(path: str) -> dict[str, str]:
     return found
 
 
-def _label_rows(path: str, text: str) -> Iterator[tuple[int, str, str]]:
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
-    if delimiter is not None:
-        rows = list(enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1))
-    else:
-        rows = [(n, _split_line(line.strip())) for n, line in enumerate(text.splitlines(), 1)]
-    for number, row in rows:
-        if not any(row):
-            continue
-        if len(row) < 2 or not row[0].strip() or not row[1].strip():
-            raise UserError(
-                f"labels {path}: line {number} is {' '.join(row)[:60]!r}, expected an image and "
-                "its label"
-            )
-        yield number, row[0].strip(), row[1].strip()
-
-
 def _split_line(line: str) -> list[str]:
-    match = _IMAGE_AND_LABEL.fullmatch(line)
-    return list(match.groups()) if match else re.split(r"[\s,]+", line, maxsplit=1)
+    match = _IMAGE_AND_LABEL.fullmatch(line.strip())
+    return list(match.groups()) if match else re.split(r"[\s,]+", line.strip(), maxsplit=1)
 
 
 def read_text(path: str, what: str, names: str = "") -> str:
