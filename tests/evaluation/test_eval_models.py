@@ -330,8 +330,8 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         load_run(copy, None)
-    (copy / "config.yaml").write_text("steps: x\n")
-    with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+    (copy / "model.json").write_text("steps: x\n")
+    with pytest.raises(UserError, match=r"cannot read .*model\.json"):
         load_run(copy, None)
 
 

@@ -36,7 +36,7 @@ def rows(body: str) -> dict[str, str]:
     return {row[0]: row[1] for row in cells if len(row) == 2}
 
 
-def write_run(run_dir: Path, **data: object) -> None:
+def write_run(run_dir: Path, captions: str = '{"txt": 1.0}', **data: object) -> None:
     """What a training run leaves, its configuration written by the trainer's own parser."""
     flags = {
         "run_dir": run_dir,
@@ -44,6 +44,7 @@ def write_run(run_dir: Path, **data: object) -> None:
         "tokenizer.kind": "open_clip",
         "optim.lr": 0.002,
         "seed": 5,
+        "task.captions": captions,
         **{f"data.{name}": value for name, value in data.items()},
     }
     _, resolved = parse_config([word for k, v in flags.items() for word in (f"--{k}", str(v))])

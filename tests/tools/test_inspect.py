@@ -47,9 +47,10 @@ YAML = """
 steps: 10
 optim: {{lr: 1.0e-3}}
 tokenizer: {{path: {tokenizer}}}
-model:
-  image: {{patch_size: 8, position: {{table_side: 64}}}}
-  text: {{vocab_size: 64, context_length: 12}}
+task:
+  model:
+    image: {{patch_size: 8, position: {{table_side: 64}}}}
+    text: {{vocab_size: 64, context_length: 12}}
 data:
   train: {train}
   resolution: {{min_side: 16, max_side: 48, max_tokens: 24}}
