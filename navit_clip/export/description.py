@@ -1,7 +1,7 @@
 """Which model a directory holds: its kind, architecture and preprocessing, as one small JSON file.
 
-``config.json`` of an exported model, read before its weights. The file says enough to build the
-model without them.
+``config.json`` of an exported model, read before its weights; enough to build the model without
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from navit_clip.files import atomic_write, reading
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIPConfig
 
+CONFIG_FILE = "config.json"  # of an exported model
 FORMAT = 2
 KIND = "clip"
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from navit_clip.errors import UserError
-from navit_clip.export.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write_card
-from navit_clip.export.description import Description
+from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
+from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import reading, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig

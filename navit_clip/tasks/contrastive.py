@@ -19,7 +19,6 @@ from navit_clip.data.config import DataConfig, check_captions
 from navit_clip.data.sizing import default_max_tokens
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.export.card import write_card
 from navit_clip.export.description import Description
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
@@ -30,6 +29,7 @@ from navit_clip.packed.batch import Inputs
 from navit_clip.packed.segments import Segments
 from navit_clip.tasks.base import ExportedModel, Loss, Source, Task, TaskConfig
 from navit_clip.tasks.locking import LockConfig, lock_towers
+from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -235,7 +235,7 @@ class ContrastiveTask(Task):
 
     def write_card(self, directory: Path, run_dir: Path) -> None:
         """Writes the model card of an export."""
-        write_card(directory, run_dir)
+        write_run_card(directory, run_dir)
 
     def eval_model(
         self,

@@ -13,8 +13,7 @@ from typing import Any
 
 from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.errors import UserError
-from navit_clip.export.card import CONFIG_FILE
-from navit_clip.export.description import Description
+from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIPConfig
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from navit_clip import NaViTCLIP
 from navit_clip.errors import UserError
 from navit_clip.export.card import write_card
+from navit_clip.tasks.run_card import write_run_card
 from navit_clip.training.config import parse_config
 
 
@@ -78,7 +79,7 @@ def test_a_card_without_a_run(directory):
 def test_a_card_of_a_run(directory):
     run_dir = directory.parent
     write_run(run_dir, train="shards/{00..11}.tar", captions='{"txt": 1.0, "json.alt": 0.5}')
-    write_card(directory, run_dir)
+    write_run_card(directory, run_dir)
     _, body = split(directory)
     assert "# shapes-b16\n" in body
     table = rows(body)
@@ -92,7 +93,7 @@ def test_a_card_of_a_run(directory):
     assert "## Evaluation" not in body
 
 
-def test_results_and_pictures_are_told(directory):
+def test_results_and_pictures_are_in_the_card(directory):
     run_dir = directory.parent
     (run_dir / "eval").mkdir()
     zeroshot = {"top1": 0.5125, "top5": 0.875, "images": 1200, "classes": 10, "max_tokens": 12}
@@ -101,7 +102,7 @@ def test_results_and_pictures_are_told(directory):
     (run_dir / "eval/zeroshot.json").write_text(json.dumps(zeroshot))
     (run_dir / "eval/retrieval.json").write_text(json.dumps(retrieval))
     (run_dir / "eval/curve.png").write_bytes(b"a picture")
-    write_card(directory, run_dir)
+    write_run_card(directory, run_dir)
     _, body = split(directory)
     assert rows(body)["top-1"] == "51.2%"
     assert rows(body)["top-5"] == "87.5%"
@@ -113,7 +114,7 @@ def test_results_and_pictures_are_told(directory):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected"),
     [
         (
             "https://user:secret@host/a/{0..9}.tar?token=secret#secret",
@@ -123,18 +124,18 @@ def test_results_and_pictures_are_told(directory):
         ("train.txt", "`train.txt`"),
     ],
 )
-def test_what_may_be_secret_is_not_told(directory, source, told):
+def test_what_may_be_secret_is_not_in_the_card(directory, source, expected):
     write_run(directory.parent, train=source, allow_commands="true")
-    write_card(directory, directory.parent)
+    write_run_card(directory, directory.parent)
     _, body = split(directory)
-    assert rows(body)["data"] == told
+    assert rows(body)["data"] == expected
     assert "secret" not in body
 
 
-def test_a_mix_is_told_by_name(directory):
+def test_a_mix_is_listed_by_name(directory):
     mix = {"web": {"shards": ["a.tar", "b.tar"]}, "coco": {"shards": "pipe:secret", "weight": 2}}
     write_run(directory.parent, mix=json.dumps(mix), allow_commands="true")
-    write_card(directory, directory.parent)
+    write_run_card(directory, directory.parent)
     table = rows(split(directory)[1])
     assert table["data"] == "web: `a.tar`, web: `b.tar`, coco: the output of a command"
 
@@ -145,16 +146,18 @@ def test_a_run_of_odd_files_still_gets_a_card(directory, content):
     (run_dir / "eval").mkdir()
     for name in ("config.yaml", "metrics.jsonl", "eval/zeroshot.json", "eval/retrieval.json"):
         (run_dir / name).write_text(content)
-    write_card(directory, run_dir)
+    write_run_card(directory, run_dir)
     assert split(directory)[0]["library_name"] == "navit-clip"
 
 
 def test_a_pipe_in_a_value_does_not_break_the_table(directory):
     write_run(directory.parent, train="a|b.tar")
-    write_card(directory, directory.parent)
+    write_run_card(directory, directory.parent)
     assert "| data | `a\\|b.tar` |" in split(directory)[1]
 
 
 def test_no_model_no_card(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write the model card of .*config\.json"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         write_card(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        write_run_card(tmp_path, tmp_path)

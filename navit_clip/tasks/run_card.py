@@ -1,0 +1,168 @@
+"""The model card of a trained model: how it was trained, and what its run's evaluations measured.
+
+Written by a task with its export, on top of what `navit_clip.export.card.write_card` says of every
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+
+from navit_clip.export.card import markdown_table, write_card
+from navit_clip.files import writing
+
+_METRICS = ("loss", "logit_scale", "examples_per_s")
+
+
+def write_run_card(directory: Path, run_dir: Path) -> None:
+    """Writes README.md into a run's exported model, over one that is there.
+
+    Args:
+        directory: Of the exported model.
+        run_dir: Of the run. The card holds what is found of ``config.yaml``, ``metrics.jsonl``,
+            ``eval/zeroshot.json``, ``eval/retrieval.json`` and ``eval/*.png``; pictures are copied
+            beside it. Web addresses lose passwords and queries, commands are not repeated.
+
+    Raises:
+        UserError: If the model's files cannot be read, or the card cannot be written.
+    """
+    with writing(f"the model card of {directory}", ValueError, KeyError, TypeError):
+        sections = _training(run_dir) + _evaluation(run_dir / "eval", directory)
+    write_card(directory, run_dir.resolve().name, sections)
+
+
+def _training(run_dir: Path) -> list[str]:
+    """What config.yaml and metrics.jsonl of a run say."""
+    config = _read(run_dir / "config.yaml", yaml.safe_load)
+    metrics = _read_lines(run_dir / "metrics.jsonl")
+    data, optim = _group(config, "data"), _group(config, "optim")
+    init, task = _group(config, "init"), _group(config, "task")
+    rows: list[list[object]] = []
+
+    def add(name: str, value: object) -> None:
+        if value not in (None, "", {}, []):
+            rows.append([name, value])
+
+    add("began with", _settings(init, ("model", "weights")))
+    add("data", ", ".join(_sources(data)))
+    captions = task.get("captions")
+    add("captions", ", ".join(captions) if isinstance(captions, dict) else captions)
+    resolution, drop = _group(data, "resolution"), _group(data, "drop")
+    sides = ("min_side", "max_side") if resolution.get("mode") == "sampled" else ()
+    add("resolution", _settings(resolution, ("mode", *sides, "max_tokens")))
+    rates = {
+        "fixed": ("rate",),
+        "beta": ("rate", "max_rate"),
+        "resolution": ("low_rate", "high_rate"),
+    }
+    add("token drop", _settings(drop, ("kind", *rates.get(drop.get("kind", ""), ()))))
+    if metrics:
+        add("steps", f"{metrics[-1].get('step', 0):,}")
+        examples = sum(line.get("examples") or 0 for line in metrics)
+        add("examples seen", f"{examples:,.0f}" if examples else None)
+    add("optimiser", _settings(optim, ("kind", "lr", "weight_decay")))
+    add("schedule", _settings(_group(optim, "schedule"), ("kind", "warmup_steps")))
+    add("loss", _group(task, "loss").get("kind"))
+    add("precision", config.get("precision"))
+    add("seed", config.get("seed"))
+    for name in _METRICS:
+        value = metrics[-1].get(name) if metrics else None
+        if isinstance(value, int | float):
+            add(f"last {name}", f"{value:.4g}")
+    return ["## Training", markdown_table(["", ""], rows)] if rows else []
+
+
+def _sources(data: Mapping[str, Any]) -> list[str]:
+    """The shards as the configuration names them, without what may be secret."""
+    mix = data.get("mix")
+    if isinstance(mix, dict) and mix:
+        named = [(f"{name}: ", source.get("shards")) for name, source in mix.items()]
+    else:
+        named = [("", data.get("train"))]
+    return [
+        f"{prefix}{_public(str(spec))}"
+        for prefix, specs in named
+        for spec in (specs if isinstance(specs, list) else [specs])
+        if spec
+    ]
+
+
+def _public(spec: str) -> str:
+    if spec.startswith("pipe:"):
+        return "the output of a command"
+    if "://" not in spec:
+        return f"`{spec}`"
+    parts = urlsplit(spec)
+    return f"`{urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', ''))}`"
+
+
+def _settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in names if values.get(name) is not None)
+
+
+def _evaluation(folder: Path, directory: Path) -> list[str]:
+    """Results at the model's own token limit, and pictures."""
+    parts: list[str] = []
+    names = ("zeroshot", "retrieval")
+    zeroshot, retrieval = (_read(folder / f"{name}.json", json.loads) for name in names)
+    if "top1" in zeroshot:
+        accuracy = [[f"top-{k}", f"{zeroshot[f'top{k}']:.1%}"] for k in (1, 5)]
+        parts += [
+            f"Zero-shot classification: {zeroshot.get('images', 0):,} images, "
+            f"{zeroshot.get('classes', 0):,} classes, at most {zeroshot.get('max_tokens')} patches "
+            "per image.",
+            markdown_table(["", "accuracy"], accuracy),
+        ]
+    if "image_to_text" in retrieval:
+        ways = {"image to text": "image_to_text", "text to image": "text_to_image"}
+        ks = [k for k in retrieval["image_to_text"] if k.startswith("R@")]
+        parts += [
+            f"Retrieval: {retrieval.get('images', 0):,} images, {retrieval.get('captions', 0):,} "
+            f"captions, at most {retrieval.get('max_tokens')} patches per image.",
+            markdown_table(
+                ["", *ks],
+                [[way, *(f"{retrieval[key][k]:.1%}" for k in ks)] for way, key in ways.items()],
+            ),
+        ]
+    for picture in sorted(folder.glob("*.png")):
+        shutil.copyfile(picture, directory / picture.name)
+        parts.append(f"![{picture.stem}]({picture.name})")
+    return ["## Evaluation", *parts] if parts else []
+
+
+def _group(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    group = values.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Keys and values of a file; none if it is missing or damaged."""
+    try:
+        values = parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; what a kill cut short is left out."""
+    try:
+        text = path.read_text()
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
+            found.append(values)
+    return found
