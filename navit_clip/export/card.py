@@ -1,6 +1,6 @@
 """The model card: README.md of an exported model, for people and for the Hub.
 
-Holds what the files beside it say, and what its caller adds: the trainer says how the model was
+Holds what the files beside it say, and what its caller adds: the trainer adds how the model was
 trained. A model's merits are for its evaluation and its author.
 """
 
@@ -45,7 +45,7 @@ def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str
     """Writes README.md into an exported model, over one that is there.
 
     Args:
-        directory: Of the model, as `navit_clip.export.pretrained.save_pretrained` wrote it.
+        directory: The model's, as `navit_clip.export.pretrained.save_pretrained` wrote it.
         name: Heading of the card.
         sections: Markdown to put below what is said of every model.
 

@@ -79,7 +79,7 @@ def load_pretrained(
     weights_path = directory / WEIGHTS_FILE
     with reading(weights_path, SafetensorError, RuntimeError, hint="; export it again"):
         model.load_state_dict(load_file(weights_path))
-    # safetensors checks its header, not the numbers. Exports of before the checksum have none.
+    # safetensors checks its header, not the numbers. The first exports have no checksum.
     expected = description.weights_sha256
     if expected is not None and sha256_of(weights_path) != expected:
         raise UserError(

@@ -34,11 +34,11 @@ def size_image(
     *,
     square: bool = False,
 ) -> ImagePatches:
-    """Resizes an image as for inference: native up to a budget, never enlarged, no drop.
+    """Resizes an image for inference: its own size up to a token limit, never enlarged, no drop.
 
     Args:
         image: The image, encoded or in memory.
-        config: Of the tower that will read it.
+        config: Architecture of the tower that will read it.
         max_tokens: Most patches.
         square: Squash to the largest square of at most `max_tokens` patches.
 

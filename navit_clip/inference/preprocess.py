@@ -1,4 +1,4 @@
-"""How a model wants its images, as far as that is not the architecture's to say.
+"""How images are sized for a model, as far as its architecture leaves that open.
 
 Written beside the weights by `navit_clip.export`, applied by `navit_clip.inference.encode` and by
 the evaluation.

@@ -1,1 +1,1 @@
-"""Models in and out of files: this project's own format, and released checkpoints."""
+"""Models of other libraries as packed towers, and back."""

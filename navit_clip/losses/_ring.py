@@ -1,8 +1,8 @@
 """Blocks of rows travelling around a ring of ranks.
 
-The contrastive loss (loss.py) needs every pair of an image row of this rank and a text row of any
-rank, but no rank may hold the text rows of all. Here each rank's block visits every rank in turn,
-followed by an accumulator that each host adds to and that ends at the rank the block came from.
+The contrastive loss needs every pair of an image row of this rank and a text row of any rank, but
+no rank may hold the text rows of all. Here each rank's block visits every rank in turn, followed by
+an accumulator that each host adds to and that ends at the rank the block came from.
 Nothing here knows what the rows or the accumulators mean.
 """
 
@@ -92,7 +92,7 @@ class Ring:
         visit: Callable[[bool, tuple[Tensor, ...]], Tensor],
         merge: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Shows every rank's blocks to every rank and brings home what they add up to.
+        """Sends every rank's blocks around the ring and returns what the ranks make of this one's.
 
         While a rank works on the blocks that it holds, the next ones arrive, and so does the
         accumulator, which is awaited only after the work: one step's transfers hide behind the
@@ -101,13 +101,13 @@ class Ring:
         Args:
             blocks: Tensors of this rank with `counts[rank]` rows each, contiguous; the same
                 trailing shapes and dtypes on all ranks. They are never written to.
-            visit: Called once per rank with (whether the blocks are this rank's own, the blocks);
+            visit: Called once per rank with (whether the blocks are this rank's, the blocks);
                 returns this rank's contribution to them, a fresh contiguous tensor with as many
                 rows as the blocks.
             merge: Combines (accumulator so far, contribution); may write to the accumulator.
 
         Returns:
-            The contributions of all ranks to this rank's own blocks, merged.
+            The contributions of all ranks to this rank's blocks, merged.
         """
         size = len(self.counts)
         if size == 1:
@@ -121,7 +121,7 @@ class Ring:
             accumulated = visit(step == 0, blocks)
             if coming is not None:
                 accumulated = merge(coming.wait()[0], accumulated)
-            # After the last step the next rank in the ring is the owner: this sends it home.
+            # After the last step the next rank in the ring is the owner: this returns it.
             coming = self._pass_on(step, (accumulated,))
         assert coming is not None
         return coming.wait()[0]

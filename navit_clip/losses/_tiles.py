@@ -1,11 +1,11 @@
 """Tiles of logits: cut from images × texts, multiplied once, reduced or turned into gradients.
 
-The arithmetic of the contrastive losses (loss.py) on this rank's images and one visiting block of
-texts (ring.py). The four steps at the end (`softmax_statistics`, …) are all that happens to a tile
+The arithmetic of `navit_clip.losses.contrastive` on this rank's images and one visiting block of
+texts (`_ring`). The four steps at the end (`softmax_statistics`, …) are all that happens to a tile
 between its matrix products. The CPU runs them as they stand, in two buffers that every tile
 shares. CUDA runs the same functions compiled, which makes a few kernels of a dozen; there every
 tile is one square buffer, ragged ones filled up with pairs that count for nothing, because ranks
-hold other numbers of pairs at every step and each new shape would be compiled anew.
+hold other numbers of pairs at every step and each new shape would be compiled again.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ class Raw(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Logits of a run of image rows and a run of the visiting block's text rows.
+    """Logits of consecutive image rows and consecutive text rows of the visiting block.
 
     Attributes:
-        rows: Of the images.
-        columns: Of the texts.
+        rows: Which images.
+        columns: Which texts.
         row_span: The same rows in a vector from `Tiler.vector`, up to the side of the tile.
-        column_span: Likewise.
+        column_span: The same for the columns.
         image: [rows, D] operands of the products.
         text: [columns, D].
         raw: Valid until the next tile.
@@ -160,19 +160,19 @@ class Tiler:
         """`values` as long as a `vector`."""
         return F.pad(values, (0, self._padded(len(values)) - len(values)))
 
-    def runs(self, length: int) -> Iterator[slice]:
+    def slices(self, length: int) -> Iterator[slice]:
         """Consecutive slices of at most one side."""
         for start in range(0, length, self._side):
             yield slice(start, min(start + self._side, length))
 
-    def tiles(self, text_MD: Tensor, own: bool) -> Iterator[Tile]:
+    def tiles(self, text_MD: Tensor, is_own: bool) -> Iterator[Tile]:
         """Yields every tile of this rank's images and `text_MD`, each valid until the next."""
-        for rows in self.runs(len(self.image_ED)):
+        for rows in self.slices(len(self.image_ED)):
             image = self.image_ED[rows].to(self._operand)
             scaled = image
             if self._scale_after is None:
                 scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
-            for columns in self.runs(len(text_MD)):
+            for columns in self.slices(len(text_MD)):
                 text = text_MD[columns].to(self._operand)
                 yield Tile(
                     rows,
@@ -182,7 +182,7 @@ class Tiler:
                     image,
                     text,
                     self._multiplied(scaled, text),
-                    has_matches=own and rows == columns,
+                    has_matches=is_own and rows == columns,
                 )
 
     def run(self, step: Callable[..., Any], tile: Tile, *args: Any) -> Any:
@@ -208,8 +208,8 @@ class Tiler:
     def _padded(self, length: int) -> int:
         return -(-length // self._side) * self._side if self.fused else length
 
-    def _span(self, run: slice) -> slice:
-        return slice(run.start, run.start + self._side) if self.fused else run
+    def _span(self, part: slice) -> slice:
+        return slice(part.start, part.start + self._side) if self.fused else part
 
 
 class Gradients:
@@ -221,7 +221,7 @@ class Gradients:
         self._image_ED = torch.zeros_like(tiler.image_ED, dtype=tiler.scale.dtype)
 
     def add(self, tile: Tile, weights: Tensor, text_gradient_MD: Tensor) -> None:
-        """Adds a tile's share; `weights` may be padded."""
+        """Adds a tile's contribution; `weights` may be padded."""
         weights = weights[: len(tile.image), : len(tile.text)]
         accumulate(self._image_ED[tile.rows], weights, tile.text)
         accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
@@ -230,7 +230,7 @@ class Gradients:
         """Scales by `factor` and returns the gradients of image, text and scale."""
         image_ED = self._tiler.image_ED
         scale_gradient = factor.new_zeros(())
-        for rows in self._tiler.runs(len(image_ED)):
+        for rows in self._tiler.slices(len(image_ED)):
             # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
             scale_gradient += (image_ED[rows] * self._image_ED[rows]).sum()
         self._image_ED *= factor * self._tiler.scale

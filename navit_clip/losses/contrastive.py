@@ -1,9 +1,9 @@
 """Contrastive losses over all pairs of all ranks, computed tile by tile.
 
 The last step of a forward pass: the towers' pooled features of this rank's pairs go in, a scalar
-comes out that is the same on every rank. Text blocks travel around the ring of ranks (ring.py); a
+comes out that is the same on every rank. Text blocks travel around the ring of ranks (`_ring`); a
 rank multiplies its own images with each block in tiles of at most `chunk_size` × `chunk_size`
-logits (tiles.py). The forward pass keeps, besides the features, two numbers per pair (softmax: the
+logits (`_tiles`). The forward pass keeps, besides the features, two numbers per pair (softmax: the
 log-sum-exp of the pair's row and column); the backward pass recomputes the tiles. This is the
 chunked loss of NaViT (arXiv 2307.06304) in an exact form.
 
@@ -173,10 +173,10 @@ class _SoftmaxLoss(torch.autograd.Function):
         row_lse = tiler.vector(len(image_ED), -torch.inf)
         matching_E = scale.new_empty(len(image_ED))
 
-        def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+        def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
             (text_MD,) = blocks
             column_lse = tiler.vector(len(text_MD), -torch.inf)
-            for tile in tiler.tiles(text_MD, own):
+            for tile in tiler.tiles(text_MD, is_own):
                 if tile.has_matches:
                     matching_E[tile.rows] = tile.matching()
                 row_lse[tile.row_span], column_lse[tile.column_span] = tiler.run(
@@ -204,11 +204,11 @@ class _SoftmaxLoss(torch.autograd.Function):
             gradients = tiles.Gradients(tiler)
             row_lse = tiler.padded(row_lse_E)
 
-            def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+            def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
                 text_MD, column_lse_M = blocks
                 column_lse = tiler.padded(column_lse_M)
                 text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
-                for tile in tiler.tiles(text_MD, own):
+                for tile in tiler.tiles(text_MD, is_own):
                     weights = tiler.run(
                         tiles.softmax_weights,
                         tile,
@@ -238,10 +238,10 @@ class _SigmoidLoss(torch.autograd.Function):
     ) -> Tensor:
         tiler = tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size)
 
-        def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+        def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
             (text_MD,) = blocks
             column_loss = tiler.vector(len(text_MD), 0.0)
-            for tile in tiler.tiles(text_MD, own):
+            for tile in tiler.tiles(text_MD, is_own):
                 column_loss[tile.column_span] += tiler.run(
                     tiles.sigmoid_losses, tile, bias, tile.has_matches
                 )
@@ -261,10 +261,10 @@ class _SigmoidLoss(torch.autograd.Function):
             gradients = tiles.Gradients(tiler)
             bias_gradient = torch.zeros_like(bias)
 
-            def visit(own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
+            def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
                 (text_MD,) = blocks
                 text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
-                for tile in tiler.tiles(text_MD, own):
+                for tile in tiler.tiles(text_MD, is_own):
                     weights, column_sums = tiler.run(
                         tiles.sigmoid_weights, tile, bias, tile.has_matches, tile.image.dtype
                     )

@@ -1,1 +1,1 @@
-"""Packed sequences in, vectors out; knows no files."""
+"""Packed sequences in, vectors or tokens out; no module here reads files."""

@@ -27,7 +27,7 @@ Projection = Literal["linear", "affine", "none"]
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Shape of the whole model.
+    """Architecture of the whole model.
 
     Attributes:
         embed_dim: D, width of the shared space.

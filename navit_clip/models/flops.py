@@ -34,12 +34,12 @@ class LengthSums(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> LengthSums:
-        """Those of examples of the given lengths in tokens."""
+        """Sums over examples of the given lengths in tokens."""
         array = np.asarray(lengths, dtype=np.int64)
         return cls(len(array), int(array.sum()), int(array @ array))
 
     def longer(self, added: int) -> LengthSums:
-        """Those of the same examples with so many more tokens each."""
+        """Sums over the same examples with so many more tokens each."""
         squares = self.squares + 2 * added * self.tokens + added**2 * self.examples
         return LengthSums(self.examples, self.tokens + added * self.examples, squares)
 
@@ -71,9 +71,9 @@ def image_tower_flops(config: ImageTowerConfig, embed_dim: int, sums: LengthSums
     """Forward FLOPs of the image tower for images of so many patches each.
 
     Args:
-        config: Of the tower.
+        config: The tower's architecture.
         embed_dim: Width of the shared space; 0 without a projection.
-        sums: Of the images' lengths in patches, class token and registers left out.
+        sums: Sums over the images' lengths in patches, class token and registers left out.
     """
     width = config.encoder.width
     return TowerFlops(
@@ -88,9 +88,9 @@ def text_tower_flops(config: TextTowerConfig, embed_dim: int, sums: LengthSums) 
     """Forward FLOPs of the text tower for captions of so many tokens each.
 
     Args:
-        config: Of the tower.
+        config: The tower's architecture.
         embed_dim: Width of the shared space; 0 without a projection.
-        sums: Of the captions' lengths.
+        sums: Sums over the captions' lengths.
     """
     return TowerFlops(
         0,
@@ -138,17 +138,17 @@ def forward_flops(
     }
 
 
-def backward_flops(forward: TowerFlops, *, trained_share: float | None = None) -> float:
+def backward_flops(forward: TowerFlops, *, trained_fraction: float | None = None) -> float:
     """FLOPs of a tower's backward pass: one product each for the weights' and inputs' gradients.
 
     Args:
-        forward: Of the same tower and batch.
-        trained_share: Of a locked tower, the share of its blocks, the last ones, that learn; with
+        forward: Forward FLOPs of the same tower and batch.
+        trained_fraction: Fraction of a locked tower's blocks that are trained, the last ones; with
             0 pooling is locked too and the projection's input takes no gradient. None if the
-            tower is not locked; then everything learns, and only patches take no gradient.
+            tower is not locked; then everything is trained, and only patches take no gradient.
     """
-    if trained_share is None:
+    if trained_fraction is None:
         return forward.embed + 2 * (forward.blocks + forward.pool + forward.projection)
-    if trained_share == 0:
+    if trained_fraction == 0:
         return forward.projection
-    return 2 * (forward.blocks * trained_share + forward.pool + forward.projection)
+    return 2 * (forward.blocks * trained_fraction + forward.pool + forward.projection)

@@ -23,13 +23,13 @@ from navit_clip.packed.segments import Segments
 
 @dataclass(frozen=True)
 class ImageTowerConfig:
-    """Shape of the image tower.
+    """Architecture of the image tower.
 
     Attributes:
         patch_size: P, side of a patch in pixels.
         encoder: The transformer over the patches.
-        position: How a patch knows where it lies.
-        pooling: How one vector is made of an image's tokens; ``cls`` puts a learned class token
+        position: The position embedding of patches.
+        pooling: How an image's tokens become one vector; ``cls`` puts a learned class token
             before each image's patches.
         pixel_mean: Mean per channel on [0, 1], subtracted from pixels.
         pixel_std: Standard deviation per channel on [0, 1], which pixels are divided by.
@@ -43,7 +43,7 @@ class ImageTowerConfig:
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
-            causal, `pooling` is unknown, a class token that is not there has a position, or
+            causal, `pooling` is unknown, `class_position` is set without a class token, or
             `registers` is negative.
     """
 

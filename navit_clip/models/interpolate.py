@@ -1,8 +1,8 @@
 """Tables of learned positions resized to each patch's own grid, all images at once.
 
-Called by the position embeddings, whose tables know one grid while every image of a packed stream
-has another. Each value is what `F.interpolate(align_corners=False)` gives at that place of the
-resized table, but computed for the patches present alone: no loop over images, nothing resized in
+Called by the position embeddings, whose tables have one grid while every image of a packed stream
+has another. Each value is what `F.interpolate(align_corners=False)` gives at that cell of the
+resized table, but computed for the patches present alone: no loop over images, nothing resized as a
 whole, no host sync.
 
 Weights along rows and along columns are functions of the coordinate. Without antialiasing two
@@ -27,7 +27,7 @@ SHARP_CUBIC = -0.75
 
 
 class AxisWeights(NamedTuple):
-    """What one axis of a table gives to each token.
+    """Which places of one axis each token reads, and their weights.
 
     Attributes:
         nodes_TK: int64 [T, K] places on the axis; None where they are all S of them, in order.
@@ -129,12 +129,12 @@ def axis_weights(
     are 0, to the last bit.
 
     Args:
-        index_T: Integer [T] place wanted on the resized axis.
+        index_T: Integer [T] wanted place on the resized axis.
         side_T: Integer [T] places of the resized axis.
         length: S, places of the table.
         interpolation: As for `resized_axis`.
         antialias: As for `resized_axis`.
-        dtype: Of the weights.
+        dtype: Precision of the weights.
     """
     side_T1 = side_T.long()[:, None]
     # Twice the centre of the resized place, in units of 1 / side of a place of the table.

@@ -1,6 +1,6 @@
 """The towers' linear layers.
 
-Ordinary ones everywhere but on a processor in float32: PyTorch gives those products to MKL, and
+`nn.Linear` everywhere but on a CPU in float32: there PyTorch gives those products to MKL, and
 oneDNN, which it gives its other precisions, is some 10% faster on large ones (benchmarks/LOG.md).
 """
 

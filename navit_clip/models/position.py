@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from navit_clip.configs import check_choices
 from navit_clip.models.interpolate import Interpolation, exact_dtype, resized_axis, resized_square
 
-ANY_SIDE = 1 << 20  # of positions relative to the side, which know every length
+ANY_SIDE = 1 << 20  # the limit of positions relative to the side, which have none
 TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
 
 
@@ -32,20 +32,20 @@ class PositionConfig:
     Attributes:
         kind: ``factorised`` over rows and columns; ``learned_2d``, one vector per (row, column)
             as Pix2Struct; ``learned_1d``, a square table interpolated to each image's grid as ViT.
-        coordinates: Of ``factorised``: ``absolute`` patch index; ``fractional`` of the side; or
-            ``interpolated``, each axis's table resized to the side, as NaFlex has them.
-        embedding: Of ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
-        combine: Of ``factorised``: rows and columns are summed, multiplied (``product``), or
+        coordinates: With ``factorised``: ``absolute`` patch index; ``fractional``, its fraction of
+            the side; or ``interpolated``, each axis's table resized to the side, as in NaFlex.
+        embedding: With ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
+        combine: With ``factorised``: rows and columns are summed, multiplied (``product``), or
             stacked, each with half the width.
         table_side: Rows of the table of one axis, or side of the square table, in patches. Absolute
             positions know no longer side (the paper's maxLen); tables that are resized to an
             image's grid know any.
         interpolation: How tables of ``learned_1d`` and ``interpolated`` are resized: ``bilinear``
             (SigLIP 2 NaFlex) or ``bicubic`` (open_clip, timm), as `F.interpolate` has them.
-        antialias: Of those: average more of the table where a side is shorter than it, as
+        antialias: When resizing, average more of the table where a side is shorter than it, as
             open_clip, timm and SigLIP 2 do.
-        keep_aspect: Of those: resize to the square of an image's longer side, of which the image
-            takes the upper left part.
+        keep_aspect: Resize to the square of an image's longer side, of which the image takes the
+            upper left part.
 
     Raises:
         ValueError: If `table_side` is below 2, a choice is unknown, or Fourier features, which have

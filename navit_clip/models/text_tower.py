@@ -20,13 +20,13 @@ from navit_clip.packed.texts import PackedTexts
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """Shape of the text tower.
+    """Architecture of the text tower.
 
     Attributes:
         vocab_size: Number of token ids; at least the tokenizer's.
         context_length: Most tokens of one caption, special ones included; the paper cuts at 24.
         encoder: The transformer over the tokens.
-        pooling: How one vector is made of a caption's tokens; ``cls`` reads the first token,
+        pooling: How a caption's tokens become one vector; ``cls`` reads the first token,
             ``last`` the last, which is the end-of-text token.
         fill_context: Every caption fills the context, padded by its tokenizer: SigLIP attends to
             padding like any token, and reads the last position whatever stands there.

@@ -33,7 +33,7 @@ _UNCHUNKED_ELEMENTS = 2_500_000
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Shape and switches of the encoder.
+    """Architecture of the encoder.
 
     Attributes:
         width: C, width of the token stream.
@@ -46,7 +46,7 @@ class EncoderConfig:
         mlp_bias: Biases in the MLP and the attention's output projection.
         activation: Non-linearity of the MLP; ``quick_gelu`` is x·sigmoid(1.702x), ``gelu_tanh``
             the approximation with a hyperbolic tangent.
-        causal: Tokens see only what stands before them in their segment.
+        causal: A token attends to itself and those before it in its segment.
         pre_norm: Normalise the stream before the first block too (CLIP's ``ln_pre``).
         final_norm: Normalise the stream after the last block.
         norm_eps: Added to the variance in the LayerNorms; big_vision and timm have 1e-6,

@@ -90,7 +90,7 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
     """Lays the patches of many images end to end.
 
     Segments are sorted by length, so that images of equal length lie side by side and attention
-    without a variable-length kernel can take each run of them as one batched call. `order`
+    without a variable-length kernel can take each group of them as one batched call. `order`
     undoes the sorting after pooling.
 
     Args:

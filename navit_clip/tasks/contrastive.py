@@ -214,7 +214,7 @@ class ContrastiveTask(Task):
         model, lock = self.config.model, self.config.lock
         return sum(
             sum(forward)
-            + backward_flops(forward, trained_share=lock.trained_fraction(model, tower))
+            + backward_flops(forward, trained_fraction=lock.trained_fraction(model, tower))
             for tower, forward in forward_flops(model, images, texts).items()
         )
 

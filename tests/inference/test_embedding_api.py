@@ -181,7 +181,7 @@ def test_files_are_seen_as_the_evaluators_see_them(model):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 4, 30])
-def test_a_budget_of_the_callers(model, max_tokens):
+def test_a_token_limit_of_the_callers(model, max_tokens):
     expected = torch.stack([by_hand(model, pixels, max_tokens) for pixels in ARRAYS])
     actual = model.encode_image(ARRAYS, max_tokens=max_tokens, normalize=False)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -275,7 +275,7 @@ def test_a_batch_of_images_in_one_tensor_is_a_list(model):
     assert torch.equal(model.encode_image(batch), model.encode_image([GOOD, GOOD[::-1]]))
 
 
-def test_a_budget_of_nothing(model):
+def test_a_token_limit_of_nothing(model):
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         model.encode_image([GOOD], max_tokens=0)
 

@@ -188,7 +188,7 @@ def test_a_file_without_a_state_is_one_line(tmp_path, content):
 
 def test_weights_that_are_nowhere_are_refused(tmp_path):
     message = refusal("ViT-B-32", tmp_path / "none.pt")
-    assert "none.pt for ViT-B-32: neither a file nor a tag of open_clip's (" in message
+    assert "none.pt for ViT-B-32: neither a file nor an open_clip tag (" in message
     assert "laion2b_s34b_b79k" in message
     assert "(none)" in refusal("tiny-clip", "laion2b")
     assert "neither a file" in refusal("tiny-clip", tmp_path)

@@ -145,7 +145,7 @@ def run_everything():
 
 
 def failure_among_drawn_cases(groups):
-    """Rank 0 draws cases and judges them; so the ranks agree on the next one, also in shrinking."""
+    """Rank 0 draws cases and checks them; so the ranks agree on the next one, also in shrinking."""
 
     def announce(case):
         message = [case]
@@ -166,7 +166,7 @@ def failure_among_drawn_cases(groups):
             run(case)
         return ""
 
-    def judge(case):
+    def check(case):
         results = run(announce(case))
         for result in results:
             if isinstance(result, Exception):
@@ -181,7 +181,7 @@ def failure_among_drawn_cases(groups):
                 database=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),
-            )(given(case=drawn_cases(dtype))(judge))()
+            )(given(case=drawn_cases(dtype))(check))()
     except Exception:
         return traceback.format_exc()
     finally:
@@ -227,7 +227,7 @@ def gradient_under_ddp():
 
 
 def visits_that_wait_for_each_other(signals):
-    """A rank stays at its own block until the next rank has seen that block; else for ever."""
+    """A rank stays at its own block until the next rank has seen that block; else always."""
     rank, size = dist.get_rank(), dist.get_world_size()
     block = torch.full((2, 3), float(rank))
 

@@ -1,7 +1,7 @@
 """Released open_clip models into the packed towers, and back.
 
 `NaViTCLIP.from_open_clip` and `to_open_clip` lead here. At a model's own square size the packed
-towers give open_clip's embeddings; at any other they go on from there.
+towers give open_clip's embeddings; at any other they interpolate its positions.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def load(name: str, pretrained: Weights = None) -> Parts:
 
 
 def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
-    """Our configuration of a model of open_clip's, with the pixel statistics of its weights.
+    """Our configuration of an open_clip model, with the pixel statistics of its weights.
 
     Args:
         name: As `NaViTCLIP.from_open_clip` takes it.
@@ -103,7 +103,7 @@ def _local(name: str, pretrained: str | Path) -> Path:
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
-            f"no weights {pretrained} for {name}: neither a file nor a tag of open_clip's ({tags})"
+            f"no weights {pretrained} for {name}: neither a file nor an open_clip tag ({tags})"
         )
     return path
 

@@ -1,4 +1,4 @@
-"""open_clip's model configurations as ours, and the reasons why some have no counterpart.
+"""open_clip's model configurations as ours, and why some have no counterpart.
 
 Two families are known: CLIP (open_clip's own ViT with a class token, causal text) and SigLIP
 (timm's ViT with attention pooling, text that attends to its padding). What a family fixes is one
@@ -128,7 +128,7 @@ def _refusal(values: Mapping[str, Any]) -> str:
             return f"its image tower is {image['timm_model_name']} of timm, no plain ViT"
         if "hf_tokenizer_name" in text:
             return f"its captions go through the tokenizer {text['hf_tokenizer_name']}"
-        return _strangers(values, _MODEL_KEYS, _CLIP_IMAGE_KEYS, _TEXT_KEYS)
+        return _unknown(values, _MODEL_KEYS, _CLIP_IMAGE_KEYS, _TEXT_KEYS)
     if (
         text.get("pool_type") != "last"
         or not text.get("no_causal_mask")
@@ -137,10 +137,10 @@ def _refusal(values: Mapping[str, Any]) -> str:
         return "its text tower is not SigLIP's"
     if "hf_tokenizer_name" not in text or text.get("tokenizer_kwargs") != _CLEANING:
         return "its tokenizer is not SigLIP's"
-    return _strangers(values, _MODEL_KEYS | {"custom_text"}, _SIGLIP_IMAGE_KEYS, _SIGLIP_TEXT_KEYS)
+    return _unknown(values, _MODEL_KEYS | {"custom_text"}, _SIGLIP_IMAGE_KEYS, _SIGLIP_TEXT_KEYS)
 
 
-def _strangers(values: Mapping[str, Any], model: set[str], image: set[str], text: set[str]) -> str:
+def _unknown(values: Mapping[str, Any], model: set[str], image: set[str], text: set[str]) -> str:
     """Names a switch that no packed tower has."""
     for known, part in ((model, values), (image, values["vision_cfg"]), (text, values["text_cfg"])):
         for key in sorted(part.keys() - known):
@@ -157,12 +157,12 @@ def is_siglip(values: Mapping[str, Any]) -> bool:
 def clip_config(
     values: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> CLIPConfig:
-    """Our configuration of a model that `model_config` let pass.
+    """Our configuration of a model that `model_config` accepted.
 
     Args:
-        values: open_clip's.
-        mean: Of pixels, per channel on [0, 1].
-        std: Likewise.
+        values: open_clip's configuration.
+        mean: Mean of pixels, per channel on [0, 1].
+        std: Standard deviation, likewise.
     """
     siglip = is_siglip(values)
     image = _timm_image(values["vision_cfg"]) if siglip else _clip_image(values)

@@ -1,6 +1,6 @@
 """open_clip's weights from its initialisation, a local file or a download; data only, never code.
 
-Between open_clip's names and ours stands `names`; here tensors still have open_clip's.
+Tensors keep open_clip's names here; `names` maps them to ours.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def fit_checkpoint(
 
     Args:
         source: Where it was read, for messages.
-        name: Of the model, for messages.
+        name: The model's, for messages.
         state: The checkpoint's tensors.
         expected: The model's tensors, whatever their values.
 

@@ -1,4 +1,4 @@
-"""The table of parameters: which of ours is which of open_clip's, and how it lies in memory.
+"""The table of parameters: our name, open_clip's, and how the tensor lies in memory on each side.
 
 Used in both directions, so that what comes in goes out bit for bit. A tensor is only ever
 reordered or cut, never computed with.
@@ -127,7 +127,7 @@ def text_tower(config: CLIPConfig, prefix: str) -> list[Pair]:
     """open_clip's text tower, with its projection if it has one.
 
     Args:
-        config: Of the whole model.
+        config: The whole model's.
         prefix: Where open_clip keeps the tower: nowhere in CLIP, in ``text.`` with a timm tower.
     """
     tower = (

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model of open_clip's.
+"""The tokenizer that belongs to an open_clip model.
 
 CLIP's comes with open_clip. SigLIP's is a file: it lies beside a local checkpoint, as in the
 released directories, or on the Hugging Face hub under the name that open_clip has for it.
