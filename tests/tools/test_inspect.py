@@ -48,6 +48,7 @@ steps: 10
 optim: {{lr: 1.0e-3}}
 tokenizer: {{path: {tokenizer}}}
 task:
+  kind: contrastive
   model:
     image: {{patch_size: 8, position: {{table_side: 64}}}}
     text: {{vocab_size: 64, context_length: 12}}
@@ -309,6 +310,7 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
         ("data: {look_ahead: 0}\ntokenizer: {kind: open_clip}\n", "look_ahead must be at least 1"),
         ("data: {look_ahead: many}\ntokenizer: {kind: open_clip}\n", "look_ahead"),
         ("data: {look_ahead: 3}\n", "names no tokenizer"),
+        ("data: {look_ahead: 3}\ntask: {kind: detection}\n", "task.kind is detection"),
         ("data: {look_ahead: 3}\ntokenizer: {kind: sentencepiece}\n", "path must name"),
     ],
 )

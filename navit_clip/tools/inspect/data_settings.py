@@ -88,6 +88,8 @@ def read_settings(path: Path) -> DataSettings:
     try:
         known = {name: content[name] for name in names if name in content}
         if isinstance(task := known.get("task"), Mapping):
+            if task.get("kind", "contrastive") != "contrastive":
+                raise ValueError(f"task.kind is {task['kind']}, only contrastive is inspected")
             parts = [f.name for f in fields(TaskSettings)]
             known["task"] = {name: task[name] for name in parts if name in task}
         values = parser.instantiate(parser.parse_object(known))
