@@ -25,11 +25,11 @@ from benchmarks.pairs import default_shards, samples_of
 from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.budgets import Budgets, PackingMode
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
+from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig, sample_rate
 from navit_clip.data.packer import Packer
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 STREAM, ROW, ROWS = 16384, 256, 256

@@ -20,11 +20,11 @@ from torch import Tensor
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import Pair, PairBuilder, PairInputs
-from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
+from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer

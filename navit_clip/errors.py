@@ -1,7 +1,8 @@
 """Mistakes of a user's that a command reports in one line, without a traceback.
 
 Raised anywhere in the library where the message alone says what is wrong and what to do; the
-command lines (`train`, `eval`, `navit_clip.data.*`) wrap their work in `one_line_errors`.
+command lines (`train`, `eval`, `navit_clip.data.*`) wrap their work in `one_line_errors`. Samples
+that cannot be used are no mistakes: they are skipped and counted (`SkipSampleError`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,24 @@ from contextlib import contextmanager
 
 class UserError(Exception):
     """Something that the user can fix; its message names the thing and the fix."""
+
+
+class SkipSampleError(Exception):
+    """A sample is unusable and is skipped.
+
+    Attributes:
+        reason: A short name that skipped samples are counted under.
+        detail: What is wrong with this one.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        # Both, because an error from a worker process is made again from its arguments.
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @contextmanager

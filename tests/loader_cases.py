@@ -19,7 +19,7 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.data.reader import Reader
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.state import LoaderPosition, ReaderStart, open_position
+from navit_clip.data.state import DataState, ReaderState, open_state
 from navit_clip.packed.batch import Batch
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -58,10 +58,10 @@ class Pipeline:
         return replace(self, config=replace(self.config, train=[], mix=mix))
 
     def begin(
-        self, saved: Sequence[LoaderPosition] = (), rank: int = 0, world_size: int = 1
-    ) -> LoaderPosition:
+        self, saved: Sequence[DataState] = (), rank: int = 0, world_size: int = 1
+    ) -> DataState:
         """Where a rank begins, or goes on."""
-        return open_position(
+        return open_state(
             saved,
             self.mixture,
             self.seed,
@@ -70,12 +70,12 @@ class Pipeline:
             world_size=world_size,
         )
 
-    def reader(
-        self, reader: int = 0, readers: int = 1, start: ReaderStart | None = None
-    ) -> Reader[Any, Any]:
-        """One reader of several."""
-        start = start or ReaderStart()
-        return Reader(self.mixture, self.build, self.config, self.seed, reader, readers, start)
+    def batches_of(
+        self, reader: int = 0, readers: int = 1, state: DataState | None = None
+    ) -> Iterator[Batch[Any]]:
+        """The batches of one reader of several without end."""
+        state = state or self.begin(world_size=readers)
+        return Reader(self.mixture, self.build, self.config, self.seed, reader).batches(state)
 
     def load(self, **options: Any) -> Iterator[Batch[Any]]:
         """The batches of one rank without end."""
@@ -116,9 +116,9 @@ def naming_epochs(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, build=build)
 
 
-def epoch_of(state: dict[str, Any]) -> int:
-    """The pass over the only source that a reader with this state is in."""
-    return state["walks"][0][0]
+def epoch_of(state: ReaderState) -> int:
+    """The epoch of the only dataset that a reader with this state is in."""
+    return state.cursors[0].epoch
 
 
 def content(batch: Batch[PairInputs]) -> dict[str, Any]:

@@ -10,41 +10,41 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit_clip.checkpoints.checkpoint import SavedPositions
+from navit_clip.checkpoints.rank_state import SavedDataStates
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import read_shard
-from navit_clip.data.state import LoaderPosition, ReaderState, open_walks
+from navit_clip.data.state import DataState, initial_state
 from navit_clip.training.config import parse_config
 
 
 def pairs_taken(
-    position: LoaderPosition,
+    data: DataState,
     mixture: Mixture,
     seed: int,
     reader: int,
     ids: Sequence[Sequence[str]],
 ) -> Counter[tuple[int, str]]:
-    """The pass and id of each pair that a reader has handed out, by its own account.
+    """The epoch and id of each pair that a reader has handed out, by its own account.
 
     Args:
-        position: Of its rank.
+        data: Of its rank.
         mixture: Of the run, a single dataset.
         seed: Of the run.
         reader: Its number.
         ids: Of all samples of each shard.
     """
-    (walk,) = open_walks(mixture, seed, reader, position.total, position.start(reader))
-    state = position.state(reader) or ReaderState.at_begin([walk])
-    (place,) = state.walks
-    ahead = {(o.epoch, o.shard, o.index) for o in (*state.buffer, *state.pending)}
+    (order,) = data.orders(mixture, seed, reader)
+    state = data.readers.get(reader) or initial_state([order])
+    (cursor,) = state.cursors
+    ahead = {(o.epoch, o.shard, o.sample) for o in (*state.buffer, *state.pending)}
     return Counter(
         (epoch, name)
-        for epoch in range(place.epoch + 1)
-        for number, piece in enumerate(walk.pieces(epoch))
-        for index, name in enumerate(ids[piece.shard])
-        if index in piece
-        and (epoch, number, index) < place
-        and (epoch, piece.shard, index) not in ahead
+        for epoch in range(cursor.epoch + 1)
+        for number, own in enumerate(order.slices(epoch))
+        for index, name in enumerate(ids[own.shard])
+        if index in own
+        and (epoch, number, index) < cursor
+        and (epoch, own.shard, index) not in ahead
     )
 
 
@@ -58,8 +58,8 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
 
     Returns:
         ``pairs``, logged in all; ``pairs_in_epoch``; ``pairs_missing``: never handed out in the
-        first pass, or handed out and not logged; ``pairs_repeated``: handed out twice in one pass,
-        or logged more often than handed out.
+        first epoch, or handed out and not logged; ``pairs_repeated``: handed out twice in one
+        epoch, or logged more often than handed out.
     """
     config, _ = parse_config([*flags, "--run_dir", str(run_dir)])
     mixture = Mixture.find(config.data)
@@ -72,20 +72,20 @@ def count_pairs(flags: Sequence[str], run_dir: Path, ranks: int) -> dict[str, in
         for line in path.read_text().splitlines():
             batch = json.loads(line)
             logged.update((batch["reader"], name) for name in batch["ids"])
-    saved = SavedPositions(run_dir / f"checkpoints/step-{config.steps:08d}", ranks)
+    saved = SavedDataStates(run_dir / f"checkpoints/step-{config.steps:08d}", ranks)
     handed_out: Counter[tuple[int, str]] = Counter()
-    by_pass: Counter[tuple[int, str]] = Counter()
+    by_epoch: Counter[tuple[int, str]] = Counter()
     for reader in range(ranks * config.data.workers):
-        position = saved[reader // config.data.workers]
-        taken = pairs_taken(position, mixture, config.seed, reader, ids)
-        by_pass += taken
+        data = saved[reader // config.data.workers]
+        taken = pairs_taken(data, mixture, config.seed, reader, ids)
+        by_epoch += taken
         for (_, name), count in taken.items():
             handed_out[reader, name] += count
-    never = {(0, name) for of_shard in ids for name in of_shard} - by_pass.keys()
+    never = {(0, name) for of_shard in ids for name in of_shard} - by_epoch.keys()
     return {
         "pairs": sum(logged.values()),
         "pairs_in_epoch": sum(map(len, ids)),
         "pairs_missing": len(never) + sum((handed_out - logged).values()),
-        "pairs_repeated": sum(count - 1 for count in by_pass.values())
+        "pairs_repeated": sum(count - 1 for count in by_epoch.values())
         + sum((logged - handed_out).values()),
     }

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a run, written in the background, whole or not at all.
 
 A checkpoint is a folder ``step-00001000``: `torch.distributed.checkpoint` files, and for each rank
-its data position and random generators. The training thread only copies the state to the host;
+the state of its data and random generators. The training thread only copies the state to the host;
 another one writes the copy under a name of its own, and once the files of all ranks are complete
 rank 0 names them in a manifest and renames the folder. A folder with the right name was
 therefore complete, whenever the writer was killed, and `newest` compares it with its manifest,
@@ -39,12 +39,12 @@ from navit_clip.checkpoints.folder import (
 )
 from navit_clip.checkpoints.manifest import DamagedError, Manifest, checksum, shapes
 from navit_clip.checkpoints.rank_state import (
-    SavedPositions,
+    SavedDataStates,
     rank_file,
     rank_state,
     restore_generators,
 )
-from navit_clip.data.state import LoaderPosition
+from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 
@@ -153,7 +153,7 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, state: dict[str, Any], position: LoaderPosition) -> Path:
+    def save(self, step: int, state: dict[str, Any], data: DataState) -> Path:
         """Takes a checkpoint of the state after `step` steps; every rank calls it.
 
         Returns once the state is copied, unless checkpoints are configured to be synchronous; waits
@@ -162,7 +162,7 @@ class Checkpoints:
         Args:
             step: Steps taken.
             state: Of the training, as `Stepper.state` returns it; may change afterwards.
-            position: How far this rank is in its data; may change afterwards.
+            data: What this rank consumed; may change afterwards.
 
         Returns:
             Where the checkpoint will be.
@@ -183,7 +183,7 @@ class Checkpoints:
             "no_dist": self._group is None,
         }
         finish = partial(
-            self._finish, step, rank_state(position, self.ranks.device), shapes(state["model"])
+            self._finish, step, rank_state(data, self.ranks.device), shapes(state["model"])
         )
         if self.config.asynchronous:
             # Plain copies, done when `stage` returns: the next step changes what is copied.
@@ -230,7 +230,7 @@ class Checkpoints:
                 self._writing.result(_LAST_WAIT_S)
         self._thread.shutdown(wait=False)
 
-    def load(self, step: int, state: dict[str, Any]) -> SavedPositions:
+    def load(self, step: int, state: dict[str, Any]) -> SavedDataStates:
         """Reads the state after `step` steps; every rank calls it.
 
         Each rank that there was before also gets its random generators back.
@@ -260,7 +260,7 @@ class Checkpoints:
             first = next(iter(error.failures.values()))[0]
             raise _cannot_resume(path, first) from error
         self._newest = step
-        return SavedPositions(path, manifest.world_size)
+        return SavedDataStates(path, manifest.world_size)
 
     def _open(self) -> None:
         """Makes the directory, and makes sure that all ranks see the same one."""

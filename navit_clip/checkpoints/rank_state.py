@@ -1,4 +1,4 @@
-"""What one rank alone keeps in a checkpoint: its place in the data and its random generators.
+"""What one rank alone keeps in a checkpoint: the state of its data and its random generators.
 
 A file of its own per rank beside the tensors, which all ranks write together
 (`navit_clip.checkpoints.checkpoint`).
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from navit_clip.data.state import LoaderPosition
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.order import Cursor, Leftover, ShardSlice
+from navit_clip.data.state import DataState, ReaderState
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -21,13 +24,13 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def rank_state(position: LoaderPosition, device: torch.device) -> str:
+def rank_state(data: DataState, device: torch.device) -> str:
     """Contents of this rank's file, as things are now."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     generators = {name: state.numpy().tobytes().hex() for name, state in states.items()}
-    return json.dumps({"position": position.to_json(), "generators": generators})
+    return json.dumps({"data": data_to_json(data), "generators": generators})
 
 
 def restore_generators(folder: Path, rank: int, device: torch.device) -> None:
@@ -47,7 +50,7 @@ def restore_generators(folder: Path, rank: int, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-class SavedPositions(Sequence[LoaderPosition]):
+class SavedDataStates(Sequence[DataState]):
     """How far each rank was in its data; read when asked for, since most ranks need their own only.
 
     Args:
@@ -62,18 +65,63 @@ class SavedPositions(Sequence[LoaderPosition]):
         return self.world_size
 
     @overload
-    def __getitem__(self, rank: int) -> LoaderPosition: ...
+    def __getitem__(self, rank: int) -> DataState: ...
 
     @overload
-    def __getitem__(self, rank: slice) -> list[LoaderPosition]: ...
+    def __getitem__(self, rank: slice) -> list[DataState]: ...
 
-    def __getitem__(self, rank: int | slice) -> LoaderPosition | list[LoaderPosition]:
+    def __getitem__(self, rank: int | slice) -> DataState | list[DataState]:
         if isinstance(rank, slice):
             return [self[i] for i in range(*rank.indices(len(self)))]
         if not 0 <= rank < len(self):
             raise IndexError(rank)
-        return LoaderPosition(**_read(self.path, rank)["position"])
+        return data_from_json(_read(self.path, rank)["data"])
+
+
+def data_to_json(data: DataState) -> dict[str, Any]:
+    """The state of a rank's data as plain values.
+
+    Cursors, slices and origins become lists without names, since there may be thousands.
+    """
+    return {
+        "shards": data.shards,
+        "total": data.total,
+        "images": data.images,
+        "leftovers": {
+            reader: [[own.epoch, [astuple(part) for part in own.slices]] for own in leftovers]
+            for reader, leftovers in data.leftovers.items()
+        },
+        "batches": data.batches,
+        "readers": {reader: vars(state) for reader, state in data.readers.items()},
+    }
+
+
+def data_from_json(values: dict[str, Any]) -> DataState:
+    """The state that `data_to_json` made plain values of."""
+    leftovers = {
+        int(reader): [Leftover(epoch, tuple(map(_slice, slices))) for epoch, slices in leftovers]
+        for reader, leftovers in values["leftovers"].items()
+    }
+    readers = {
+        int(reader): ReaderState(
+            [Cursor(*cursor) for cursor in state["cursors"]],
+            state["taken"],
+            state["drawn"],
+            [Origin(*origin) for origin in state["buffer"]],
+            [Origin(*origin) for origin in state["pending"]],
+        )
+        for reader, state in values["readers"].items()
+    }
+    return DataState(**{**values, "leftovers": leftovers, "readers": readers})
+
+
+def _slice(values: list[Any]) -> ShardSlice:
+    epoch, shard, start, stride, offset, extra = values
+    return ShardSlice(epoch, shard, start, stride, offset, tuple(extra))
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any]:
-    return json.loads(rank_file(folder, rank).read_text())
+    saved = json.loads(rank_file(folder, rank).read_text())
+    if "data" not in saved:
+        raise ValueError("an older version of navit-clip wrote it; begin again with its weights")
+    return saved

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from navit_clip.data.decode import SkipSampleError
+from navit_clip.errors import SkipSampleError
 
 
 def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:

@@ -20,6 +20,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
+from navit_clip.errors import SkipSampleError
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
 MAX_BYTES = 64 << 20
@@ -35,24 +37,6 @@ _DCT_SCALES = (4, 2)
 # out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
 # size by 36 dB.
 _DCT_MARGIN = 2
-
-
-class SkipSampleError(Exception):
-    """This sample is unusable and is passed over.
-
-    Attributes:
-        reason: A short name that skipped samples are counted under.
-        detail: What is wrong with this one.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        # Both, because an error from a worker process is made again from its arguments.
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 class EncodedImage:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from navit_clip.data.decode import EncodedImage, SkipSampleError, resize_rgb, to_rgb
+from navit_clip.data.decode import EncodedImage, resize_rgb, to_rgb
+from navit_clip.errors import SkipSampleError
 
 ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
 

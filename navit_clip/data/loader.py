@@ -20,8 +20,8 @@ from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.reader import Reader
-from navit_clip.data.shared_batch import Parcel
-from navit_clip.data.state import LoaderPosition, open_position
+from navit_clip.data.shared_batch import SharedBatch
+from navit_clip.data.state import DataState, open_state
 from navit_clip.data.workers import prepare_worker
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, Inputs
@@ -39,20 +39,20 @@ class _Failure:
     message: str
 
 
-class _Readers(IterableDataset[Batch[Any] | Parcel | _Failure]):
+class _Readers(IterableDataset[Batch[Any] | SharedBatch | _Failure]):
     """The readers of one rank; each worker process runs one of them."""
 
-    def __init__(self, readers: Sequence[Reader[Any, Any]], position: LoaderPosition) -> None:
-        self.readers, self.position = readers, position
+    def __init__(self, readers: Sequence[Reader[Any, Any]], state: DataState) -> None:
+        self.readers, self.state = readers, state
 
-    def __iter__(self) -> Iterator[Batch[Any] | Parcel | _Failure]:
+    def __iter__(self) -> Iterator[Batch[Any] | SharedBatch | _Failure]:
         info = get_worker_info()
         worker = info.id if info else 0
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
-        reader = self.readers[(worker + self.position.batches) % len(self.readers)]
+        reader = self.readers[(worker + self.state.batches) % len(self.readers)]
         try:
-            for batch in reader.batches(self.position.state(reader.reader)):
-                yield Parcel(batch) if info else batch
+            for batch in reader.batches(self.state):
+                yield SharedBatch(batch) if info else batch
         except UserError as error:
             yield _Failure(str(error))
 
@@ -62,8 +62,8 @@ def _leave_signals_to_trainer(worker: int) -> None:
 
     A forked worker would also inherit the trainer's SIGTERM handler, and then never end.
     """
-    # torch's own watch over the parent is not enough: a worker that has more to hand over than a
-    # pipe holds (64 kB) would wait for ever for a killed trainer to read it.
+    # torch's own check of the parent is not enough: a worker that has more to send than a pipe
+    # holds (64 kB) would wait forever for a killed trainer to read it.
     prepare_worker()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # torchrun signals a rank's whole process group; the workers must live until it has saved.
@@ -78,7 +78,7 @@ def load_batches(
     mixture: Mixture | None = None,
     rank: int = 0,
     world_size: int = 1,
-    position: LoaderPosition | None = None,
+    state: DataState | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch[AnyInputs]]:
     """Yields one rank's batches without end.
@@ -90,8 +90,8 @@ def load_batches(
         mixture: The shards; None looks up those of the configuration.
         rank: This process.
         world_size: Number of processes.
-        position: Where to go on, from `open_position`; the caller advances its own copy with each
-            batch it consumes. None begins at the first sample.
+        state: Where to go on, from `open_state`; the caller advances its own copy with each batch
+            that it consumes. None begins at the first sample.
         pin_memory: Hand out batches in page-locked memory.
 
     Raises:
@@ -99,18 +99,16 @@ def load_batches(
             of the builder's streams.
     """
     mixture = mixture or Mixture.find(config)
-    if position is None:
-        position = open_position(
-            [], mixture, seed, workers=config.workers, rank=rank, world_size=world_size
-        )
-    position = replace(position, readers=dict(position.readers))
+    if state is None:
+        state = open_state([], mixture, seed, workers=config.workers, world_size=world_size)
+    state = replace(state, readers=dict(state.readers))
     per_rank = max(1, config.workers)
     readers = [
-        Reader(mixture, build, config, seed, number, position.total, position.start(number))
-        for number in range(rank * per_rank, (rank + 1) * per_rank)
+        Reader(mixture, build, config, seed, reader)
+        for reader in range(rank * per_rank, (rank + 1) * per_rank)
     ]
-    loader: DataLoader[Batch[Any] | Parcel | _Failure] = DataLoader(
-        _Readers(readers, position),
+    loader: DataLoader[Batch[Any] | SharedBatch | _Failure] = DataLoader(
+        _Readers(readers, state),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -123,5 +121,5 @@ def load_batches(
     for batch in loader:
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
-        assert isinstance(batch, Batch)  # a parcel arrives without its wrapping
+        assert isinstance(batch, Batch)  # a shared one arrives as it was
         yield batch

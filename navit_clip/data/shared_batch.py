@@ -2,7 +2,7 @@
 
 For each tensor that is sent PyTorch shares a file of its own, and the training process asks the
 worker for each over a connection of its own, which a worker that is busy decoding answers late.
-What remains to be sent of a parcel is the name of one file, however much the batch holds.
+What remains to be sent of a `SharedBatch` is the name of one file, however much the batch holds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from navit_clip.errors import UserError
 _ALIGNMENT = 64  # bytes, as PyTorch aligns tensors of its own
 
 
-class Parcel:
-    """Something to be sent to another process, where it arrives without its wrapping.
+class SharedBatch:
+    """A batch to be sent to another process, where it arrives as it was before it was shared.
 
     Args:
         content: What can be pickled; its tensors lie on the CPU, are of types that NumPy has and
@@ -33,7 +33,7 @@ class Parcel:
     """
 
     # Packs here, in the thread that makes batches, and not in `__reduce__`, in the one that sends
-    # them: there an error is only printed, and the training process waits for the batch for ever.
+    # them: there an error is only printed, and the training process waits for the batch forever.
     def __init__(self, content: object) -> None:
         file, arrays = io.BytesIO(), list[pickle.PickleBuffer]()
         _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append).dump(content)

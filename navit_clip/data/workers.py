@@ -2,7 +2,7 @@
 
 `run_unordered` is for commands with independent tasks; the loaders of `navit_clip.data.loader` and
 `navit_clip.evaluation.embed` have torch's workers and take `prepare_worker` and
-`telling_of_killed_workers`.
+`explain_killed_workers`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_unordered(
                 yield future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: give fewer --workers"
+                "a worker process was killed, perhaps for lack of memory: give fewer --workers"
             ) from error
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -59,11 +59,11 @@ def run_unordered(
 
 
 @contextmanager
-def telling_of_killed_workers(fix: str) -> Iterator[None]:
-    """Says in one line that a worker of a torch DataLoader was killed.
+def explain_killed_workers(fix: str) -> Iterator[None]:
+    """Reports a killed worker of a torch DataLoader in one line.
 
-    torch notices by a signal, so that its error comes in the midst of anything, such as a forward
-    pass; a loader that waits for a batch notices itself.
+    torch notices by a signal, so that its error may be raised anywhere, such as in a forward pass;
+    a loader that waits for a batch notices itself.
 
     Args:
         fix: What to do about it.
@@ -77,7 +77,7 @@ def telling_of_killed_workers(fix: str) -> Iterator[None]:
         first = str(error).split(". ")[0].strip(" .")
         if not first.startswith("DataLoader worker"):
             raise
-        raise UserError(f"{first}, perhaps for want of memory: {fix}") from error
+        raise UserError(f"{first}, perhaps for lack of memory: {fix}") from error
 
 
 def prepare_worker() -> None:

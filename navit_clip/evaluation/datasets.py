@@ -15,9 +15,9 @@ from pathlib import Path
 
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import SkipSampleError, find_image
+from navit_clip.data.decode import find_image
 from navit_clip.data.shards import RawSample, ShardError, read_shard
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 
 Key = tuple[int, int]
 

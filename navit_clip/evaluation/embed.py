@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from navit_clip.data.decode import EncodedImage, SkipSampleError
-from navit_clip.data.workers import prepare_worker, telling_of_killed_workers
+from navit_clip.data.decode import EncodedImage
+from navit_clip.data.workers import explain_killed_workers, prepare_worker
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.cache import Cache, ImageBlock, bytes_digest
 from navit_clip.evaluation.datasets import EvalDataset, Item, Key, block_of
 from navit_clip.evaluation.models import Model, Sizer
@@ -227,7 +227,7 @@ def embed_dataset(
     try:
         with (
             progress_bar("images", total, ranks) as progress,
-            telling_of_killed_workers("give fewer --workers"),
+            explain_killed_workers("give fewer --workers"),
         ):
             for block in loader:
                 if isinstance(block, UserError):

@@ -19,9 +19,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from navit_clip.data.decode import SkipSampleError
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.breakdown import Measure, by_aspect, by_size
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.datasets import EvalDataset

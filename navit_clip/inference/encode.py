@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.in_memory import ImageInput, open_image
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP

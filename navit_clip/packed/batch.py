@@ -49,14 +49,14 @@ class BatchCounts:
     Attributes:
         examples: Such as image–caption pairs.
         streams: Tokens of each stream, by name.
-        sources: Examples by dataset of the mixture.
+        datasets: Examples by dataset of the mixture.
         skipped: Samples skipped since the reader's previous batch, by reason.
         skip_log: A line for the first few of them, naming each.
     """
 
     examples: int
     streams: dict[str, StreamCounts] = field(default_factory=dict)
-    sources: Counter[str] = field(default_factory=Counter)
+    datasets: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     skip_log: tuple[str, ...] = ()
 
@@ -75,7 +75,7 @@ class Batch(Generic[AnyInputs]):
     inputs: AnyInputs
     ids: tuple[str, ...]
     counts: BatchCounts
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[int, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch[AnyInputs]:
         """The same batch with its inputs on another device."""

@@ -15,9 +15,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import SkipSampleError
 from navit_clip.data.shards import ShardError, expand_shards, read_shard
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import SkipSampleError, UserError, one_line_errors
 from navit_clip.files import write_output
 
 

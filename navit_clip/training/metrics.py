@@ -88,7 +88,7 @@ class Interval:
             self.slots += stream.slots
         self.wait += wait
         self.skipped += sum(counts.skipped.values())
-        self.by_dataset += counts.sources
+        self.by_dataset += counts.datasets
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ class SampleLog:
     def write(self, step: int, batches: Sequence[Batch[Any]]) -> None:
         """Logs the batches of a step, counted from 1; on disk before the step's checkpoint is."""
         for batch in batches:
-            reader = int(next(iter(batch.state)))
+            reader = next(iter(batch.state))
             line = {"step": step, "reader": reader, "ids": batch.ids}
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()

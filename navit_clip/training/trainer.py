@@ -20,8 +20,8 @@ import yaml
 from navit_clip.checkpoints.checkpoint import Checkpoints
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
-from navit_clip.data.state import LoaderPosition, open_position
-from navit_clip.data.workers import telling_of_killed_workers
+from navit_clip.data.state import DataState, open_state
+from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import writing
@@ -68,13 +68,13 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
         ranks,
     )
     stepper = build_stepper(config, task, model, ranks)
-    saved: Sequence[LoaderPosition] = []
+    saved: Sequence[DataState] = []
     if start:
         state = stepper.state()
         saved = checkpoints.load(start, state)
         stepper.load_state(state)
     mixture = Mixture.find(config.data)
-    data_state = open_position(
+    data_state = open_state(
         saved,
         mixture,
         config.seed,
@@ -105,11 +105,11 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
                     mixture=mixture,
                     rank=ranks.rank,
                     world_size=ranks.world_size,
-                    position=data_state,
+                    state=data_state,
                     pin_memory=ranks.device.type == "cuda",
                 )
                 interval = Interval(build.streams, [dataset.name for dataset in mixture.datasets])
-                with telling_of_killed_workers(
+                with explain_killed_workers(
                     "lower data.workers, data.prefetch or data.shuffle_buffer; the same command "
                     "continues from the last checkpoint"
                 ):
@@ -197,7 +197,7 @@ def _loop(
     batches: Iterator[Batch[Any]],
     checkpoints: Checkpoints,
     evaluations: Evaluations,
-    data_state: LoaderPosition,
+    data_state: DataState,
     start: int,
     interval: Interval,
     reports: _Reports,

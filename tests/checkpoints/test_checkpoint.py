@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import filesystem
 
 from navit_clip.checkpoints import checkpoint
 from navit_clip.checkpoints.checkpoint import CheckpointConfig, Checkpoints
-from navit_clip.data.state import LoaderPosition
+from navit_clip.data.state import DataState, ReaderState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.training.__main__ import main
@@ -45,8 +45,8 @@ def value_of(loaded):
     return values.pop()
 
 
-def position(value):
-    return LoaderPosition(batches=value, readers={"0": {"drawn": value}}, shards="s")
+def data_state(value):
+    return DataState("s", batches=value, readers={0: ReaderState([], [], drawn=value)})
 
 
 def open_checkpoints(path, ranks=ALONE, **config):
@@ -56,7 +56,7 @@ def open_checkpoints(path, ranks=ALONE, **config):
 def write(path, steps, **config):
     checkpoints = open_checkpoints(path, **config)
     for step in steps:
-        checkpoints.save(step, state(step), position(step))
+        checkpoints.save(step, state(step), data_state(step))
     checkpoints.wait()
     return checkpoints
 
@@ -70,15 +70,15 @@ def read(path):
     lines, checkpoints, loaded = [], open_checkpoints(path), state(-1)
     step = checkpoints.newest(lines.append)
     assert step is not None
-    positions = checkpoints.load(step, loaded)
-    assert [p.batches for p in positions] == [step]
+    states = checkpoints.load(step, loaded)
+    assert [data.batches for data in states] == [step]
     return step, value_of(loaded), lines
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_what_is_saved_is_what_is_loaded(tmp_path, asynchronous):
     checkpoints = open_checkpoints(tmp_path, asynchronous=asynchronous)
-    saved, where = state(3), position(3)
+    saved, where = state(3), data_state(3)
     checkpoints.save(3, saved, where)
     # The training goes on at once.
     saved["model"]["w"].zero_()
@@ -101,10 +101,10 @@ def test_nothing_is_visible_before_it_is_complete_and_one_is_written_at_a_time(
 
     monkeypatch.setattr(filesystem._FileSystemWriter, "write_data", slow)
     checkpoints = open_checkpoints(tmp_path)
-    checkpoints.save(1, state(1), position(1))
+    checkpoints.save(1, state(1), data_state(1))
     assert checkpoints.latest() is None
     assert names(tmp_path) in ([], ["step-00000001.partial"])
-    second = threading.Thread(target=checkpoints.save, args=(2, state(2), position(2)))
+    second = threading.Thread(target=checkpoints.save, args=(2, state(2), data_state(2)))
     second.start()
     second.join(0.3)
     assert second.is_alive()
@@ -252,7 +252,7 @@ def test_a_full_disk_says_so_and_keeps_the_previous_one(tmp_path, monkeypatch, a
     said = "step-00000008: No space left on device; the latest complete one is of step 4"
 
     def save():
-        checkpoints.save(8, state(8), position(8))
+        checkpoints.save(8, state(8), data_state(8))
         checkpoints.wait()
 
     with pytest.raises(UserError, match=said):
@@ -261,15 +261,24 @@ def test_a_full_disk_says_so_and_keeps_the_previous_one(tmp_path, monkeypatch, a
     assert read(tmp_path)[:2] == (4, 4.0)
 
 
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
+    checkpoints = write(tmp_path, [4])
+    (rank_file,) = tmp_path.glob("step-*/rank-0.json")
+    saved = json.loads(rank_file.read_text())
+    rank_file.write_text(json.dumps({"position": {}, "generators": saved["generators"]}))
+    with pytest.raises(UserError, match="an older version of navit-clip wrote it"):
+        checkpoints.load(4, state(-1))
+
+
 def test_a_failure_is_known_before_the_next_checkpoint(tmp_path, monkeypatch):
     fill_disk(monkeypatch)
     checkpoints = open_checkpoints(tmp_path)
     assert not checkpoints.failed
-    checkpoints.save(8, state(8), position(8))
+    checkpoints.save(8, state(8), data_state(8))
     checkpoints._writing.exception(timeout=30)
     assert checkpoints.failed
     with pytest.raises(UserError, match="No space left on device; the latest complete one is none"):
-        checkpoints.save(9, state(9), position(9))
+        checkpoints.save(9, state(9), data_state(9))
     checkpoints.close()
 
 
@@ -346,13 +355,13 @@ def two_ranks_disagree(path):
         except UserError as error:
             seen["not shared"] = str(error)
     checkpoints = open_checkpoints(path / "full", ranks)
-    checkpoints.save(2, state(2), position(2))
+    checkpoints.save(2, state(2), data_state(2))
     checkpoints.wait()
     torch.manual_seed(ranks.rank)
     with pytest.MonkeyPatch.context() as monkeypatch:
         if ranks.rank == 1:
             fill_disk(monkeypatch)
-        checkpoints.save(4, state(4), position(4))
+        checkpoints.save(4, state(4), data_state(4))
         try:
             checkpoints.wait()
         except UserError as error:
@@ -360,7 +369,7 @@ def two_ranks_disagree(path):
     checkpoints.close()
     checkpoints = open_checkpoints(path / "full", ranks)
     for step in (6, 8):
-        checkpoints.save(step, state(step), position(step + 100 * ranks.rank))
+        checkpoints.save(step, state(step), data_state(step + 100 * ranks.rank))
     checkpoints.close()
     drawn = torch.rand(3).tolist()
     if ranks.is_first:
@@ -370,9 +379,9 @@ def two_ranks_disagree(path):
     lines, loaded = [], state(-1)
     checkpoints = open_checkpoints(path / "full", ranks)
     step = checkpoints.newest(lines.append)
-    positions = checkpoints.load(step, loaded)
+    states = checkpoints.load(step, loaded)
     checkpoints.close()
-    seen["damaged"] = (step, value_of(loaded), [p.batches for p in positions], lines)
+    seen["damaged"] = (step, value_of(loaded), [data.batches for data in states], lines)
     seen["random"] = torch.rand(3).tolist() == drawn
     return seen
 

@@ -43,7 +43,7 @@ def pairs_of(batch):
 
 def one_by_one(data, reader=0, readers=1):
     """(epoch, id) of one reader's samples in the order in which it reads them, without end."""
-    for batch in naming_epochs(data).reader(reader, readers).batches():
+    for batch in naming_epochs(data).batches_of(reader, readers):
         epoch, _, name = batch.ids[0].partition(":")
         yield int(epoch), name
 
@@ -78,7 +78,7 @@ def test_ranks_and_workers_take_every_sample_once_per_epoch(pipeline, tmp_path):
     data = naming_epochs(pipeline(make_shards(tmp_path, counts), **ONE_BY_ONE, workers=2))
     taken = []
     for rank in range(2):
-        unfinished = {str(2 * rank), str(2 * rank + 1)}
+        unfinished = {2 * rank, 2 * rank + 1}
         with closing(data.load(rank=rank, world_size=2)) as batches:
             for batch in batches:
                 epoch, _, name = batch.ids[0].partition(":")
@@ -97,10 +97,8 @@ def test_shuffling_and_packing_lose_nothing_and_repeat_nothing(pipeline, tmp_pat
     consumed = Counter()
     for batch in take(data, 30):
         consumed.update(batch.ids)
-        state = batch.state["0"]
-        held = Counter(
-            f"{shard:05d}/{index}" for _, shard, index, _ in (*state["buffer"], *state["pending"])
-        )
+        state = batch.state[0]
+        held = Counter(f"{o.shard:05d}/{o.sample}" for o in (*state.buffer, *state.pending))
         read = consumed + held
         assert {read[name] for name in ids_of(counts)} <= {epoch_of(state), epoch_of(state) + 1}
     assert epoch_of(state) > 2
@@ -186,7 +184,7 @@ def test_bad_shards_are_skipped_and_counted(pipeline, tmp_path):
         batch = next(batches)
         skipped += batch.counts.skipped
         taken += batch.ids
-        epoch = epoch_of(batch.state["0"])
+        epoch = epoch_of(batch.state[0])
     assert set(skipped) == {"bad_shard"}
     assert 8 <= skipped["bad_shard"] <= 12  # two in each of five epochs, more or less at the ends
     assert {name.split("/")[0] for name in taken} == {"00000", "00001"}
@@ -321,7 +319,7 @@ def test_scheduled_drop_follows_the_images_that_all_readers_took(pipeline, tmp_p
         resolution=ResolutionConfig(mode="native", max_tokens=24),
     )
     shares = []
-    for drawn, batch in enumerate(itertools.islice(data.reader(1, 2).batches(), 40)):
+    for drawn, batch in enumerate(itertools.islice(data.batches_of(1, 2), 40)):
         image = batch.counts.streams["image"]
         rate = mean_rate(drop, 2 * drawn)
         assert image.tokens == max(1, round(image.tokens_before_drop * (1 - rate)))

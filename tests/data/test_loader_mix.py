@@ -31,8 +31,8 @@ def mixed(pipeline, tmp_path):
 def test_shares_hold_at_any_time(mixed):
     taken = Counter()
     for number, batch in enumerate(take(mixed(**ONE_BY_ONE), 60), start=1):
-        assert sum(batch.counts.sources.values()) == batch.counts.examples == 1
-        taken += batch.counts.sources
+        assert sum(batch.counts.datasets.values()) == batch.counts.examples == 1
+        taken += batch.counts.datasets
         for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
             assert abs(taken[name] - share * number) < 1
 
@@ -54,11 +54,11 @@ def test_readers_share_every_dataset(mixed):
     data = naming_epochs(mixed(**ONE_BY_ONE))
     first = Counter()
     for reader in range(4):  # more than the shards of any dataset
-        for batch in data.reader(reader, 4).batches():
-            state = batch.state[str(reader)]
+        for batch in data.batches_of(reader, 4):
+            state = batch.state[reader]
             first.update(name for name in batch.ids if name.startswith("0:"))
-            held = (*state["buffer"], *state["pending"])
-            if all(walk[0] for walk in state["walks"]) and all(origin[0] for origin in held):
+            held = (*state.cursors, *state.buffer, *state.pending)
+            if all(place.epoch for place in held):
                 break
     assert len(first) == 7 + 9 + 6
     assert set(first.values()) == {1}
@@ -67,11 +67,11 @@ def test_readers_share_every_dataset(mixed):
 def test_a_resume_keeps_the_shares(mixed):
     data = mixed()
     whole = take(data, 14)
-    position = data.begin()
+    state = data.begin()
     for done in range(10):
-        rest = take(data, 4, position=position)
+        rest = take(data, 4, state=state)
         assert [content(b) for b in rest] == [content(b) for b in whole[done : done + 4]]
-        position.advance(whole[done])
+        state.advance(whole[done])
 
 
 def test_each_dataset_may_have_captions_of_its_own(pipeline, tokenizer, tmp_path):

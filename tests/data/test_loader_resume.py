@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pytest
 from loader_cases import ONE_BY_ONE, content, epoch_of, take
 from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 
+from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.state import LoaderPosition
 from navit_clip.errors import UserError
 
 
@@ -35,10 +36,11 @@ def messy_shards(root):
     return shards
 
 
-def advance(position, batches):
+def advance(state, batches):
+    """The state after batches, as a checkpoint gives it back."""
     for batch in batches:
-        position.advance(batch)
-    return LoaderPosition(**json.loads(json.dumps(position.to_json())))
+        state.advance(batch)
+    return data_from_json(json.loads(json.dumps(data_to_json(state))))
 
 
 SCHEDULED = DropConfig(
@@ -55,23 +57,23 @@ def test_a_resume_after_any_batch_goes_on_as_if_nothing_had_happened(packing, pi
         budget=Budgets({"image": 48, "text": 40}, 3),
     )
     whole = [content(batch) for batch in take(data, 26)]
-    assert epoch_of(whole[-1]["state"]["0"]) > 2
-    position = data.begin()
+    assert epoch_of(whole[-1]["state"][0]) > 2
+    state = data.begin()
     for done in range(22):
-        batches = take(data, 4, position=position)
+        batches = take(data, 4, state=state)
         assert [content(batch) for batch in batches] == whole[done : done + 4]
-        position = advance(position, batches[:1])  # and again from there
+        state = advance(state, batches[:1])  # and again from there
 
 
 @pytest.mark.parametrize("fields", [{}, {"shuffle_buffer": 3}, {"look_ahead": 5}])
 def test_a_resume_at_the_very_end_of_an_epoch(fields, pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [3, 2]), **{**ONE_BY_ONE, **fields})
     whole = [content(batch) for batch in take(data, 15)]
-    position = data.begin()
+    state = data.begin()
     for expected in whole:
-        (batch,) = take(data, 1, position=position)
+        (batch,) = take(data, 1, state=state)
         assert content(batch) == expected
-        position = advance(position, [batch])
+        state = advance(state, [batch])
 
 
 def test_a_resume_among_images_that_never_share_a_batch(pipeline, tmp_path):
@@ -92,7 +94,7 @@ def test_a_resume_among_images_that_never_share_a_batch(pipeline, tmp_path):
     whole = take(data, 12)
     assert {batch.counts.examples for batch in whole} == {1}
     for done in range(9):
-        rest = take(data, 3, position=advance(data.begin(), whole[:done]))
+        rest = take(data, 3, state=advance(data.begin(), whole[:done]))
         assert [content(b) for b in rest] == [content(b) for b in whole[done : done + 3]]
 
 
@@ -129,11 +131,11 @@ def test_a_resume_with_two_buckets(packing, pipeline, tmp_path):
         assert len(buckets[-1]) == 1
     assert buckets.count({True}) > 3
     assert buckets.count({False}) > 3
-    position = data.begin()
+    state = data.begin()
     for done in range(21):
-        batches = take(data, 3, position=position)
+        batches = take(data, 3, state=state)
         assert [content(batch) for batch in batches] == whole[done : done + 3]
-        position = advance(position, batches[:1])
+        state = advance(state, batches[:1])
 
 
 # Torch thinks that so many are slow on few cores; these do next to nothing.
@@ -146,35 +148,35 @@ def test_workers_resume_too_twice_in_a_row(workers, pipeline, tmp_path):
     data = pipeline(messy_shards(tmp_path), workers=workers)
     options = {"rank": 1, "world_size": 2}  # 2, 2 or 6 readers for 3 shards
     whole = [content(batch) for batch in take(data, 12, **options)]
-    position, found = data.begin(**options), []
+    state, found = data.begin(**options), []
     for steps in (4, 3, 5):
-        batches = take(data, steps, position=position, **options)
+        batches = take(data, steps, state=state, **options)
         found += [content(batch) for batch in batches]
-        position = advance(position, batches)
+        state = advance(state, batches)
     assert found == whole
-    assert position.batches == 12
-    assert len(position.readers) == max(1, workers)
+    assert state.batches == 12
+    assert len(state.readers) == max(1, workers)
 
 
 @MANY_WORKERS
 def test_a_resume_before_every_worker_had_a_turn(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [6, 6, 6]), workers=3)
     whole = take(data, 7)
-    rest = take(data, 5, position=advance(data.begin(), whole[:2]))
+    rest = take(data, 5, state=advance(data.begin(), whole[:2]))
     assert [content(batch) for batch in rest] == [content(batch) for batch in whole[2:]]
 
 
-def test_the_callers_position_is_its_own(pipeline, tmp_path):
+def test_the_callers_state_is_its_own(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [6]))
-    position = advance(data.begin(), take(data, 1))
-    before = json.dumps(position.to_json())
-    take(data, 3, position=position)
-    assert json.dumps(position.to_json()) == before
+    state = advance(data.begin(), take(data, 1))
+    before = deepcopy(state)
+    take(data, 3, state=state)
+    assert state == before
 
 
 def test_a_resume_on_a_changed_shard_is_refused(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [9]))
-    position = advance(data.begin(), take(data, 1))
+    state = advance(data.begin(), take(data, 1))
     make_shards(tmp_path, [1])
     with pytest.raises(UserError, match=r"00000\.tar no longer holds sample"):
-        take(data, 1, position=position)
+        take(data, 1, state=state)

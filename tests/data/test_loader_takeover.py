@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,11 +13,12 @@ from hypothesis import strategies as st
 from loader_cases import ONE_BY_ONE, naming_epochs, take
 from shard_factory import HTML, ids_of, make_shards, sample, write_shard
 
+from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig, mean_rate
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.state import LoaderPosition, take_over
+from navit_clip.data.state import reshard
 from navit_clip.errors import UserError
 
 
@@ -25,34 +28,32 @@ class Run:
     def __init__(self, data, ranks):
         self.data = data
         self.consumed = Counter()
-        self.positions = []
+        self.states = []
         self.open(ranks)
 
     def open(self, ranks):
         """Begins, or goes on with another number of ranks, from what a checkpoint would hold."""
         saved = [
-            LoaderPosition(**json.loads(json.dumps(position.to_json())))
-            for position in self.positions
+            data_from_json(json.loads(json.dumps(data_to_json(state)))) for state in self.states
         ]
-        self.positions = [
-            self.data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)
-        ]
+        self.states = [self.data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)]
         self.batches = [
-            self.data.reader(rank, ranks, position.start(rank)).batches(position.state(rank))
-            for rank, position in enumerate(self.positions)
+            self.data.batches_of(rank, state=replace(state, readers=dict(state.readers)))
+            for rank, state in enumerate(self.states)
         ]
 
     def step(self, rank):
         batch = next(self.batches[rank])
         self.consumed.update(batch.ids)
-        self.positions[rank].advance(batch)
+        self.states[rank].advance(batch)
 
     def has_left(self, epoch, rank):
         """Whether a rank is done with an epoch, the samples it holds included."""
-        state = self.positions[rank].readers.get(str(rank))
-        if state is None or any(walk[0] < epoch for walk in state["walks"]):
+        state = self.states[rank].readers.get(rank)
+        if state is None:
             return False
-        return all(held[0] >= epoch for held in (*state["buffer"], *state["pending"]))
+        held = (*state.cursors, *state.buffer, *state.pending)
+        return all(place.epoch >= epoch for place in held)
 
     def finish(self, epoch):
         for rank in range(len(self.batches)):
@@ -96,9 +97,9 @@ def test_the_same_number_of_readers_goes_on_bit_for_bit(pipeline, tmp_path):
     run = Run(naming_epochs(pipeline(make_shards(tmp_path, [5, 4, 3]))), 2)
     for rank in (0, 1, 1, 0, 1):
         run.step(rank)
-    before = [position.to_json() for position in run.positions]
+    before = deepcopy(run.states)
     run.open(2)
-    assert [position.to_json() for position in run.positions] == before
+    assert run.states == before
 
 
 def test_bad_samples_and_cut_shards_cost_only_themselves(pipeline, tmp_path):
@@ -127,18 +128,18 @@ def test_worker_processes_of_other_ranks_go_on(pipeline, tmp_path):
     consumed, saved = Counter(), []
     for ranks, workers, batches in ((2, 1, 3), (1, 3, 4), (3, 2, 30)):
         data = naming_epochs(pipeline(shards, workers=workers))
-        positions = [data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)]
-        for rank, position in enumerate(positions):
-            options = {"rank": rank, "world_size": ranks, "position": position}
+        states = [data.begin(saved, rank=rank, world_size=ranks) for rank in range(ranks)]
+        for rank, state in enumerate(states):
+            options = {"rank": rank, "world_size": ranks, "state": state}
             for batch in take(data, batches, **options):
                 consumed.update(batch.ids)
-                position.advance(batch)
-        saved = positions
+                state.advance(batch)
+        saved = states
     assert all(count == 1 for count in consumed.values())
     assert {f"0:{name}" for name in ids_of(counts)} <= consumed.keys()
 
 
-def test_each_dataset_of_a_mixture_is_taken_over(pipeline, tmp_path):
+def test_each_dataset_of_a_mixture_is_resharded(pipeline, tmp_path):
     one, two = make_shards(tmp_path / "one", [5, 5]), make_shards(tmp_path / "two", [4])
     mix = {
         "one": DatasetConfig([str(path) for path in one], 3.0),
@@ -157,14 +158,14 @@ def test_each_dataset_of_a_mixture_is_taken_over(pipeline, tmp_path):
 
 def test_what_is_left_is_shared_by_all_and_read_once(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [3] * 8), **ONE_BY_ONE)
-    position = data.begin()
+    state = data.begin()
     for batch in take(data, 4):
-        position.advance(batch)
-    starts = take_over([position], data.mixture, data.seed, 3)
-    pieces = [piece for start in starts for piece in start.datasets[0].pieces]
-    assert len({piece.shard for piece in pieces}) == len(pieces)
-    assert {len(start.datasets[0].pieces) for start in starts} <= {2, 3}
-    assert {start.images for start in starts} == {4}
+        state.advance(batch)
+    images, leftovers = reshard([state], data.mixture, data.seed, 3)
+    slices = [own for (leftover,) in leftovers for own in leftover.slices]
+    assert len({own.shard for own in slices}) == len(slices)
+    assert {len(leftover.slices) for (leftover,) in leftovers} <= {2, 3}
+    assert images == 4
 
 
 def test_scheduled_drop_goes_on_from_the_images_seen(pipeline, tmp_path):
@@ -185,14 +186,14 @@ def test_scheduled_drop_goes_on_from_the_images_seen(pipeline, tmp_path):
 
 def test_other_shards_are_refused(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [4, 4]))
-    position = data.begin()
+    state = data.begin()
     fewer = pipeline(make_shards(tmp_path, [4]))
     with pytest.raises(UserError, match="other training shards"):
-        fewer.begin([position])
+        fewer.begin([state])
 
 
 def test_shards_that_moved_are_the_same(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path / "here", [4, 4]))
-    position = data.begin()
+    state = data.begin()
     moved = pipeline(make_shards(tmp_path / "there", [4, 4]))
-    assert moved.begin([position]) == position
+    assert moved.begin([state]) == state

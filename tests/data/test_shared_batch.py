@@ -1,4 +1,4 @@
-"""Parcels from data workers: the same content, in one piece of shared memory."""
+"""Batches from data workers: the same content, in one piece of shared memory."""
 
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -6,7 +6,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from navit_clip.data.shared_batch import Parcel
+from navit_clip.data.shared_batch import SharedBatch
 
 
 def content(number: int = 0) -> dict[str, object]:
@@ -25,14 +25,14 @@ def content(number: int = 0) -> dict[str, object]:
     }
 
 
-class Parcels(IterableDataset[Parcel]):
-    def __iter__(self) -> Iterator[Parcel]:
+class Batches(IterableDataset[SharedBatch]):
+    def __iter__(self) -> Iterator[SharedBatch]:
         for number in range(20):
-            yield Parcel(content(number))
+            yield SharedBatch(content(number))
 
 
-def test_content_arrives_without_its_wrapping():
-    received = list(DataLoader(Parcels(), batch_size=None, num_workers=1))
+def test_content_arrives_as_it_was():
+    received = list(DataLoader(Batches(), batch_size=None, num_workers=1))
     assert len(received) == 20
     for number, found in enumerate(received):
         expected = content(number)
@@ -54,5 +54,5 @@ def test_content_arrives_without_its_wrapping():
 
 def test_the_message_is_short_however_much_is_in_it():
     # A pipe holds 64 kB: longer ones would wait for the training process to read them.
-    assert len(ForkingPickler.dumps(Parcel(content()))) < 1000
-    assert len(ForkingPickler.dumps(Parcel(None))) < 1000
+    assert len(ForkingPickler.dumps(SharedBatch(content()))) < 1000
+    assert len(ForkingPickler.dumps(SharedBatch(None))) < 1000

@@ -10,8 +10,7 @@ import pytest
 from shard_factory import ids_of, make_shards, sample, write_shard
 from source_cases import image, in_parts, read, write
 
-from navit_clip.data.decode import SkipSampleError
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation.captioned import open_captioned
 

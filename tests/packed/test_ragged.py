@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from navit_clip.data.shared_batch import Parcel
+from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.packed.ragged import Ragged
 
 
@@ -50,7 +50,7 @@ def test_it_moves_whole_and_comes_out_of_shared_memory(lengths):
     moved = ragged.to("meta")
     assert (moved.values.device.type, moved.ids.device.type) == ("meta", "meta")
     assert moved.lengths == ragged.lengths
-    received = ForkingPickler.loads(ForkingPickler.dumps(Parcel(ragged)))
+    received = ForkingPickler.loads(ForkingPickler.dumps(SharedBatch(ragged)))
     assert torch.equal(received.values, ragged.values)
     assert torch.equal(received.ids, ragged.ids)
     assert received.lengths == ragged.lengths

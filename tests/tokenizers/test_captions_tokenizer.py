@@ -15,8 +15,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from shard_factory import CAPTIONS, write_shard, write_tar
 
 from navit_clip.data.captions import choose_caption, find_captions
-from navit_clip.data.decode import SkipSampleError
-from navit_clip.errors import UserError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer

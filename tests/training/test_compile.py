@@ -15,7 +15,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from navit_clip.data.builders.pairs import PairInputs
-from navit_clip.data.shared_batch import Parcel
+from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
@@ -77,7 +77,7 @@ def varied_batch(seed: int) -> Batch[PairInputs]:
         tuple(map(str, range(pairs))),
         BatchCounts(pairs),
     )
-    received: Batch[PairInputs] = ForkingPickler.loads(ForkingPickler.dumps(Parcel(batch)))
+    received: Batch[PairInputs] = ForkingPickler.loads(ForkingPickler.dumps(SharedBatch(batch)))
     return received
 
 

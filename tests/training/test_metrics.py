@@ -81,8 +81,8 @@ def test_an_interval_of_several_batches(monkeypatch, padding):
             "token_drop": 1 - (images + texts) / before,
             "data_wait": 1.5 / 4,
             "skipped": 12,
-            "share/a": sum(c.sources["a"] for c in counts) / pairs,
-            "share/b": sum(c.sources["b"] for c in counts) / pairs,
+            "share/a": sum(c.datasets["a"] for c in counts) / pairs,
+            "share/b": sum(c.datasets["b"] for c in counts) / pairs,
         }
     )
 

@@ -8,8 +8,7 @@ one for image–caption pairs.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import Inputs
@@ -18,21 +17,20 @@ AnySample = TypeVar("AnySample", bound="Sample")
 AnyInputs_co = TypeVar("AnyInputs_co", bound=Inputs, covariant=True)
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a sample was read, enough to read it again and get the same example.
 
     Attributes:
         epoch: Epoch of the reader that read it.
         shard: Index of the shard in the list of all shards.
-        index: Index of the sample within its shard.
+        sample: Index of the sample within its shard.
         images_seen: Samples that all readers had taken when it was drawn, for what follows a
             schedule.
     """
 
     epoch: int
     shard: int
-    index: int
+    sample: int
     images_seen: int
 
 

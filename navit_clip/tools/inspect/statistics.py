@@ -12,10 +12,11 @@ from tqdm import tqdm
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import EncodedImage, SkipSampleError, find_image
+from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.workers import run_unordered
+from navit_clip.errors import SkipSampleError
 
 NAMED_SKIPS = 8  # per shard; the rest is only counted
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.data.annotations.rows import Row
-from navit_clip.data.decode import MAX_BYTES, EncodedImage, SkipSampleError
+from navit_clip.data.decode import MAX_BYTES, EncodedImage
+from navit_clip.errors import SkipSampleError
 from navit_clip.files import sha256_of
 
 NAMED_SKIPS = 8  # per shard; the rest is only counted

@@ -1,0 +1,113 @@
+"""Raw samples of one dataset, epoch after epoch, for one reader.
+
+Between the tars (`navit_clip.data.shards`) and the reader, which mixes several datasets. Shards
+that cannot be read are skipped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterator
+
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.order import Cursor, ShardOrder, ShardSlice
+from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.skip_log import SkipLog
+from navit_clip.errors import UserError
+
+
+class DatasetReader:
+    """Reads what a reader takes of one dataset, without end.
+
+    Args:
+        mixture: All shards of the run.
+        order: In which order the reader takes those of the dataset.
+        cursor: Where to begin.
+        skips: Counts shards that cannot be read.
+
+    Attributes:
+        cursor: After the sample that was read last.
+    """
+
+    def __init__(self, mixture: Mixture, order: ShardOrder, cursor: Cursor, skips: SkipLog) -> None:
+        self.mixture, self.order, self.cursor, self.skips = mixture, order, cursor, skips
+
+    def __iter__(self) -> Iterator[tuple[RawSample, Origin]]:
+        """Yields samples from the cursor on, and where each was read.
+
+        Raises:
+            UserError: If a whole epoch has no sample, or too many shards in a row cannot be read.
+        """
+        order = self.order
+        # Fewer samples than readers: each gets one in some epoch.
+        patience = order.readers if order.by_sample else 1
+        empty = 0
+        while True:
+            epoch, first, sample = self.cursor
+            slices = order.slices(epoch)
+            # One that resumes late in an epoch, or finishes another's, may find nothing more.
+            found = first > 0 or sample > 0 or epoch < order.leftover.epoch
+            for number in range(first, len(slices)):
+                own = slices[number]
+                for raw in self._read(own, self.cursor.sample):
+                    self.cursor = Cursor(epoch, number, raw.index + 1)
+                    found = True
+                    yield raw, Origin(own.epoch, own.shard, raw.index, 0)
+                self.cursor = Cursor(epoch, number + 1)
+            empty = 0 if found else empty + 1
+            if empty == patience:
+                raise UserError(
+                    f"no sample in {len(slices)} shard(s) of dataset {order.dataset.name}, the "
+                    f"first one {self.mixture.shards[slices[0].shard]}"
+                    + (f"; {self.skips.last}" if self.skips.last else "")
+                )
+            self.cursor = Cursor(epoch + 1)
+
+    def _read(self, own: ShardSlice, start: int) -> Iterator[RawSample]:
+        """The samples of one slice from index `start` on."""
+        rest = own.after(start)
+        if rest is None:
+            return
+        try:
+            for raw in read_samples(self.mixture, own.shard, rest):
+                self.skips.used_shard()
+                yield raw
+                if raw.index == rest.last:
+                    return
+        except ShardError as error:
+            self.skips.skip_shard(error)
+
+
+def read_samples(mixture: Mixture, shard: int, wanted: Container[int]) -> Iterator[RawSample]:
+    """The wanted samples of a shard, by their indices."""
+    for raw in read_shard(mixture.shards[shard], wanted, mixture.names[shard]):
+        if raw.index in wanted:
+            yield raw
+
+
+def read_again(
+    mixture: Mixture, origins: Collection[Origin], skips: SkipLog
+) -> dict[Origin, RawSample]:
+    """Reads samples that had been read ahead before a restart.
+
+    Raises:
+        UserError: If a shard no longer holds one.
+    """
+    found: dict[tuple[int, int], RawSample] = {}
+    for shard in sorted({origin.shard for origin in origins}):
+        wanted = {origin.sample for origin in origins if origin.shard == shard}
+        try:
+            for raw in read_samples(mixture, shard, wanted):
+                found[shard, raw.index] = raw
+                if raw.index == max(wanted):
+                    break
+        except ShardError as error:
+            skips.skip_shard(error)
+    try:
+        return {origin: found[origin.shard, origin.sample] for origin in origins}
+    except KeyError as error:
+        shard, sample = error.args[0]
+        raise UserError(
+            f"{mixture.shards[shard]} no longer holds sample {sample}, which the checkpoint had "
+            "read ahead: resume with the shards it was trained on"
+        ) from error

@@ -1,0 +1,78 @@
+"""What a reader does about unusable samples and shards: counts them, names a few, or gives up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from navit_clip.data.shards import ShardError
+from navit_clip.errors import SkipSampleError, UserError
+
+_NAMED = 8  # samples named per batch; the rest is only counted
+# A dead server costs minutes of retries per shard; shards are read in random order, so as many in
+# a row are no accident.
+_MAX_BAD_SHARDS = 10
+
+
+class SkipLog:
+    """Samples and shards skipped since the last batch, and how many in a row.
+
+    Args:
+        max_bad_samples: Unusable samples in a row after which the reader gives up.
+    """
+
+    def __init__(self, max_bad_samples: int) -> None:
+        self.max_bad_samples = max_bad_samples
+        self._counts: Counter[str] = Counter()
+        self._lines: list[str] = []
+        self._bad_samples = self._bad_shards = 0  # in a row
+
+    def used_sample(self) -> None:
+        """Notes a usable sample."""
+        self._bad_samples = 0
+
+    def used_shard(self) -> None:
+        """Notes a sample that could be read."""
+        self._bad_shards = 0
+
+    def skip_sample(self, name: str, error: SkipSampleError) -> None:
+        """Counts an unusable sample.
+
+        Raises:
+            UserError: If it is one too many in a row.
+        """
+        self._add(error.reason, f"{name}: {error}")
+        self._bad_samples += 1
+        if self._bad_samples >= self.max_bad_samples:
+            raise UserError(
+                f"{self._bad_samples} unusable samples in a row, the last one {name}: {error}; "
+                "check the fields that the task reads (task.captions) and the shards"
+            ) from error
+
+    def skip_shard(self, error: ShardError) -> None:
+        """Counts a shard that cannot be read, or not to its end.
+
+        Raises:
+            UserError: If it is one too many in a row.
+        """
+        self._add("bad_shard", str(error))
+        self._bad_shards += 1
+        if self._bad_shards >= _MAX_BAD_SHARDS:
+            raise UserError(
+                f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
+            ) from error
+
+    @property
+    def last(self) -> str:
+        """The line of the last one named, empty without any."""
+        return self._lines[-1] if self._lines else ""
+
+    def take(self) -> tuple[Counter[str], tuple[str, ...]]:
+        """Counts by reason and lines of what was skipped since the last call."""
+        counts, lines = self._counts, tuple(self._lines)
+        self._counts, self._lines = Counter(), []
+        return counts, lines
+
+    def _add(self, reason: str, line: str) -> None:
+        self._counts[reason] += 1
+        if len(self._lines) < _NAMED:
+            self._lines.append(line)
