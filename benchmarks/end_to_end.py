@@ -46,7 +46,7 @@ from benchmarks.pairs import (
     read_samples,
 )
 from benchmarks.sizes import CONTEXT, WIDTHS, Widths
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -40,7 +40,7 @@ from navit_clip.data.builders import pairs as sample
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer

@@ -22,7 +22,8 @@ from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import Pair, PairBuilder, PairInputs
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.shards import RawSample, ShardError, expand_shards, read_shard
+from navit_clip.data.patterns import expand_shards
+from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.packed.images import pack_images

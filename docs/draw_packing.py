@@ -63,7 +63,7 @@ def main() -> None:
         workers=0,
     )
     build = PairBuilder(
-        config.captions, config.resolution, config.drop, OpenClipTokenizer(), 32, PATCH, 64, seed=7
+        {"txt": 1.0}, config.resolution, config.drop, OpenClipTokenizer(), 32, PATCH, 64, seed=7
     )
     images = unpack_images(next(load_batches(build, config, build.seed)).inputs.images)
     draw(images).quantize(128).save(args.output, optimize=True)

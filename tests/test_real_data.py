@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.evaluation.__main__ import main as evaluate
 from navit_clip.tools.train_tokenizer import train_tokenizer
 from navit_clip.training.__main__ import main as train

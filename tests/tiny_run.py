@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.tools.shapes.write_shapes import ShapesConfig, write_shapes
 from navit_clip.tools.train_tokenizer import train_tokenizer
 from navit_clip.training.__main__ import main

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from navit_clip.data.config import DataConfig
-from navit_clip.data.shards import expand_shards, shard_names
+from navit_clip.data.patterns import expand_shards, shard_names
 from navit_clip.errors import UserError
 
 

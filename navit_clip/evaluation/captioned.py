@@ -13,7 +13,7 @@ from pathlib import Path
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
 from navit_clip.data.annotations.rows import Row
 from navit_clip.data.annotations.tables import open_table
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
 

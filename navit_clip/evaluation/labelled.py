@@ -17,7 +17,7 @@ from navit_clip.data.annotations.labels import (
     read_label_file,
 )
 from navit_clip.data.decode import IMAGE_EXTENSIONS
-from navit_clip.data.shards import expand_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
 

@@ -15,7 +15,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from navit_clip.data.captions import find_captions
-from navit_clip.data.shards import ShardError, expand_shards, read_shard
+from navit_clip.data.patterns import expand_shards
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError, one_line_errors
 from navit_clip.files import write_output
 

@@ -22,8 +22,9 @@ from shard_factory import HTML, encode, photo, png_of_size
 from navit_clip.data import decode
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.patches import patchify
+from navit_clip.data.patterns import expand_shards
 from navit_clip.data.seeding import sample_generator
-from navit_clip.data.shards import expand_shards, read_shard
+from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
 from navit_clip.errors import SkipSampleError
 

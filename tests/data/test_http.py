@@ -16,8 +16,10 @@ from loader_cases import content, pair_pipeline, take
 from shard_factory import make_shards, write_shard
 from web_server import Site, serve
 
+from navit_clip.data import command as command_stream
 from navit_clip.data import http as remote
-from navit_clip.data.http import CommandStream, HttpStream
+from navit_clip.data.command import CommandStream
+from navit_clip.data.http import HttpStream
 from navit_clip.data.shards import ShardError, read_shard
 
 
@@ -310,11 +312,11 @@ def test_a_command_that_fails(command, readable, reason, shard):
 
 
 def test_a_command_that_hangs(monkeypatch, shard):
-    monkeypatch.setattr(remote, "COMMAND_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(command_stream, "COMMAND_TIMEOUT_S", 0.1)
     samples, error = outcome(f"pipe:head -c 50000 {shard}; sleep 60")
     assert samples
     assert error == "the command wrote nothing for 0.1 s"
-    monkeypatch.setattr(remote, "COMMAND_END_S", 0.1)
+    monkeypatch.setattr(command_stream, "COMMAND_END_S", 0.1)
     samples, error = outcome(f"pipe:cat {shard}; exec >&-; sleep 60")
     assert len(samples) == 60
     assert error == "the command closed its output and does not end"
@@ -339,7 +341,7 @@ def gone(pid: int) -> bool:
     ],
 )
 def test_no_process_is_left_behind(command, shard, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "COMMAND_END_S", 0.2)
+    monkeypatch.setattr(command_stream, "COMMAND_END_S", 0.2)
     pids = tmp_path / "pids"
     samples = read_shard(f"pipe:{command.format(pids=pids, shard=shard)}")
     next(samples)

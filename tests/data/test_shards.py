@@ -9,7 +9,8 @@ import tarfile
 import pytest
 from shard_factory import ids_of, make_shards, write_shard, write_tar
 
-from navit_clip.data.shards import ShardError, expand_shards, read_shard, shard_names
+from navit_clip.data.patterns import expand_shards, shard_names
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import UserError
 
 

@@ -134,7 +134,7 @@ def test_compiled_kernels_agree_and_are_built_once():
     compiled.compile_blocks()
 
     def step(number: int) -> None:
-        segments = varied_batch(number).images.segments
+        segments = varied_batch(number).inputs.images.segments
         x_TC = torch.randn(segments.num_tokens, 16)
         real = segments.num_real_tokens
         found, expected = (encoder(x_TC, segments)[:real] for encoder in (compiled, plain))

@@ -1,0 +1,163 @@
+"""What a user may write for shards, resolved to a list of them, each with a short name.
+
+The first step of the data pipeline, before anything is read: paths, folders, globs, brace ranges,
+addresses, list files and commands.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote, urlsplit
+
+from braceexpand import braceexpand
+
+from navit_clip.errors import UserError
+
+COMMAND = "pipe:"  # what a shard begins with that a shell command writes
+
+_SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
+_TAR_IN_COMMAND = re.compile(r"""[^\s'"|<>;&()]+\.tar(?![\w-])""")
+_LISTS = (".txt", ".list")
+_INSTEAD = {
+    "s3": "'pipe:aws s3 cp {} -'",
+    "gs": "'pipe:gcloud storage cat {}'",
+    "hf": "https://huggingface.co/datasets/OWNER/NAME/resolve/main/…",
+}
+
+
+def is_url(shard: str) -> bool:
+    """Whether a shard lies on a web server."""
+    return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND)
+
+
+def expand_shards(patterns: Sequence[str], *, allow_commands: bool = False) -> list[str]:
+    """Resolves what a user may write to a list of shards, in that order, each once.
+
+    Args:
+        patterns: Paths, folders (their ``*.tar``, sorted), globs and brace ranges, such as
+            ``data/{00000..00009}.tar``; URLs, with brace ranges as well, whose existence shows
+            only when they are read; ``pipe:COMMAND``; list files, ``.txt`` or ``.list``, with one
+            of these per line, relative to the list, blank lines and lines with ``#`` skipped.
+        allow_commands: Accept ``pipe:``, whose commands run in a shell with the user's rights.
+
+    Raises:
+        UserError: If a pattern matches no shard, or cannot be read from.
+    """
+    shards = [s for pattern in patterns for s in _expand(pattern, allow_commands)]
+    if not shards:
+        raise UserError("no shards given: name at least one .tar file, folder or pattern")
+    unique: dict[str, str] = {}
+    for shard in shards:
+        # The same file under two spellings, such as a list's ``../a/0.tar``, would be read twice.
+        unique.setdefault(shard if _SCHEME.match(shard) else os.path.abspath(shard), shard)
+    return list(unique.values())
+
+
+def _expand(pattern: str, allow_commands: bool, list_file: str = "") -> Iterator[str]:
+    scheme = _SCHEME.match(pattern)
+    kind = scheme[1].lower() if scheme else ""
+    if kind == "pipe" and not allow_commands:
+        raise UserError(f"{pattern}: commands are not run unless --data.allow_commands true")
+    if kind not in ("", "pipe", "http", "https"):
+        instead = f"use {_INSTEAD[kind].format(pattern)}, or " if kind in _INSTEAD else ""
+        raise UserError(f"{pattern}: {kind}: is not read directly; {instead}copy the shards first")
+    try:
+        # A shell's own backslashes must survive; in a path they keep a brace literal.
+        names = list(braceexpand(pattern, escape=kind != "pipe"))
+    except ValueError as error:
+        raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
+    for name in names:
+        found = [name] if kind else _find(name, os.path.dirname(list_file))
+        if kind.startswith("http"):
+            _check_url(name)
+        for shard in found:
+            if kind or not shard.endswith(_LISTS):
+                yield shard
+            elif list_file:
+                raise UserError(f"{shard}: a list file cannot name another list file")
+            else:
+                yield from _read_list(shard, allow_commands)
+
+
+def _find(name: str, folder: str) -> list[str]:
+    path = os.path.join(folder, name)
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    elif os.path.isfile(path):
+        found = [path]
+    else:
+        # The folder is no part of the pattern: it may hold a bracket of its own.
+        found = sorted(os.path.join(folder, p) for p in glob.glob(name, root_dir=folder or None))
+    if not found:
+        raise UserError(f"no shard found at {path}: check the path (expected .tar files)")
+    return found
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise UserError(f"{url}: a URL without a host, expected such as https://host/0.tar")
+    if "*" in parts.path:
+        raise UserError(f"{url}: a web server lists no files, use a brace range such as {{0..9}}")
+    if parts.path.endswith(_LISTS):
+        raise UserError(f"{url}: a list of shards must be a local file, download it first")
+
+
+def _read_list(path: str, allow_commands: bool) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of shards: {error}") from error
+    patterns = {n: p for n, p in enumerate(lines, 1) if p and not p.startswith("#")}
+    if not patterns:
+        raise UserError(f"{path}: the list is empty, expected one shard or pattern per line")
+    for number, pattern in patterns.items():
+        try:
+            yield from _expand(pattern, allow_commands, path)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+
+
+def shard_names(shards: Sequence[str]) -> list[str]:
+    """Short unique names, the first part of sample ids.
+
+    The file's name without ``.tar`` where no other shard has it, else as many folders before it as
+    it takes: ``coco-train/00000`` against ``flickr8k-train/00000``. Neither the machine nor what
+    is in a URL's query shows, unless nothing else tells two shards apart.
+
+    Args:
+        shards: All shards of a run, as from `expand_shards`.
+    """
+    parts = [_name_parts(shard) for shard in shards]
+    names: dict[int, str] = {}
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        suffixes = {i: "/".join(part[-depth:]) for i, part in enumerate(parts) if i not in names}
+        count = Counter(suffixes.values())
+        names |= {i: suffix for i, suffix in suffixes.items() if count[suffix] == 1}
+    for i, shard in enumerate(shards):
+        if i not in names:
+            names[i] = f"{parts[i][-1]}~{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
+    return [names[i] for i in range(len(shards))]
+
+
+def _name_parts(shard: str) -> list[str]:
+    """Host, folders and file name of a shard, the last one without ``.tar``."""
+    if shard.startswith(COMMAND):
+        found = _TAR_IN_COMMAND.search(shard, len(COMMAND))
+        if found is None:
+            return [f"command~{hashlib.sha256(shard.encode()).hexdigest()[:8]}"]
+        shard = found[0]
+    scheme = _SCHEME.match(shard)
+    if scheme:
+        url = urlsplit(shard)
+        path = f"{url.netloc.rpartition('@')[2]}/{unquote(url.path)}"
+    else:
+        path = os.path.abspath(shard)
+    parts = [part for part in path.split("/") if part] or ["shard"]
+    return [*parts[:-1], parts[-1].removesuffix(".tar")]
