@@ -189,25 +189,19 @@ def compare(
     ours = results[OURS]
     if ours is None:
         return {"out_of_memory": True}
+    finished = {peer: found for peer in peers if (found := results[peer]) is not None}
     fields: dict[str, Any] = {
         "time_ratio": None,
         "memory_ratio": None,
         "extra_mb": ours.extra / 1e6,
         "seconds": ours.seconds,
         "rounds": rounds,
-        "peers": {},
+        "peers": dict.fromkeys(peers, "out of memory")
+        | {p: {"seconds": r.seconds, "extra_mb": r.extra / 1e6} for p, r in finished.items()},
     }
-    finished = []
-    for peer in peers:
-        result = results[peer]
-        if result is None:
-            fields["peers"][peer] = "out of memory"
-        else:
-            fields["peers"][peer] = {"seconds": result.seconds, "extra_mb": result.extra / 1e6}
-            finished.append(result)
     if finished:
-        fields["time_ratio"] = ours.seconds / min(result.seconds for result in finished)
-        fields["memory_ratio"] = ours.extra / min(result.extra for result in finished)
+        fields["time_ratio"] = ours.seconds / min(r.seconds for r in finished.values())
+        fields["memory_ratio"] = ours.extra / min(r.extra for r in finished.values())
     elif not peers and pairs > CPU_PEER_LIMIT:
         matrix = pairs**2 * getattr(torch, dtype).itemsize / 1e9
         fields["peer_not_run"] = f"each of its several N x N matrices takes {matrix:.1f} GB"

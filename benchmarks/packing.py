@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +51,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Source:
+class Photo:
     """What one sample's lengths are drawn from: pixels, and the tokens of each caption."""
 
     height: int
@@ -59,14 +59,14 @@ class Source:
     captions: list[int]
 
 
-def read_sources(patterns: list[str]) -> list[Source]:
+def read_photos(patterns: list[str]) -> list[Photo]:
     """Sizes from the images' headers and caption lengths of all samples in the shards.
 
     Raises:
         UserError: If a shard is damaged, or none holds a photo with a caption.
     """
     tokenizer = OpenClipTokenizer()
-    sources = []
+    photos = []
     for sample in samples_of(patterns):
         with suppress(SkipSampleError):
             image = EncodedImage(find_image(sample.members))
@@ -75,70 +75,64 @@ def read_sources(patterns: list[str]) -> list[Source]:
             )
             lengths = [len(tokenizer.encode(caption, CONTEXT)) for caption in captions]
             if lengths:
-                sources.append(Source(image.height, image.width, lengths))
-    if not sources:
+                photos.append(Photo(image.height, image.width, lengths))
+    if not photos:
         raise UserError(f"no photos with captions in {' '.join(patterns)}")
-    return sources
+    return photos
 
 
-def generate_sources(count: int, rng: np.random.Generator) -> list[Source]:
+def generate_photos(count: int, rng: np.random.Generator) -> list[Photo]:
     """Sizes and caption lengths like those of COCO."""
-    sources = []
+    photos = []
     for _ in range(count):
         aspect = float(np.clip(4 / 3 * np.exp(rng.normal(0, 0.35)), 0.4, 3))
         height = int(640 / aspect**0.5)
         captions = [int(np.clip(rng.normal(14, 3), 6, 24))]
-        sources.append(Source(height, int(height * aspect), captions))
-    return sources
+        photos.append(Photo(height, int(height * aspect), captions))
+    return photos
 
 
 def draw_lengths(
-    sources: list[Source], count: int, drop: DropConfig, rng: np.random.Generator
+    photos: list[Photo], count: int, drop: DropConfig, rng: np.random.Generator
 ) -> list[Lengths]:
-    """Lengths of many pairs, epoch after shuffled epoch of the sources."""
+    """Lengths of many pairs, epoch after shuffled epoch of the photos."""
     resolution = ResolutionConfig(max_tokens=ROW)
     pairs: list[Lengths] = []
     while len(pairs) < count:
-        for index in rng.permutation(len(sources)):
-            source = sources[index]
-            rows, columns = sample_grid(resolution, source.height, source.width, PATCH, 64, rng)
+        for index in rng.permutation(len(photos)):
+            photo = photos[index]
+            rows, columns = sample_grid(resolution, photo.height, photo.width, PATCH, 64, rng)
             rate = sample_rate(drop, rows * columns, 0, rng)
             tokens = max(1, round(rows * columns * (1 - rate)))
-            pairs.append(Lengths((tokens, int(rng.choice(source.captions))), tokens))
+            pairs.append(Lengths((tokens, int(rng.choice(photo.captions))), tokens))
     return pairs[:count]
 
 
-Packing = Callable[[list[Lengths]], Iterator[list[Lengths]]]
+Batches = Iterator[list[Lengths]]
 
 
-def with_packer(budgets: Budgets, look_ahead: int, mode: PackingMode) -> Packing:
+def with_packer(
+    pairs: list[Lengths], budgets: Budgets, look_ahead: int, mode: PackingMode
+) -> Batches:
     """The packer under test, on an endless stream: what is pending at the end is left."""
-
-    def pack(pairs: list[Lengths]) -> Iterator[list[Lengths]]:
-        packer: Packer[Lengths] = Packer(budgets, look_ahead, mode)
-        for pair in pairs:
-            packer.offer(pair)
-            while (batch := packer.take()) is not None:
-                yield batch
-
-    return pack
+    packer: Packer[Lengths] = Packer(budgets, look_ahead, mode)
+    for pair in pairs:
+        packer.offer(pair)
+        while (batch := packer.take()) is not None:
+            yield batch
 
 
-def first_fit(budgets: Budgets, look_ahead: int) -> Packing:
+def first_fit(pairs: list[Lengths], budgets: Budgets, look_ahead: int) -> Batches:
     """Greedy first-fit: a pair that does not fit waits; the batch closes once many wait."""
-
-    def pack(pairs: list[Lengths]) -> Iterator[list[Lengths]]:
-        batch: list[Lengths] = []
-        waiting: list[Lengths] = []
-        for pair in pairs:
-            _put(pair, batch, waiting, budgets)
-            while len(waiting) >= look_ahead:
-                yield batch
-                again, batch, waiting = waiting, [], []
-                for waited in again:
-                    _put(waited, batch, waiting, budgets)
-
-    return pack
+    batch: list[Lengths] = []
+    waiting: list[Lengths] = []
+    for pair in pairs:
+        _put(pair, batch, waiting, budgets)
+        while len(waiting) >= look_ahead:
+            yield batch
+            again, batch, waiting = waiting, [], []
+            for waited in again:
+                _put(waited, batch, waiting, budgets)
 
 
 def _put(pair: Lengths, batch: list[Lengths], waiting: list[Lengths], budgets: Budgets) -> None:
@@ -147,10 +141,10 @@ def _put(pair: Lengths, batch: list[Lengths], waiting: list[Lengths], budgets: B
     (batch if fits else waiting).append(pair)
 
 
-def measure(pairs: list[Lengths], packing: Packing, budgets: Budgets) -> dict[str, float]:
+def measure(packing: Batches, budgets: Budgets) -> dict[str, float]:
     """Padding of both towers, pairs per batch, what was cut, and the packer's CPU time."""
     begin = time.process_time()
-    batches = list(packing(pairs))
+    batches = list(packing)
     seconds = time.process_time() - begin
     counts = np.array([len(batch) for batch in batches])
     packed = [pair for batch in batches for pair in batch]
@@ -201,10 +195,10 @@ def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
         "constant": (matching(0.02, fixed), LOOK_AHEAD, "constant"),
     }
     table = {
-        name: {**measure(pairs, with_packer(*mode), mode[0]), "look_ahead": mode[1]}
+        name: {**measure(with_packer(pairs, *mode), mode[0]), "look_ahead": mode[1]}
         for name, mode in modes.items()
     }
-    table["first_fit"] = measure(pairs, first_fit(matching(), LOOK_AHEAD), matching())
+    table["first_fit"] = measure(first_fit(pairs, matching(), LOOK_AHEAD), matching())
     table["paper_rows_256"] = {"image_padding": row_padding((p.lengths[0] for p in pairs), ROW)}
     table["one_example_a_row"] = {
         "image_padding": 1 - image / ROW,
@@ -217,16 +211,16 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """Without token drop and with it."""
     patterns = args.shards or default_shards()
     rng = np.random.default_rng(0)
-    sources = read_sources(patterns) if patterns else generate_sources(args.pairs, rng)
+    photos = read_photos(patterns) if patterns else generate_photos(args.pairs, rng)
     drops = {"no_drop": DropConfig(), "beta_drop": DropConfig(kind="beta", rate=0.53)}
     tables = {
-        name: compare(draw_lengths(sources, args.pairs, drop, rng)) for name, drop in drops.items()
+        name: compare(draw_lengths(photos, args.pairs, drop, rng)) for name, drop in drops.items()
     }
     fields = ("image_padding", "text_padding", "pairs_cv", "us_per_pair")
     return {
         # The headline is the worse of the two.
         **{field: max(table["fill"][field] for table in tables.values()) for field in fields},
-        "samples": len(sources),
+        "samples": len(photos),
         "real_data": bool(patterns),
         **tables,
     }
