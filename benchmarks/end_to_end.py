@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PEER_SCRIPT = Path(__file__).with_name("end_to_end_peer.py")
+PEER_SCRIPT = Path(__file__).with_name("open_clip_peer.py")
 # `packing: constant` needs some room, see `navit_clip.data.packer.Packer`.
 ROOM = 1.02
 _PEER_LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")
@@ -122,7 +123,7 @@ def peer_command(run: Run, python: str, directory: Path) -> list[str]:
         "name": "run",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [python, str(PEER_SCRIPT), str(directory / "models"), *words]
+    return [python, str(PEER_SCRIPT), "train", str(directory / "models"), *words]
 
 
 def run_command(command: Sequence[str], directory: Path, weights: str) -> float:
@@ -239,15 +240,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         default_device(),
     )
     trainers = {
-        "navit_clip": lambda: train(
-            lambda directory: our_command(planned, budget, directory),
-            "run/model/model.safetensors",
-            read_ours,
+        "navit_clip": partial(
+            train, partial(our_command, planned, budget), "run/model/model.safetensors", read_ours
         ),
-        "open_clip": lambda: train(
-            lambda directory: peer_command(planned, args.peer_python, directory),
+        "open_clip": partial(
+            train,
+            partial(peer_command, planned, args.peer_python),
             "run/checkpoints/epoch_1.pt",
-            lambda directory: read_peer(directory, args.pairs),
+            partial(read_peer, pairs=args.pairs),
         ),
     }
     results = {

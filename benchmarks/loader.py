@@ -34,19 +34,17 @@ from PIL import Image, ImageOps
 from benchmarks.command import command_line, run
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
-from benchmarks.pairs import MAX_SIDE, MIN_SIDE, samples_of
+from benchmarks.pairs import MAX_SIDE, MIN_SIDE, pair_builder, samples_of
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders import pairs as sample
-from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import UserError
-from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 PEER = {"image_size": SQUARE, "batch_size": 64}
-PEER_SCRIPT = Path(__file__).with_name("loader_peer.py")
+PEER_SCRIPT = Path(__file__).with_name("open_clip_peer.py")
 
 # Reads the data once; images per second of CPU time.
 Epoch = Callable[[], float]
@@ -77,11 +75,7 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
     config = DataConfig(
         train=shards, resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE), workers=0
     )
-    tokenizer = OpenClipTokenizer()
-    build = PairBuilder(
-        {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
-    )
-    batches = load_batches(build, config, 0)
+    batches = load_batches(pair_builder(config), config, 0)
 
     def once() -> float:
         count = 0
@@ -105,7 +99,7 @@ def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[Ep
     """
     settings = {"shards": shards, "images": images, "context_length": CONTEXT, **PEER}
     with subprocess.Popen(
-        [python, str(PEER_SCRIPT), json.dumps(settings)],
+        [python, str(PEER_SCRIPT), "load", json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -21,14 +21,12 @@ from PIL import Image
 from benchmarks.command import at_least, command_line, run
 from benchmarks.measure import resident_mb
 from benchmarks.needs import need_proc
-from benchmarks.sizes import CONTEXT, PATCH
+from benchmarks.pairs import pair_builder
 from navit_clip.data.budgets import Budgets
-from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 SHARDS, PER_SHARD = 10, 500
 POINTS = 20  # of the curve
@@ -55,11 +53,10 @@ def write_shards(root: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def watch(build: PairBuilder, config: DataConfig, samples: int) -> tuple[list[int], list[float]]:
+def watch(config: DataConfig, samples: int) -> tuple[list[int], list[float]]:
     """Lets samples through and looks at the worker now and then.
 
     Args:
-        build: Makes pairs.
         config: With one worker.
         samples: How many, the unusable ones counted in.
 
@@ -69,7 +66,7 @@ def watch(build: PairBuilder, config: DataConfig, samples: int) -> tuple[list[in
     done = 0
     seen: list[int] = []
     resident: list[float] = []
-    for batch in load_batches(build, config, 0):
+    for batch in load_batches(pair_builder(config), config, 0):
         if done >= len(seen) * samples / POINTS:
             (worker,) = multiprocessing.active_children()
             assert worker.pid is not None
@@ -93,11 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             budget=Budgets({"image": 2048, "text": 4096}, max_examples=256),
             workers=1,
         )
-        tokenizer = OpenClipTokenizer()
-        build = PairBuilder(
-            {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, 0
-        )
-        seen, resident = watch(build, config, args.samples)
+        seen, resident = watch(config, args.samples)
     warm = POINTS // 10
     return {
         "samples": seen,

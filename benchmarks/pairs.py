@@ -19,15 +19,14 @@ from torch import Tensor
 
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders.base import Origin
-from navit_clip.data.builders.pairs import Pair, PairBuilder, PairInputs
+from navit_clip.data.builders.pairs import Pair, PairBuilder
+from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import SkipSampleError, UserError
-from navit_clip.packed.images import pack_images
-from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 
 MIN_SIDE, MAX_SIDE = 64, 256
@@ -114,15 +113,13 @@ def draw_batches(
     Raises:
         UserError: If too few samples have a photo and a caption.
     """
-    build = PairBuilder(
-        {"txt": 1.0},
-        ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS),
-        DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
-        OpenClipTokenizer(),
-        CONTEXT,
-        PATCH,
-        64,
-        seed=0,
+    build = pair_builder(
+        DataConfig(
+            resolution=ResolutionConfig(
+                min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS
+            ),
+            drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
+        )
     )
     drawn = []
     for sample in samples:
@@ -138,7 +135,9 @@ def draw_batches(
         yield [batch[i] for i in order]
 
 
-def packed(pairs: Sequence[RealPair]) -> PairInputs:
-    """A batch as this project's loader makes it, without padding."""
-    images = pack_images([real.pair.image for real in pairs])
-    return PairInputs(images, pack_texts([real.pair.token_ids for real in pairs]))
+def pair_builder(config: DataConfig) -> PairBuilder:
+    """Builds pairs as configured, of patches and open_clip's tokens."""
+    tokenizer = OpenClipTokenizer()
+    return PairBuilder(
+        {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, seed=0
+    )

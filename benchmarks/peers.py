@@ -9,7 +9,7 @@ norms, open_clip's a class token, timm's attention pooling.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import open_clip
@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.pairs import RealPair, packed
+from benchmarks.pairs import RealPair
 from benchmarks.sizes import HEAD_WIDTH, PATCH, Widths
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
 from navit_clip.models.clip import CLIP
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
 
 BUCKETS = 4  # of the padded images: images of one length side by side waste least
 ROW_TOKENS = 1024  # of vit-pytorch's rows
@@ -72,7 +75,8 @@ class Ours(Towers):
 
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PairInputs:
         """Two packed streams without padding."""
-        return packed(pairs).to(device)
+        images = pack_images([real.pair.image for real in pairs])
+        return PairInputs(images, pack_texts([real.pair.token_ids for real in pairs])).to(device)
 
     def compile_blocks(self) -> None:
         """Each block of both towers."""
@@ -209,16 +213,16 @@ def _patches(real: RealPair) -> Tensor:
 
 
 def _padded(bucket: Sequence[RealPair]) -> dict[str, Tensor]:
-    longest = max(real.pair.lengths[0] for real in bucket)
-    patches = torch.zeros(len(bucket), longest, 3 * PATCH**2)
-    coords = torch.zeros(len(bucket), longest, 2, dtype=torch.int64)
-    valid = torch.zeros(len(bucket), longest, dtype=torch.bool)
-    for row, real in enumerate(bucket):
-        length = real.pair.lengths[0]
-        patches[row, :length] = _patches(real)
-        coords[row, :length] = torch.from_numpy(real.pair.image.coords.copy())
-        valid[row, :length] = True
-    return {"patches": patches, "patch_coord": coords, "patch_valid": valid}
+    def pad(rows: Iterable[Tensor]) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True)
+
+    return {
+        "patches": pad(_patches(real) for real in bucket),
+        "patch_coord": pad(
+            torch.from_numpy(real.pair.image.coords.copy()).long() for real in bucket
+        ),
+        "patch_valid": pad(torch.ones(real.pair.lengths[0], dtype=torch.bool) for real in bucket),
+    }
 
 
 def _pixels(real: RealPair) -> Tensor:

@@ -30,6 +30,7 @@ from benchmarks.measure import alternate, flop_counter
 from benchmarks.sizes import PATCH, WIDTHS, Widths
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.config import DataConfig
+from navit_clip.data.patches import cut_patches
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
@@ -78,10 +79,9 @@ class Point:
 
 
 def _image(grid: tuple[int, int], rng: np.random.Generator) -> ImagePatches:
-    tokens = grid[0] * grid[1]
-    patches = rng.integers(0, 256, (tokens, 3 * PATCH**2), dtype=np.uint8)
-    coords = np.stack(np.divmod(np.arange(tokens), grid[1]), axis=1).astype(np.int32)
-    return ImagePatches(patches, coords, grid)
+    rows, columns = grid
+    pixels = rng.integers(0, 256, (rows * PATCH, columns * PATCH, 3), dtype=np.uint8)
+    return cut_patches(pixels, PATCH, np.arange(rows * columns))
 
 
 def _squares(side: int, images: int) -> tuple[tuple[int, int], ...]:

@@ -1,8 +1,10 @@
-"""open_clip's own training loader, measured in an environment of its own by `benchmarks.loader`.
+"""open_clip's own trainer and training loader, for `benchmarks.end_to_end` and `benchmarks.loader`.
 
-Imports nothing of this project. Reads its settings as JSON from its first argument; then each line
-on standard input is one epoch, answered by one line of JSON with the number of images and the
-seconds of CPU time.
+Runs in an environment of its own and imports nothing of this project.
+
+- ``train FOLDER FLAG…``: its trainer; the folder holds a model configuration of open_clip's format.
+- ``load SETTINGS``, as JSON: each line on standard input is one epoch of its loader, answered by
+  one line of JSON with the number of images and the seconds of CPU time.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ import time
 from types import SimpleNamespace
 
 
-def main() -> None:
-    """The subprocess."""
+def train(models: str, *flags: str) -> None:
+    """The whole training."""
+    import open_clip
+    from open_clip_train.main import main
+
+    open_clip.add_model_config(models)
+    main(list(flags))
+
+
+def load(words: str) -> None:
+    """The loader, as often as asked."""
     # Libraries print to standard output, which is the answer's.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(words)
 
     import torch
     from open_clip import get_tokenizer, image_transform
@@ -51,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    (train if sys.argv[1] == "train" else load)(*sys.argv[2:])
