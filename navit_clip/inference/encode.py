@@ -1,8 +1,8 @@
 """Images and texts of any form in, vectors or probabilities out: what `NaViTCLIP` offers its users.
 
-Plain functions of a model, its tokenizer and its preprocessing. They check and size what comes in;
-packing and the towers' forward passes are `navit_clip.inference.embed`'s, which the evaluation
-uses too.
+Plain functions of a model, its tokenizer and its preprocessing; arguments, results and errors are
+described at the methods of `NaViTCLIP`. They check and size what comes in; packing and the towers'
+forward passes are `navit_clip.inference.embed`'s, which the evaluation uses too.
 """
 
 from __future__ import annotations
@@ -42,22 +42,7 @@ def encode_images(
     *,
     normalize: bool = True,
 ) -> Tensor:
-    """Embeds images; see `NaViTCLIP.encode_image`.
-
-    Args:
-        model: On any device.
-        preprocess: How it wants its images; None needs `max_tokens`.
-        images: In any form that `navit_clip.data.in_memory.open_image` reads.
-        max_tokens: Most patches of one image; None for the limit in `preprocess`.
-        normalize: Unit vectors; else the projections as they are.
-
-    Returns:
-        float32 [E, D] on the host, in the order of `images`.
-
-    Raises:
-        ValueError: If something is no image or cannot be read; names its index.
-        UserError: If there is no limit.
-    """
+    """`NaViTCLIP.encode_image` of a model on any device."""
     if isinstance(images, str | bytes | os.PathLike | Image.Image) or (
         isinstance(images, np.ndarray | Tensor) and images.ndim < 4
     ):
@@ -93,21 +78,7 @@ def encode_images(
 def encode_texts(
     model: CLIP, tokenizer: Tokenizer | None, texts: Iterable[str], *, normalize: bool = True
 ) -> Tensor:
-    """Embeds texts, cut at the model's context; see `NaViTCLIP.encode_text`.
-
-    Args:
-        model: On any device.
-        tokenizer: The one that the model was trained with.
-        texts: Captions.
-        normalize: Unit vectors; else the projections as they are.
-
-    Returns:
-        float32 [E, D] on the host, in the order of `texts`.
-
-    Raises:
-        ValueError: If something is no string; names its index.
-        UserError: If there is no tokenizer.
-    """
+    """`NaViTCLIP.encode_text` of a model on any device."""
     if tokenizer is None:
         raise UserError(
             "this model has no tokenizer: load it with NaViTCLIP.from_pretrained, or set "
@@ -122,22 +93,7 @@ def encode_labels(
     labels: Sequence[str],
     templates: Sequence[str] | None = None,
 ) -> Tensor:
-    """Vectors of labels for zero-shot classification; see `NaViTCLIP.classify`.
-
-    Args:
-        model: On any device.
-        tokenizer: The one that the model was trained with.
-        labels: What to choose from.
-        templates: Prompts with ``{}`` in the label's place; None for `PLAIN_TEMPLATE`.
-
-    Returns:
-        float32 [labels, D] on the host: each label's mean over its prompts' unit vectors,
-        normalised again.
-
-    Raises:
-        ValueError: If there is no label or template, or a template without ``{}``.
-        UserError: If there is no tokenizer.
-    """
+    """The labels' vectors [labels, D] that `NaViTCLIP.classify` compares images with."""
     labels = list(_strings(labels, "labels"))
     templates = list(_strings((PLAIN_TEMPLATE,) if templates is None else templates, "templates"))
     for name, given in (("labels", labels), ("templates", templates)):

@@ -8,7 +8,7 @@ squares (`LengthSums`): nothing is counted token by token. Padding costs time, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,12 +116,6 @@ def image_flops(config: ImageTowerConfig, embed_dim: int, tokens: int) -> int:
     A projection is counted whether a model has one or not (below 0.1%).
     """
     return sum(image_tower_flops(config, embed_dim, LengthSums.of([tokens])))
-
-
-def mean_image_flops(config: ImageTowerConfig, embed_dim: int, lengths: Iterable[int]) -> float:
-    """Mean forward FLOPs over images of the given lengths in patches."""
-    costs = [image_flops(config, embed_dim, tokens) for tokens in lengths]
-    return sum(costs) / len(costs)
 
 
 def forward_flops(

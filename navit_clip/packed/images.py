@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from navit_clip.packed.movable import Movable
 from navit_clip.packed.segments import Segments, order_by_length
 
 
@@ -44,7 +45,7 @@ class ImagePatches:
 
 
 @dataclass(frozen=True)
-class PackedImages:
+class PackedImages(Movable):
     """Patches of many images, end to end.
 
     Attributes:
@@ -62,28 +63,6 @@ class PackedImages:
     segments: Segments
     order: Tensor
     targets: Tensor | None = None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
-        """The same images on another device."""
-        return PackedImages(
-            self.patches.to(device, non_blocking=non_blocking),
-            self.coords.to(device, non_blocking=non_blocking),
-            self.grids.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking),
-            self.order.to(device, non_blocking=non_blocking),
-            None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> PackedImages:
-        """The same images in page-locked memory."""
-        return PackedImages(
-            self.patches.pin_memory(),
-            self.coords.pin_memory(),
-            self.grids.pin_memory(),
-            self.segments.pin_memory(),
-            self.order.pin_memory(),
-            None if self.targets is None else self.targets.pin_memory(),
-        )
 
 
 def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) -> PackedImages:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from navit_clip.packed.movable import Movable
+
 
 @dataclass(frozen=True, eq=False)
-class Ragged:
+class Ragged(Movable):
     """Values of many examples, end to end.
 
     Unlike in `Segments`, where an example without tokens would leave nothing to pool, an example
@@ -55,15 +57,3 @@ class Ragged:
         """[n, ...] values of each example in order."""
         # split, not slicing: the backward of a slice writes a gradient of the full size each.
         return self.values.split(self.lengths)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Ragged:
-        """The same values on another device."""
-        return Ragged(
-            self.values.to(device, non_blocking=non_blocking),
-            self.ids.to(device, non_blocking=non_blocking),
-            self.lengths,
-        )
-
-    def pin_memory(self) -> Ragged:
-        """The same values in page-locked memory."""
-        return Ragged(self.values.pin_memory(), self.ids.pin_memory(), self.lengths)

@@ -7,7 +7,7 @@ variable-length attention needs neither).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from navit_clip.packed.movable import Movable
+
 CHUNK_TOKENS = 2048  # of `Segments.chunks`
 
 
 # Not frozen: of a frozen dataclass that it passes on, torch.compile in 2.11 guards all fields,
 # and compiles again for each batch.
 @dataclass(eq=False)
-class Segments:
+class Segments(Movable):
     """Where each example lies on a packed axis of T tokens; never changed once made.
 
     Examples come first; what a fixed token budget leaves unused is one padding segment at the
@@ -121,14 +123,6 @@ class Segments:
             return self
         end = self.num_examples
         return Segments(self.lengths[:end], self.offsets[: end + 1], end)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments with `offsets` on another device."""
-        return replace(self, offsets=self.offsets.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Segments:
-        """The same segments with `offsets` in page-locked memory."""
-        return replace(self, offsets=self.offsets.pin_memory())
 
 
 def order_by_length(

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from navit_clip.packed.movable import Movable
 from navit_clip.packed.segments import Segments, order_by_length
 
 
 @dataclass(frozen=True)
-class PackedTexts:
+class PackedTexts(Movable):
     """Token ids of many captions, end to end.
 
     Attributes:
@@ -25,20 +26,6 @@ class PackedTexts:
     token_ids: Tensor
     segments: Segments
     order: Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTexts:
-        """The same captions on another device."""
-        return PackedTexts(
-            self.token_ids.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking),
-            self.order.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> PackedTexts:
-        """The same captions in page-locked memory."""
-        return PackedTexts(
-            self.token_ids.pin_memory(), self.segments.pin_memory(), self.order.pin_memory()
-        )
 
 
 def pack_texts(token_ids: Sequence[Sequence[int]], *, budget: int | None = None) -> PackedTexts:

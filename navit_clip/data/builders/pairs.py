@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.captions import choose_caption
@@ -21,6 +20,7 @@ from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
+from navit_clip.packed.movable import Movable
 from navit_clip.packed.texts import PackedTexts, pack_texts
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -72,7 +72,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairInputs:
+class PairInputs(Movable):
     """Many images and their captions, packed; the i-th image belongs to the i-th caption.
 
     Attributes:
@@ -82,14 +82,6 @@ class PairInputs:
 
     images: PackedImages
     texts: PackedTexts
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairInputs:
-        """The same pairs on another device."""
-        return PairInputs(self.images.to(device, non_blocking), self.texts.to(device, non_blocking))
-
-    def pin_memory(self) -> PairInputs:
-        """The same pairs in page-locked memory."""
-        return PairInputs(self.images.pin_memory(), self.texts.pin_memory())
 
 
 @dataclass(frozen=True)
