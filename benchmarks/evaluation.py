@@ -95,7 +95,7 @@ class Packed:
     def prepare(self, photos: Photos, tokens: int) -> None:
         """Decodes and sizes."""
         for data in photos.images:
-            self.model.size(EncodedImage(data), EvalSetting("capped", tokens))
+            self.model.sizer(EncodedImage(data), EvalSetting("capped", tokens))
 
     def images(self, photos: EvalDataset, tokens: int) -> Embedded:
         """Decodes, sizes and embeds."""

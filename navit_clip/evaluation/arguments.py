@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
+
+import docstring_parser
 
 from navit_clip.checkpoints.load_run import load_run
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
-from navit_clip.evaluation.evaluator import Evaluator
+from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.models import Model, PackedModel
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.model import NaViTCLIP
@@ -38,9 +40,10 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
     for kind, evaluator in EVALUATORS.items():
-        evaluator.add_arguments(
-            commands.add_parser(kind, parents=[common], help=evaluator.description)
-        )
+        command = commands.add_parser(kind, parents=[common], help=evaluator.description)
+        _add_spec(command, evaluator.Spec)
+        if evaluator.gallery:
+            command.add_argument("--gallery", type=Path, help=f"PNG to write: {evaluator.gallery}")
     summary = commands.add_parser("summary", help="tables of the results in a directory")
     summary.add_argument("directory", type=Path)
     return parser.parse_args(argv)
@@ -73,22 +76,6 @@ def _common() -> _Parser:
         metavar="SEED",
         help="open_clip models without a checkpoint get random weights, for measuring",
     )
-    settings = common.add_argument_group("settings")
-    settings.add_argument(
-        "--max-tokens",
-        type=_numbers("64,128,256"),
-        default=(),
-        help="token limits per image, such as 64,128,256; the model's own is always included",
-    )
-    settings.add_argument(
-        "--native", action="store_true", help="images at their own size, never enlarged"
-    )
-    settings.add_argument(
-        "--square",
-        type=_numbers("224,336"),
-        default=(),
-        help="images as squares of these sides in pixels, such as 224",
-    )
     common.add_argument("--output", type=Path, required=True, help="JSON file to write")
     common.add_argument("--report", type=Path, help="HTML file to write: metrics and pictures")
     common.add_argument("--curve", type=Path, help="PNG to write: accuracy against tokens")
@@ -99,6 +86,28 @@ def _common() -> _Parser:
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     common.add_argument("--workers", type=_number(0), default=1, help="decoding processes per rank")
     return common
+
+
+def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
+    """A flag for each field of a specification, whose docstring is the help."""
+    hints = get_type_hints(spec)
+    described = {
+        param.arg_name: (param.description or "").replace("`", "").rstrip(".")
+        for kind in spec.__mro__
+        for param in docstring_parser.parse(kind.__doc__ or "").params
+    }
+    for field in fields(spec):
+        text = described[field.name]
+        options: dict[str, Any] = {"dest": field.name, "help": text[:1].lower() + text[1:]}
+        if hints[field.name] is bool:
+            options["action"] = "store_true"
+        elif hints[field.name] == tuple[int, ...]:
+            options |= {"type": _numbers, "default": ()}
+        elif hints[field.name] == tuple[str, ...]:
+            options |= {"action": "extend", "nargs": "+"}
+        required = field.default is MISSING
+        flag = field.metadata.get("flag", f"--{field.name.replace('_', '-')}")
+        parser.add_argument(flag, required=required, **options)
 
 
 def _number(least: int) -> Callable[[str], int]:
@@ -114,17 +123,14 @@ def _number(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _numbers(example: str) -> Callable[[str], tuple[int, ...]]:
-    def parse(text: str) -> tuple[int, ...]:
-        try:
-            values = tuple(int(word) for word in text.split(","))
-        except ValueError:
-            values = ()
-        if not values or min(values) < 1:
-            raise argparse.ArgumentTypeError(f"expected numbers such as {example}, got {text!r}")
-        return values
-
-    return parse
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 64,128,256, got {text!r}")
+    return values
 
 
 def read_evaluator(args: argparse.Namespace) -> Evaluator[Any]:

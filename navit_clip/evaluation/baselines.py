@@ -9,10 +9,9 @@ from __future__ import annotations
 import difflib
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,34 +33,28 @@ _STRIDE = 32  # pixels per position of the last feature map of the convolutional
 _IMAGES = 64  # per forward pass; texts come in blocks already
 
 
-@dataclass(frozen=True)
-class OpenClipSizer:
-    """open_clip's evaluation transforms.
-
-    Attributes:
-        transforms: By side of the square that comes out.
-    """
-
-    transforms: dict[int, Callable[[Image.Image], Tensor]]
-
-    def __call__(self, image: EncodedImage, setting: EvalSetting) -> np.ndarray:
-        """Float32 [3, S, S], normalised."""
-        assert setting.size is not None
-        pixels_HWK = image.pixels(image.height, image.width, reduced=False)
-        # An array, not a tensor: tensors from worker processes take a file descriptor each.
-        return self.transforms[setting.size](Image.fromarray(pixels_HWK)).numpy()
+def _size(
+    transforms: Mapping[int, Callable[[Image.Image], Tensor]],
+    image: EncodedImage,
+    setting: EvalSetting,
+) -> np.ndarray:
+    """Float32 [3, S, S], normalised by open_clip's transform for the side S."""
+    assert setting.side is not None
+    pixels_HWK = image.pixels(image.height, image.width, reduced=False)
+    # An array, not a tensor: tensors from worker processes take a file descriptor each.
+    return transforms[setting.side](Image.fromarray(pixels_HWK)).numpy()
 
 
 class OpenClipModel(Model):
-    """A model of open_clip's.
+    """A model of open_clip.
 
     Args:
-        architecture: open_clip's name of it, such as ``ViT-B-32``.
+        architecture: Its name there, such as ``ViT-B-32``.
         weights: A checkpoint that open_clip reads; None with `seed`.
         seed: Of random weights, for measuring; None with `weights`.
         device: Where it computes.
-        sides: Squares beside its own that it will be shown; its positions are interpolated to
-            those that it can take, see `check`.
+        sides: Squares beside its own; positions are interpolated to those that the model can take,
+            see `check`.
 
     Raises:
         UserError: If there is no such model or its weights cannot be read.
@@ -77,17 +70,17 @@ class OpenClipModel(Model):
     ) -> None:
         self.name = f"open_clip:{architecture}"
         self._device = device
-        self._config = _config(architecture)
+        self.embed_dim = int(_config(architecture)["embed_dim"])
         if weights is None and seed is None:
             raise UserError(
                 f"{self.name} needs its weights: give --weights FILE for --model or "
                 "--baseline-weights FILE for --baseline, or --random-weights SEED to measure only"
             )
-        own = _create(architecture, weights, seed, None).to(device)
-        side = _own_side(own)
+        self._own: Any = _create(architecture, weights, seed, None).to(device)
+        side = _own_side(self._own)
         self.own_setting = EvalSetting("square", side)
-        self._models: dict[int, nn.Module] = {side: own}
-        patch = _patch_size(own)
+        self._models: dict[int, Any] = {side: self._own}
+        patch = _patch_size(self._own)
         self._stride = patch or _STRIDE
         self._refused: dict[int, str] = {}
         for other in sorted(set(sides) - {side}):
@@ -98,27 +91,22 @@ class OpenClipModel(Model):
                 self._models[other] = _create(architecture, weights, seed, other).to(device)
             except UserError as error:
                 self._refused[other] = str(error)
-
-    @cached_property
-    def sizer(self) -> OpenClipSizer:
-        """The transforms for worker processes."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         transforms = {
-            side: image_transform_v2(PreprocessCfg(**_visual(model).preprocess_cfg), is_train=False)
+            side: image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
             for side, model in self._models.items()
         }
-        return OpenClipSizer(transforms)
+        self.sizer = partial(_size, transforms)
 
     def check(self, setting: EvalSetting) -> None:
         """Takes squares only."""
-        if setting.kind != "square":
+        if setting.side is None:
             option = "--native" if setting.kind == "native" else f"--max-tokens {setting.size}"
-            raise UserError(f"{self.name} sees squares only: leave out {option}")
-        assert setting.size is not None
-        if setting.size not in self._models:
-            why = self._refused.get(setting.size, "not asked for when it was loaded")
-            raise UserError(f"{self.name} cannot take --square {setting.size}: {why}")
+            raise UserError(f"{self.name} takes squares only: leave out {option}")
+        if setting.side not in self._models:
+            why = self._refused.get(setting.side, "not asked for when it was loaded")
+            raise UserError(f"{self.name} cannot take --square {setting.side}: {why}")
 
     def length(self, sized: np.ndarray) -> int:
         """Patches, or positions of a convolutional model's last feature map."""
@@ -130,7 +118,7 @@ class OpenClipModel(Model):
         parts = [torch.zeros(0, self.embed_dim)]
         for start in range(0, len(images), _IMAGES):
             batch = torch.from_numpy(np.stack(images[start : start + _IMAGES])).to(self._device)
-            model: Any = self._models[batch.shape[-1]]
+            model = self._models[batch.shape[-1]]
             parts.append(model.encode_image(batch, normalize=True).float().cpu())
         return torch.cat(parts)
 
@@ -143,19 +131,9 @@ class OpenClipModel(Model):
         return self._own.encode_text(ids, normalize=True).float().cpu()
 
     @property
-    def embed_dim(self) -> int:
-        """D."""
-        return int(self._config["embed_dim"])
-
-    @property
     def scale(self) -> float:
         """The learned scale."""
         return self._own.logit_scale.exp().item()
-
-    @property
-    def padding_tokens(self) -> int:
-        """None: all images of a batch have one size."""
-        return 0
 
     def image_flops(self, tokens: int) -> int:
         """Counted in a forward pass of the image tower at the side with so many tokens."""
@@ -173,7 +151,7 @@ class OpenClipModel(Model):
                 sdpa_kernel(SDPBackend.MATH),
                 FlopCounterMode(display=False) as counter,
             ):
-                _visual(model)(image_1CHW)
+                model.visual(image_1CHW)
             counted[(side // self._stride) ** 2] = counter.get_total_flops()
         return counted
 
@@ -182,19 +160,13 @@ class OpenClipModel(Model):
         """Of weights at all sides, the transforms, open_clip's version, and the device."""
         from open_clip import __version__
 
-        model = self._own
         return tensors_digest(
-            model.state_dict(),
+            self._own.state_dict(),
             self.name,
-            repr(sorted(_visual(model).preprocess_cfg.items(), key=str)),
+            repr(sorted(self._own.visual.preprocess_cfg.items(), key=str)),
             __version__,
             self._device.type,
         )
-
-    @property
-    def _own(self) -> Any:
-        assert self.own_setting.size is not None
-        return self._models[self.own_setting.size]
 
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:
@@ -259,21 +231,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _visual(model: nn.Module) -> Any:
-    return model.visual
-
-
-def _own_side(model: nn.Module) -> int:
-    size = _visual(model).preprocess_cfg["size"]
+def _own_side(model: Any) -> int:
+    size = model.visual.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise UserError(f"the model wants {height}×{width} pixels: only squares are supported")
     return int(height)
 
 
-def _patch_size(model: nn.Module) -> int | None:
+def _patch_size(model: Any) -> int | None:
     """Of a vision transformer, open_clip's or timm's; None for the others."""
-    visual = _visual(model)
+    visual = model.visual
     embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     size = getattr(embed, "patch_size", None) or getattr(visual, "patch_size", None)
     return int(size if isinstance(size, int) else size[0]) if size else None

@@ -8,10 +8,10 @@ in one order again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
@@ -22,7 +22,7 @@ from navit_clip.errors import SkipSampleError, UserError
 Key = tuple[int, int]
 
 # Items that are embedded together, wherever that is: neighbours in a batch change the last digits
-# of an embedding, and figures must not depend on the number of ranks.
+# of an embedding, and metrics must not depend on the number of ranks.
 BLOCK = 64
 
 
@@ -52,7 +52,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class Item:
-    """One image to be judged.
+    """One image of a dataset.
 
     Attributes:
         key: Place in the whole dataset.
@@ -70,17 +70,15 @@ class Item:
 
 
 class EvalDataset(ABC):
-    """Evaluation data that can be read in parts."""
+    """Evaluation data that can be read in parts.
 
-    @property
-    def skipped(self) -> Counter[str]:
-        """Captions that were dropped, by reason, before any image was read."""
-        return Counter()
+    Attributes:
+        skipped: Captions that were dropped, by reason, before any image was read.
+        count: Images in the whole dataset, None if only reading it tells.
+    """
 
-    @property
-    def count(self) -> int | None:
-        """Images in the whole dataset, None if only reading it tells."""
-        return None
+    skipped: Mapping[str, int] = MappingProxyType({})
+    count: int | None = None
 
     @abstractmethod
     def read(self, part: int, parts: int) -> Iterator[Item]:
@@ -102,20 +100,10 @@ class FileDataset(EvalDataset):
         paths: Sequence[Path],
         classes: Sequence[tuple[int, ...]] | None = None,
         captions: Sequence[tuple[str, ...]] | None = None,
-        skipped: Counter[str] | None = None,
+        skipped: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.paths, self.classes, self.captions = paths, classes, captions
-        self._skipped = skipped or Counter()
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """As given."""
-        return self._skipped
-
-    @property
-    def count(self) -> int:
-        """Files."""
-        return len(self.paths)
+        self.count, self.skipped = len(paths), skipped
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
         """Reads blocks `part`, `part` + `parts`, … of files."""
@@ -140,7 +128,7 @@ class ShardDataset(EvalDataset):
 
     Args:
         shards: Tar files.
-        captions: caption fields as in training; none reads labels.
+        captions: Caption fields as in training; without any, labels are read.
         class_map: What the labels mean; class indices if not given.
     """
 

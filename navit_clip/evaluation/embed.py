@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -315,14 +315,14 @@ def _together(
     rows: list[_Row],
     skipped: list[_Skipped],
     embedded: Sequence[list[ImageBlock]],
-    dropped: Counter[str],
+    dropped: Mapping[str, int],
     ranks: Ranks,
 ) -> list[Embedded]:
     """What all ranks embedded, in the dataset's order; `dropped` the dataset skipped itself."""
     rows = ranks.gather(rows)
     skipped = sorted(ranks.gather(skipped), key=lambda one: one.key)
     skips = [f"{one.reason}: {one.name}: {one.detail}" for one in skipped[:SHOWN_SKIPS]]
-    counts = Counter(one.reason for one in skipped) + dropped
+    counts = Counter(one.reason for one in skipped) + Counter(dropped)
     if not rows:
         why = describe_skips(counts, skips) if counts else "there is none"
         raise UserError(f"no image could be read: {why}")

@@ -8,7 +8,6 @@ them.
 
 from __future__ import annotations
 
-import argparse
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded, describe_skips, embed_dataset
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.results import Confusion, EvalResult, Metric, Row
+from navit_clip.evaluation.results import Confusion, EvalResult, Metric, Row, read_rows
 from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
 from navit_clip.evaluation.texts import embed_texts
 
@@ -39,9 +38,9 @@ class EvalSpec:
     """The settings of an evaluation; the specification of an evaluator adds its data.
 
     Attributes:
-        max_tokens: Token limits per image beside the model's own setting.
-        native: Also evaluate images at their own size.
-        square: Also evaluate squares of these sides in pixels.
+        max_tokens: Token limits per image beside the model's own setting, such as 64,128,256.
+        native: Also images at their own size, never enlarged.
+        square: Also squares of these sides in pixels, such as 224.
 
     Raises:
         ValueError: If a field is empty or out of range; the message names it.
@@ -91,7 +90,8 @@ class Evaluator(ABC, Generic[S]):
         kind: Its name on the command line and in the trainer's configuration.
         title: Of its results.
         description: One line of help.
-        Spec: Its specification's class; field names are those of `add_arguments`.
+        gallery: What the flag ``--gallery`` draws; empty without one.
+        Spec: Its specification's class, a flag per field.
         METRICS: By key. Slashes in a key are levels of the JSON of results.
         COUNTS: What a result counts, the images first.
     """
@@ -99,6 +99,7 @@ class Evaluator(ABC, Generic[S]):
     kind: ClassVar[str]
     title: ClassVar[str]
     description: ClassVar[str]
+    gallery: ClassVar[str] = ""
     Spec: ClassVar[type[EvalSpec]]
     METRICS: ClassVar[Mapping[str, Metric]]
     COUNTS: ClassVar[tuple[str, ...]]
@@ -107,18 +108,27 @@ class Evaluator(ABC, Generic[S]):
         self.spec = spec
 
     @classmethod
-    @abstractmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Adds the flags of its own fields in `Spec`; those of `EvalSpec` are there already."""
-
-    @classmethod
     def read(cls, content: Mapping[str, Any]) -> EvalResult:
         """Reads a result from JSON.
 
         Raises:
             UserError: If it is damaged; names the key.
         """
-        return EvalResult.from_json(content, cls.kind, cls.title, cls.METRICS, cls.COUNTS)
+        try:
+            rows = read_rows(content, cls.METRICS)
+            return EvalResult(
+                kind=cls.kind,
+                title=cls.title,
+                metrics=cls.METRICS,
+                data=str(content.get("data") or ""),
+                counts={name: int(content[name]) for name in cls.COUNTS},
+                skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
+                rows=rows,
+            )
+        except KeyError as error:
+            raise UserError(f"damaged result: {error} is missing; evaluate again") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"damaged result: {error}; evaluate again") from error
 
     @abstractmethod
     def check(self, model: Model) -> None:
@@ -170,7 +180,7 @@ class Evaluator(ABC, Generic[S]):
         return ReportSamples()
 
     def draw_gallery(self, path: Path) -> None:
-        """Draws sample images of the last `run`; for evaluators with the flag ``--gallery``.
+        """Draws the `gallery` of the last `run`.
 
         Raises:
             UserError: If the file cannot be written.

@@ -10,8 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +34,25 @@ class Model(ABC):
 
     Attributes:
         name: For tables and results.
-        own_setting: The setting that it is meant for, of its headline figures.
+        own_setting: The setting that it is meant for, of its headline metrics.
+        sizer: Makes of an image at a setting what `embed_images` takes; light and picklable, for
+            worker processes. Raises `SkipSampleError` if the pixels cannot be decoded.
+        embed_dim: D, width of the shared space.
+        padding_tokens: Tokens of padding that `embed_images` has computed so far.
     """
 
     name: str
     own_setting: EvalSetting
-
-    @property
-    @abstractmethod
-    def sizer(self) -> Sizer:
-        """`size` by itself, light and picklable, for worker processes.
-
-        Raises:
-            SkipSampleError: When called, if the pixels cannot be decoded.
-        """
-
-    def size(self, image: EncodedImage, setting: EvalSetting) -> Any:
-        """What the model embeds of an image at a setting."""
-        return self.sizer(image, setting)
+    sizer: Sizer
+    embed_dim: int
+    padding_tokens: int = 0
 
     @abstractmethod
     def check(self, setting: EvalSetting) -> None:
-        """Refuses a setting that the model cannot see.
+        """Refuses a setting that is impossible for the model.
 
         Raises:
-            UserError: If so, naming the option.
+            UserError: If it is; names the option.
         """
 
     @abstractmethod
@@ -76,11 +69,6 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def embed_dim(self) -> int:
-        """D, width of the shared space."""
-
-    @property
-    @abstractmethod
     def scale(self) -> float:
         """The factor on cosine similarities that makes logits."""
 
@@ -90,38 +78,20 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def padding_tokens(self) -> int:
-        """Tokens of padding that `embed_images` has computed so far, beside the images' own."""
-
-    @property
-    @abstractmethod
     def fingerprint(self) -> str:
         """Hash of all that embeddings depend on but the image or text and the setting."""
 
 
-@dataclass(frozen=True)
-class PackedSizer:
-    """Sizes images for a packed tower.
-
-    Attributes:
-        config: Of the tower.
-        square: Capped settings are squares of at most so many tokens, for models trained so.
-    """
-
-    config: ImageTowerConfig
-    square: bool
-
-    def __call__(self, image: EncodedImage, setting: EvalSetting) -> ImagePatches:
-        """Patches of one image at one setting."""
-        most = self.config.position.max_grid_side
-        if setting.kind == "native":
-            return size_image(image, self.config, most**2)
-        if setting.kind == "square":
-            assert setting.size is not None
-            tokens = (setting.size // self.config.patch_size) ** 2
-            return size_image(image, self.config, tokens, square=True)
-        assert setting.size is not None
-        return size_image(image, self.config, setting.size, square=self.square)
+def _size(
+    config: ImageTowerConfig, square: bool, image: EncodedImage, setting: EvalSetting
+) -> ImagePatches:
+    """Patches of an image; `square` makes squares of token limits, for models trained so."""
+    if setting.side is not None:
+        tokens = (setting.side // config.patch_size) ** 2
+        return size_image(image, config, tokens, square=True)
+    if setting.max_tokens is None:
+        return size_image(image, config, config.position.max_grid_side**2)
+    return size_image(image, config, setting.max_tokens, square=square)
 
 
 class PackedModel(Model):
@@ -145,29 +115,24 @@ class PackedModel(Model):
         self.model, self.name, self._around = model, name, around
         self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
         self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
-        self._padding_tokens = 0
-
-    @property
-    def sizer(self) -> PackedSizer:
-        """Sizes images in worker processes."""
-        return PackedSizer(self.model.config.image, self.preprocess.square)
+        self.sizer = partial(_size, model.config.image, self.preprocess.square)
+        self.embed_dim = model.config.embed_dim
 
     def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches that the positions know."""
-        if setting.kind != "square":
+        side, config = setting.side, self.model.config.image
+        if side is None:
             return
-        assert setting.size is not None
-        config = self.model.config.image
         patch, most = config.patch_size, config.position.max_grid_side
-        if setting.size % patch:
-            nearest = max(1, round(setting.size / patch)) * patch
+        if side % patch:
+            nearest = max(1, round(side / patch)) * patch
             raise UserError(
-                f"--square {setting.size} is no whole number of patches of {patch} pixels for "
+                f"--square {side} is no whole number of patches of {patch} pixels for "
                 f"{self.name}: use {nearest}"
             )
-        if setting.size > patch * most:
+        if side > patch * most:
             raise UserError(
-                f"--square {setting.size} is past the {patch * most} pixels whose positions "
+                f"--square {side} is past the {patch * most} pixels whose positions "
                 f"{self.name} knows"
             )
 
@@ -182,17 +147,12 @@ class PackedModel(Model):
             return image_vectors(self.model, images)
 
     def _count(self, tower: nn.Module, inputs: tuple[PackedImages, ...]) -> None:
-        self._padding_tokens += inputs[0].segments.padding
+        self.padding_tokens += inputs[0].segments.padding
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Packed by token budget."""
         with self._around():
             return text_vectors(self.model, self.tokenizer, texts)
-
-    @property
-    def embed_dim(self) -> int:
-        """D."""
-        return self.model.config.embed_dim
 
     @property
     def scale(self) -> float:
@@ -204,24 +164,16 @@ class PackedModel(Model):
         config = self.model.config
         return image_flops(config.image, config.embed_dim, tokens)
 
-    @property
-    def padding_tokens(self) -> int:
-        """Unused tokens at the ends of the streams."""
-        return self._padding_tokens
-
     @cached_property
     def fingerprint(self) -> str:
         """Of weights, configuration and tokenizer, and of the device: CUDA rounds otherwise."""
-        model = self.model
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(Path(folder))
-            files = [
-                f"{file.name} {file.read_bytes()!r}" for file in sorted(Path(folder).iterdir())
-            ]
+            files = [f"{f.name} {f.read_bytes()!r}" for f in sorted(Path(folder).iterdir())]
         return tensors_digest(
-            model.state_dict(),
-            repr(model.config),
+            self.model.state_dict(),
+            repr(self.model.config),
             repr(self.preprocess),
-            model.device.type,
+            self.model.device.type,
             *files,
         )

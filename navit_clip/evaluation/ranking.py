@@ -64,6 +64,25 @@ def _best_captions(right_T: Tensor, image_T: Tensor, images: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ClassTable:
+    """Which classes compete, and which are right for the images.
+
+    Attributes:
+        competitors: Class indices, sorted.
+        titles: Their names.
+        groups: Names of groups of images, those for which the same classes are right.
+        right_LC: Which competitors are right for each group, bool.
+        group_E: Group of each image, int64.
+    """
+
+    competitors: list[int]
+    titles: list[str]
+    groups: list[str]
+    right_LC: Tensor
+    group_E: Tensor
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What a model takes each image for.
 

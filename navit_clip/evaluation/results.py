@@ -8,13 +8,12 @@ and reports show it. What the metrics are called and how they are compared is in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import getitem
 from typing import Any
 
-from navit_clip.errors import UserError
 from navit_clip.evaluation.settings import EvalSetting
 
 
@@ -211,49 +210,24 @@ class EvalResult:
             "baselines": baselines,
         }
 
-    @classmethod
-    def from_json(
-        cls,
-        content: Mapping[str, Any],
-        kind: str,
-        title: str,
-        metrics: Mapping[str, Metric],
-        counts: Sequence[str],
-    ) -> EvalResult:
-        """Reads what `to_json` gave.
 
-        Args:
-            content: The JSON.
-            kind: The evaluator that made it.
-            title: Of the evaluator.
-            metrics: Of the evaluator.
-            counts: Names of the evaluator's counts.
+def read_rows(content: Mapping[str, Any], metrics: Mapping[str, Metric]) -> tuple[Row, ...]:
+    """The rows of a result's JSON.
 
-        Raises:
-            UserError: If it is damaged; names the key.
-        """
-        try:
-            models = [(str(content.get("model", "model")), content["views"])]
-            models += [(str(b["model"]), b["views"]) for b in content.get("baselines", ())]
-            if not models[0][1]:
-                raise ValueError("no views")
-            return cls(
-                kind=kind,
-                title=title,
-                metrics=metrics,
-                data=str(content.get("data") or ""),
-                counts={name: int(content[name]) for name in counts},
-                skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
-                rows=tuple(
-                    _row_from_json(entry, metrics, model, series)
-                    for series, (model, entries) in enumerate(models)
-                    for entry in entries
-                ),
-            )
-        except KeyError as error:
-            raise UserError(f"damaged result: {error} is missing; evaluate again") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"damaged result: {error}; evaluate again") from error
+    Raises:
+        KeyError: If something is missing.
+        TypeError: If it is something else.
+        ValueError: If it is empty, or a value is impossible.
+    """
+    models = [(content.get("model", "model"), content["views"])]
+    models += [(baseline["model"], baseline["views"]) for baseline in content.get("baselines", ())]
+    if not models[0][1]:
+        raise ValueError("no views")
+    return tuple(
+        _row_from_json(entry, metrics, str(model), series)
+        for series, (model, entries) in enumerate(models)
+        for entry in entries
+    )
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:

@@ -6,9 +6,8 @@ a hit if any of its captions is among the nearest.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -34,14 +33,14 @@ class RetrievalSpec(EvalSpec):
     """Image–text retrieval on captioned images: shards, or a folder with a JSON of captions.
 
     Attributes:
-        data: Captioned shards, or None.
-        images: Folder of images, or None for that of a table of captions.
-        captions: COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``, or a table (CSV, TSV,
-            Parquet), or None.
+        data: Captioned shards.
+        images: Folder of images; by default that of a table of captions.
+        captions: ``captions_*.json`` (COCO), ``dataset_*.json`` (Karpathy), or a table: CSV, TSV or
+            Parquet.
         image_column: Of a table: the image's path.
-        caption_columns: Of a table: the captions.
-        fields: Caption fields in shards.
-        split: Split of a Karpathy file; None takes ``test`` if it has one.
+        caption_columns: Of a table: captions.
+        fields: Caption fields in shards: ``txt``, ``json.FIELD``.
+        split: Of a Karpathy file; by default ``test`` if it has one.
 
     Raises:
         ValueError: If neither `data` nor `captions` is given, or a field is empty or out of range;
@@ -52,7 +51,9 @@ class RetrievalSpec(EvalSpec):
     images: str | None = None
     captions: str | None = None
     image_column: str = "path"
-    caption_columns: tuple[str, ...] = ("caption",)
+    caption_columns: tuple[str, ...] = field(
+        default=("caption",), metadata={"flag": "--caption-column"}
+    )
     fields: tuple[str, ...] = ("txt",)
     split: str | None = None
 
@@ -83,37 +84,13 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
     kind = "retrieval"
     title = "Retrieval"
     description = "image-text retrieval, R@1/5/10 both ways"
+    gallery = "sample images with their best captions"
     Spec = RetrievalSpec
     METRICS: ClassVar = {
         **_metrics(I2T, "image → text", "I→T"),
         **_metrics(T2I, "text → image", "T→I"),
     }
     COUNTS = ("images", "captions")
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """The flags of the data, and the gallery."""
-        parser.add_argument("--data", help="captioned shards")
-        parser.add_argument("--images", help="folder of images; of a table of captions: its own")
-        parser.add_argument(
-            "--captions",
-            help="captions_*.json (COCO), dataset_*.json (Karpathy), or a .csv, .tsv or .parquet "
-            "table",
-        )
-        parser.add_argument("--image-column", default="path", help="of a table: the image's path")
-        parser.add_argument(
-            "--caption-column",
-            dest="caption_columns",
-            action="append",
-            help="of a table: captions; repeatable",
-        )
-        parser.add_argument(
-            "--fields", nargs="+", default=["txt"], help="caption fields in shards: txt json.FIELD"
-        )
-        parser.add_argument("--split", help="of a Karpathy file (default: test if it has one)")
-        parser.add_argument(
-            "--gallery", type=Path, help="PNG of sample images with their best captions"
-        )
 
     def open(self) -> EvalDataset:
         """Opens the captioned images."""

@@ -5,7 +5,6 @@ Prompts are ensembled as CLIP and open_clip do: normalise each, average, normali
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
 from navit_clip.evaluation.labelled import Labelled, open_labelled
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.ranking import Predictions, classify, fraction
+from navit_clip.evaluation.ranking import ClassTable, Predictions, classify, fraction
 from navit_clip.evaluation.report.samples import ReportSamples, classification_samples
 from navit_clip.evaluation.results import Confusion, Metric, Row
 
@@ -40,11 +39,13 @@ class ZeroShotSpec(EvalSpec):
 
     Attributes:
         data: Class folders, a flat folder with `labels`, or shards with ``.cls`` members.
-        labels: File that says which class each image of a flat folder has, or None.
-        class_map: From class folder or label to class index: a file, ``imagenet`` or ``index``.
+        labels: For a flat folder: a file with lines of image and label, or a CSV or TSV.
+        class_map: From class folder or label to class index: a file, ``imagenet``, or ``index`` for
+            plain numbers.
         only_present: Only classes that occur in the data compete.
-        classnames: Text file with one name per line, or ``imagenet``; None takes the folders'.
-        templates: ``openai`` (80), ``simple`` (7), ``plain`` (1), or a text file.
+        classnames: Text file with one name per line, or ``imagenet``; by default the folders'.
+        templates: ``openai`` (80, the default), ``simple`` (7), ``plain`` (1), or a text file with
+            {} in each line.
 
     Raises:
         ValueError: If a field is empty or out of range; the message names it.
@@ -65,25 +66,6 @@ class ZeroShotSpec(EvalSpec):
     def data_name(self) -> str:
         """The data."""
         return self.data
-
-
-@dataclass(frozen=True)
-class ClassTable:
-    """Which classes compete, and which are right for the images.
-
-    Attributes:
-        competitors: Class indices, sorted.
-        titles: Their names.
-        groups: Names of groups of images for which the same classes are right.
-        right_LC: Which competitors are right for each group, bool.
-        group_E: Group of each image, int64.
-    """
-
-    competitors: list[int]
-    titles: list[str]
-    groups: list[str]
-    right_LC: Tensor
-    group_E: Tensor
 
 
 class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
@@ -110,36 +92,6 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
     labelled: Labelled
     names: list[str]
     templates: list[Template]
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """The flags of the data, its classes and the prompts."""
-        parser.add_argument(
-            "--data",
-            required=True,
-            help="class folders, a flat folder, or shards with .cls members",
-        )
-        parser.add_argument(
-            "--labels", help="for a flat folder: lines of file name and label, or a CSV"
-        )
-        parser.add_argument(
-            "--class-map",
-            help="class folder or label to class index: a file, imagenet, or index for plain "
-            "numbers",
-        )
-        parser.add_argument(
-            "--only-present",
-            action="store_true",
-            help="only classes that occur in the data compete",
-        )
-        parser.add_argument(
-            "--classnames", help="text file, one name per line, or imagenet; default: folder names"
-        )
-        parser.add_argument(
-            "--templates",
-            default="openai",
-            help="openai (80), simple (7), plain (1), or a text file with {} in each line",
-        )
 
     def open(self) -> EvalDataset:
         """Opens the labelled images and reads class names and templates."""
@@ -194,12 +146,9 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
             self.data,
             self.data.embeddings[self.model.own_setting],
             self._class_vectors(self.texts_TD, classes),
-            classes.right_LC,
-            classes.group_E,
+            classes,
             self.model.scale,
-            classes=classes.titles,
-            groups=classes.groups,
-            worst=[confusion.name for confusion in self.result.own.confusions],
+            [confusion.name for confusion in self.result.own.confusions],
         )
 
     def _classes(self, data: Embedded) -> ClassTable:

@@ -15,7 +15,7 @@ from torch import Tensor
 from navit_clip.evaluation.calibration import Bin, calibration_bins
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
-from navit_clip.evaluation.ranking import classify, pair_ranks
+from navit_clip.evaluation.ranking import ClassTable, classify, pair_ranks
 from navit_clip.evaluation.report.pictures import Picture, read_pictures
 
 _QUERIES = 12  # per direction, half of them hits where there are enough
@@ -87,12 +87,8 @@ def classification_samples(
     data: Embedded,
     images_ED: Tensor,
     classes_CD: Tensor,
-    right_LC: Tensor,
-    group_E: Tensor,
+    classes: ClassTable,
     scale: float,
-    *,
-    classes: Sequence[str],
-    groups: Sequence[str],
     worst: Sequence[str],
 ) -> ReportSamples:
     """Chooses classified images, and measures confidence.
@@ -101,18 +97,16 @@ def classification_samples(
         dataset: Read again for the pixels of the images shown.
         data: The embedded images.
         images_ED: Their embeddings at the model's own setting.
-        classes_CD: One vector per class.
-        right_LC: Which classes are right, bool, a row per group of images.
-        group_E: Row of each image.
+        classes_CD: One vector per competing class.
+        classes: Which are right.
         scale: The model's factor on similarities, for probabilities.
-        classes: Names of the classes.
-        groups: Names of the groups.
-        worst: Those of which mistakes are shown.
+        worst: Groups of which mistakes are shown, by name.
 
     Raises:
         UserError: If the dataset can no longer be read.
     """
-    found = classify(images_ED, classes_CD, right_LC, group_E, scale)
+    groups, group_E = classes.groups, classes.group_E
+    found = classify(images_ED, classes_CD, classes.right_LC, group_E, scale)
     right_E = found.rank_E < 1
     # Surest first; a stable order makes ties the same everywhere.
     order_E = found.confidence_E.argsort(descending=True, stable=True)
@@ -127,8 +121,8 @@ def classification_samples(
     def query(index: int) -> Query:
         group = int(group_E[index])
         scores_C = (scale * (classes_CD.double() @ images_ED[index].double())).softmax(0)
-        right = set(right_LC[group].nonzero()[:, 0].tolist())
-        nearest = _with_texts(_nearest(scores_C, right, _GUESSES), classes)
+        right = set(classes.right_LC[group].nonzero()[:, 0].tolist())
+        nearest = _with_texts(_nearest(scores_C, right, _GUESSES), classes.titles)
         return Query(bool(right_E[index]), nearest, groups[group], pictures[index])
 
     return ReportSamples(
