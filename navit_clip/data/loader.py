@@ -22,7 +22,7 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.data.reader import Reader
 from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.data.state import DataState, open_state
-from navit_clip.data.workers import prepare_worker
+from navit_clip.data.workers import batches_of, prepare_worker
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, Inputs
 
@@ -118,7 +118,7 @@ def load_batches(
         # restart would change whatever the model draws from that.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    for batch in batches_of(loader):
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
         assert isinstance(batch, Batch)  # a shared one arrives as it was

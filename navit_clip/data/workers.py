@@ -1,8 +1,8 @@
 """Worker processes: tasks for them, and what happens when they or their parent are killed.
 
 `run_unordered` is for commands with independent tasks; the loaders of `navit_clip.data.loader` and
-`navit_clip.evaluation.embed` have torch's workers and take `prepare_worker` and
-`explain_killed_workers`.
+`navit_clip.evaluation.embed` have torch's workers and take `prepare_worker`, `batches_of`
+and `explain_killed_workers`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from navit_clip.errors import UserError
 
+if TYPE_CHECKING:  # the tools need no torch
+    from torch.utils.data import DataLoader
+
+Batch = TypeVar("Batch")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -78,6 +82,37 @@ def explain_killed_workers(fix: str) -> Iterator[None]:
         if not first.startswith("DataLoader worker"):
             raise
         raise UserError(f"{first}, perhaps for lack of memory: {fix}") from error
+
+
+class _DoneEvent:
+    """Stands for the event by which a DataLoader ends its workers, in the process that sets it.
+
+    The event is multiprocessing's, and whoever looks at it or sets it holds its lock for a moment.
+    A worker that is killed just then never gives the lock back, and the loader would wait forever.
+    The other workers also end by the messages in their queues.
+    """
+
+    def __init__(self, event: Any, workers: Sequence[Any]) -> None:
+        self._event, self._workers, self._is_set = event, workers, False
+
+    def set(self) -> None:
+        """Ends the workers, unless one of them was killed."""
+        self._is_set = True
+        if all(worker.exitcode is None for worker in self._workers):
+            self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether the workers were told to end."""
+        return self._is_set
+
+
+def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Iterates over a torch DataLoader that can end even if a worker was killed."""
+    iterator = iter(loader)
+    if loader.num_workers:
+        inner: Any = iterator
+        inner._workers_done_event = _DoneEvent(inner._workers_done_event, inner._workers)
+    yield from iterator
 
 
 def prepare_worker() -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from navit_clip.data.decode import EncodedImage
-from navit_clip.data.workers import explain_killed_workers, prepare_worker
+from navit_clip.data.workers import batches_of, explain_killed_workers, prepare_worker
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.cache import Cache, ImageBlock, bytes_digest
@@ -229,7 +229,7 @@ def embed_dataset(
             progress_bar("images", total, ranks) as progress,
             explain_killed_workers("give fewer --workers"),
         ):
-            for block in loader:
+            for block in batches_of(loader):
                 if isinstance(block, UserError):
                     raise block
                 for i, (model, _) in enumerate(pairs):

@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing, suppress
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from shard_factory import HTML, encode, ids_of, make_shards, photo, png_of_size,
 
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.drop import DropConfig, mean_rate
 from navit_clip.data.reader import Reader
-from navit_clip.data.shards import read_shard
+from navit_clip.data.shards import RawSample, read_shard
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.workers import explain_killed_workers
 from navit_clip.errors import UserError
 
 
@@ -370,3 +375,30 @@ def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent
         os.close(alive)
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
+
+
+class DiesWithALock(PairBuilder):
+    """Kills its worker while it holds the lock by which torch would end it."""
+
+    def __call__(
+        self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
+    ) -> Pair:
+        frame = sys._getframe()
+        while frame.f_code.co_name != "_worker_loop":
+            frame = frame.f_back
+        frame.f_locals["done_event"]._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("killed")
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_with_a_lock_keeps_nobody_waiting(tmp_path, pipeline):
+    good = pipeline(make_shards(tmp_path, [20]), workers=2)
+    values = {f.name: getattr(good.build, f.name) for f in fields(good.build)}
+    deadly = replace(good, build=DiesWithALock(**values))
+    with (
+        pytest.raises(UserError, match=r"DataLoader worker .* lack of memory: the fix"),
+        explain_killed_workers("the fix"),
+    ):
+        take(deadly, 1)
+    assert multiprocessing.active_children() == []
