@@ -8,6 +8,7 @@ and no payload.
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Container, Iterator
@@ -143,3 +144,13 @@ def _open_tar(source: IO[bytes] | ForwardStream) -> tarfile.TarFile:
 def _without_query(path: str) -> str:
     """A shard for messages; a URL's query may hold a signature that opens it."""
     return path.partition("?")[0] if is_url(path) else path
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a shard that is being written.
+
+    Without time or owner: the same content gives the same bytes.
+    """
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))

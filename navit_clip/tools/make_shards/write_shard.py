@@ -6,7 +6,6 @@ an interruption or on another machine, gets the same.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -17,6 +16,7 @@ from typing import Any
 
 from navit_clip.data.annotations.rows import Row
 from navit_clip.data.decode import MAX_BYTES, EncodedImage
+from navit_clip.data.shards import add_member
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import sha256_of
 
@@ -89,10 +89,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
                         skip_log.append(f"{row.name or 'a row'}: {error}")
                     continue
                 for extension, content in members.items():
-                    # A fresh TarInfo has no time or owner.
-                    info = tarfile.TarInfo(f"{index:09d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                    add_member(tar, f"{index:09d}.{extension}", content)
                 samples += 1
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,14 @@ from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import writing
 from navit_clip.tools.shapes.write_shapes import ShapesConfig, write_shapes
 
+_HELP = {
+    "seed": "seed of everything",
+    "train": "training pictures",
+    "shard_size": "pictures per training shard",
+    "zeroshot_per_class": "zero-shot pictures of each class",
+    "retrieval": "retrieval pictures",
+}
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.shapes") -> int:
     """Writes the data set.
@@ -24,7 +32,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.to
     Returns:
         The exit status: 0 when the data set is complete, 2 on a mistake, 130 when interrupted.
     """
-    defaults = ShapesConfig()
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Writes pictures of shapes with captions: training shards, a zero-shot set "
@@ -32,28 +39,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.to
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything")
-    parser.add_argument("--train", type=int, default=defaults.train, help="training pictures")
-    parser.add_argument(
-        "--shard-size", type=int, default=defaults.shard_size, help="pictures per training shard"
-    )
-    parser.add_argument(
-        "--zeroshot-per-class",
-        type=int,
-        default=defaults.zeroshot_per_class,
-        help="zero-shot pictures of each class",
-    )
-    parser.add_argument(
-        "--retrieval", type=int, default=defaults.retrieval, help="retrieval pictures"
-    )
+    for f in fields(ShapesConfig):
+        flag = f"--{f.name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=f.default, help=_HELP[f.name])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
     with one_line_errors(prog):
         if arguments.workers < 1:
             raise UserError(f"--workers must be at least 1, got {arguments.workers}")
         try:
-            names = [f.name for f in fields(ShapesConfig)]
-            config = ShapesConfig(**{name: getattr(arguments, name) for name in names})
+            config = ShapesConfig(**{name: getattr(arguments, name) for name in _HELP})
         except ValueError as error:
             # The message starts with the field's name, which is the option's.
             raise UserError(f"--{str(error).replace('_', '-')}") from error

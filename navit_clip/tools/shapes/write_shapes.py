@@ -15,22 +15,21 @@ What is held out:
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import multiprocessing
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from navit_clip.data.workers import prepare_worker
+from navit_clip.data.shards import add_member
+from navit_clip.data.workers import run_unordered
 from navit_clip.errors import UserError
 from navit_clip.tools.shapes.render import encode, render
 from navit_clip.tools.shapes.scene import (
@@ -171,48 +170,55 @@ def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
     images = output / "retrieval" / "images"
     images.mkdir()
 
-    tasks = [
-        _Task(
-            partial(_write_shard, config.seed, first, last, output / "train" / f"{shard:05d}.tar"),
-            last - first,
-        )
+    seed, per_class = config.seed, config.zeroshot_per_class
+    tasks: list[_Task] = [
+        partial(_write_shard, seed, first, last, output / "train" / f"{shard:05d}.tar")
         for shard, (first, last) in enumerate(_ranges(config.train, config.shard_size))
     ]
-    per_class = config.zeroshot_per_class
     tasks += [
-        _Task(partial(_write_class, config.seed, index, per_class, output / "zeroshot"), per_class)
+        partial(_write_class, seed, index, per_class, output / "zeroshot")
         for index in range(len(CLASSES))
     ]
-    descriptions = list(itertools.islice(retrieval_descriptions(config.seed), config.retrieval))
+    descriptions = list(itertools.islice(retrieval_descriptions(seed), config.retrieval))
     tasks += [
-        _Task(
-            partial(_write_retrieval, config.seed, first, descriptions[first:last], images),
-            last - first,
-        )
+        partial(_write_retrieval, seed, first, descriptions[first:last], images)
         for first, last in _ranges(config.retrieval, RETRIEVAL_CHUNK)
     ]
-    coco: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
-    with tqdm(total=sum(task.pictures for task in tasks), unit="image", desc="shapes") as bar:
-        for task, entries in zip(tasks, _run_all(tasks, workers), strict=True):
-            for image, caption in entries:
-                coco["images"].append(image)
-                coco["annotations"].append(caption)
-            bar.update(task.pictures)
+    total = config.train + per_class * len(CLASSES) + config.retrieval
+    listed: list[_Listed] = []
+    with tqdm(total=total, unit="image", desc="shapes") as bar:
+        for pictures, some in run_unordered(_run, tasks, workers):
+            listed += some
+            bar.update(pictures)
+    listed.sort(key=lambda entry: entry.id)
+    coco = {
+        "images": [
+            {"id": e.id, "file_name": e.name, "width": e.width, "height": e.height} for e in listed
+        ],
+        "annotations": [{"id": e.id, "image_id": e.id, "caption": e.caption} for e in listed],
+    }
     (output / "retrieval" / "captions.json").write_text(json.dumps(coco) + "\n")
     (output / "templates.txt").write_text("\n".join(prompt_templates()) + "\n")
     (output / PARTIAL_FILE).replace(output / DONE_FILE)
     return True
 
 
-_CocoEntries = list[tuple[dict[str, object], dict[str, object]]]
+class _Listed(NamedTuple):
+    """A picture with its entries in COCO's file."""
+
+    id: int
+    name: str
+    width: int
+    height: int
+    caption: str
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Work for one process: `run` writes `pictures` pictures, returns entries for COCO's file."""
+# Writes some pictures; returns how many, and those that COCO's file lists.
+_Task = Callable[[], tuple[int, list[_Listed]]]
 
-    run: Callable[[], _CocoEntries]
-    pictures: int
+
+def _run(task: _Task) -> tuple[int, list[_Listed]]:
+    return task()
 
 
 def _is_complete(output: Path, record: dict[str, int]) -> bool:
@@ -237,27 +243,7 @@ def _is_complete(output: Path, record: dict[str, int]) -> bool:
     return True
 
 
-def _run_all(tasks: list[_Task], workers: int) -> Iterator[_CocoEntries]:
-    """The results of all tasks, in order."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from map(_run, tasks)
-        return
-    # Not fork: the caller may have threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=prepare_worker) as executor:
-        try:
-            yield from executor.map(_run, tasks)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _run(task: _Task) -> _CocoEntries:
-    return task.run()
-
-
-def _write_shard(seed: int, first: int, last: int, path: Path) -> _CocoEntries:
+def _write_shard(seed: int, first: int, last: int, path: Path) -> tuple[int, list[_Listed]]:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(first, last):
             sample = train_sample(seed, index)
@@ -268,44 +254,33 @@ def _write_shard(seed: int, first: int, last: int, path: Path) -> _CocoEntries:
                 "width": sample.width,
                 "height": sample.height,
             }
-            _add(tar, f"{index:09d}.{sample.extension}", sample.data)
-            _add(tar, f"{index:09d}.txt", sample.captions[0].encode())
-            _add(tar, f"{index:09d}.json", json.dumps(fields).encode())
-    return []
+            add_member(tar, f"{index:09d}.{sample.extension}", sample.data)
+            add_member(tar, f"{index:09d}.txt", sample.captions[0].encode())
+            add_member(tar, f"{index:09d}.json", json.dumps(fields).encode())
+    return last - first, []
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # A fresh TarInfo has no time or owner: the same seed gives the same bytes.
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _write_class(seed: int, class_index: int, count: int, folder: Path) -> _CocoEntries:
+def _write_class(
+    seed: int, class_index: int, count: int, folder: Path
+) -> tuple[int, list[_Listed]]:
     class_folder = folder / "_".join(CLASSES[class_index])
     class_folder.mkdir()
     for number in range(count):
         sample = zeroshot_sample(seed, class_index, number)
         (class_folder / f"{number:05d}.{sample.extension}").write_bytes(sample.data)
-    return []
+    return count, []
 
 
 def _write_retrieval(
     seed: int, first: int, descriptions: list[Description], folder: Path
-) -> _CocoEntries:
-    entries: _CocoEntries = []
+) -> tuple[int, list[_Listed]]:
+    listed = []
     for index, description in enumerate(descriptions, start=first):
         sample = retrieval_sample(seed, index, description)
         name = f"{index:05d}.{sample.extension}"
         (folder / name).write_bytes(sample.data)
-        image: dict[str, object] = {
-            "id": index,
-            "file_name": name,
-            "width": sample.width,
-            "height": sample.height,
-        }
-        entries.append((image, {"id": index, "image_id": index, "caption": sample.captions[0]}))
-    return entries
+        listed.append(_Listed(index, name, sample.width, sample.height, sample.captions[0]))
+    return len(listed), listed
 
 
 def _finish(scene: Scene, captions: list[str], rng: np.random.Generator) -> Sample:
