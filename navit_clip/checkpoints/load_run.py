@@ -47,6 +47,11 @@ def load_run(
         UserError: If there is no such checkpoint, or it is damaged.
     """
     if not (run_dir / RUN_MODEL).is_file():
+        if (run_dir / "config.yaml").is_file():
+            raise UserError(
+                f"{run_dir} has no {RUN_MODEL}: its run has not begun, or an earlier version wrote "
+                f"it, of which --model {run_dir / 'model'} can be evaluated"
+            )
         raise UserError(f"no training run at {run_dir}: expected {RUN_MODEL} in it")
     description = Description.read(run_dir / RUN_MODEL)
     step, folder = _choose(run_dir, step)

@@ -330,6 +330,9 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         load_run(copy, None)
+    (copy / "model.json").unlink()
+    with pytest.raises(UserError, match=r"has no model.json: .* --model .*run/model can be"):
+        load_run(copy, None)
     (copy / "model.json").write_text("steps: x\n")
     with pytest.raises(UserError, match=r"cannot read .*model\.json"):
         load_run(copy, None)
