@@ -1,4 +1,4 @@
-"""A web server on this machine that misbehaves as it is told, for tests of remote shards."""
+"""A web server on this machine that misbehaves as asked, for tests of remote shards."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class Handler(BaseHTTPRequestHandler):
     def body(self, data, cut, stall):
         stop = min(len(data) if n is None else n for n in (cut, stall))
         for at in range(0, stop, 4096):
-            piece = data[at : min(at + 4096, stop)]
-            framed = b"%x\r\n%s\r\n" % (len(piece), piece) if self.site.chunked else piece
+            chunk = data[at : min(at + 4096, stop)]
+            framed = b"%x\r\n%s\r\n" % (len(chunk), chunk) if self.site.chunked else chunk
             self.wfile.write(framed)
-            self.site.sent += len(piece)
+            self.site.sent += len(chunk)
         if stall is not None:
             self.site.over.wait(30)
         if cut is not None or stall is not None:

@@ -54,7 +54,7 @@ class Budgets:
 
         Args:
             longest: For each stream of the task the most tokens of one example, and the field of
-                the configuration that says so.
+                the configuration that limits it.
 
         Raises:
             ValueError: If not; the message names the fields.

@@ -1,7 +1,7 @@
 """Choosing one caption of a sample.
 
 A sample may carry several: text members (``txt``, ``title.txt``) and JSON fields
-(``json.captions``, a string or a list), each source with a weight, as WebLI has alternative text,
+(``json.captions``, a string or a list), each field with a weight, as WebLI has alternative text,
 title and OCR.
 """
 
@@ -15,54 +15,54 @@ import numpy as np
 from navit_clip.errors import SkipSampleError
 
 
-def find_captions(members: Mapping[str, bytes], source: str) -> list[str]:
-    """All non-empty captions that one source offers.
+def find_captions(members: Mapping[str, bytes], field: str) -> list[str]:
+    """All non-empty captions in one field.
 
     Args:
         members: Content by extension.
-        source: Extension of a text member, such as ``txt`` or ``title.txt``; or ``json.FIELD`` for
+        field: Extension of a text member, such as ``txt`` or ``title.txt``; or ``json.FIELD`` for
             a field of the JSON member.
 
     Raises:
         SkipSampleError: If the bytes are not UTF-8, or not JSON, or escape half a character.
     """
-    is_json = source.startswith("json.")
-    extension = "json" if is_json else source
+    is_json = field.startswith("json.")
+    extension = "json" if is_json else field
     if extension not in members:
         return []
     try:
         text = members[extension].decode("utf-8")
-        found = json.loads(text).get(source.removeprefix("json."), []) if is_json else text
+        found = json.loads(text).get(field.removeprefix("json."), []) if is_json else text
         candidates = found if isinstance(found, list) else [found]
         captions = [c.strip() for c in candidates if isinstance(c, str) and c.strip()]
         # JSON may escape a lone surrogate, on which every tokenizer fails.
         "".join(captions).encode("utf-8")
     # ValueError: not UTF-8, not JSON, or a number of thousands of digits.
     except (ValueError, AttributeError, RecursionError) as error:
-        raise SkipSampleError("bad_caption", f"{source}: {error}") from error
+        raise SkipSampleError("bad_caption", f"{field}: {error}") from error
     return captions
 
 
 def choose_caption(
     members: Mapping[str, bytes], weights: Mapping[str, float], rng: np.random.Generator
 ) -> str:
-    """Draws a source by weight among those present, then one of its captions uniformly.
+    """Draws a field by weight among those present, then one of its captions uniformly.
 
     Args:
         members: Content by extension.
-        weights: Source to weight, see `find_captions`.
+        weights: Field to weight, see `find_captions`.
         rng: The sample's generator.
 
     Raises:
-        SkipSampleError: If no source has a caption, or one cannot be read.
+        SkipSampleError: If no field has a caption, or one cannot be read.
     """
-    found = {source: find_captions(members, source) for source in weights}
-    present = [source for source, captions in found.items() if captions]
+    found = {field: find_captions(members, field) for field in weights}
+    present = [field for field, captions in found.items() if captions]
     if not present:
         raise SkipSampleError("no_caption", f"none of {', '.join(weights)} has a caption")
-    source = present[0]
+    field = present[0]
     if len(present) > 1:
-        share = np.array([weights[source] for source in present])
-        source = present[rng.choice(len(present), p=share / share.sum())]
-    captions = found[source]
+        p = np.array([weights[field] for field in present])
+        field = present[rng.choice(len(present), p=p / p.sum())]
+    captions = found[field]
     return captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]

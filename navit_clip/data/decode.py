@@ -111,7 +111,7 @@ class EncodedImage:
     @cached_property
     def _image(self) -> Image.Image:
         with warnings.catch_warnings():
-            # Pillow warns of large images by its own measure; ours is the cap.
+            # Pillow warns of large images at a limit of its own; ours is the cap.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(self._data), formats=_FORMATS)
 
@@ -127,13 +127,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _may_have_exif(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF or XMP segment, or is too odd to say."""
-    place = 2
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
-        marker = data[place + 1]
+    """Whether a JPEG has an EXIF or XMP segment, or may have one for all its markers show."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
         if marker in (_APP1, _SCAN):
             return marker == _APP1
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return True
 
 

@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 
-from navit_clip.data.sizing import share_of, truncated_normal
+from navit_clip.data.sizing import ramp, truncated_normal
 
 
 @dataclass(frozen=True)
 class DropConfig:
-    """How the share of dropped patches is drawn.
+    """How the fraction of dropped patches is drawn.
 
     Attributes:
         kind: ``none``; ``fixed``, the same rate for all; ``beta``, per image around the rate;
             ``resolution``, more from larger images.
         rate: Rate of ``fixed``, mean rate of ``beta``, as long as `schedule` is constant.
-        max_rate: Of ``beta``: no image loses more than this share.
+        max_rate: Of ``beta``: no image loses more than this fraction.
         low_rate: Of ``resolution``: mean rate at `low_tokens` patches.
         high_rate: Of ``resolution``: mean rate at `high_tokens` patches.
         low_tokens: Of ``resolution``: length at which the rate is `low_rate`.
@@ -108,7 +108,7 @@ def mean_rate(config: DropConfig, images_seen: float) -> float:
 def sample_rate(
     config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
 ) -> float:
-    """Draws the share of one image's patches to drop, less of it during the ramp.
+    """Draws the fraction of one image's patches to drop, less of it during the ramp.
 
     Args:
         config: How it is drawn.
@@ -118,7 +118,7 @@ def sample_rate(
     """
     if config.kind == "none":
         return 0.0
-    return _full_rate(config, tokens, images_seen, rng) * share_of(images_seen, config.ramp_images)
+    return _full_rate(config, tokens, images_seen, rng) * ramp(images_seen, config.ramp_images)
 
 
 def _full_rate(
@@ -127,8 +127,8 @@ def _full_rate(
     if config.kind == "resolution":
         # Normal with deviation 0.02 around a mean linear in the length, cut at two deviations.
         span = config.high_tokens - config.low_tokens
-        place = min(max((tokens - config.low_tokens) / span, 0.0), 1.0)
-        mean = config.low_rate + (config.high_rate - config.low_rate) * place
+        t = min(max((tokens - config.low_tokens) / span, 0.0), 1.0)
+        mean = config.low_rate + (config.high_rate - config.low_rate) * t
         rate = truncated_normal(rng, mean, 0.02, mean - 0.04, mean + 0.04)
         return min(max(rate, 0.0), 1.0)
     mean = mean_rate(config, images_seen)
@@ -144,7 +144,7 @@ def keep_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarr
 
     Args:
         tokens: Patches of the grid.
-        rate: Share to drop, in [0, 1].
+        rate: Fraction to drop, in [0, 1].
         rng: The sample's generator.
 
     Returns:

@@ -2,7 +2,7 @@
 
 A tar is read from front to back, with jumps ahead over payload that is not wanted and one look back
 by a block at its end, so a stream remembers no more than that block. `navit_clip.data.http` and
-`navit_clip.data.command` say where the bytes come from.
+`navit_clip.data.command` bring the bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHUNK = 1 << 18
 
 
 class RemoteError(OSError):
-    """A stream ends here; the message says why, but not of what, which the caller knows."""
+    """A stream cannot go on; the message says why, but names no shard, which the caller knows."""
 
 
 class ForwardStream(ABC):
@@ -32,7 +32,7 @@ class ForwardStream(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of the source, finished or not."""
+        """Releases the source, finished or not."""
 
     def finish(self) -> None:  # noqa: B027  most sources have nothing to add to a complete tar
         """Raises `RemoteError` if the source fails after the tar in it was complete."""

@@ -201,7 +201,7 @@ def _check_status(response: urllib3.BaseHTTPResponse) -> None:
 
 
 def _extent(response: urllib3.BaseHTTPResponse) -> tuple[int, int | None]:
-    """First byte of the body, and length of the whole file where the server tells."""
+    """First byte of the body, and length of the file if the server sends it."""
     if response.status == 200:
         length = response.headers.get("Content-Length", "")
         chunked = "Transfer-Encoding" in response.headers

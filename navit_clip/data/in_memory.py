@@ -34,7 +34,7 @@ class OpenedImage:
             data says so.
 
     Raises:
-        ValueError: If it has no pixels, or its mode does not say what they mean.
+        ValueError: If it has no pixels, or a mode without a defined range.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -68,7 +68,7 @@ def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
             bytes of an encoded file, or its path. C is 1 (grey), 3 (RGB) or 4 (RGB and opacity).
 
     Raises:
-        ValueError: If it is none of these, or cannot be read; says what is wrong.
+        ValueError: If it is none of these, or cannot be read; names the mistake.
     """
     try:
         if isinstance(image, Image.Image):

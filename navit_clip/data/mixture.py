@@ -78,7 +78,7 @@ class Mixture:
 
     @cached_property
     def digest(self) -> str:
-        """Tells these shards from others, wherever they lie and whatever their weights."""
+        """A checksum of the shards' names, wherever they lie and whatever their weights."""
         pairs = zip(self.names, self._dataset_of_shard, strict=True)
         lines = [f"{name} {dataset}" for name, dataset in pairs]
         return f"{len(lines)} shards {hashlib.sha256('|'.join(lines).encode()).hexdigest()[:12]}"

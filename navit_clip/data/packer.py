@@ -1,6 +1,6 @@
 """Which examples share a batch: the packer, over the token budgets of all streams at once.
 
-Stands between the examples that a reader builds and the streams that `navit_clip.packed` lays out.
+Between the examples that a reader builds and the streams that `navit_clip.packed` lays out.
 NaViT packs by greedy first-fit, which fills one tower and leaves the other to chance: 200 pairs of
 random sizes miss a budget by 4%. Here a few hundred examples wait, and a batch is the oldest of
 them, improved by exchanges with the others until all budgets are full.

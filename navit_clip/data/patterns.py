@@ -129,7 +129,7 @@ def shard_names(shards: Sequence[str]) -> list[str]:
 
     The file's name without ``.tar`` where no other shard has it, else as many folders before it as
     it takes: ``coco-train/00000`` against ``flickr8k-train/00000``. Neither the machine nor what
-    is in a URL's query shows, unless nothing else tells two shards apart.
+    is in a URL's query shows, unless nothing else distinguishes two shards.
 
     Args:
         shards: All shards of a run, as from `expand_shards`.

@@ -1,4 +1,4 @@
-"""How a data worker hands a batch to the training process: all of it in one piece of shared memory.
+"""How a data worker hands a batch to the training process: all of it in one block of shared memory.
 
 For each tensor that is sent PyTorch shares a file of its own, and the training process asks the
 worker for each over a connection of its own, which a worker that is busy decoding answers late.
@@ -25,7 +25,7 @@ class SharedBatch:
 
     Args:
         content: What can be pickled; its tensors lie on the CPU, are of types that NumPy has and
-            need no gradient. Each arrives with bytes of its own, all in one piece of memory, which
+            need no gradient. Each arrives with bytes of its own, all in one block of memory, which
             lives as long as any of them.
 
     Raises:
@@ -37,11 +37,11 @@ class SharedBatch:
     def __init__(self, content: object) -> None:
         file, arrays = io.BytesIO(), list[pickle.PickleBuffer]()
         _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=arrays.append).dump(content)
-        pieces = [file.getbuffer(), *(array.raw() for array in arrays)]
-        places, end = [], 0
-        for piece in pieces:
-            places.append((end, end + piece.nbytes))
-            end += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
+        buffers = [file.getbuffer(), *(array.raw() for array in arrays)]
+        ranges, end = [], 0
+        for buffer in buffers:
+            ranges.append((end, end + buffer.nbytes))
+            end += -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
         try:
             shared = torch.empty(end, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
@@ -50,9 +50,9 @@ class SharedBatch:
                 "more room, in Docker by --shm-size, or lower data.workers or data.prefetch"
             ) from error
         memory = shared.numpy().data
-        for (begin, stop), piece in zip(places, pieces, strict=True):
-            memory[begin:stop] = piece
-        self._packed = shared, places
+        for (begin, stop), buffer in zip(ranges, buffers, strict=True):
+            memory[begin:stop] = buffer
+        self._packed = shared, ranges
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[Tensor, list[tuple[int, int]]]]:
         return _unpack, self._packed
@@ -67,7 +67,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _unpack(shared: Tensor, places: list[tuple[int, int]]) -> object:
+def _unpack(shared: Tensor, ranges: list[tuple[int, int]]) -> object:
     memory = shared.numpy().data
-    body, *arrays = (memory[begin:end] for begin, end in places)
+    body, *arrays = (memory[begin:end] for begin, end in ranges)
     return pickle.loads(body, buffers=arrays)

@@ -107,26 +107,26 @@ class ResolutionConfig:
                 )
 
 
-def share_of(images_seen: float, images: int) -> float:
-    """How much of a linear rise over so many images is done, in [0, 1]; all of one over none."""
+def ramp(images_seen: float, images: int) -> float:
+    """Value of a linear ramp from 0 to 1 over so many images; 1 if there are none."""
     return min(1.0, images_seen / images) if images else 1.0
 
 
 def limits(config: ResolutionConfig, images_seen: float) -> tuple[float, int]:
     """Largest side and most tokens of an image after so many images; never past the full ones."""
     curriculum = config.curriculum
-    share = share_of(images_seen, curriculum.images)
+    done = ramp(images_seen, curriculum.images)
     side, tokens = float(config.max_side), config.max_tokens
     if curriculum.start_side is not None:
-        side = curriculum.start_side + share * (config.max_side - curriculum.start_side)
+        side = curriculum.start_side + done * (config.max_side - curriculum.start_side)
     if curriculum.start_tokens is not None:
-        grown = share * (config.max_tokens - curriculum.start_tokens)
+        grown = done * (config.max_tokens - curriculum.start_tokens)
         tokens = curriculum.start_tokens + round(grown)
     return side, tokens
 
 
 def default_max_tokens(config: ResolutionConfig, patch_size: int) -> int:
-    """Patches of the largest images of a training run, a model's budget at inference."""
+    """Patches of the largest images of a training run, a model's token limit at inference."""
     if config.mode == "native":
         return config.max_tokens
     return min(config.max_tokens, max(1, config.max_side // patch_size) ** 2)
@@ -138,10 +138,10 @@ def sample_side(config: ResolutionConfig, max_side: float, rng: np.random.Genera
         u = rng.uniform(-1, 1)
     else:
         u = truncated_normal(rng, config.mean, config.std, -1, 1)
-    share = (u + 1) / 2
+    t = (u + 1) / 2
     if config.by == "side":
-        return config.min_side + share * (max_side - config.min_side)
-    return math.sqrt(config.min_side**2 + share * (max_side**2 - config.min_side**2))
+        return config.min_side + t * (max_side - config.min_side)
+    return math.sqrt(config.min_side**2 + t * (max_side**2 - config.min_side**2))
 
 
 def truncated_normal(
@@ -201,7 +201,7 @@ def fit_grid(
     *,
     upscale: bool = False,
 ) -> tuple[int, int]:
-    """The grid of whole patches that suits an image best, never of more than `max_tokens`.
+    """The best grid of whole patches for an image, of at most `max_tokens`.
 
     Among the grids around the exact size, the one that distorts the aspect ratio and the area
     least. Rounding up past the limit, as 20×29 = 580 for 576, cannot happen.

@@ -45,7 +45,7 @@ class DataState:
     """What one rank consumed so far.
 
     Attributes:
-        shards: Tells the shards that are read from others, see `Mixture.digest`.
+        shards: Checksum of the shards that are read, see `Mixture.digest`.
         total: Readers of all ranks.
         images: Samples that readers of another number had taken before, all together.
         leftovers: What each of the rank's readers finishes first in each dataset, by the reader's
@@ -98,8 +98,7 @@ def open_state(
     """Where a rank begins, or goes on.
 
     Args:
-        saved: What all ranks of the stopped run had consumed, in their order; empty at a run's
-            begin.
+        saved: What all ranks of the stopped run had consumed, in their order; empty for a new run.
         mixture: The run's shards.
         seed: Of the run.
         workers: Reader processes of each rank; 0 for one reader in the training process.

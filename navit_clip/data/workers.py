@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # the tools need no torch
     from torch.utils.data import DataLoader
 
 Batch = TypeVar("Batch")
-Task = TypeVar("Task")
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
 def run_unordered(
-    run: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+    run: Callable[[Argument], Result], tasks: Sequence[Argument], workers: int
 ) -> Iterator[Result]:
     """Yields the result of every task as it is done.
 

@@ -32,20 +32,20 @@ class OpenClipTokenizer(Tokenizer):
     def encode(self, text: str, context_length: int) -> list[int]:
         """Start, tokens, end; cut as open_clip cuts, keeping the end."""
         tokenizer = self._tokenizer
-        # open_clip's repair of broken Unicode and of HTML entities takes most of its time, and
-        # finds nothing in these.
+        # Fixing broken Unicode and HTML entities takes most of open_clip's time, and there are none
+        # in these.
         text = text.lower() if PLAIN.fullmatch(text) else tokenizer.clean_fn(text)
         ids = [tokenizer.sot_token_id]
-        # No token spans a space, so what stands between two is looked up as a whole.
+        # No token spans a space, so that words are looked up as wholes.
         for word in text.split():
             ids += self._words.get(word) or self._encode_word(word)
-            # Nobody reads on in a caption of 100 kB.
+            # The rest of a caption of 100 kB would be cut anyway.
             if len(ids) >= context_length - 1:
                 break
         return [*ids[: context_length - 1], tokenizer.eot_token_id]
 
     def _encode_word(self, word: str) -> list[int]:
-        """Ids of what stands between two spaces, kept for the next time."""
+        """Ids of one word, cached."""
         tokenizer = self._tokenizer
         word = word[:_MAX_WORD]
         letters = (

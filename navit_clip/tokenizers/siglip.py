@@ -69,9 +69,9 @@ class SiglipTokenizer(Tokenizer):
         atomic_write(directory / MODEL_FILE, self._model)
 
     def _clean(self, text: str) -> str:
-        repair, canonicalize = self._cleaners
-        # Nothing in these is in need of repair, which takes most of the time.
-        return canonicalize(text if PLAIN.fullmatch(text) else repair(text))
+        fix, canonicalize = self._cleaners
+        # There is nothing to fix in these, which would take most of the time.
+        return canonicalize(text if PLAIN.fullmatch(text) else fix(text))
 
     @cached_property
     def _cleaners(self) -> tuple[Callable[[str], str], Callable[[str], str]]:
@@ -122,7 +122,7 @@ class _Json:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is no tokenizer.json: {reason}") from error
-        # Length is decided here, whatever the file says.
+        # Captions are cut and padded here, whatever the file asks for.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.size: int = self._tokenizer.get_vocab_size()
@@ -150,7 +150,7 @@ def released_pad(path: Path) -> str:
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         raise UserError(
-            f"no {config} to say what fills up captions: put it there, or set tokenizer.pad_id "
+            f"no {config} that names the padding token: put it there, or set tokenizer.pad_id "
             "(1 for SigLIP, 0 for SigLIP 2)"
         )
     with reading(f"a pad_token from {config}", ValueError, KeyError, TypeError):

@@ -159,11 +159,11 @@ def quality(data: bytes, height: int, width: int) -> float:
 # At a quarter and at an eighth of the size the decoder shrinks most for what is asked of it. The
 # odd sizes end with partial blocks, and once stretched the picture by up to a block.
 @pytest.mark.parametrize("size", [(512, 768), (509, 763), (505, 761)])
-@pytest.mark.parametrize("share", [0.06, 1 / 8, 0.2, 1 / 4, 0.3, 0.7, 1, 1.5])
+@pytest.mark.parametrize("fraction", [0.06, 1 / 8, 0.2, 1 / 4, 0.3, 0.7, 1, 1.5])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_reduced_decode_looks_like_a_full_one(size, share, mode):
+def test_a_reduced_decode_looks_like_a_full_one(size, fraction, mode):
     data = encode(textured(*size).convert(mode), "JPEG", quality=90)
-    assert quality(data, round(size[0] * share), round(size[1] * share)) > 38
+    assert quality(data, round(size[0] * fraction), round(size[1] * fraction)) > 38
 
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -268,17 +268,17 @@ def test_formats_that_start_other_programs_are_not_opened():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
-def test_truncated_files_are_unreadable(kind, share):
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
+def test_truncated_files_are_unreadable(kind, fraction):
     data = encode(textured(64, 64), kind)
-    assert reason_of(data[: int(share * len(data))]) == "unreadable_image"
+    assert reason_of(data[: int(fraction * len(data))]) == "unreadable_image"
 
 
-@pytest.mark.parametrize("share", [0.4, 0.9])
-def test_a_jpeg_that_ends_in_grey_is_unreadable(share):
+@pytest.mark.parametrize("fraction", [0.4, 0.9])
+def test_a_jpeg_that_ends_in_grey_is_unreadable(fraction):
     # Closed by its end marker, as some servers do; Pillow returns what there is and grey below.
     data = encode(textured(64, 64), "JPEG")
-    assert reason_of(data[: int(share * len(data))] + b"\xff\xd9") == "unreadable_image"
+    assert reason_of(data[: int(fraction * len(data))] + b"\xff\xd9") == "unreadable_image"
 
 
 def test_a_jpeg_whose_faults_pillow_overlooks_is_pillows():

@@ -31,7 +31,7 @@ def waits(monkeypatch):
     return waits
 
 
-def outcome(path, wanted=None):
+def samples_and_error(path, wanted=None):
     """Readable samples, and the error after them, without the name of the shard."""
     samples = []
     try:
@@ -90,7 +90,7 @@ def test_the_same_from_a_server_as_from_disk(name, shard, monkeypatch):
     data = shard.read_bytes()
     with serve(Site({"a/00000.tar": data}, **SITES[name])) as site:
         url = f"{site.url}/a/00000.tar?signature=x"
-        assert outcome(url) == outcome(shard)
+        assert samples_and_error(url) == samples_and_error(shard)
         if "cut" in name:
             assert len(site.asked) > 3
         with closing(HttpStream(url)) as stream:
@@ -137,7 +137,7 @@ def test_skipped_payload_is_not_downloaded(ranges, tmp_path):
     path = write_shard(tmp_path / "0.tar", {str(i): {"jpg": noise, "txt": b"x"} for i in range(8)})
     size = path.stat().st_size
     with serve(Site({"0.tar": path.read_bytes()}, ranges=ranges)) as site:
-        assert outcome(f"{site.url}/0.tar", {6}) == outcome(path, {6})
+        assert samples_and_error(f"{site.url}/0.tar", {6}) == samples_and_error(path, {6})
         if ranges:
             assert len(site.asked) == 1 + 7  # all but the wanted one are jumped over
             assert site.asked == sorted(site.asked)
@@ -148,7 +148,7 @@ def test_skipped_payload_is_not_downloaded(ranges, tmp_path):
 
 def test_short_gaps_are_read_over(shard):
     with serve(Site({"0.tar": shard.read_bytes()})) as site:
-        outcome(f"{site.url}/0.tar", {50})
+        samples_and_error(f"{site.url}/0.tar", {50})
         assert len(site.asked) == 1
 
 
@@ -168,7 +168,7 @@ def test_a_reader_closed_early_lets_go_of_the_connection(shard):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
 def test_a_refusal_is_not_tried_again(status, waits):
     with serve(Site({}, statuses=[status] * 99)) as site:
-        samples, error = outcome(f"{site.url}/0.tar")
+        samples, error = samples_and_error(f"{site.url}/0.tar")
         assert samples == []
         assert error.startswith(f"HTTP {status} ")
         assert len(site.asked) == 1
@@ -204,7 +204,7 @@ def test_nobody_listens(waits):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/0.tar"
-        samples, error = outcome(url)
+        samples, error = samples_and_error(url)
     assert samples == []
     assert re.fullmatch(
         r"Failed to establish a new connection: .*refused, after 10 attempts", error
@@ -214,13 +214,13 @@ def test_nobody_listens(waits):
 
 def test_waits_grow_and_heed_the_server(waits, monkeypatch):
     with serve(Site({}, statuses=[503] * 99)) as site:
-        outcome(f"{site.url}/0.tar")
+        samples_and_error(f"{site.url}/0.tar")
     longest = [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
     assert all(limit / 2 <= wait <= limit for wait, limit in zip(waits, longest, strict=True))
     for asked, heeded in (("7", 7), ("100000", 30), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.25)):
         waits.clear()
         with serve(Site({}, statuses=[429, 404], retry_after=asked)) as site:
-            outcome(f"{site.url}/0.tar")
+            samples_and_error(f"{site.url}/0.tar")
         assert waits[0] >= heeded
         assert waits[0] <= max(heeded, 0.5)
 
@@ -234,13 +234,13 @@ def test_waits_grow_and_heed_the_server(waits, monkeypatch):
             {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"},
             {"Last-Modified": "Wed, 21 Oct 2015 07:29:00 GMT"},
         ),
-        ({}, {}),  # told by its length alone
+        ({}, {}),  # recognised by its length alone
     ],
 )
 @pytest.mark.parametrize("heeds_if_range", [True, False])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_shard_replaced_in_between_is_an_error(headers, other, heeds_if_range, ranges, shard):
-    everything, _ = outcome(shard)
+    everything, _ = samples_and_error(shard)
     data = shard.read_bytes()
     site = Site({"0.tar": data}, ranges=ranges, headers=headers, heeds_if_range=heeds_if_range)
 
@@ -251,7 +251,7 @@ def test_a_shard_replaced_in_between_is_an_error(headers, other, heeds_if_range,
 
     site.replace, site.cut = replace, lambda number: 40_000
     with serve(site):
-        samples, error = outcome(f"{site.url}/0.tar")
+        samples, error = samples_and_error(f"{site.url}/0.tar")
     assert error == "it was replaced on the server while it was read"
     assert [s.members for s in samples] == [s.members for s in everything[: len(samples)]]
     assert len(site.asked) == 2
@@ -267,14 +267,14 @@ def test_a_tar_that_is_damaged_at_the_source(length, shard):
         path = shard.with_name("damaged.tar")
         path.write_bytes(content_)
         with serve(Site({"damaged.tar": content_}, length=length)) as site:
-            assert outcome(f"{site.url}/damaged.tar") == outcome(path)
+            assert samples_and_error(f"{site.url}/damaged.tar") == samples_and_error(path)
             assert len(site.asked) <= (1 if length else 2)
 
 
 def test_a_body_encoded_on_the_way_is_refused(shard):
     site = Site({"0.tar": b"\x1f\x8b"}, headers={"Content-Encoding": "gzip"})
     with serve(site):
-        assert outcome(f"{site.url}/0.tar") == ([], "sent with Content-Encoding gzip")
+        assert samples_and_error(f"{site.url}/0.tar") == ([], "sent with Content-Encoding gzip")
 
 
 # From a command
@@ -282,13 +282,13 @@ def test_a_body_encoded_on_the_way_is_refused(shard):
 
 def test_the_same_from_a_command_as_from_disk(shard, tmp_path):
     for command in (f"cat {shard}", f"cat {shard} | cat", f"cat {shard}; cat {shard}"):
-        assert outcome(f"pipe:{command}") == outcome(shard)
-        assert outcome(f"pipe:{command}", {3, 50}) == outcome(shard, {3, 50})
+        assert samples_and_error(f"pipe:{command}") == samples_and_error(shard)
+        assert samples_and_error(f"pipe:{command}", {3, 50}) == samples_and_error(shard, {3, 50})
 
 
 def test_a_command_that_writes_much_to_standard_error(shard):
     command = f"head -c 1000000 /dev/zero >&2; cat {shard}"
-    assert outcome(f"pipe:{command}") == outcome(shard)
+    assert samples_and_error(f"pipe:{command}") == samples_and_error(shard)
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_a_command_that_writes_much_to_standard_error(shard):
     ],
 )
 def test_a_command_that_fails(command, readable, reason, shard):
-    everything, _ = outcome(shard)
-    samples, error = outcome(f"pipe:{command.format(shard)}")
+    everything, _ = samples_and_error(shard)
+    samples, error = samples_and_error(f"pipe:{command.format(shard)}")
     assert re.search(reason, error)
     assert samples == everything[: len(samples)]
     assert readable is None or len(samples) == readable
@@ -313,11 +313,11 @@ def test_a_command_that_fails(command, readable, reason, shard):
 
 def test_a_command_that_hangs(monkeypatch, shard):
     monkeypatch.setattr(command_stream, "COMMAND_TIMEOUT_S", 0.1)
-    samples, error = outcome(f"pipe:head -c 50000 {shard}; sleep 60")
+    samples, error = samples_and_error(f"pipe:head -c 50000 {shard}; sleep 60")
     assert samples
     assert error == "the command wrote nothing for 0.1 s"
     monkeypatch.setattr(command_stream, "COMMAND_END_S", 0.1)
-    samples, error = outcome(f"pipe:cat {shard}; exec >&-; sleep 60")
+    samples, error = samples_and_error(f"pipe:cat {shard}; exec >&-; sleep 60")
     assert len(samples) == 60
     assert error == "the command closed its output and does not end"
 

@@ -323,13 +323,13 @@ def test_scheduled_drop_follows_the_images_that_all_readers_took(pipeline, tmp_p
         drop=drop,
         resolution=ResolutionConfig(mode="native", max_tokens=24),
     )
-    shares = []
+    fractions = []
     for drawn, batch in enumerate(itertools.islice(data.batches_of(1, 2), 40)):
         image = batch.counts.streams["image"]
         rate = mean_rate(drop, 2 * drawn)
         assert image.tokens == max(1, round(image.tokens_before_drop * (1 - rate)))
-        shares.append(image.tokens / image.tokens_before_drop)
-    assert np.mean(shares[-10:]) > np.mean(shares[:10]) + 0.2  # the rate falls
+        fractions.append(image.tokens / image.tokens_before_drop)
+    assert np.mean(fractions[-10:]) > np.mean(fractions[:10]) + 0.2  # the rate falls
 
 
 def test_no_process_is_left_behind(pipeline, tmp_path):

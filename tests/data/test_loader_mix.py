@@ -1,4 +1,4 @@
-"""Several datasets in their shares, each with its own captions and its own epochs."""
+"""Several datasets in proportion to their weights, each with captions and epochs of its own."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def mixed(pipeline, tmp_path):
     return make
 
 
-def test_shares_hold_at_any_time(mixed):
+def test_proportions_hold_at_any_time(mixed):
     taken = Counter()
     for number, batch in enumerate(take(mixed(**ONE_BY_ONE), 60), start=1):
         assert sum(batch.counts.datasets.values()) == batch.counts.examples == 1
         taken += batch.counts.datasets
-        for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
-            assert abs(taken[name] - share * number) < 1
+        for name, weight in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
+            assert abs(taken[name] - weight * number) < 1
 
 
 def test_each_dataset_has_its_own_epochs(mixed):
@@ -64,7 +64,7 @@ def test_readers_share_every_dataset(mixed):
     assert set(first.values()) == {1}
 
 
-def test_a_resume_keeps_the_shares(mixed):
+def test_a_resume_keeps_the_proportions(mixed):
     data = mixed()
     whole = take(data, 14)
     state = data.begin()

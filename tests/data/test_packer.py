@@ -139,7 +139,7 @@ class TestEveryMode:
             restored.offer(pair)
         assert restored.pending == packer.pending
         assert given_out + len(packer.pending) == len(pairs[:cut])
-        # Pending pairs are whole, so that a cut is made of the same image again.
+        # Pending pairs are whole, so that the same image is trimmed again.
         assert all(pair.lengths[0] == pair.whole for pair in packer.pending)
         futures = [([*taken(p, pairs[cut:]), *flushed(p)], p.pending) for p in (restored, packer)]
         assert futures[0] == futures[1]
@@ -493,7 +493,7 @@ class TestFill:
 class TestTrimLengths:
     @staticmethod
     def one_by_one(lengths: list[int], total: int) -> list[int]:
-        """Takes token after token from the image that has lost the least share with it."""
+        """Takes token after token from the image that has lost the smallest fraction with it."""
         left = list(lengths)
         heap = [(1 / n, i) for i, n in enumerate(lengths) if n > 1]
         heapq.heapify(heap)

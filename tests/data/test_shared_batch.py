@@ -1,4 +1,4 @@
-"""Batches from data workers: the same content, in one piece of shared memory."""
+"""Batches from data workers: the same content, in one block of shared memory."""
 
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -41,7 +41,7 @@ def test_content_arrives_as_it_was():
             if isinstance(value, torch.Tensor):
                 assert found[name].dtype == value.dtype
                 assert torch.equal(found[name], value), name
-                # Blocks would be compiled anew for tensors that begin elsewhere.
+                # Blocks would be compiled again for tensors that begin elsewhere.
                 assert found[name].storage_offset() == 0
             else:
                 assert found[name] == value

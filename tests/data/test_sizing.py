@@ -224,10 +224,10 @@ def test_during_a_curriculum_images_are_sized_as_by_its_limits_of_the_moment(
     assume(start_side or start_tokens)
     full = {"mode": mode, "min_side": 64, "max_side": 300, "max_tokens": 256, "by": by}
     curriculum = CurriculumConfig(101, start_side, start_tokens)
-    share, limits = Fraction(min(seen, 101), 101), {}
+    done, limits = Fraction(min(seen, 101), 101), {}
     for name, start, end in (("max_side", start_side, 300), ("max_tokens", start_tokens, 256)):
         if start is not None:
-            limits[name] = start + share * (end - start)
+            limits[name] = start + done * (end - start)
     max_side = float(limits.get("max_side", 300))
     max_tokens = round(limits.get("max_tokens", 256))
     # A fractional side cannot be configured: the draw is compared by itself, the grid below.

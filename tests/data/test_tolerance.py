@@ -1,7 +1,7 @@
 """What the web puts into shards, through the real pipeline: right pixels, or one counted skip.
 
-Each case is a sample in front of good ones. `cases` is the table of outcomes: the upright colours
-that must arrive, or the reason under which the sample is counted.
+Each case is a sample in front of good ones. `cases` is the table of what is expected of each: the
+upright colours that must arrive, or the reason under which the sample is counted.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Case:
 
     Attributes:
         members: Content by extension; `GOOD` has what is left out, None takes a member away.
-        outcome: Reason of the skip, or upright RGB of the native size.
+        expected: Reason of the skip, or upright RGB of the native size.
         tolerance: Largest difference of one value that the format excuses.
     """
 
     members: dict[str, bytes | None]
-    outcome: str | np.ndarray = field(default_factory=lambda: np.asarray(photo(9, *SIZE)))
+    expected: str | np.ndarray = field(default_factory=lambda: np.asarray(photo(9, *SIZE)))
     tolerance: int = 0
 
 
 def image_case(
-    extension: str, data: bytes, outcome: str | np.ndarray | Image.Image, tolerance: int = 0
+    extension: str, data: bytes, expected: str | np.ndarray | Image.Image, tolerance: int = 0
 ) -> Case:
-    if isinstance(outcome, Image.Image):
-        outcome = np.asarray(outcome.convert("RGB"))
-    return Case({"png": None, extension: data}, outcome, tolerance)
+    if isinstance(expected, Image.Image):
+        expected = np.asarray(expected.convert("RGB"))
+    return Case({"png": None, extension: data}, expected, tolerance)
 
 
 def cut(data: bytes) -> bytes:
@@ -187,17 +187,17 @@ def test_a_sample_arrives_right_or_is_counted_once(name, first_batches):
     batches = first_batches(case)
     found = {batch.ids: batch for batch in batches}
     skipped = sum((batch.counts.skipped for batch in batches), Counter())
-    if isinstance(case.outcome, str):
+    if isinstance(case.expected, str):
         assert ("00000/case",) not in found
-        assert skipped == {case.outcome: 1}
+        assert skipped == {case.expected: 1}
         (line,) = (line for batch in batches for line in batch.counts.skip_log)
-        assert line.startswith(f"00000/case: {case.outcome}")
+        assert line.startswith(f"00000/case: {case.expected}")
         return
     assert not skipped
     batch = found["00000/case",]
     assert 1 < batch.inputs.texts.segments.lengths[0] <= CONTEXT
     pixels = picture(batch)
-    expected = case.outcome
+    expected = case.expected
     if expected.shape != pixels.shape:
         image = Image.fromarray(expected)
         size = (pixels.shape[1], pixels.shape[0])

@@ -44,7 +44,7 @@ def test_captions_of_a_member_and_of_json_fields():
 
 
 @pytest.mark.parametrize(
-    ("source", "members"),
+    ("field", "members"),
     [
         ("txt", {"txt": b"\xff\xfe caption"}),
         ("json.a", {"json": b"\xff{}"}),
@@ -57,11 +57,11 @@ def test_captions_of_a_member_and_of_json_fields():
         ("json.a", {"json": b'{"a": "half a \\ud83d character"}'}),
     ],
 )
-def test_unreadable_captions_are_refused_with_their_source(source, members):
+def test_unreadable_captions_are_refused_with_their_field(field, members):
     with pytest.raises(SkipSampleError) as caught:
-        find_captions(members, source)
+        find_captions(members, field)
     assert caught.value.reason == "bad_caption"
-    assert source in str(caught.value)
+    assert field in str(caught.value)
 
 
 @pytest.mark.parametrize("members", [{}, {"txt": b""}, {"txt": b" \n"}, {"json": b'{"txt": "x"}'}])
@@ -72,29 +72,29 @@ def test_a_sample_without_a_caption(members):
     assert "txt, json.alt" in str(caught.value)
 
 
-def shares(members, weights, draws=8000):
+def frequencies(members, weights, draws=8000):
     rng = np.random.default_rng(0)
     counts = Counter(choose_caption(members, weights, rng) for _ in range(draws))
     return {caption: n / draws for caption, n in counts.items()}
 
 
-def assert_shares(found, expected, draws=8000):
+def assert_frequencies(found, expected, draws=8000):
     assert set(found) == set(expected)
-    for caption, share in expected.items():
-        assert abs(found[caption] - share) < 4 * math.sqrt(share * (1 - share) / draws)
+    for caption, p in expected.items():
+        assert abs(found[caption] - p) < 4 * math.sqrt(p * (1 - p) / draws)
 
 
 MEMBERS = {"txt": b"alt", "json": as_json(ocr=["x", "y"], title="title")}
 
 
-def test_sources_are_drawn_by_weight_and_captions_evenly_within():
-    found = shares(MEMBERS, {"txt": 3.0, "json.ocr": 2.0, "json.title": 1.0})
-    assert_shares(found, {"alt": 3 / 6, "x": 1 / 6, "y": 1 / 6, "title": 1 / 6})
+def test_fields_are_drawn_by_weight_and_captions_evenly_within():
+    found = frequencies(MEMBERS, {"txt": 3.0, "json.ocr": 2.0, "json.title": 1.0})
+    assert_frequencies(found, {"alt": 3 / 6, "x": 1 / 6, "y": 1 / 6, "title": 1 / 6})
 
 
-def test_absent_sources_leave_their_weight_to_the_others():
-    found = shares(MEMBERS, {"txt": 3.0, "json.none": 100.0, "json.title": 1.0})
-    assert_shares(found, {"alt": 3 / 4, "title": 1 / 4})
+def test_absent_fields_leave_their_weight_to_the_others():
+    found = frequencies(MEMBERS, {"txt": 3.0, "json.none": 100.0, "json.title": 1.0})
+    assert_frequencies(found, {"alt": 3 / 4, "title": 1 / 4})
 
 
 def test_the_same_generator_draws_the_same_captions():
@@ -260,7 +260,7 @@ def train(*words: object) -> int:
     return 0
 
 
-def test_training_reads_every_source_and_passes_over_bad_captions(captioned, tmp_path, capsys):
+def test_training_reads_every_field_and_skips_bad_captions(captioned, tmp_path, capsys):
     output = tmp_path / "new" / "t.model"
     flags = ("--shards", captioned.parent, "--vocab-size", 64, "--output", output)
     assert train(*flags) == 0

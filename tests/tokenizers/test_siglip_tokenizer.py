@@ -178,12 +178,12 @@ def test_what_the_file_says_about_length_does_not_matter(released, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["released", "spiece"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_a_cut_file_is_one_line(kind, share, tmp_path, request):
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_a_cut_file_is_one_line(kind, fraction, tmp_path, request):
     SiglipTokenizer(request.getfixturevalue(kind), 1).save(tmp_path)
     path = tmp_path / "tokenizer.model"
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(UserError, match=r"tokenizer\.model") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

@@ -70,7 +70,7 @@ class Sample(Protocol):
 
 
 class SampleBuilder(Protocol[AnySample, AnyInputs_co]):
-    """Builds samples and puts them together; picklable, since it runs in data workers.
+    """Builds samples and collates them; picklable, since it runs in data workers.
 
     The same sample for the same raw sample and origin, wherever it runs.
     """

@@ -34,7 +34,7 @@ class Pair:
         origin: Where it was read.
         image: Kept patches and the grid.
         token_ids: The caption.
-        seed: Of the whole run.
+        seed: Of the run.
     """
 
     id: str
@@ -96,7 +96,7 @@ class PairBuilder:
         context_length: Most text tokens.
         patch_size: P.
         max_grid_side: Most rows or columns that the model's positions know.
-        seed: Of the whole run.
+        seed: Of the run.
     """
 
     captions: Mapping[str, float]
