@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from navit_clip.data.workers import batches_of, explain_killed_workers, prepare_
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.cache import Cache, ImageBlock, bytes_digest
-from navit_clip.evaluation.datasets import EvalDataset, Item, Key, block_of
+from navit_clip.evaluation.datasets import EvalDataset, Item, block_of
 from navit_clip.evaluation.models import Model, Sizer
 from navit_clip.evaluation.settings import EvalSetting
 
@@ -45,7 +46,7 @@ class Embedded:
         lengths: By setting, tokens of each image.
         padding: By setting, fraction of padding among the tokens computed.
         skipped: Unusable images and captions by reason.
-        skips: The first few of these in words.
+        skips: The first few of these, described.
     """
 
     names: list[str]
@@ -60,26 +61,18 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """What is known of a usable image beside its embeddings; `place` is that in its block."""
+class _Image:
+    """A usable image, without its data.
+
+    Attributes:
+        place: In its block.
+        item: As the dataset has it.
+        size: Native height and width.
+    """
 
     place: int
-    key: Key
-    name: str
-    classes: tuple[int, ...]
-    captions: tuple[str, ...]
+    item: Item
     size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _Skipped:
-    """An image that cannot be used."""
-
-    place: int
-    key: Key
-    name: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -87,15 +80,15 @@ class _Block:
     """Neighbouring images, decoded once and sized for all pairs of model and setting.
 
     Attributes:
-        rows: Of the usable images.
-        skipped: The others.
+        images: The usable ones.
+        skipped: The others by place; their data is the reason.
         sized: By pair, the usable images as its model takes them; None where `cached` has them.
         cached: By pair, the block as the cache has it, or None.
         keys: By pair, its name in the cache; empty without one.
     """
 
-    rows: list[_Row]
-    skipped: list[_Skipped]
+    images: list[_Image]
+    skipped: dict[int, Item]
     sized: list[list[Any] | None]
     cached: list[ImageBlock | None]
     keys: list[str]
@@ -139,14 +132,12 @@ class _Blocks(IterableDataset["_Block | UserError"]):
             hashes = [_content_hash(item) for item in items]
             keys = [self.cache.image_key(mark, setting, hashes) for _, setting, mark in self.pairs]
             cached = [self.cache.read(key, ImageBlock) for key in keys]
-        block = _Block([], [], [None if found else [] for found in cached], cached, keys)
+        block = _Block([], {}, [None if found else [] for found in cached], cached, keys)
         for place, item in enumerate(items):
             try:
                 self._add(block, place, item)
             except SkipSampleError as error:
-                block.skipped.append(
-                    _Skipped(place, item.key, item.name, error.reason, error.detail)
-                )
+                block.skipped[place] = replace(item, data=error)
         return block
 
     def _add(self, block: _Block, place: int, item: Item) -> None:
@@ -174,7 +165,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
             # After all of them: decoding may fail at the first pixel that is asked for.
             for sized, one in new:
                 sized.append(one)
-        block.rows.append(_Row(place, item.key, item.name, item.classes, item.captions, size))
+        block.images.append(_Image(place, replace(item, data=b""), size))
 
 
 def _content_hash(item: Item) -> bytes:
@@ -219,8 +210,8 @@ def embed_dataset(
         collate_fn=_as_it_is,
         worker_init_fn=_prepare,
     )
-    rows: list[_Row] = []
-    skipped: list[_Skipped] = []
+    images: list[_Image] = []
+    skipped: list[Item] = []
     embedded: list[list[ImageBlock]] = [[] for _ in pairs]
     failure: str | None = None
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
@@ -234,16 +225,15 @@ def embed_dataset(
                     raise block
                 for i, (model, _) in enumerate(pairs):
                     embedded[i].append(_embed(model, block, i, cache))
-                rows += block.rows
-                skipped += block.skipped
-                progress.update(len(block.rows) + len(block.skipped))
+                images += block.images
+                skipped += block.skipped.values()
+                progress.update(len(block.images) + len(block.skipped))
     except UserError as error:
         failure = str(error)
     # The other ranks would wait without end for one that failed alone.
-    failures = ranks.gather([failure] if failure else [])
-    if failures:
+    if failures := ranks.gather([failure] if failure else []):
         raise UserError(failures[0])
-    return _together(models, rows, skipped, embedded, dataset.skipped, ranks)
+    return _together(models, images, skipped, embedded, dataset.skipped, ranks)
 
 
 def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
@@ -252,7 +242,7 @@ def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> Image
     Raises:
         UserError: If the cache cannot be written.
     """
-    places = [row.place for row in block.rows]
+    places = [image.place for image in block.images]
     cached, sized = block.cached[pair], block.sized[pair]
     if cached is not None:
         return cached.only(places)
@@ -262,9 +252,9 @@ def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> Image
         model.embed_images(sized),
         places,
         [model.length(one) for one in sized],
-        [row.size for row in block.rows],
+        [image.size for image in block.images],
         model.padding_tokens - before,
-        {one.place: (one.reason, one.detail) for one in block.skipped},
+        {place: _reason(item) for place, item in block.skipped.items()},
     )
     if cache is not None:
         cache.write(block.keys[pair], embedded)
@@ -295,7 +285,7 @@ def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
 
 
 def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:
-    """What was skipped, in words: ``3 skipped (no_caption 1, …), the first …``.
+    """What was skipped: ``3 skipped (no_caption 1, …), the first …``.
 
     Args:
         counts: By reason.
@@ -306,28 +296,30 @@ def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:
     return f"{sum(counts.values())} skipped ({reasons}){first}"
 
 
-def _first(skipped: Sequence[_Skipped]) -> list[str]:
-    return [f"{s.reason}: {s.name}: {s.detail}" for s in skipped[:SHOWN_SKIPS]]
+def _reason(item: Item) -> tuple[str, str]:
+    assert isinstance(item.data, SkipSampleError)
+    return item.data.reason, item.data.detail
 
 
 def _together(
     models: Sequence[tuple[Model, Sequence[EvalSetting]]],
-    rows: list[_Row],
-    skipped: list[_Skipped],
+    images: list[_Image],
+    skipped: list[Item],
     embedded: Sequence[list[ImageBlock]],
     dropped: Mapping[str, int],
     ranks: Ranks,
 ) -> list[Embedded]:
     """What all ranks embedded, in the dataset's order; `dropped` the dataset skipped itself."""
-    rows = ranks.gather(rows)
-    skipped = sorted(ranks.gather(skipped), key=lambda one: one.key)
-    skips = [f"{one.reason}: {one.name}: {one.detail}" for one in skipped[:SHOWN_SKIPS]]
-    counts = Counter(one.reason for one in skipped) + Counter(dropped)
-    if not rows:
+    images = ranks.gather(images)
+    skipped = sorted(ranks.gather(skipped), key=attrgetter("key"))
+    found = [(item.name, *_reason(item)) for item in skipped]
+    skips = [f"{reason}: {name}: {detail}" for name, reason, detail in found[:SHOWN_SKIPS]]
+    counts = Counter(reason for _, reason, _ in found) + Counter(dropped)
+    if not images:
         why = describe_skips(counts, skips) if counts else "there is none"
         raise UserError(f"no image could be read: {why}")
-    order = sorted(range(len(rows)), key=lambda i: rows[i].key)
-    rows = [rows[i] for i in order]
+    order = sorted(range(len(images)), key=lambda i: images[i].item.key)
+    items, sizes = [images[i].item for i in order], [images[i].size for i in order]
     of_pair = iter(embedded)
     together = []
     for model, settings in models:
@@ -345,10 +337,10 @@ def _together(
             padding[setting] = wasted / (wasted + sum(every))
         together.append(
             Embedded(
-                names=[row.name for row in rows],
-                classes=[row.classes for row in rows],
-                captions=[row.captions for row in rows],
-                sizes=[row.size for row in rows],
+                names=[item.name for item in items],
+                classes=[item.classes for item in items],
+                captions=[item.captions for item in items],
+                sizes=sizes,
                 embeddings=embeddings,
                 lengths=lengths,
                 padding=padding,

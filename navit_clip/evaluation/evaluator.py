@@ -11,11 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from navit_clip.distributed import Ranks
@@ -26,7 +27,7 @@ from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded, describe_skips, embed_dataset
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.results import Confusion, EvalResult, Metric, Row, read_rows
+from navit_clip.evaluation.results import EvalResult, Metric, Row, read_rows
 from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
 from navit_clip.evaluation.texts import embed_texts
 
@@ -51,10 +52,13 @@ class EvalSpec:
     square: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "square"):
-            if any(size < 1 for size in getattr(self, name)):
-                values = getattr(self, name)
-                raise ValueError(f"{name} must hold numbers of at least 1, got {values}")
+        empty = ("", ())
+        for each in fields(self):
+            if getattr(self, each.name) in empty and each.default not in empty:
+                raise ValueError(f"{each.name} must not be empty")
+        for name, sizes in (("max_tokens", self.max_tokens), ("square", self.square)):
+            if any(size < 1 for size in sizes):
+                raise ValueError(f"{name} must hold numbers of at least 1, got {sizes}")
 
     @property
     def settings(self) -> list[EvalSetting]:
@@ -65,16 +69,6 @@ class EvalSpec:
     def data_name(self) -> str:
         """Name or path of the data, for results."""
         raise NotImplementedError
-
-    def check_given(self, *names: str) -> None:
-        """Refuses empty fields.
-
-        Raises:
-            ValueError: If one is; names it.
-        """
-        for name in names:
-            if not getattr(self, name):
-                raise ValueError(f"{name} must not be empty")
 
 
 S = TypeVar("S", bound=EvalSpec)
@@ -93,7 +87,7 @@ class Evaluator(ABC, Generic[S]):
         gallery: What the flag ``--gallery`` draws; empty without one.
         Spec: Its specification's class, a flag per field.
         METRICS: By key. Slashes in a key are levels of the JSON of results.
-        COUNTS: What a result counts, the images first.
+        counted: What a result counts beside images.
     """
 
     kind: ClassVar[str]
@@ -102,7 +96,7 @@ class Evaluator(ABC, Generic[S]):
     gallery: ClassVar[str] = ""
     Spec: ClassVar[type[EvalSpec]]
     METRICS: ClassVar[Mapping[str, Metric]]
-    COUNTS: ClassVar[tuple[str, ...]]
+    counted: ClassVar[str]
 
     def __init__(self, spec: S) -> None:
         self.spec = spec
@@ -121,7 +115,7 @@ class Evaluator(ABC, Generic[S]):
                 title=cls.title,
                 metrics=cls.METRICS,
                 data=str(content.get("data") or ""),
-                counts={name: int(content[name]) for name in cls.COUNTS},
+                counts={name: int(content[name]) for name in ("images", cls.counted)},
                 skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
                 rows=rows,
             )
@@ -218,8 +212,8 @@ class EmbeddingEvaluator(Evaluator[S]):
         """All texts that `score` needs."""
 
     @abstractmethod
-    def counts(self, data: Embedded) -> tuple[int, ...]:
-        """The numbers of `COUNTS`."""
+    def count(self, data: Embedded) -> int:
+        """How many there are of what is `counted`."""
 
     @abstractmethod
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterable[Row]:
@@ -256,12 +250,11 @@ class EmbeddingEvaluator(Evaluator[S]):
             model.check(setting)
         models = [model, *baselines]
         settings = [
-            order_settings([*(s for s in asked if _takes(one, s)), one.own_setting])
+            (one, order_settings([*(s for s in asked if _takes(one, s)), one.own_setting]))
             for one in models
         ]
         self.dataset = self.open()
-        pairs = list(zip(models, settings, strict=True))
-        embedded = embed_dataset(pairs, self.dataset, ranks, workers=workers, cache=cache)
+        embedded = embed_dataset(settings, self.dataset, ranks, workers=workers, cache=cache)
         data = embedded[0]
         if strict and data.skipped:
             found = describe_skips(data.skipped, data.skips)
@@ -276,8 +269,7 @@ class EmbeddingEvaluator(Evaluator[S]):
             except UserError as error:
                 problem = str(error)
         # The others would wait for rank 0 in whatever all of them do next.
-        problem = ranks.broadcast(problem)
-        if problem is not None:
+        if problem := ranks.broadcast(problem):
             raise UserError(problem)
         return result
 
@@ -292,33 +284,21 @@ class EmbeddingEvaluator(Evaluator[S]):
             title=self.title,
             metrics=self.METRICS,
             data=self.spec.data_name,
-            counts=dict(zip(self.COUNTS, self.counts(self.data), strict=True)),
+            counts={"images": len(self.data.names), self.counted: self.count(self.data)},
             skipped=dict(self.data.skipped),
             rows=tuple(rows),
             skip_examples=tuple(self.data.skips),
         )
 
 
-def make_row(
-    model: Model,
-    data: Embedded,
-    setting: EvalSetting,
-    metrics: dict[str, float],
-    measure: Measure,
-    *,
-    per_class: dict[str, float] | None = None,
-    confusions: Sequence[Confusion] = (),
-) -> Row:
-    """A row with the cost of its setting and a breakdown by shape and size of the images.
+def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measure) -> Row:
+    """A row with the cost of its setting, metrics, and these by shape and size of the images.
 
     Args:
         model: What embedded the images.
         data: Its embeddings.
         setting: One of `data`.
-        metrics: Over all images.
         measure: Gives the metrics of a group of images.
-        per_class: Accuracy by class, if measured.
-        confusions: The worst classes, if measured.
     """
     lengths = data.lengths[setting]
     flops = sum(n * model.image_flops(tokens) for tokens, n in Counter(lengths).items())
@@ -330,11 +310,9 @@ def make_row(
         mean_tokens=sum(lengths) / len(lengths),
         padding=data.padding[setting],
         flops_per_image=flops / len(lengths),
-        metrics=metrics,
+        metrics=measure(torch.arange(len(lengths))),
         by_aspect=by_aspect(data.sizes, measure),
         by_size=by_size(data.sizes, measure),
-        per_class=per_class or {},
-        confusions=tuple(confusions),
     )
 
 

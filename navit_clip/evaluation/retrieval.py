@@ -60,7 +60,6 @@ class RetrievalSpec(EvalSpec):
     def __post_init__(self) -> None:
         if self.data is None and self.captions is None:
             raise ValueError("data must name shards, or images and captions a folder and its file")
-        self.check_given("image_column", "caption_columns", "fields")
         super().__post_init__()
 
     @property
@@ -90,7 +89,7 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
         **_metrics(I2T, "image → text", "I→T"),
         **_metrics(T2I, "text → image", "T→I"),
     }
-    COUNTS = ("images", "captions")
+    counted = "captions"
 
     def open(self) -> EvalDataset:
         """Opens the captioned images."""
@@ -109,16 +108,16 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
         """All captions, image by image."""
         return [caption for captions in data.captions for caption in captions]
 
-    def counts(self, data: Embedded) -> tuple[int, ...]:
-        """Images and captions."""
-        return len(data.names), sum(map(len, data.captions))
+    def count(self, data: Embedded) -> int:
+        """Captions."""
+        return sum(map(len, data.captions))
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
         """Recall at every setting; queries of a group search among all images and captions."""
         image_T = image_of_captions(data)
         for setting, images_ED in data.embeddings.items():
             measure = partial(_recalls, *pair_ranks(images_ED, texts_TD, image_T), image_T)
-            yield make_row(model, data, setting, measure(torch.arange(len(images_ED))), measure)
+            yield make_row(model, data, setting, measure)
 
     def samples(self) -> ReportSamples:
         """Hits and misses, both ways."""

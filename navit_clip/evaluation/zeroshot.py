@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -58,10 +58,6 @@ class ZeroShotSpec(EvalSpec):
     classnames: str | None = None
     templates: str = "openai"
 
-    def __post_init__(self) -> None:
-        self.check_given("data", "templates")
-        super().__post_init__()
-
     @property
     def data_name(self) -> str:
         """The data."""
@@ -87,7 +83,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         "mean_per_class": Metric("mean per class"),
         "ece": Metric("ECE", lower_is_better=True),
     }
-    COUNTS = ("images", "classes")
+    counted = "classes"
 
     labelled: Labelled
     names: list[str]
@@ -106,9 +102,9 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         """The prompts of all classes, class by class."""
         return class_prompts(self.names, self.templates)
 
-    def counts(self, data: Embedded) -> tuple[int, ...]:
-        """Images, and classes that compete."""
-        return len(data.names), len(self._classes(data).competitors)
+    def count(self, data: Embedded) -> int:
+        """Classes that compete."""
+        return len(self._classes(data).competitors)
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
         """Accuracy, confusions and calibration at every setting."""
@@ -120,22 +116,16 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
             top1_E = found.rank_E < 1
             hits_L = classes.group_E[top1_E].bincount(minlength=len(classes.groups))
             accuracy_L = hits_L / images_L.double()
-            measure = partial(_accuracy, found.rank_E)
-            yield make_row(
-                model,
-                data,
-                setting,
-                {
-                    **measure(torch.arange(len(images_ED))),
-                    "mean_per_class": accuracy_L.mean().item(),
-                    "ece": expected_calibration_error(found.confidence_E, top1_E),
-                },
-                measure,
+            row = make_row(model, data, setting, partial(_accuracy, found.rank_E))
+            ece = expected_calibration_error(found.confidence_E, top1_E)
+            yield replace(
+                row,
+                metrics={**row.metrics, "mean_per_class": accuracy_L.mean().item(), "ece": ece},
                 per_class=dict(zip(classes.groups, accuracy_L.tolist(), strict=True)),
-                confusions=[
+                confusions=tuple(
                     _confusion(classes, found, i, accuracy)
                     for i, accuracy in _worst(accuracy_L, images_L)
-                ],
+                ),
             )
 
     def samples(self) -> ReportSamples:
