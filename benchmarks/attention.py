@@ -32,8 +32,7 @@ def packed(qkv: Tensor, segments: Segments) -> None:
 
 def padded(qkv: Tensor, segments: Segments) -> None:
     """Every segment padded to the longest, with a key mask, as batches of images usually are."""
-    parts = [part.transpose(0, 1) for part in qkv.split(segments.lengths)]
-    batch = torch.nn.utils.rnn.pad_sequence([p.transpose(0, 1) for p in parts], batch_first=True)
+    batch = torch.nn.utils.rnn.pad_sequence(qkv.split(segments.lengths), batch_first=True)
     lengths = torch.tensor(segments.lengths, device=qkv.device)
     mask = torch.arange(segments.max_length, device=qkv.device)[None, :] < lengths[:, None]
     q, k, v = batch.permute(2, 0, 3, 1, 4)

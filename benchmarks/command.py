@@ -143,35 +143,24 @@ def _command(argv: Sequence[str]) -> str:
 
 
 def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError):  # no git
+        folder = Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def _machine() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
-    names = [found[1] if found else platform.processor() or platform.machine()]
-    names.append(f"{os.cpu_count()} cores")
-    if memory := re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo")):
-        names.append(f"{int(memory[1]) / 2**20:.0f} GiB")
-    if torch.cuda.is_available():
-        names.append(torch.cuda.get_device_name())
-    return ", ".join(names)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:  # not Linux
-        return ""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    names = [name, f"{os.cpu_count()} cores", f"{memory:.0f} GiB"]
+    return ", ".join(
+        [*names, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])]
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,11 +123,11 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         # Drawing holds more than a gigabyte of photos, so it has a process of its own, which has
         # ended when the first trial begins.
-        drops = {variant.drop for variant in variants}
-        in_processes(spawned, _draw, [(workload, drops, Path(name))], "drawing the batches")
+        files = {variant.drop: Path(name, f"{variant.drop}.pickle") for variant in variants}
+        in_processes(spawned, _draw, [(workload, files)], "drawing the batches")
 
         def trial(variant: Variant) -> list[dict[str, float]]:
-            values = (variant, workload, _batches_file(Path(name), variant.drop), threads)
+            values = (variant, workload, files[variant.drop], threads)
             return in_processes(spawned, run_trial, [values], variant.name, _TIMEOUT_S)[0]
 
         calls: dict[Any, Callable[[], Any]] = {
@@ -138,16 +138,12 @@ def compare(
     return {v: _summary(results[v], results[v.precision]) for v in variants}
 
 
-def _batches_file(folder: Path, drop: float) -> Path:
-    return folder / f"{drop}.pickle"
-
-
-def _draw(workload: Workload, drops: Iterable[float], folder: Path) -> None:
+def _draw(workload: Workload, files: Mapping[float, Path]) -> None:
     """Writes the batches, a file for each mean token drop."""
     samples = read_samples(workload.shards)
-    for drop in drops:
+    for drop, path in files.items():
         batches = list(draw_batches(samples, workload.pairs, workload.batches, drop))
-        with _batches_file(folder, drop).open("wb") as file:
+        with path.open("wb") as file:
             pickle.dump(batches, file)
 
 

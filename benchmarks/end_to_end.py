@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from benchmarks.pairs import (
     draw_batches,
     read_samples,
 )
-from benchmarks.sizes import CONTEXT, WIDTHS, Widths
+from benchmarks.sizes import CONTEXT, WIDTHS
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 
@@ -57,36 +57,24 @@ ROOM = 1.02
 _PEER_LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What both trainers are given.
+def our_command(
+    args: argparse.Namespace, shards: Sequence[str], budget: Mapping[str, Any], directory: Path
+) -> list[str]:
+    """``python -m train`` with its configuration, written into the directory.
 
-    Attributes:
+    Args:
+        args: The flags' values.
         shards: Tar files.
-        widths: Of the towers.
-        pairs: Of a step.
-        steps: How many.
-        precision: ``fp32`` or ``bf16``.
-        device: ``cpu`` or ``cuda``.
+        budget: From `find_budget`.
+        directory: Of the run.
     """
-
-    shards: Sequence[str]
-    widths: Widths
-    pairs: int
-    steps: int
-    precision: str
-    device: str
-
-
-def our_command(run: Run, budget: Mapping[str, Any], directory: Path) -> list[str]:
-    """``python -m train`` with its configuration, written into the directory."""
     config = {
         "run_dir": str(directory / "run"),
-        "steps": run.steps,
+        "steps": args.steps,
         "tokenizer": {"kind": "open_clip"},
-        "task": {"kind": "contrastive", "model": asdict(run.widths.config())},
+        "task": {"kind": "contrastive", "model": asdict(WIDTHS[args.size].config())},
         "data": {
-            "train": list(run.shards),
+            "train": list(shards),
             "resolution": {"min_side": MIN_SIDE, "max_side": MAX_SIDE, "max_tokens": MAX_TOKENS},
             "budget": dict(budget),
             "packing": "constant",
@@ -94,36 +82,36 @@ def our_command(run: Run, budget: Mapping[str, Any], directory: Path) -> list[st
             "workers": 1,
         },
         "log": {"every_steps": 1},
-        "precision": run.precision,
-        "device": run.device,
+        "precision": args.precision,
+        "device": default_device(),
     }
     file = directory / "run.yaml"
     file.write_text(json.dumps(config))  # YAML is a superset of JSON
     return [sys.executable, "-m", "train", "--config", str(file)]
 
 
-def peer_command(run: Run, python: str, directory: Path) -> list[str]:
-    """open_clip's trainer with a model of the same widths."""
+def peer_command(args: argparse.Namespace, shards: Sequence[str], directory: Path) -> list[str]:
+    """open_clip's trainer with a model of the same widths, likewise."""
     (directory / "models").mkdir()
     model = directory / "models/equal-widths.json"
-    model.write_text(json.dumps(run.widths.open_clip_config()))
+    model.write_text(json.dumps(WIDTHS[args.size].open_clip_config()))
     flags = {
         "model": "equal-widths",
-        "train-data": "::".join(run.shards),
+        "train-data": "::".join(shards),
         "dataset-type": "webdataset",
-        "train-num-samples": run.pairs * run.steps,
-        "batch-size": run.pairs,
+        "train-num-samples": args.pairs * args.steps,
+        "batch-size": args.pairs,
         "epochs": 1,
         "warmup": 1,
         "workers": 1,
-        "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[run.precision],
-        "device": run.device,
+        "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[args.precision],
+        "device": default_device(),
         "log-every-n-steps": 1,
         "logs": directory,
         "name": "run",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [python, str(PEER_SCRIPT), "train", str(directory / "models"), *words]
+    return [args.peer_python, str(PEER_SCRIPT), "train", str(directory / "models"), *words]
 
 
 def run_command(command: Sequence[str], directory: Path, weights: str) -> float:
@@ -142,19 +130,16 @@ def run_command(command: Sequence[str], directory: Path, weights: str) -> float:
     """
     output = directory / "output.txt"
     begin = time.perf_counter()
-    try:
-        with output.open("w") as file:
-            status = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-    except OSError as error:
-        raise UserError(f"cannot start {command[0]}: {error.strerror}") from error
+    with output.open("w") as file:
+        status = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
     seconds = time.perf_counter() - begin
     if status != 0 or not (directory / weights).is_file():
         said = output.read_text(errors="replace").split("\n")
@@ -231,21 +216,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     peer_versions = need_peer(args.peer_python)
     budget = find_budget(args.shards, args.pairs)
     shards = expand_shards(args.shards or [str(REAL_DATA / "coco-train")])
-    planned = Run(
-        [str(Path(shard).resolve()) for shard in shards],
-        WIDTHS[args.size],
-        args.pairs,
-        args.steps,
-        args.precision,
-        default_device(),
-    )
+    shards = [str(Path(shard).resolve()) for shard in shards]
     trainers = {
         "navit_clip": partial(
-            train, partial(our_command, planned, budget), "run/model/model.safetensors", read_ours
+            train,
+            partial(our_command, args, shards, budget),
+            "run/model/model.safetensors",
+            read_ours,
         ),
         "open_clip": partial(
             train,
-            partial(peer_command, planned, args.peer_python),
+            partial(peer_command, args, shards),
             "run/checkpoints/epoch_1.pt",
             partial(read_peer, pairs=args.pairs),
         ),

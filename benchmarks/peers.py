@@ -178,7 +178,7 @@ class VitPytorch(_OpenClipText):
         by_length = sorted(pairs, key=lambda real: -real.pair.lengths[0])
         rows: list[list[RealPair]] = []
         for real in by_length:
-            fits = (r for r in rows if _tokens(r) + real.pair.lengths[0] <= ROW_TOKENS)
+            fits = (r for r in rows if _tokens([*r, real]) <= ROW_TOKENS)
             row = next(fits, None)
             if row is None:
                 rows.append(row := [])

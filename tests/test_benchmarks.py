@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,8 @@ def test_a_result_that_cannot_be_drawn_is_one_line(tmp_path):
 
 def test_our_trainer_end_to_end(shards, tmp_path):
     tars = sorted(str(path) for path in Path(shards).glob("*.tar"))
-    trained = end_to_end.Run(tars, WIDTHS["XS/16"], 3, 3, "fp32", "cpu")
-    command = end_to_end.our_command(trained, end_to_end.find_budget(tars, 3), tmp_path)
+    args = Namespace(size="XS/16", pairs=3, steps=3, precision="fp32")
+    command = end_to_end.our_command(args, tars, end_to_end.find_budget(tars, 3), tmp_path)
     assert end_to_end.run_command(command, tmp_path, "run/model/model.safetensors") > 0
     found = end_to_end.read_ours(tmp_path)
     assert found["pairs"] == 6  # of the second and third step
