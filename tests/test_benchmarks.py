@@ -154,15 +154,15 @@ def test_both_embeddings_of_a_pair_are_in_one_row(name, shards):
     assert nearest.min(1).values.max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["packing", "step"])
-def test_shards_that_cannot_be_measured_are_one_line(name, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("name", "flags"), [("packing", []), ("step", ["--only", "bf16"])])
+def test_shards_that_cannot_be_measured_are_one_line(name, flags, tmp_path, monkeypatch, capfd):
     cut, texts = tmp_path / "cut.tar", tmp_path / "texts.tar"
     write_shard(cut, {"a": sample(0)})
     cut.write_bytes(cut.read_bytes()[:-11_000])
     write_shard(texts, {"a": {"txt": b"a dog"}})
     for shard, reason in ((cut, f"cannot read a shard: {cut}"), (texts, "photos with captions")):
         with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, tmp_path, name, "--shards", str(shard))
+            run(monkeypatch, tmp_path, name, *flags, "--shards", str(shard))
         assert stop.value.code == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(f"benchmarks.{name}: error: ")

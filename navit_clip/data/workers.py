@@ -82,6 +82,8 @@ def explain_killed_workers(fix: str) -> Iterator[None]:
         if not first.startswith("DataLoader worker"):
             raise
         raise UserError(f"{first}, perhaps for lack of memory: {fix}") from error
+    except (ConnectionResetError, EOFError) as error:  # killed while it handed a batch over
+        raise UserError(f"DataLoader worker ended, perhaps for lack of memory: {fix}") from error
 
 
 class _DoneEvent:

@@ -39,6 +39,11 @@ from navit_clip.training.starting_weights import keep_tokenizer, starting_point
 from navit_clip.training.step import Stepper, StepResult
 from navit_clip.training.watchdog import Watchdog
 
+_KILLED_WORKERS = (
+    "lower data.workers, data.prefetch or data.shuffle_buffer; the same command continues from the "
+    "last checkpoint"
+)
+
 
 def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
     """Runs or continues a run to its end.
@@ -92,7 +97,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
             f"{config.precision}, {reports.meter.describe()}, "
             + (f"continuing from step {start}" if start else "from step 0")
         )
-        with reports.watchdog.watching():
+        with explain_killed_workers(_KILLED_WORKERS), reports.watchdog.watching():
             # A run killed between a checkpoint and its evaluation makes up for that here.
             logged = reports.log.resumed if reports.log is not None else set()
             due = evaluations.due(start, ranks.broadcast(logged)) if start else []
@@ -109,21 +114,17 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
                     pin_memory=ranks.device.type == "cuda",
                 )
                 interval = Interval(build.streams, [dataset.name for dataset in mixture.datasets])
-                with explain_killed_workers(
-                    "lower data.workers, data.prefetch or data.shuffle_buffer; the same command "
-                    "continues from the last checkpoint"
-                ):
-                    _loop(
-                        config,
-                        stepper,
-                        batches,
-                        checkpoints,
-                        evaluations,
-                        data_state,
-                        start,
-                        interval,
-                        reports,
-                    )
+                _loop(
+                    config,
+                    stepper,
+                    batches,
+                    checkpoints,
+                    evaluations,
+                    data_state,
+                    start,
+                    interval,
+                    reports,
+                )
             reports.watchdog.heartbeat("the export of the model", slow=True)
             weights = stepper.host_weights()
         if weights is not None:
