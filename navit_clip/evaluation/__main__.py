@@ -68,12 +68,12 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
 
 
 def _log(line: str) -> None:
-    """A line on standard error that leaves a progress bar whole."""
+    """A line on standard error, above a progress bar if there is one."""
     tqdm.write(f"eval: {line}", file=sys.stderr)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Refuses what cannot be written before the hours of work and not after them."""
+    """Refuses what cannot be written, before hours of work and not after them."""
     taken: dict[Path, str] = {}
     for name in ("output", "report", "curve", "gallery"):
         path = getattr(args, name, None)

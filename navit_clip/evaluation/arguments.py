@@ -23,7 +23,7 @@ _OPEN_CLIP = "open_clip:"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; ``--help`` shows how it is meant."""
+    """Raises errors for `one_line_errors` to print."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
     Raises:
         SystemExit: After ``--help``.
-        UserError: For words that make no sense.
+        UserError: For invalid arguments.
     """
     parser = _Parser(prog=prog, description="Zero-shot classification and retrieval.")
     commands = parser.add_subparsers(dest="command", required=True)

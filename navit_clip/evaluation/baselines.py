@@ -213,7 +213,7 @@ def _create(
         if weights is None:
             what = f"open_clip's {architecture} does not take side {side}"
         elif isinstance(error, (UnpicklingError, EOFError, IndexError)):
-            # torch's own words recommend to load it without care.
+            # torch's message recommends to load it without checks.
             raise UserError(f"weights {weights} are no checkpoint of plain tensors") from error
         else:
             what = f"weights {weights} do not fit open_clip's {architecture}"

@@ -1,10 +1,10 @@
 """Embeddings kept from one evaluation to the next, found again by content.
 
-Stands beside `navit_clip.evaluation.embed` and `navit_clip.evaluation.texts`, which embed in
-blocks: each block is one file, written atomically when it is embedded, so that a killed evaluation
-resumes after the last of them. Its name is a hash of all that the embeddings depend on: the model,
-the setting, and the bytes of all images of the block, since neighbours in a batch change the last
-digits. Nothing else has to be remembered, and nothing goes stale.
+`navit_clip.evaluation.embed` and `navit_clip.evaluation.texts` embed in blocks: each block is one
+file, written atomically when it is embedded, so that a killed evaluation resumes after the last of
+them. Its name is a hash of all that the embeddings depend on: the model, the setting, and the bytes
+of all images of the block, since neighbours in a batch change the last digits. Nothing else has to
+be remembered, and nothing goes stale.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Cache:
 
         Args:
             model: Its fingerprint.
-            setting: How the images are shown.
+            setting: How the images are prepared.
             images: What identifies each of the block, in order, such as a hash of its file.
         """
         return _key(model, "images", setting.kind, str(setting.size), *images)
@@ -152,7 +152,7 @@ class Cache:
             return None
 
     def write(self, key: str, block: ImageBlock | TextBlock) -> None:
-        """Keeps a block, whole or not at all.
+        """Writes a block atomically.
 
         Raises:
             UserError: If the disk does not take it.
@@ -181,7 +181,7 @@ class Cache:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *more: str) -> str:
-    """Hash of tensors by name, type, shape and contents, and of more words."""
+    """Hash of tensors by name, type, shape and contents, and of more texts."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         _add(digest, f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -205,6 +205,6 @@ def _key(*words: str | bytes) -> str:
 
 
 def _add(digest: hashlib.blake2b, data: bytes | memoryview) -> None:
-    """With its length, so that words that run together in another way hash differently."""
+    """With its length, so that other splits of the same bytes hash differently."""
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)

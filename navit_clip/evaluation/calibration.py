@@ -43,7 +43,7 @@ def expected_calibration_error(confidence_E: Tensor, correct_E: Tensor) -> float
 
 
 def calibration_bins(confidence_E: Tensor, correct_E: Tensor) -> tuple[Bin, ...]:
-    """The bins of `expected_calibration_error` that hold an image; arguments as there."""
+    """The non-empty bins of `expected_calibration_error`, of the same arguments."""
     confidence_E = confidence_E.double().nan_to_num(nan=1.0)
     bin_E = _bin_of(confidence_E)
     bins = []

@@ -36,7 +36,7 @@ def open_captioned(
         images: Folder of images, or None: that of a table if there is one.
         captions: COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``, or a table that ends
             in ``.csv``, ``.tsv`` or ``.parquet``; or None.
-        fields: caption fields within shards.
+        fields: Caption fields within shards.
         split: Split of a Karpathy file; None takes ``test`` if there is one, else all.
         image_column: Column of a table that holds the path.
         caption_columns: Columns of a table that hold a caption each.

@@ -1,8 +1,8 @@
 """Where evaluation data comes from: files and webdataset shards, with labels or captions.
 
 `labelled` and `captioned` open them. Every dataset can be read in parts, so that ranks and workers
-share it; the key of an item says where it stands in the whole, which puts the results of all parts
-in one order again.
+share it; the key of an item is its place in the dataset, by which the results of all parts are
+sorted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Item:
     """One image of a dataset.
 
     Attributes:
-        key: Place in the whole dataset.
+        key: File and index in it.
         name: File or sample, for messages and pictures.
         data: The encoded image, or why there is none.
         classes: Indices of the classes that are right, none for captioned data.
@@ -74,7 +74,7 @@ class EvalDataset(ABC):
 
     Attributes:
         skipped: Captions that were dropped, by reason, before any image was read.
-        count: Images in the whole dataset, None if only reading it tells.
+        count: Images in the dataset, None if it would have to be read.
     """
 
     skipped: Mapping[str, int] = MappingProxyType({})
@@ -119,7 +119,7 @@ class FileDataset(EvalDataset):
             except OSError as error:
                 data = SkipSampleError("missing_image", error.strerror or str(error))
             if self.captions is not None and not captions:
-                data = SkipSampleError("no_caption", "nothing says what it shows")
+                data = SkipSampleError("no_caption", "it has no caption")
             yield Item((0, index), str(path), data, classes, captions)
 
 

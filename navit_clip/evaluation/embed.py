@@ -262,7 +262,7 @@ def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> Image
 
 
 def _prepare(worker: int) -> None:
-    """Else a worker whose parent is killed may wait without end for somebody to take its images."""
+    """Else a worker whose parent is killed may wait without end for its images to be taken."""
     prepare_worker()
 
 
@@ -279,9 +279,9 @@ def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
         total: How many there are, if known.
         ranks: This process among all of them.
     """
-    shown = ranks.is_first and sys.stderr.isatty()
-    # A training run evaluates hundreds of times: what stays on the terminal must be the result.
-    return tqdm(total=total, desc=what, unit=f" {what}", disable=not shown, leave=False)
+    visible = ranks.is_first and sys.stderr.isatty()
+    # A training run evaluates hundreds of times: only results should stay on the terminal.
+    return tqdm(total=total, desc=what, unit=f" {what}", disable=not visible, leave=False)
 
 
 def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:

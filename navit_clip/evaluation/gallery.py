@@ -37,21 +37,21 @@ def draw_gallery(
         images_ED: Image embeddings at one setting.
         texts_TD: Caption embeddings.
         image_T: Index of each caption's image.
-        dataset: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the chosen images.
         output: PNG file to write.
 
     Raises:
         UserError: If the file cannot be written.
     """
     count = min(_COLUMNS * _ROWS, len(data.names))
-    shown = torch.linspace(0, len(data.names) - 1, count).long().tolist()
+    chosen = torch.linspace(0, len(data.names) - 1, count).long().tolist()
     texts = [caption for captions in data.captions for caption in captions]
-    pixels = read_images(dataset, {data.names[i] for i in shown})
+    pixels = read_images(dataset, {data.names[i] for i in chosen})
     rows = -(-count // _COLUMNS)
     cell_height = _THUMB + _MARGIN + _CAPTIONS * (2 * _LINE + 6) + _MARGIN
     canvas = Image.new("RGB", (_COLUMNS * _CELL + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for place, index in enumerate(shown):
+    for place, index in enumerate(chosen):
         left = _MARGIN + place % _COLUMNS * _CELL
         top = _MARGIN + place // _COLUMNS * cell_height
         encoded = pixels.get(data.names[index], b"")

@@ -29,8 +29,8 @@ class Labelled:
     Attributes:
         dataset: The images, each with the indices of the classes that are right.
         folders: The data's own names of its classes, by index; None where indices are those of
-            classes that somebody else names.
-        classes: Every class that occurs, None if only reading all samples tells.
+            classes that the data does not name.
+        classes: Every class that occurs, None if all samples would have to be read.
     """
 
     dataset: EvalDataset

@@ -119,7 +119,7 @@ class PackedModel(Model):
         self.embed_dim = model.config.embed_dim
 
     def check(self, setting: EvalSetting) -> None:
-        """Squares must be whole patches that the positions know."""
+        """Squares must be whole patches within the position table."""
         side, config = setting.side, self.model.config.image
         if side is None:
             return
@@ -132,8 +132,8 @@ class PackedModel(Model):
             )
         if side > patch * most:
             raise UserError(
-                f"--square {side} is past the {patch * most} pixels whose positions "
-                f"{self.name} knows"
+                f"--square {side} is past the {patch * most} pixels of the position table of "
+                f"{self.name}"
             )
 
     def length(self, sized: ImagePatches) -> int:
@@ -141,7 +141,7 @@ class PackedModel(Model):
         return len(sized.patches)
 
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
-        """Packed by token budget."""
+        """In packed streams."""
         # Counted where the tower sees it: how streams are made is not this module's business.
         with self.model.image.register_forward_pre_hook(self._count), self._around():
             return image_vectors(self.model, images)
@@ -150,7 +150,7 @@ class PackedModel(Model):
         self.padding_tokens += inputs[0].segments.padding
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Packed by token budget."""
+        """In packed streams."""
         with self._around():
             return text_vectors(self.model, self.tokenizer, texts)
 

@@ -1,7 +1,7 @@
 """Ranks of right answers among all: how many wrong ones are at least as near.
 
 Ties, and scores that are NaN, go against the model: whatever is not certain counts as a miss. The
-similarity matrix is never in memory as a whole.
+similarity matrix is never in memory all at once.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def classify(
         scores = images.double() @ classes_CD.T
         right = right_LC[group]
         wrong = scores.masked_fill(right, -torch.inf)
-        # Several may be right: the nearest counts, and none of them stands in another's way.
+        # Several may be right: the nearest counts, and none of them counts as wrong for another.
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         rank = (~(scores < best - TIE) & ~right).sum(1)
         nearest = torch.where(right.all(1), -1, wrong.argmax(1))

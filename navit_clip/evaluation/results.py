@@ -19,7 +19,7 @@ from navit_clip.evaluation.settings import EvalSetting
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is compared and shown.
+    """How a metric is compared and displayed.
 
     Attributes:
         label: Heading of its column, such as ``top-1``.
@@ -27,7 +27,7 @@ class Metric:
         abbreviation: Of the group, for where there is no such heading.
         is_headline: Whether it is in curves, breakdowns and log lines; every result must have it.
         lower_is_better: Whether a smaller value is the better one.
-        is_fraction: Whether it is shown as a percentage.
+        is_fraction: Whether it is displayed as a percentage.
     """
 
     label: str
@@ -93,7 +93,7 @@ class Row:
     Attributes:
         model: Its name.
         series: 0 for the model under evaluation, 1 and on for baselines.
-        setting: How images were shown to it.
+        setting: How images were prepared.
         is_own: Whether the setting is the model's own.
         mean_tokens: Tokens of an image.
         padding: Fraction of the computed tokens that is padding, if known.
@@ -136,7 +136,7 @@ class EvalResult:
         counts: How many images there were, and how many of what they were compared with.
         skipped: Unusable images and captions by reason.
         rows: The model's settings in order, then each baseline's.
-        skip_examples: The first few unusable ones in words; not written.
+        skip_examples: The first few unusable ones, described; not written.
     """
 
     kind: str
@@ -169,7 +169,7 @@ class EvalResult:
         return {row.series: row.model for row in self.rows}
 
     @property
-    def shown(self) -> dict[str, Metric]:
+    def measured(self) -> dict[str, Metric]:
         """The metrics that any row has, in the order of tables."""
         return {
             key: metric
@@ -189,7 +189,7 @@ class EvalResult:
         return f"{self.title}: {counts}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the metrics of the model's own setting stand at the top as well."""
+        """Plain values; the metrics of the model's own setting are also at the top level."""
         settings: dict[int, list[dict[str, Any]]] = {series: [] for series in self.models}
         for row in self.rows:
             settings[row.series].append(_row_to_json(row))

@@ -1,8 +1,8 @@
-"""How images are shown to a model, and which settings an evaluation uses.
+"""How images are prepared for a model, and which settings an evaluation uses.
 
 A model has a setting of its own, which its headline metrics belong to. The others measure it at
-other resolutions: token limits, images at their own size, and squares as plain ViTs see them.
-`Model.size` turns an image and a setting into what the model embeds.
+other resolutions: token limits, images at their own size, and squares as plain ViTs take them.
+`Model.sizer` turns an image and a setting into what the model embeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from navit_clip.configs import check_choices
 
 @dataclass(frozen=True)
 class EvalSetting:
-    """One way to show images to a model.
+    """One way to prepare images for a model.
 
     Attributes:
         kind: ``capped``, at the image's own size and aspect ratio up to a token limit;

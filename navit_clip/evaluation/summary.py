@@ -20,9 +20,9 @@ def table(result: EvalResult, file: str = "") -> str:
 
     Args:
         result: The result.
-        file: It was read from, to tell several apart.
+        file: Its file's name, for a list of several.
     """
-    metrics = result.shown
+    metrics = result.measured
     names = ["setting", "tokens", "GFLOPs", *(metric.label for metric in metrics.values())]
     rows = [names, *(_cells(row, metrics) for row in result.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
@@ -60,7 +60,7 @@ def _cells(row: Row, metrics: Mapping[str, Metric]) -> list[str]:
 
 
 def _shorten(name: str, most: int) -> str:
-    """Keeps the end, which tells paths apart."""
+    """Keeps the end, by which paths differ."""
     return name if len(name) <= most else "…" + name[1 - most :]
 
 

@@ -30,7 +30,7 @@ from navit_clip.evaluation.results import Confusion, Metric, Row
 Template = Callable[[str], str]
 
 _MARKS = ("{}", "{c}")
-_WORST, _TAKEN_FOR = 10, 3  # classes shown among the confusions, and what they are taken for
+_WORST, _TAKEN_FOR = 10, 3  # classes among the confusions, and what each is taken for
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str
         and [*map(int, folders)] != sorted(map(int, folders))
     ):
         raise UserError(
-            f"class folders are numbers that sort as {', '.join(folders[:3])}, …: say which class "
-            "each is with --class-map index, or imagenet"
+            f"class folders are numbers that sort as {', '.join(folders[:3])}, …: define the "
+            "classes with --class-map index, or imagenet"
         )
     return names
 

@@ -206,7 +206,7 @@ def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, 
     for name, picture in pictures.items():
         with Image.open(name) as original, Image.open(uri_file(picture, tmp_path)) as small:
             assert small.format == "WEBP"
-            assert small.size == picture.shown
+            assert small.size == picture.thumbnail_size
             assert small.width <= min(240, original.width)
             assert small.height <= min(180, original.height)
             assert abs(small.width / original.width - small.height / original.height) < 0.06

@@ -77,7 +77,7 @@ def load_class_map(name: str) -> ClassMap:
     Args:
         name: ``imagenet`` (synset names such as n01440764, and numbers as ImageNet-V2's folders
             have, to the 1,000 classes), ``index`` (a folder's name is the index), or a file in one
-            of these forms, told apart by content:
+            of these forms, recognised by content:
 
             - JSON ``{"folder": 3, "other": [5, 7], "left out": []}``;
             - JSON ``{"0": ["n01440764", "tench"], …}``, the usual ``imagenet_class_index.json``;

@@ -1,9 +1,9 @@
 """The charts of a result: accuracy against cost, and confidence against accuracy.
 
 matplotlib draws them, as a PNG of two panels (mean tokens and GFLOPs per image) or as SVG inside
-the page. Colour and marker say the model, the line's dashes the metric, a label the setting, a ring
-the model's own. Settings at native aspect ratio are joined in order of cost, squares apart from
-them.
+the page. Colour and marker stand for the model, dashes for the second metric, a label for the
+setting, a ring for the model's own. Settings at native aspect ratio are joined in order of cost,
+squares apart from them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
     _PAPER: "var(--paper)",
 }
 _LOG_FROM = 3.0  # ratio of largest to smallest from which a cost axis is logarithmic
-# Where a label may stand beside its point: offset in points of 1/72 inch, and how text aligns.
+# Places of a label beside its point: offset in points of 1/72 inch, and how text aligns.
 _SIDES = (
     (0, 7, "center", "bottom"),
     (0, -7, "center", "top"),
@@ -95,7 +95,7 @@ class Line:
         series: 0 for the model, 1 and on for baselines.
         dashed: Whether it is of the second metric.
         key: Of the metric.
-        metric: How it is shown.
+        metric: Its label and format.
         rows: The settings, in order of cost.
         points: Cost and metric at each of them.
     """
@@ -124,8 +124,8 @@ def lines_of(result: EvalResult, cost: Cost) -> list[Line]:
                 ]
                 rows.sort(key=lambda one: one[1][0])
                 if rows:
-                    shown, points = zip(*rows, strict=True)
-                    lines.append(Line(series, bool(dashed), key, metric, shown, points))
+                    kept, points = zip(*rows, strict=True)
+                    lines.append(Line(series, bool(dashed), key, metric, kept, points))
     return lines
 
 
@@ -154,7 +154,7 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         handles.append(Line2D([], [], label="own setting", ls="none", **_RING))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                       frameon=False, fontsize=9)  # fmt: skip
-        figure.canvas.draw()  # settles the layout, so that labels know where the points are
+        figure.canvas.draw()  # settles the layout, on which the places of labels depend
         for (axes, _), lines in zip(panels, drawn, strict=True):
             _label_settings(axes, lines)
         save_figure(figure, path)
@@ -339,7 +339,7 @@ def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     for number, text in enumerate(tooltips):
         svg = svg.replace(f'<g id="{_gid(number)}">', f"<g><title>{escape(text)}</title>", 1)
-    # Identifiers of groups would stand several times in a page of several charts.
+    # Identifiers of groups would be ambiguous in a page of several charts.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     # In the font of the page; which of the two forms it is depends on matplotlib's version.
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
@@ -363,5 +363,5 @@ def _look(series: int) -> dict[str, Any]:
 
 
 def _shorten(text: str, most: int) -> str:
-    """Keeps the end, which tells paths apart."""
+    """Keeps the end, by which paths differ."""
     return text if len(text) <= most else "…" + text[1 - most :]

@@ -24,11 +24,11 @@ _BREAKDOWNS = (
 def write_report(
     path: Path, result: EvalResult, samples: ReportSamples, *, command: str = ""
 ) -> None:
-    """Writes one HTML file that shows a result to people.
+    """Writes a result as one HTML file.
 
     Args:
         path: File to write, atomically; folders are made.
-        result: What is shown.
+        result: The result.
         samples: Images and captions to show beside it.
         command: The command line that made the result, for the foot.
 
@@ -43,7 +43,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "short": _shorten, "span": _span}
-    metrics = result.shown
+    metrics = result.measured
     groups = Counter(metric.group for metric in metrics.values() if metric.group)
     page = environment.get_template("page.html").render(
         result=result,

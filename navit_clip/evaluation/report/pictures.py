@@ -26,14 +26,14 @@ class Picture:
         height: Of the original, upright, in pixels.
         width: Of the original.
         thumbnail: WebP, never larger than the original; None where the dataset no longer has it.
-        shown: Width and height of the thumbnail.
+        thumbnail_size: Width and height of the thumbnail.
     """
 
     name: str
     height: int
     width: int
     thumbnail: bytes | None = None
-    shown: tuple[int, int] = (0, 0)
+    thumbnail_size: tuple[int, int] = (0, 0)
 
     @property
     def uri(self) -> str:

@@ -1,8 +1,7 @@
 """Sample images and captions for a report, with what the model finds nearest to them.
 
-A result has metrics only. What a person wants to look at is chosen here, on rank 0 and always the
-same for the same embeddings: hits and misses, sure mistakes, the worst classes. Only the images
-shown are read again.
+Chosen on rank 0, the same for the same embeddings: hits and misses, confident mistakes, the worst
+classes. Only the chosen images are read again.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from navit_clip.evaluation.ranking import ClassTable, classify, pair_ranks
 from navit_clip.evaluation.report.pictures import Picture, read_pictures
 
 _QUERIES = 12  # per direction, half of them hits where there are enough
-_NEAREST = 5  # captions or images shown for a query
-_SAMPLES, _MISTAKES = 8, 12  # classified images: evenly spaced, and the surest mistakes
+_NEAREST = 5  # captions or images of a query
+_SAMPLES, _MISTAKES = 8, 12  # classified images: evenly spaced, and the most confident mistakes
 _EXAMPLES = 4  # mistaken images of each of the worst classes
-_GUESSES = 3  # classes shown for an image
+_GUESSES = 3  # classes of an image
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ReportSamples:
         images: Image queries: hits and misses of retrieval.
         captions: Caption queries.
         classified: A sample of classified images.
-        mistakes: Images surely taken for another class, surest first.
+        mistakes: Misclassified images, the most confident first.
         classes: Mistaken images of the worst classes, by class.
         calibration: Bins of confidence.
     """
@@ -94,13 +93,13 @@ def classification_samples(
     """Chooses classified images, and measures confidence.
 
     Args:
-        dataset: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the chosen images.
         data: The embedded images.
         images_ED: Their embeddings at the model's own setting.
         classes_CD: One vector per competing class.
         classes: Which are right.
         scale: The model's factor on similarities, for probabilities.
-        worst: Groups of which mistakes are shown, by name.
+        worst: Names of the groups to give examples of.
 
     Raises:
         UserError: If the dataset can no longer be read.
@@ -108,15 +107,15 @@ def classification_samples(
     groups, group_E = classes.groups, classes.group_E
     found = classify(images_ED, classes_CD, classes.right_LC, group_E, scale)
     right_E = found.rank_E < 1
-    # Surest first; a stable order makes ties the same everywhere.
+    # The most confident first; a stable order makes ties the same everywhere.
     order_E = found.confidence_E.argsort(descending=True, stable=True)
     wrong = order_E[~right_E[order_E]].tolist()
     samples = _evenly(list(range(len(data.names))), _SAMPLES)
     mistaken = {
         name: [i for i in wrong if groups[int(group_E[i])] == name][:_EXAMPLES] for name in worst
     }
-    shown = {*samples, *wrong[:_MISTAKES], *(i for indices in mistaken.values() for i in indices)}
-    pictures = read_pictures(dataset, data, sorted(shown))
+    chosen = {*samples, *wrong[:_MISTAKES], *(i for indices in mistaken.values() for i in indices)}
+    pictures = read_pictures(dataset, data, sorted(chosen))
 
     def query(index: int) -> Query:
         group = int(group_E[index])
@@ -139,7 +138,7 @@ def retrieval_samples(
     """Chooses hits and misses, both ways.
 
     Args:
-        dataset: Read again for the pixels of the images shown.
+        dataset: Read again for the pixels of the chosen images.
         data: The embedded images, with captions.
         images_ED: Their embeddings at the model's own setting.
         texts_TD: Caption embeddings, image by image.
@@ -185,7 +184,7 @@ def _evenly(indices: Sequence[int], count: int) -> list[int]:
 
 
 def _hits_and_misses(ranks: Tensor) -> dict[int, bool]:
-    """Queries to show and whether each is a hit: as many of both as there are, clear misses first.
+    """Queries and whether each is a hit: as many of both as there are, clear misses first.
 
     Args:
         ranks: How many wrong ones are at least as near as each query's right one; 0 is a hit.
