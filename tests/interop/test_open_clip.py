@@ -79,7 +79,14 @@ def test_embeddings_and_logits_are_open_clips(name):
     torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE * 20)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-B-32",
+        pytest.param("ViT-B-16-quickgelu", marks=pytest.mark.slow),
+        pytest.param("ViT-B-16-SigLIP", marks=pytest.mark.slow),
+    ],
+)
 def test_embeddings_of_real_sizes_are_open_clips(name):
     theirs, ours = both(name, size=0.02)
     check_embeddings(theirs, ours, images=1)

@@ -123,7 +123,12 @@ def wait_for_step(process, run_dir, step):
 
 
 @pytest.mark.parametrize(
-    ("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 0)]
+    ("stop", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     data, tmp_path, monkeypatch, stop, code
