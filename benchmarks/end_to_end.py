@@ -39,10 +39,10 @@ from benchmarks.comparison import WORKLOAD_FLAGS
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
 from benchmarks.pairs import (
+    COCO,
     MAX_SIDE,
     MAX_TOKENS,
     MIN_SIDE,
-    REAL_DATA,
     draw_batches,
     read_samples,
 )
@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Both trainers, in turn."""
     peer_versions = need_peer(args.peer_python)
     budget = find_budget(args.shards, args.pairs)
-    shards = expand_shards(args.shards or [str(REAL_DATA / "coco-train")])
+    shards = expand_shards(args.shards or [COCO])
     shards = [str(Path(shard).resolve()) for shard in shards]
     trainers = {
         "navit_clip": partial(

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from benchmarks.command import command_line, run
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
-from benchmarks.pairs import MAX_SIDE, MIN_SIDE, pair_builder, samples_of
+from benchmarks.pairs import COCO, MAX_SIDE, MIN_SIDE, pair_builder, samples_of
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
 from navit_clip.data.builders import pairs as sample
 from navit_clip.data.config import DataConfig
@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # Linux only
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    shards = expand_shards(args.shards)
+    shards = expand_shards(args.shards or [COCO])
     images = sum(1 for _ in samples_of(shards))
     with open_clip_epochs(args.peer_python, shards, images) as open_clip:
         loaders = {

@@ -33,6 +33,7 @@ MIN_SIDE, MAX_SIDE = 64, 256
 MAX_TOKENS = (MAX_SIDE // PATCH) ** 2
 FOLDERS = ("coco-train", "flickr8k-train")
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+COCO = str(REAL_DATA / "coco-train")  # where whole shards are read
 
 
 @dataclass(frozen=True)
