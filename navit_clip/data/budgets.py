@@ -32,9 +32,14 @@ class Budgets:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     @cached_property
-    def limit(self) -> int:
+    def limits(self) -> tuple[int, ...]:
+        """Token budgets in the order of the streams."""
+        return tuple(self.tokens.values())
+
+    @cached_property
+    def most_examples(self) -> int:
         """Examples that can fit, each being at least one token in each stream."""
-        return min(self.max_examples, *self.tokens.values())
+        return min(self.max_examples, *self.limits)
 
     def ordered(self, streams: Sequence[str]) -> Budgets:
         """The same with `tokens` in the order of a task's streams.

@@ -66,14 +66,14 @@ def choose(sizes: np.ndarray, budgets: Budgets, mode: PackingMode) -> np.ndarray
     count, aims = _plan(sizes, budgets, mode)
     chosen = np.zeros(len(sizes), dtype=bool)
     chosen[:count] = True
-    limits = np.array([*budgets.tokens.values()])
+    limits = np.array(budgets.limits)
     oldest = (np.cumsum(sizes, axis=0) * _OLDEST_PART <= limits).all(axis=1).sum()
-    fixed = max(1, min(int(oldest), budgets.limit // _OLDEST_PART, count))
+    fixed = max(1, min(int(oldest), budgets.most_examples // _OLDEST_PART, count))
     _exchange(sizes, chosen, fixed, aims, budgets, mode)
     if mode != "fill":
         limits[0] = int(limits[0] * (1 + _OVERSHOOT))
     if (sizes[chosen].sum(axis=0) > limits).any():
-        return _first_fit(sizes, chosen, limits, budgets.limit)
+        return _first_fit(sizes, chosen, limits, budgets.most_examples)
     return chosen
 
 
@@ -81,18 +81,20 @@ def expected_examples(
     budgets: Budgets, mode: PackingMode, count: int, totals: Sequence[int]
 ) -> float:
     """How many examples of mean size a batch holds, what may be trimmed included."""
-    expected: float = budgets.limit
+    expected: float = budgets.most_examples
     slack = 1.0 if mode == "fill" else 1 + _OVERSHOOT  # of the first stream
-    for budget, total in zip(budgets.tokens.values(), totals, strict=True):
-        expected = min(expected, budget * count / total * slack)
+    for stream, budget in enumerate(budgets.limits):
+        fitting = budget * count / totals[stream] * slack
+        if fitting < expected:
+            expected = fitting
         slack = 1.0
     return expected
 
 
 def _plan(sizes: np.ndarray, budgets: Budgets, mode: PackingMode) -> tuple[int, list[int]]:
     """How many of the oldest examples to begin with, and the tokens of each stream to aim at."""
-    waiting, most = len(sizes), budgets.limit
-    limits = [*budgets.tokens.values()]
+    waiting, most = len(sizes), budgets.most_examples
+    limits = budgets.limits
     until = np.cumsum(sizes, axis=0).T  # [k, M]
     means = [int(total) / waiting for total in until[:, -1]]
     reach = _REACH if mode == "fill" else _OVERSHOOT
@@ -140,40 +142,41 @@ def _exchange(
     The first `fixed` examples stay. Among equals the newest leaves and the oldest joins. float32
     holds tokens precisely up to 2^24, so that a cost of 0 is exactly the aim.
     """
-    nobody = len(sizes)  # in place of an example that leaves or joins
-    streams = sizes.shape[1]
-    tokens_kM = np.append(sizes.T, np.zeros((streams, 1)), axis=1).astype(np.float32)
+    # A slot before the examples and one behind them stand for nobody who leaves or joins.
+    tokens_kS = np.zeros((sizes.shape[1], len(sizes) + 2), dtype=np.float32)
+    tokens_kS[:, 1:-1] = sizes.T
+    stays, waits = np.zeros((2, len(sizes) + 2), dtype=bool)
+    stays[1 + fixed : -1] = chosen[fixed:]
+    waits[1:-1] = ~chosen
+    waits[-1] = mode != "constant"
+    count = int(chosen.sum())
     first, other = _PRICES[mode]
     slopes = []
-    for stream, (aim, budget) in enumerate(zip(aims, budgets.tokens.values(), strict=True)):
+    for stream, (aim, budget) in enumerate(zip(aims, budgets.limits, strict=True)):
         price = (other if stream else first) if aim >= budget else _OUT_OF_REACH
         slopes.append((np.float32(price.short / aim), np.float32(-price.over / aim)))
 
     def cost(gaps: Iterable[np.ndarray]) -> np.ndarray:
-        # One stream after the other: blocks of several at a time would leave the cache.
-        costs = (
-            np.maximum(gap * short, gap * over)
-            for gap, (short, over) in zip(gaps, slopes, strict=True)
-        )
-        total = next(costs)
-        for more in costs:
-            total += more
+        # One stream after the other, and the gaps overwritten: more memory would leave the cache.
+        total = None
+        for gap, (short, over) in zip(gaps, slopes, strict=True):
+            costs = gap * short
+            gap *= over
+            np.maximum(costs, gap, out=gap)
+            total = gap if total is None else np.add(total, gap, out=gap)
+        assert total is not None
         return total
 
     gap = (np.array(aims) - sizes[chosen].sum(axis=0)).astype(np.float32)
-    lowest = cost(gap[:, None])
+    lowest = cost(gap[:, None].copy())
     for _ in range(_MOST_EXCHANGES):
-        leaving = np.flatnonzero(chosen[fixed:])[::-1] + fixed
-        joining = np.flatnonzero(~chosen)
-        if mode != "constant":
-            if fixed + len(leaving) < budgets.limit:
-                leaving = np.append(leaving, nobody)
-            joining = np.append(joining, nobody)
+        stays[0] = mode != "constant" and count < budgets.most_examples
+        leaving, joining = stays.nonzero()[0][::-1], waits.nonzero()[0]
         if lowest == 0 or not len(joining):
-            return
+            break
         best = None
-        left = (gap[:, None] + tokens_kM.take(leaving, axis=1))[:, :, None]
-        joined = tokens_kM.take(joining, axis=1)
+        left = (gap[:, None] + tokens_kS.take(leaving, axis=1))[:, :, None]
+        joined = tokens_kS.take(joining, axis=1)
         rows = max(1, _BLOCK // len(joining))
         for start in range(0, len(leaving), rows):
             costs = cost(map(np.subtract, left[:, start : start + rows], joined))
@@ -182,13 +185,16 @@ def _exchange(
                 lowest = costs[row, column]
                 best = leaving[start + row], joining[column]
         if best is None:
-            return
+            break
         leaves, joins = best
-        gap += tokens_kM[:, leaves] - tokens_kM[:, joins]
-        if leaves != nobody:
-            chosen[leaves] = False
-        if joins != nobody:
-            chosen[joins] = True
+        gap += tokens_kS[:, leaves] - tokens_kS[:, joins]
+        if leaves:
+            stays[leaves], waits[leaves] = False, True
+            count -= 1
+        if joins <= len(sizes):
+            stays[joins], waits[joins] = True, False
+            count += 1
+    chosen[fixed:] = stays[1 + fixed : -1]
 
 
 def _first_fit(sizes: np.ndarray, chosen: np.ndarray, limits: np.ndarray, most: int) -> np.ndarray:
@@ -196,18 +202,16 @@ def _first_fit(sizes: np.ndarray, chosen: np.ndarray, limits: np.ndarray, most: 
 
     For pools that no exchanges bring within the limits, such as one of a few huge images.
     """
-    left = limits.tolist()
     within = np.zeros_like(chosen)
-    for example in (*np.flatnonzero(chosen), *np.flatnonzero(~chosen)):
-        after = [
-            tokens - taken for tokens, taken in zip(left, sizes[example].tolist(), strict=True)
-        ]
-        if min(after) >= 0:
-            within[example] = True
-            left = after
-            most -= 1
-            if not most:
-                break
+    waiting, left = np.argsort(~chosen, kind="stable"), limits
+    while most and len(waiting):
+        fits = (np.cumsum(sizes[waiting], axis=0) <= left).all(axis=1)
+        joining = waiting[: min(int(np.logical_and.accumulate(fits).sum()), most)]
+        within[joining] = True
+        left = left - sizes[joining].sum(axis=0)
+        most -= len(joining)
+        waiting = waiting[len(joining) :]
+        waiting = waiting[(sizes[waiting] <= left).all(axis=1)]
     return within
 
 

@@ -9,7 +9,7 @@ them, improved by exchanges with the others until all budgets are full.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from operator import add, sub
+from itertools import chain, compress
 from typing import Generic, Protocol, TypeVar, get_args
 
 import numpy as np
@@ -109,18 +109,24 @@ class Packer(Generic[Item]):
         Raises:
             ValueError: If the example alone exceeds a budget.
         """
-        size, budgets = item.lengths, self.budgets.tokens
-        pool = self._pools.get(item.bucket) or _Pool(len(budgets))
-        for tokens, (stream, budget) in zip(size, budgets.items(), strict=True):
-            if tokens > budget:
+        size, bucket, limits = item.lengths, item.bucket, self.budgets.limits
+        pool = self._pools.get(bucket)
+        if pool is None:
+            pool = _Pool(len(limits))
+        totals = pool.totals
+        for stream, tokens in enumerate(size):
+            if tokens > limits[stream]:
+                for counted in range(stream):
+                    totals[counted] -= size[counted]
                 raise ValueError(
-                    f"an example of {tokens} {stream} tokens exceeds the budget of {budget}"
+                    f"an example of {tokens} {list(self.budgets.tokens)[stream]} tokens "
+                    f"exceeds the budget of {limits[stream]}"
                 )
-        self._pools[item.bucket] = pool
+            totals[stream] += tokens
+        self._pools[bucket] = pool
         pool.items.append(item)
         pool.sizes.append(size)
         pool.arrivals.append(self._offered)
-        pool.totals = list(map(add, pool.totals, size))
         self._offered += 1
 
     def take(self) -> list[Item] | None:
@@ -137,23 +143,18 @@ class Packer(Generic[Item]):
 
     def _close(self, bucket: Hashable) -> list[Item]:
         pool = self._pools[bucket]
-        batch: list[Item] = []
-        lengths: list[int] = []
-        items, sizes, arrivals = pool.items, pool.sizes, pool.arrivals
-        pool.items, pool.sizes, pool.arrivals = [], [], []
-        chosen = choose(np.array(sizes), self.budgets, self.mode).tolist()
-        for item, size, arrival, leaves in zip(items, sizes, arrivals, chosen, strict=True):
-            if leaves:
-                batch.append(item)
-                lengths.append(size[0])
-                pool.totals = list(map(sub, pool.totals, size))
-            else:
-                pool.items.append(item)
-                pool.sizes.append(size)
-                pool.arrivals.append(arrival)
+        sizes = np.fromiter(chain.from_iterable(pool.sizes), np.int64).reshape(len(pool.sizes), -1)
+        chosen = choose(sizes, self.budgets, self.mode)
+        stays = (~chosen).tolist()
+        batch = list(compress(pool.items, chosen.tolist()))
+        lengths = sizes[chosen, 0].tolist()
+        pool.items = list(compress(pool.items, stays))
+        pool.sizes = list(compress(pool.sizes, stays))
+        pool.arrivals = list(compress(pool.arrivals, stays))
+        pool.totals = sizes[~chosen].sum(axis=0).tolist()
         if not pool.items:
             del self._pools[bucket]
-        kept = trim_lengths(lengths, next(iter(self.budgets.tokens.values())))
+        kept = trim_lengths(lengths, self.budgets.limits[0])
         return [
             item if keep == length else item.trimmed(keep)
             for item, keep, length in zip(batch, kept, lengths, strict=True)
