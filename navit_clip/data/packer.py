@@ -21,18 +21,26 @@ Item = TypeVar("Item", bound="Packable")
 
 
 class Packable(Protocol):
-    """Anything with a length in each stream; see `navit_clip.data.builders.base.Sample`."""
+    """What the packer asks of an example."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens in each stream, at least 1."""
+        """Tokens in each stream of the task, each at least 1, after token drop."""
 
     @property
     def bucket(self) -> Hashable:
-        """Items of different buckets share no batch."""
+        """Examples of different buckets share no batch; ``()`` if the task has none.
+
+        A function of the example alone, so that examples offered again after a restart find their
+        buckets.
+        """
 
     def trimmed(self: Item, tokens: int) -> Item:
-        """The same with fewer tokens in the first stream; never called in mode ``fill``."""
+        """The same with so many tokens in the first stream, by dropping others.
+
+        Args:
+            tokens: Tokens to keep, at least 1 and fewer than there are.
+        """
 
 
 class _Pool(Generic[Item]):

@@ -7,9 +7,10 @@ one for image–caption pairs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
+from navit_clip.data.packer import Packable
 from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import Inputs
 
@@ -34,7 +35,7 @@ class Origin(NamedTuple):
     images_seen: int
 
 
-class Sample(Protocol):
+class Sample(Packable, Protocol):
     """One example, ready to be packed."""
 
     @property
@@ -46,27 +47,8 @@ class Sample(Protocol):
         """Where it was read."""
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens in each stream of the task, each at least 1, after token drop."""
-
-    @property
     def full_lengths(self) -> tuple[int, ...]:
         """Tokens in each stream before any were dropped."""
-
-    @property
-    def bucket(self) -> Hashable:
-        """Samples of different buckets share no batch; ``()`` if the task has none.
-
-        A function of the sample alone, so that samples offered again after a restart find their
-        buckets.
-        """
-
-    def trimmed(self: AnySample, tokens: int) -> AnySample:
-        """The same sample with so many tokens in the first stream, by dropping others.
-
-        Args:
-            tokens: Tokens to keep, at least 1 and fewer than there are.
-        """
 
 
 class SampleBuilder(Protocol[AnySample, AnyInputs_co]):
