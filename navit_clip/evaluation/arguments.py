@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 import docstring_parser
 
 from navit_clip.checkpoints.load_run import load_run
+from navit_clip.commands import Parser, number
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
@@ -22,13 +23,6 @@ from navit_clip.model import NaViTCLIP
 _OPEN_CLIP = "open_clip:"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises errors for `one_line_errors` to print."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses ``zeroshot | retrieval | summary`` and their flags.
 
@@ -36,7 +30,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
         SystemExit: After ``--help``.
         UserError: For invalid arguments.
     """
-    parser = _Parser(prog=prog, description="Zero-shot classification and retrieval.")
+    parser = Parser(prog=prog, description="Zero-shot classification and retrieval.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
     for kind, evaluator in EVALUATORS.items():
@@ -49,13 +43,13 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _common() -> _Parser:
-    common = _Parser(add_help=False)
+def _common() -> Parser:
+    common = Parser(add_help=False)
     models = common.add_argument_group("models")
     model = models.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="exported model, RUN_DIR/model, or open_clip:NAME")
     model.add_argument("--run", type=Path, help="a training run: the newest of its checkpoints")
-    models.add_argument("--step", type=_number(0), help="with --run: the checkpoint of this step")
+    models.add_argument("--step", type=number(0), help="with --run: the checkpoint of this step")
     models.add_argument("--weights", type=Path, help="checkpoint for --model open_clip:NAME")
     models.add_argument(
         "--baseline",
@@ -72,7 +66,7 @@ def _common() -> _Parser:
     )
     models.add_argument(
         "--random-weights",
-        type=_number(0),
+        type=number(0),
         metavar="SEED",
         help="open_clip models without a checkpoint get random weights, for measuring",
     )
@@ -84,7 +78,7 @@ def _common() -> _Parser:
         "--strict", action="store_true", help="fail if any image or caption cannot be used"
     )
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    common.add_argument("--workers", type=_number(0), default=1, help="decoding processes per rank")
+    common.add_argument("--workers", type=number(0), default=1, help="decoding processes per rank")
     return common
 
 
@@ -108,19 +102,6 @@ def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
         required = field.default is MISSING
         flag = field.metadata.get("flag", f"--{field.name.replace('_', '-')}")
         parser.add_argument(flag, required=required, **options)
-
-
-def _number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a number from {least}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _numbers(text: str) -> tuple[int, ...]:

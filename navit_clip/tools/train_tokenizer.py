@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
+from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.captions import find_captions
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
-from navit_clip.errors import SkipSampleError, UserError, one_line_errors
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import write_output
 
 
@@ -46,7 +48,7 @@ def train_tokenizer(
 
     Args:
         shards: Tar files.
-        fields: Caption fields, see `navit_clip.data.captions.find_captions`.
+        fields: Caption fields, see `find_captions`.
         vocab_size: Most pieces; fewer if the captions hold fewer.
         output: The file to write.
         model_type: ``unigram``, the paper's; ``bpe`` keeps whole words of a small vocabulary, where
@@ -92,34 +94,25 @@ def train_tokenizer(
 
 def main(
     argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.train_tokenizer"
-) -> None:
-    """Trains a tokenizer.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+) -> int:
+    """Trains a tokenizer, see `run_command`."""
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--shards", nargs="+", required=True, help="tars, folders or patterns")
     parser.add_argument(
         "--captions", nargs="+", default=["txt"], help="caption fields, such as txt json.captions"
     )
-    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--vocab-size", type=number(8), default=32000)
     parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
-    args = parser.parse_args(argv)
-    with one_line_errors(prog):
-        if args.vocab_size < 8:
-            raise UserError(f"--vocab-size must be at least 8, got {args.vocab_size}")
-        pieces = train_tokenizer(
-            expand_shards(args.shards),
-            args.captions,
-            args.vocab_size,
-            args.output,
-            args.model_type,
-        )
-        print(f"wrote {args.output}: {pieces} pieces")
+    return run_command(parser, _train, argv)
+
+
+def _train(args: argparse.Namespace) -> int:
+    shards = expand_shards(args.shards)
+    pieces = train_tokenizer(shards, args.captions, args.vocab_size, args.output, args.model_type)
+    print(f"wrote {args.output}: {pieces} pieces")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
