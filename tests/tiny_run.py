@@ -8,17 +8,22 @@ from pathlib import Path
 import pytest
 
 from navit_clip.data.patterns import expand_shards
-from navit_clip.tools.shapes.write_shapes import ShapesConfig, write_shapes
+from navit_clip.tools.shapes.write_shapes import write_shapes
 from navit_clip.tools.train_tokenizer import train_tokenizer
 from navit_clip.training.__main__ import main
 
 
 def write_tiny_data(root: Path, train: int = 96, shard_size: int = 24) -> None:
     """Writes shards, held-out sets and a tokenizer under `root`."""
-    config = ShapesConfig(
-        seed=0, train=train, shard_size=shard_size, zeroshot_per_class=1, retrieval=24
+    write_shapes(
+        root / "shapes",
+        seed=0,
+        train=train,
+        shard_size=shard_size,
+        zeroshot_per_class=1,
+        retrieval=24,
+        workers=1,
     )
-    write_shapes(config, root / "shapes", workers=1)
     train_tokenizer(
         expand_shards([str(root / "shapes/train")]),
         ["json.captions"],

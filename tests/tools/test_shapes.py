@@ -18,8 +18,8 @@ from PIL import Image
 
 from navit_clip.tools.shapes import __main__ as command
 from navit_clip.tools.shapes import scene as scenes
-from navit_clip.tools.shapes.render import BACKGROUND_RGB, OBJECT_RGB, render
-from navit_clip.tools.shapes.scene import Attributes, Description, Scene
+from navit_clip.tools.shapes.render import render
+from navit_clip.tools.shapes.scene import BACKGROUNDS, COLOURS, Attributes, Description, Scene
 from navit_clip.tools.shapes.wording import full_caption, training_captions
 from navit_clip.tools.shapes.write_shapes import (
     retrieval_descriptions,
@@ -109,7 +109,7 @@ def test_small_and_large_do_not_meet():
 
 def test_full_captions_name_everything():
     for scene, rng in sample_scenes(500):
-        expected = sorted((a.size, a.texture, a.colour, a.shape) for a in scene.description.objects)
+        expected = sorted(o.attributes for o in scene.objects)
         for _ in range(5):
             caption = full_caption(scene, rng)
             assert sorted(mentioned(caption)) == expected, caption
@@ -140,16 +140,7 @@ def test_every_caption_is_true():
                     for o in scene.objects
                     if all(
                         word in (None, actual)
-                        for word, actual in zip(
-                            words,
-                            (
-                                o.attributes.size,
-                                o.attributes.texture,
-                                o.attributes.colour,
-                                o.attributes.shape,
-                            ),
-                            strict=True,
-                        )
+                        for word, actual in zip(words, o.attributes, strict=True)
                     )
                 ]
                 assert fitting, caption
@@ -183,7 +174,7 @@ def test_colours_can_be_read_from_the_picture(colour, shape):
         pixels = np.asarray(render(scene, rng)).astype(int)
         assert pixels.shape == (scene.height, scene.width, 3)
         placed = scene.objects[0]
-        everything = {**BACKGROUND_RGB, **OBJECT_RGB}
+        everything = {**BACKGROUNDS, **COLOURS}
         # The middle of a ring is background; its band lies at 0.8 of the radius.
         right = 0.4 * placed.side if shape == "ring" else 0.0
         assert nearest(pixels[int(placed.y), int(placed.x + right)], everything) == colour
@@ -192,8 +183,8 @@ def test_colours_can_be_read_from_the_picture(colour, shape):
 
 
 def test_object_colours_contrast_with_backgrounds_and_each_other():
-    for a, b in itertools.combinations({**BACKGROUND_RGB, **OBJECT_RGB}.values(), 2):
-        if not (a in BACKGROUND_RGB.values() and b in BACKGROUND_RGB.values()):
+    for a, b in itertools.combinations({**BACKGROUNDS, **COLOURS}.values(), 2):
+        if not (a in BACKGROUNDS.values() and b in BACKGROUNDS.values()):
             assert np.linalg.norm(np.subtract(a, b)) > 70
 
 

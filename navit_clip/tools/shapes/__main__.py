@@ -6,59 +6,38 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.commands import Parser, number, run_command
 from navit_clip.files import writing
-from navit_clip.tools.shapes.write_shapes import ShapesConfig, write_shapes
-
-_HELP = {
-    "seed": "seed of everything",
-    "train": "training pictures",
-    "shard_size": "pictures per training shard",
-    "zeroshot_per_class": "zero-shot pictures of each class",
-    "retrieval": "retrieval pictures",
-}
+from navit_clip.tools.shapes.write_shapes import write_shapes
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.shapes") -> int:
-    """Writes the data set.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-
-    Returns:
-        The exit status: 0 when the data set is complete, 2 on a mistake, 130 when interrupted.
-    """
-    parser = argparse.ArgumentParser(
+    """Writes the data set, see `run_command`."""
+    parser = Parser(
         prog=prog,
         description="Writes pictures of shapes with captions: training shards, a zero-shot set "
         "and a retrieval set. Does nothing if they are already there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    for f in fields(ShapesConfig):
-        flag = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=f.default, help=_HELP[f.name])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    arguments = parser.parse_args(argv)
-    with one_line_errors(prog):
-        if arguments.workers < 1:
-            raise UserError(f"--workers must be at least 1, got {arguments.workers}")
-        try:
-            config = ShapesConfig(**{name: getattr(arguments, name) for name in _HELP})
-        except ValueError as error:
-            # The message starts with the field's name, which is the option's.
-            raise UserError(f"--{str(error).replace('_', '-')}") from error
-        try:
-            with writing(f"--output {arguments.output}"):
-                written = write_shapes(config, arguments.output, arguments.workers)
-        except KeyboardInterrupt:
-            print("interrupted; the same command starts over", file=sys.stderr)
-            return 130
-    print(f"{arguments.output} {'is written' if written else 'is already there'}")
+    for flag, least, default, text in (
+        ("--seed", 0, 0, "seed of everything"),
+        ("--train", 0, 24_000, "training pictures"),
+        ("--shard-size", 1, 1000, "pictures per training shard"),
+        ("--zeroshot-per-class", 0, 20, "zero-shot pictures of each class"),
+        ("--retrieval", 0, 1000, "retrieval pictures"),
+        ("--workers", 1, os.cpu_count() or 1, "processes"),
+    ):
+        parser.add_argument(flag, type=number(least), default=default, help=text)
+    return run_command(parser, _write, argv, "interrupted; the same command starts over")
+
+
+def _write(args: argparse.Namespace) -> int:
+    with writing(f"--output {args.output}"):
+        written = write_shapes(**vars(args))
+    print(f"{args.output} {'is written' if written else 'is already there'}")
     return 0
 
 

@@ -7,34 +7,21 @@ times as much. Shapes and textures are drawn at twice their size and reduced, fo
 from __future__ import annotations
 
 import io
+import itertools
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from navit_clip.tools.shapes.scene import PlacedObject, Scene
+from navit_clip.tools.shapes.scene import BACKGROUNDS, COLOURS, PlacedObject, Scene
 
-OBJECT_RGB = {
-    "red": (222, 32, 38),
-    "orange": (250, 132, 20),
-    "yellow": (250, 222, 30),
-    "lime": (150, 235, 30),
-    "green": (28, 150, 60),
-    "teal": (0, 110, 115),
-    "cyan": (20, 205, 235),
-    "blue": (40, 80, 225),
-    "purple": (120, 40, 160),
-    "magenta": (215, 20, 160),
-    "pink": (255, 140, 190),
-    "brown": (125, 70, 25),
-}
-BACKGROUND_RGB = {
-    "white": (247, 247, 247),
-    "grey": (140, 140, 140),
-    "black": (18, 18, 18),
-    "beige": (226, 204, 160),
-    "mint": (178, 226, 196),
-    "lavender": (200, 192, 240),
+_ARM = 0.34
+_CROSS = [(_ARM, 1), (_ARM, _ARM), (1, _ARM), (1, -_ARM), (_ARM, -_ARM), (_ARM, -1)]
+# Corners [points, 2] of each shape but the ring, y pointing down, in any scale.
+OUTLINES = {
+    "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
+    "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)], dtype=float),
+    "cross": np.array(_CROSS + [(-x, -y) for x, y in _CROSS], dtype=float),
 }
 
 TEXTURE_SHADE = 0.6
@@ -85,14 +72,14 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     grid = np.linspace(-1.0, 1.0, 6)
     slope_y, slope_x = rng.uniform(-9.0, 9.0, 2)
     light = slope_y * grid[:, None] + slope_x * grid[None, :] + rng.normal(0.0, 3.0, (6, 6))
-    pixels = np.array(BACKGROUND_RGB[scene.background]) + light[:, :, None]
+    pixels = np.array(BACKGROUNDS[scene.background]) + light[:, :, None]
     coarse = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     return coarse.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
 
 
 def _fill(placed: PlacedObject, side: int, rng: np.random.Generator) -> Image.Image:
     """A square of the object's colour, with its texture in a darker shade of it."""
-    base = np.array(OBJECT_RGB[placed.attributes.colour])
+    base = np.array(COLOURS[placed.attributes.colour])
     base = base + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)
     colour = tuple(int(v) for v in np.clip(base, 0, 255))
     fill = Image.new("RGB", (side, side), colour)
@@ -116,22 +103,17 @@ def _texture(texture: str, side: int, rng: np.random.Generator) -> Image.Image:
             cx, cy = size / 2 + middle * across[0], size / 2 + middle * across[1]
             ends = [(cx - s * size * across[1], cy + s * size * across[0]) for s in (-1.0, 1.0)]
             draw.line(ends, fill=255, width=round(period / 2))
-    elif texture == "dotted":
-        spacing, radius = size / 3.0, size / 9.5
+    else:
+        spacing, radius, cell = size / 3.0, size / 9.5, size / 3.8
         phase_x, phase_y = rng.random(2)
-        for row in range(-1, 5):
-            for column in range(-1, 5):
+        for row, column in itertools.product(range(-1, 5), repeat=2):
+            if texture == "dotted":
                 cx = (column + phase_x + 0.5 * (row % 2)) * spacing
                 cy = (row + phase_y) * spacing
                 draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=255)
-    else:
-        cell = size / 3.8
-        phase_x, phase_y = rng.random(2)
-        for row in range(-1, 5):
-            for column in range(-1, 5):
-                if (row + column) % 2 == 0:
-                    x, y = (column + phase_x) * cell, (row + phase_y) * cell
-                    draw.rectangle((x, y, x + cell, y + cell), fill=255)
+            elif (row + column) % 2 == 0:
+                x, y = (column + phase_x) * cell, (row + phase_y) * cell
+                draw.rectangle((x, y, x + cell, y + cell), fill=255)
     return mask.reduce(SUPERSAMPLING)
 
 
@@ -142,9 +124,9 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
     draw = ImageDraw.Draw(mask)
     tilt = math.radians(rng.uniform(-MAX_TILT_DEGREES, MAX_TILT_DEGREES))
     if shape == "ring":
-        draw.ellipse((0, 0, size - 1, size - 1), fill=255)
-        hole = RING_HOLE * (size - 1) / 2
         middle = (size - 1) / 2
+        hole = RING_HOLE * middle
+        draw.ellipse((0, 0, size - 1, size - 1), fill=255)
         draw.ellipse((middle - hole, middle - hole, middle + hole, middle + hole), fill=0)
     else:
         rotation = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
@@ -153,17 +135,3 @@ def _silhouette(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
         points = (points - (low + high) / 2) / (high - low).max() * (size - 1) + (size - 1) / 2
         draw.polygon([(float(x), float(y)) for x, y in points], fill=255)
     return mask.reduce(SUPERSAMPLING)
-
-
-def _outlines() -> dict[str, np.ndarray]:
-    """Corners [points, 2] of each shape but the ring, y pointing down, in any scale."""
-    arm = 0.34
-    corners = [(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1)]
-    return {
-        "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
-        "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)], dtype=float),
-        "cross": np.array(corners + [(-x, -y) for x, y in corners], dtype=float),
-    }
-
-
-OUTLINES = _outlines()

@@ -10,28 +10,38 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-COLOURS = (
-    "red",
-    "orange",
-    "yellow",
-    "lime",
-    "green",
-    "teal",
-    "cyan",
-    "blue",
-    "purple",
-    "magenta",
-    "pink",
-    "brown",
-)
+# Names with their RGB values, all far apart but those of two backgrounds.
+COLOURS = {
+    "red": (222, 32, 38),
+    "orange": (250, 132, 20),
+    "yellow": (250, 222, 30),
+    "lime": (150, 235, 30),
+    "green": (28, 150, 60),
+    "teal": (0, 110, 115),
+    "cyan": (20, 205, 235),
+    "blue": (40, 80, 225),
+    "purple": (120, 40, 160),
+    "magenta": (215, 20, 160),
+    "pink": (255, 140, 190),
+    "brown": (125, 70, 25),
+}
+BACKGROUNDS = {
+    "white": (247, 247, 247),
+    "grey": (140, 140, 140),
+    "black": (18, 18, 18),
+    "beige": (226, 204, 160),
+    "mint": (178, 226, 196),
+    "lavender": (200, 192, 240),
+}
 SHAPES = ("square", "triangle", "cross", "ring")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SIZES = ("small", "large")
-BACKGROUNDS = ("white", "grey", "black", "beige", "mint", "lavender")
 CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 TEXTURE_WEIGHTS = (0.49, 0.17, 0.17, 0.17)
@@ -56,9 +66,8 @@ DOMINANCE = 1.5
 HELD_OUT_BUCKETS = 16
 
 
-@dataclass(frozen=True, order=True)
-class Attributes:
-    """One object in words: each field is a member of the tuple of that name in this module."""
+class Attributes(NamedTuple):
+    """One object in words: members of `SIZES`, `TEXTURES`, `COLOURS` and `SHAPES`."""
 
     size: str
     texture: str
@@ -79,10 +88,6 @@ class Description:
     background: str
     objects: tuple[Attributes, ...]
 
-    def canonical(self) -> tuple[str, tuple[Attributes, ...]]:
-        """Returns the description with its objects in a fixed order, for comparing scenes."""
-        return self.background, tuple(sorted(self.objects))
-
     def is_reserved(self) -> bool:
         """Whether these objects are kept for held-out sets, on whatever background.
 
@@ -92,7 +97,7 @@ class Description:
         """
         if len(self.objects) == 1:
             return False
-        text = ";".join(f"{o.size} {o.texture} {o.colour} {o.shape}" for o in sorted(self.objects))
+        text = ";".join(" ".join(attributes) for attributes in sorted(self.objects))
         return zlib.crc32(text.encode()) % HELD_OUT_BUCKETS == 0
 
 
@@ -115,11 +120,6 @@ class Scene:
     background: str
     objects: tuple[PlacedObject, ...]
 
-    @property
-    def description(self) -> Description:
-        """The scene in words."""
-        return Description(self.background, tuple(o.attributes for o in self.objects))
-
 
 def relation(a: PlacedObject, b: PlacedObject) -> str | None:
     """Where `a` is as seen from `b`.
@@ -136,23 +136,20 @@ def relation(a: PlacedObject, b: PlacedObject) -> str | None:
 
 
 def sample_description(rng: np.random.Generator) -> Description:
-    """Draws a background and one to three objects, all attributes uniform."""
+    """Draws one to three objects of different classes on a background."""
     count = 1 + int(np.searchsorted(np.cumsum(OBJECT_COUNT_WEIGHTS)[:-1], rng.random(), "right"))
     classes = rng.choice(len(CLASSES), size=count, replace=False)
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    return Description(background, tuple(_sample_attributes(rng, int(c)) for c in classes))
+    return describe_classes(rng, classes)
 
 
-def sample_class_description(rng: np.random.Generator, class_index: int) -> Description:
-    """Draws a one-object description of `CLASSES[class_index]`."""
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    return Description(background, (_sample_attributes(rng, class_index),))
-
-
-def _sample_attributes(rng: np.random.Generator, class_index: int) -> Attributes:
-    colour, shape = CLASSES[class_index]
-    texture = rng.choice(TEXTURES, p=TEXTURE_WEIGHTS)
-    return Attributes(SIZES[rng.integers(len(SIZES))], str(texture), colour, shape)
+def describe_classes(rng: np.random.Generator, classes: Iterable[int]) -> Description:
+    """Draws a background, and texture and size of an object of each of `CLASSES[classes]`."""
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    objects = []
+    for index in classes:
+        texture = str(rng.choice(TEXTURES, p=TEXTURE_WEIGHTS))
+        objects.append(Attributes(SIZES[rng.integers(len(SIZES))], texture, *CLASSES[index]))
+    return Description(background, tuple(objects))
 
 
 def lay_out(description: Description, rng: np.random.Generator) -> Scene:

@@ -17,6 +17,7 @@ from navit_clip.tools.shapes.scene import Attributes, PlacedObject, Scene, relat
 Choice = TypeVar("Choice")
 
 FULL_CAPTIONS = 3
+TEMPLATES = ("a {}", "a picture of a {}")  # for zero-shot classification, as in `naming_caption`
 
 SIZE_WORDS = {"small": ("small", "small", "little"), "large": ("large", "large", "big")}
 TEXTURE_NOUNS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
@@ -26,11 +27,6 @@ RELATION_PHRASES = {
     "above": ("above",),
     "below": ("below", "under"),
 }
-
-
-def prompt_templates() -> list[str]:
-    """Templates for zero-shot classification in the wording of `naming_caption`."""
-    return ["a {}", "a picture of a {}"]
 
 
 def training_captions(scene: Scene, rng: np.random.Generator) -> list[str]:

@@ -20,10 +20,9 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -37,14 +36,14 @@ from navit_clip.tools.shapes.scene import (
     Attributes,
     Description,
     Scene,
+    describe_classes,
     lay_out,
-    sample_class_description,
     sample_description,
 )
 from navit_clip.tools.shapes.wording import (
     FULL_CAPTIONS,
+    TEMPLATES,
     full_caption,
-    prompt_templates,
     training_captions,
 )
 
@@ -55,37 +54,11 @@ SPLITS = ("train", "zeroshot", "retrieval")
 
 RETRIEVAL_CHUNK = 100
 
-
-@dataclass(frozen=True)
-class ShapesConfig:
-    """Which pictures to make.
-
-    Attributes:
-        seed: Non-negative seed of everything.
-        train: Number of training pictures.
-        shard_size: Pictures per training shard.
-        zeroshot_per_class: Pictures of each of the 48 zero-shot classes.
-        retrieval: Number of retrieval pictures, with one caption each.
-
-    Raises:
-        ValueError: A field is out of range; the message names it.
-    """
-
-    seed: int = 0
-    train: int = 24_000
-    shard_size: int = 1000
-    zeroshot_per_class: int = 20
-    retrieval: int = 1000
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 1 if name == "shard_size" else 0
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+# Of a task: how many pictures it wrote, and those of COCO's file with their captions.
+_Written = tuple[int, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One encoded picture: its size in pixels, captions, file bytes and extension."""
 
     width: int
@@ -108,12 +81,13 @@ def train_sample(seed: int, index: int) -> Sample:
 def zeroshot_sample(seed: int, class_index: int, number: int) -> Sample:
     """Picture `number` of `CLASSES[class_index]`, with one full caption."""
     rng = _generator(seed, "zeroshot", class_index, number)
-    scene = lay_out(sample_class_description(rng, class_index), rng)
+    scene = lay_out(describe_classes(rng, [class_index]), rng)
     return _finish(scene, [full_caption(scene, rng)], rng)
 
 
 def retrieval_descriptions(seed: int) -> Iterator[Description]:
     """Endless scenes for retrieval, none of which fits the caption of another."""
+    # Backgrounds with objects in a fixed order: those drawn, and all that their pictures show.
     taken: set[tuple[str, tuple[Attributes, ...]]] = set()
     covered: set[tuple[str, tuple[Attributes, ...]]] = set()
     for index in itertools.count():
@@ -121,17 +95,18 @@ def retrieval_descriptions(seed: int) -> Iterator[Description]:
         while True:
             description = sample_description(rng)
             if len(description.objects) > 1:
-                while len(description.objects) == 1 or not description.is_reserved():
+                while not description.is_reserved():
                     description = sample_description(rng)
-            background, objects = description.canonical()
+            objects = tuple(sorted(description.objects))
             parts = {
-                (background, part)
+                (description.background, part)
                 for count in range(1, len(objects) + 1)
                 for part in itertools.combinations(objects, count)
             }
-            if (background, objects) not in covered and not parts & taken:
+            drawn = description.background, objects
+            if drawn not in covered and not parts & taken:
                 break
-        taken.add((background, objects))
+        taken.add(drawn)
         covered |= parts
         yield description
 
@@ -143,13 +118,26 @@ def retrieval_sample(seed: int, index: int, description: Description) -> Sample:
     return _finish(scene, [full_caption(scene, rng)], rng)
 
 
-def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
+def write_shapes(
+    output: Path,
+    *,
+    seed: int,
+    train: int,
+    shard_size: int,
+    zeroshot_per_class: int,
+    retrieval: int,
+    workers: int,
+) -> bool:
     """Writes all splits below `output`, or nothing if they are there already.
 
     Args:
-        config: What to write.
         output: A folder that is new, empty, or from an earlier run of this function; what an
             interrupted run left there is replaced.
+        seed: Non-negative seed of everything.
+        train: Number of training pictures.
+        shard_size: Pictures per training shard.
+        zeroshot_per_class: Pictures of each of the 48 zero-shot classes.
+        retrieval: Number of retrieval pictures, with one caption each.
         workers: Number of processes, at least 1; it does not change what is written.
 
     Returns:
@@ -159,7 +147,14 @@ def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
         UserError: `output` is a file, holds something else or was made with other arguments.
         OSError: `output` cannot be written.
     """
-    record = {"version": VERSION, **asdict(config)}
+    record = {
+        "version": VERSION,
+        "seed": seed,
+        "train": train,
+        "shard_size": shard_size,
+        "zeroshot_per_class": zeroshot_per_class,
+        "retrieval": retrieval,
+    }
     if _is_complete(output, record):
         return False
     output.mkdir(parents=True, exist_ok=True)
@@ -170,54 +165,38 @@ def write_shapes(config: ShapesConfig, output: Path, workers: int) -> bool:
     images = output / "retrieval" / "images"
     images.mkdir()
 
-    seed, per_class = config.seed, config.zeroshot_per_class
-    tasks: list[_Task] = [
+    tasks: list[Callable[[], _Written]] = [
         partial(_write_shard, seed, first, last, output / "train" / f"{shard:05d}.tar")
-        for shard, (first, last) in enumerate(_ranges(config.train, config.shard_size))
+        for shard, (first, last) in enumerate(_ranges(train, shard_size))
     ]
     tasks += [
-        partial(_write_class, seed, index, per_class, output / "zeroshot")
+        partial(_write_class, seed, index, zeroshot_per_class, output / "zeroshot")
         for index in range(len(CLASSES))
     ]
-    descriptions = list(itertools.islice(retrieval_descriptions(seed), config.retrieval))
+    descriptions = list(itertools.islice(retrieval_descriptions(seed), retrieval))
     tasks += [
         partial(_write_retrieval, seed, first, descriptions[first:last], images)
-        for first, last in _ranges(config.retrieval, RETRIEVAL_CHUNK)
+        for first, last in _ranges(retrieval, RETRIEVAL_CHUNK)
     ]
-    total = config.train + per_class * len(CLASSES) + config.retrieval
-    listed: list[_Listed] = []
+    total = train + zeroshot_per_class * len(CLASSES) + retrieval
+    listed: list[dict[str, Any]] = []
     with tqdm(total=total, unit="image", desc="shapes") as bar:
         for pictures, some in run_unordered(_run, tasks, workers):
             listed += some
             bar.update(pictures)
-    listed.sort(key=lambda entry: entry.id)
-    coco = {
-        "images": [
-            {"id": e.id, "file_name": e.name, "width": e.width, "height": e.height} for e in listed
-        ],
-        "annotations": [{"id": e.id, "image_id": e.id, "caption": e.caption} for e in listed],
-    }
+    listed.sort(key=lambda image: image["id"])
+    annotations = [
+        {"id": image["id"], "image_id": image["id"], "caption": image.pop("caption")}
+        for image in listed
+    ]
+    coco = {"images": listed, "annotations": annotations}
     (output / "retrieval" / "captions.json").write_text(json.dumps(coco) + "\n")
-    (output / "templates.txt").write_text("\n".join(prompt_templates()) + "\n")
+    (output / "templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     (output / PARTIAL_FILE).replace(output / DONE_FILE)
     return True
 
 
-class _Listed(NamedTuple):
-    """A picture with its entries in COCO's file."""
-
-    id: int
-    name: str
-    width: int
-    height: int
-    caption: str
-
-
-# Writes some pictures; returns how many, and those that COCO's file lists.
-_Task = Callable[[], tuple[int, list[_Listed]]]
-
-
-def _run(task: _Task) -> tuple[int, list[_Listed]]:
+def _run(task: Callable[[], _Written]) -> _Written:
     return task()
 
 
@@ -232,10 +211,10 @@ def _is_complete(output: Path, record: dict[str, int]) -> bool:
             raise UserError(f"--output {output} holds other files; name a new or empty folder")
         return False
     try:
-        found = json.loads(done.read_text())
+        same = json.loads(done.read_text()) == record
     except ValueError:
-        found = None
-    if found != record:
+        same = False
+    if not same:
         raise UserError(
             f"--output {output} was made with other arguments, see {done}: "
             "name another folder or delete this one"
@@ -243,7 +222,7 @@ def _is_complete(output: Path, record: dict[str, int]) -> bool:
     return True
 
 
-def _write_shard(seed: int, first: int, last: int, path: Path) -> tuple[int, list[_Listed]]:
+def _write_shard(seed: int, first: int, last: int, path: Path) -> _Written:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(first, last):
             sample = train_sample(seed, index)
@@ -260,9 +239,7 @@ def _write_shard(seed: int, first: int, last: int, path: Path) -> tuple[int, lis
     return last - first, []
 
 
-def _write_class(
-    seed: int, class_index: int, count: int, folder: Path
-) -> tuple[int, list[_Listed]]:
+def _write_class(seed: int, class_index: int, count: int, folder: Path) -> _Written:
     class_folder = folder / "_".join(CLASSES[class_index])
     class_folder.mkdir()
     for number in range(count):
@@ -273,13 +250,14 @@ def _write_class(
 
 def _write_retrieval(
     seed: int, first: int, descriptions: list[Description], folder: Path
-) -> tuple[int, list[_Listed]]:
+) -> _Written:
     listed = []
     for index, description in enumerate(descriptions, start=first):
         sample = retrieval_sample(seed, index, description)
         name = f"{index:05d}.{sample.extension}"
         (folder / name).write_bytes(sample.data)
-        listed.append(_Listed(index, name, sample.width, sample.height, sample.captions[0]))
+        size = {"width": sample.width, "height": sample.height}
+        listed.append({"id": index, "file_name": name, **size, "caption": sample.captions[0]})
     return len(listed), listed
 
 
