@@ -434,7 +434,10 @@ def test_unusable_tables(tmp_path, capsys, text, message):
         (["--coco", "none.json"], "--images is missing"),
         (["--classes", "none"], "no folder at none"),
         (["--classes", ".", "--split", "train"], "--split goes with --coco, not with --classes"),
-        (["--classes", ".", "--samples-per-shard", "0"], "--samples-per-shard must be at least 1"),
+        (
+            ["--classes", ".", "--samples-per-shard", "0"],
+            "--samples-per-shard: expected a number from 1",
+        ),
     ],
 )
 def test_mistakes_give_one_line(tmp_path, capsys, monkeypatch, words, message):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from navit_clip.data.annotations.labels import read_text
 from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
-from navit_clip.files import reading
 
 
 def open_classes(folder: Path, names: Path | None = None) -> ImageList:
@@ -26,7 +26,8 @@ def open_classes(folder: Path, names: Path | None = None) -> ImageList:
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     classnames = [path.name.replace("_", " ") for path in folders]
     if names is not None:
-        classnames = _read_names(names)
+        lines = read_text(str(names), "--classnames").splitlines()
+        classnames = [line.strip() for line in lines if line.strip()]
         if len(classnames) != len(folders):
             raise UserError(
                 f"{len(classnames)} names in {names} for {len(folders)} class folders: give one "
@@ -41,9 +42,3 @@ def open_classes(folder: Path, names: Path | None = None) -> ImageList:
     if not rows:
         raise UserError(f"no image in class folders under {folder}: expected {folder}/CLASS/*.jpg")
     return ImageList(folder, rows, classnames)
-
-
-def _read_names(path: Path) -> list[str]:
-    with reading(f"--classnames {path}", UnicodeDecodeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]

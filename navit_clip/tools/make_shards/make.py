@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from navit_clip.data.annotations.rows import ImageList, Row
+from navit_clip.data.annotations.rows import ImageList
 from navit_clip.data.seeding import generator
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, writing
 from navit_clip.tools.make_shards.shard_manifest import (
     MANIFEST,
-    Manifest,
-    ShardCheck,
     begin_manifest,
     find_damage,
     read_manifest,
@@ -30,46 +25,6 @@ CLASSNAMES = "classnames.txt"
 _PROBED = 100  # rows whose files are looked for before anything is written
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a folder of shards holds.
-
-    Attributes:
-        records: One per shard, in order.
-        rows: Rows they were made of.
-        written: Shards that were written now; the others were there already.
-    """
-
-    records: Sequence[ShardRecord]
-    rows: int
-    written: int
-
-    @property
-    def samples(self) -> int:
-        """Samples in all shards."""
-        return sum(record.samples for record in self.records)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all shards."""
-        return sum(record.bytes for record in self.records)
-
-    @property
-    def shards(self) -> int:
-        """Shards that hold a sample."""
-        return sum(record.samples > 0 for record in self.records)
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Rows that gave no sample, by reason."""
-        return sum((Counter(record.skipped) for record in self.records), Counter())
-
-    @property
-    def skip_log(self) -> list[str]:
-        """A line for each of the first few of them in every shard."""
-        return [line for record in self.records for line in record.skip_log]
-
-
 def make_shards(
     images: ImageList,
     output: Path,
@@ -77,7 +32,7 @@ def make_shards(
     samples_per_shard: int = 1000,
     shuffle_seed: int | None = None,
     workers: int = 1,
-) -> Summary:
+) -> tuple[list[ShardRecord], int]:
     """Writes the shards that are missing.
 
     Args:
@@ -88,11 +43,17 @@ def make_shards(
             their own.
         workers: Number of processes; it does not change what is written.
 
+    Returns:
+        A record of each shard in order, and how many were written now; the others were there.
+
     Raises:
         UserError: If the output cannot be used or no row has a usable image.
     """
     _probe(images)
-    rows = _ordered(images.rows, shuffle_seed)
+    rows = list(images.rows)
+    if shuffle_seed is not None:
+        order = generator(shuffle_seed, "make_shards").permutation(len(rows))
+        rows = [rows[index] for index in order.tolist()]
     starts = range(0, len(rows), samples_per_shard)
     # Wide enough that the shards' names sort in their order.
     width = max(5, len(str(len(starts) - 1)))
@@ -104,7 +65,8 @@ def make_shards(
         "shuffle_seed": shuffle_seed,
         "shards": len(starts),
     }
-    with sole_writer(output):
+    hint = "; once that is fixed, the same command continues"
+    with writing(f"--output {output}", hint=hint), sole_writer(output):
         manifest = begin_manifest(output, settings)
         tasks = [
             ShardTask(
@@ -116,27 +78,21 @@ def make_shards(
             for shard, start in enumerate(starts)
         ]
         missing = [task for task in tasks if not manifest.is_whole(task.path.name)]
-        with writing(f"--output {output}", hint="; once that is fixed, the same command continues"):
-            _write(missing, manifest, len(rows), workers)
-            if images.classnames:
-                atomic_write(output / CLASSNAMES, "\n".join(images.classnames) + "\n")
-            for partial in output.glob("*.tar.partial"):
-                partial.unlink()
-            manifest.save()
+        sizes = {task.path.name: len(task.rows) for task in missing}
+        done = len(rows) - sum(sizes.values())
+        with tqdm(total=len(rows), initial=done, unit="image", desc="making shards") as bar:
+            for record in run_unordered(write_shard, missing, workers):
+                manifest.add(record)
+                bar.update(sizes[record.shard])
+        if images.classnames:
+            atomic_write(output / CLASSNAMES, "\n".join(images.classnames) + "\n")
+        for partial in output.glob("*.tar.partial"):
+            partial.unlink()
+        manifest.save()
     records = [manifest.records[task.path.name] for task in tasks]
-    summary = Summary(records, len(rows), len(missing))
-    if not summary.samples:
-        raise UserError(f"no usable image among {len(rows):,}, the first: {summary.skip_log[0]}")
-    return summary
-
-
-def _write(tasks: Sequence[ShardTask], manifest: Manifest, total: int, workers: int) -> None:
-    sizes = {task.path.name: len(task.rows) for task in tasks}
-    done = total - sum(sizes.values())
-    with tqdm(total=total, initial=done, unit="image", desc="making shards") as bar:
-        for record in run_unordered(write_shard, tasks, workers):
-            manifest.add(record)
-            bar.update(sizes[record.shard])
+    if not any(record.samples for record in records):
+        raise UserError(f"no usable image among {len(rows):,}, the first: {records[0].skip_log[0]}")
+    return records, len(missing)
 
 
 def _probe(images: ImageList) -> None:
@@ -150,14 +106,7 @@ def _probe(images: ImageList) -> None:
         )
 
 
-def _ordered(rows: Sequence[Row], seed: int | None) -> list[Row]:
-    if seed is None:
-        return list(rows)
-    order = generator(seed, "make_shards").permutation(len(rows))
-    return [rows[index] for index in order.tolist()]
-
-
-def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
+def verify_shards(folder: Path, workers: int = 1) -> tuple[list[ShardRecord], list[str]]:
     """Reads every shard of a folder and compares it with the manifest.
 
     Args:
@@ -165,7 +114,7 @@ def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
         workers: Number of processes.
 
     Returns:
-        What the manifest holds, and a line for each error, none if all shards are intact.
+        The manifest's records, and a line for each error, none if all shards are intact.
 
     Raises:
         UserError: If the folder has no manifest.
@@ -174,16 +123,13 @@ def verify_shards(folder: Path, workers: int = 1) -> tuple[Summary, list[str]]:
     if manifest is None:
         raise UserError(f"no {MANIFEST} in {folder}: only shards made by make_shards have one")
     records = [manifest.records[name] for name in sorted(manifest.records)]
-    checks = [ShardCheck(folder / record.shard, record) for record in records]
-    found: list[str] = []
-    with tqdm(total=len(checks), unit="shard", desc="verifying") as bar:
-        for problem in run_unordered(find_damage, checks, workers):
-            bar.update()
-            if problem is not None:
-                found.append(problem)
+    checks = [(folder / record.shard, record) for record in records]
+    damage = run_unordered(find_damage, checks, workers)
+    progress = tqdm(damage, total=len(checks), unit="shard", desc="verifying")
+    found = [problem for problem in progress if problem is not None]
     unknown = {path.name for path in folder.glob("*.tar")} - set(manifest.records)
     found += [f"{folder / name}: not in {MANIFEST}" for name in unknown]
     unfinished = manifest.settings["shards"] - len(records)
     if unfinished:
         found.append(f"{folder}: {unfinished} shards are not made yet, repeat the command")
-    return Summary(records, manifest.settings["rows"], 0), sorted(found)
+    return records, sorted(found)

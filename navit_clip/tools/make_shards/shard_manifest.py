@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write, reading, sha256_of, writing
+from navit_clip.files import atomic_write, reading, sha256_of
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
 MANIFEST = "manifest.jsonl"
@@ -38,15 +38,10 @@ class Manifest:
     settings: dict[str, Any]
     records: dict[str, ShardRecord]
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / MANIFEST
-
     def add(self, record: ShardRecord) -> None:
         """Adds a finished shard; on the disk when this returns."""
         self.records[record.shard] = record
-        with self.path.open("a", encoding="utf-8") as file:
+        with (self.folder / MANIFEST).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -55,7 +50,7 @@ class Manifest:
         """Writes the whole file again, shards in order."""
         records = [asdict(self.records[name]) for name in sorted(self.records)]
         lines = [json.dumps(line, ensure_ascii=False) for line in (self.settings, *records)]
-        atomic_write(self.path, "\n".join(lines) + "\n")
+        atomic_write(self.folder / MANIFEST, "\n".join(lines) + "\n")
 
     def is_whole(self, shard: str) -> bool:
         """Whether a shard is recorded and its file there at its full size."""
@@ -94,44 +89,44 @@ def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
     """Goes on with a folder's manifest or begins one.
 
     Args:
-        folder: Created if need be.
+        folder: Exists.
         settings: What the shards are made of, as plain JSON values.
 
     Raises:
         UserError: If the folder holds something else, or shards of other settings.
+        OSError: If it cannot be written.
     """
     wanted = {"version": VERSION, **settings}
-    with writing(f"--output {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = read_manifest(folder)
-        if manifest is None:
-            if any(folder.iterdir()):
-                raise UserError(f"--output {folder} holds other files: name a new or empty folder")
-            manifest = Manifest(folder, wanted, {})
-        changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]
-        if changed:
-            differences = ", ".join(
-                f"{key} was {manifest.settings.get(key)}, now {wanted[key]}" for key in changed
-            )
-            raise UserError(
-                f"--output {folder} has shards made otherwise ({differences}): repeat the command "
-                "they were made with, name another folder or delete this one"
-            )
-        # Also drops a line that was cut off.
-        manifest.save()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if any(folder.iterdir()):
+            raise UserError(f"--output {folder} holds other files: name a new or empty folder")
+        manifest = Manifest(folder, wanted, {})
+    differences = ", ".join(
+        f"{key} was {manifest.settings.get(key)}, now {value}"
+        for key, value in wanted.items()
+        if manifest.settings.get(key) != value
+    )
+    if differences:
+        raise UserError(
+            f"--output {folder} has shards made otherwise ({differences}): repeat the command "
+            "they were made with, name another folder or delete this one"
+        )
+    # Also drops a line that was cut off.
+    manifest.save()
     return manifest
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of a folder; the lock goes with the process, however it ends.
+    """Makes a folder and keeps a second run out; the lock goes with the process, however it ends.
 
     Raises:
         UserError: If another run is writing there.
+        OSError: If the folder cannot be made.
     """
-    with writing(f"--output {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         # Some network file systems have no locks; there the user has to take care.
         with suppress(OSError):
@@ -144,17 +139,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-@dataclass(frozen=True)
-class ShardCheck:
-    """One shard to be compared with its record."""
-
-    path: Path
-    record: ShardRecord
-
-
-def find_damage(check: ShardCheck) -> str | None:
-    """Reads a shard; returns one line about what is wrong with it, None if nothing is."""
-    path, record = check.path, check.record
+def find_damage(check: tuple[Path, ShardRecord]) -> str | None:
+    """Compares a shard with its record; returns a line about what is wrong, None if all is well."""
+    path, record = check
     try:
         if not record.samples:
             return f"{path}: should not exist" if path.exists() else None

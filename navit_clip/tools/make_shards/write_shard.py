@@ -22,9 +22,11 @@ from navit_clip.files import sha256_of
 
 NAMED_SKIPS = 8  # per shard; the rest is only counted
 
+# Of what an image decoder has accepted.
 _SIGNATURES = {
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",
+    b"RIFF": "webp",
     b"GIF8": "gif",
     b"BM": "bmp",
 }
@@ -130,8 +132,10 @@ def make_members(images: Path, row: Row) -> dict[str, bytes]:
         "height": image.height,
         "file_name": row.name,
     }
+    # By content, since names lie.
+    found = (name for start, name in _SIGNATURES.items() if data.startswith(start))
     members = {
-        _extension(data, row.name): data,
+        next(found, Path(row.name).suffix.lower().lstrip(".")): data,
         "json": json.dumps(fields, ensure_ascii=False).encode(),
         "txt": captions[0].encode(),
     }
@@ -149,13 +153,3 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or str(error)
         raise SkipSampleError("missing_image", detail) from error
-
-
-def _extension(data: bytes, name: str) -> str:
-    """By content, since names lie; by name if the content is of a kind not listed here."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    for signature, extension in _SIGNATURES.items():
-        if data.startswith(signature):
-            return extension
-    return Path(name).suffix.lower().lstrip(".")
