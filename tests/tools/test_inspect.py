@@ -237,6 +237,18 @@ def test_a_config_may_name_the_shards(tmp_path, tokenizer_path, capsys):
     assert "some are in it several times" in printed
 
 
+def test_the_model_that_a_run_starts_from_decides_its_sizes(tmp_path, capsys):
+    (shard,) = make_shards(tmp_path, [3])
+    config, output = tmp_path / "run.yaml", tmp_path / "out.json"
+    config.write_text("init: {model: 'open_clip:ViT-B-32'}\ndata: {packing: fill}\n")
+    words = (shard, "--config", config, "--output", output)
+    assert "names no tokenizer: give --tokenizer" in refused(capsys, *words)
+    inspect(*words, "--tokenizer", "open_clip")
+    found = json.loads(output.read_text())
+    assert found["context_length"] == 77
+    assert found["distributions"]["tokens"]["max"] < 9 * 9  # patches of 32, not of 16
+
+
 # The picture
 
 
@@ -294,7 +306,7 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
     (tmp_path / "page.tar").write_bytes(HTML)
     assert "page.tar: not a tar" in refused(capsys, tmp_path / "page.tar")
     (shard,) = make_shards(tmp_path, [1])
-    assert "--max-samples must be at least 1" in refused(capsys, shard, "--max-samples", 0)
+    assert "--max-samples: expected a number from 1, got '0'" in refused(capsys, shard, "--max-samples", 0)
     assert "no tokenizer at" in refused(capsys, shard, "--tokenizer", tmp_path / "none.model")
     (tmp_path / "file").write_text("")
     line = refused(capsys, shard, "--output", tmp_path / "file" / "out.json")
@@ -304,13 +316,14 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: [1\n", "as YAML"),
-        ("steps: 3\n", "has no data section"),
+        ("data: [1\n", "Problems parsing config"),
+        ("steps: 3\n", "tokenizer is missing"),
+        ("model: {embed_dim: 8}\ntokenizer: {kind: open_clip}\n", "'model.embed_dim' is not"),
         ("data: {workrs: 3}\ntokenizer: {kind: open_clip}\n", "workrs"),
         ("data: {look_ahead: 0}\ntokenizer: {kind: open_clip}\n", "look_ahead must be at least 1"),
         ("data: {look_ahead: many}\ntokenizer: {kind: open_clip}\n", "look_ahead"),
-        ("data: {look_ahead: 3}\n", "names no tokenizer"),
-        ("data: {look_ahead: 3}\ntask: {kind: detection}\n", "task.kind is detection"),
+        ("data: {look_ahead: 3}\n", "tokenizer is missing"),
+        ("data: {look_ahead: 3}\ntask: {kind: detection}\n", "task.kind must be one of contrastive, got 'detection'"),
         ("data: {look_ahead: 3}\ntokenizer: {kind: sentencepiece}\n", "path must name"),
     ],
 )
@@ -325,7 +338,8 @@ def test_bad_configs(tmp_path, capsys, text, message):
 def test_budgets_that_no_pair_fits(tmp_path, config, capsys):
     (shard,) = make_shards(tmp_path, [3])
     config.write_text(config.read_text().replace("text: 96", "text: 2"))
-    assert "cannot pack with this configuration" in refused(capsys, shard, "--config", config)
+    line = refused(capsys, shard, "--config", config)
+    assert "data.budget.tokens.text=2 cannot hold one example" in line
 
 
 def test_only_unusable_samples(tmp_path, config, capsys):

@@ -9,19 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.mixture import Mixture
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import UserError
 from navit_clip.files import write_output
 from navit_clip.recipes import find_recipe
-from navit_clip.tools.inspect.data_settings import (
-    DataSettings,
-    pair_builder,
-    read_settings,
-    with_choices,
-)
 from navit_clip.tools.inspect.describe import to_json, to_text
 from navit_clip.tools.inspect.draw_batch import draw_batch
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
+from navit_clip.tools.inspect.settings import read_settings
 from navit_clip.tools.inspect.statistics import collect_statistics
 
 _DESCRIPTION = """Counts what shards hold, what training would skip and why, and how full its
@@ -31,16 +27,8 @@ batches would be; draws one batch patch by patch."""
 def main(
     argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tools.inspect"
 ) -> int:
-    """Inspects shards.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-
-    Returns:
-        The exit status: 0, or 130 when interrupted. A mistake of the user's exits with 2.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
+    """Inspects shards, see `run_command`."""
+    parser = Parser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("shards", nargs="*", help="tars, folders or patterns; the config's if none")
     parser.add_argument("--config", help="a recipe or a training YAML: also measure its packing")
     parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
@@ -50,31 +38,18 @@ def main(
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw one batch")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write what is printed")
     parser.add_argument(
-        "--max-samples", type=int, help="read so many, taken from the front of every shard"
+        "--max-samples", type=number(1), help="read so many, taken from the front of every shard"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    args = parser.parse_args(argv)
-    with one_line_errors(prog):
-        try:
-            return _inspect(args)
-        except KeyboardInterrupt:
-            return 130
+    parser.add_argument("--workers", type=number(1), default=os.cpu_count() or 1, help="processes")
+    return run_command(parser, _inspect, argv)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    for name in ("max_samples", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not args.shards and args.config is None:
         raise UserError("no shards given: name tars, folders or patterns, or a --config with them")
     config = find_recipe(args.config) if args.config else None
-    settings = read_settings(config) if config else DataSettings()
-    settings = with_choices(settings, args.shards, args.captions, args.tokenizer)
-    if args.config and settings.tokenizer is None:
-        raise UserError(f"--config {args.config} names no tokenizer: give --tokenizer")
-    build = pair_builder(settings)
-    mixture = Mixture.find(settings.data)
+    data, build = read_settings(config, args.shards, args.captions, args.tokenizer)
+    mixture = Mixture.find(data)
     statistics = collect_statistics(
         mixture, build, max_samples=args.max_samples, workers=args.workers
     )
@@ -85,8 +60,8 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     packing = None
     if statistics.usable and (args.config or args.picture):
-        packing = measure_packing(mixture, build, settings.data, statistics.usable)
-    tokenised = settings.tokenizer is not None
+        packing = measure_packing(mixture, build, data, statistics.usable)
+    tokenised = bool(args.config or args.tokenizer)
     found = to_json(statistics, build.context_length, packing, tokenised)
     print(to_text(found))
     if packing and statistics.usable < packing.batches[0].examples:

@@ -11,7 +11,6 @@ from navit_clip.data.builders.pairs import PairBuilder, PairInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
-from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.tokenizers.base import Tokenizer
@@ -98,7 +97,7 @@ def measure_packing(
         pairs: Pairs of one epoch. A batch that holds more has some of them twice.
 
     Raises:
-        UserError: If the shards cannot be read, or a pair exceeds the budgets.
+        UserError: If the shards cannot be read.
     """
     remembering = _RememberingTokenizer(build.tokenizer)
     batches: list[BatchCounts] = []
@@ -113,11 +112,7 @@ def measure_packing(
     )
     with tqdm(desc="packing", unit="batch") as bar:
         while taken < pairs and len(batches) < MAX_BATCHES:
-            try:
-                batch = next(stream)
-            # A budget that one pair exceeds, which only the trainer's own checks would find.
-            except ValueError as error:
-                raise UserError(f"cannot pack with this configuration: {error}") from error
+            batch = next(stream)
             first = first or batch
             batches.append(batch.counts)
             taken += batch.counts.examples

@@ -1,55 +1,19 @@
-"""The parts of a training configuration that concern data."""
+"""What a training configuration, or the defaults, make of samples and batches."""
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-
 from navit_clip.data.builders.pairs import PairBuilder
-from navit_clip.data.config import DataConfig, check_captions
+from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
-from navit_clip.files import reading
-from navit_clip.models.clip import CLIPConfig
+from navit_clip.tasks.contrastive import ContrastiveConfig
 from navit_clip.tokenizers.base import Tokenizer
-from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """The parts of a task's configuration that decide what becomes of a sample.
-
-    Attributes:
-        model: Patch size, longest side and caption length.
-        captions: Caption field to sampling weight.
-    """
-
-    model: CLIPConfig = field(default_factory=CLIPConfig)
-    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
-
-    def __post_init__(self) -> None:
-        check_captions("captions", self.captions)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The parts of a training configuration that decide what a batch holds.
-
-    Attributes:
-        data: What is read and how it is packed.
-        task: What becomes of a sample.
-        tokenizer: How captions become token ids; None counts words instead.
-        seed: Of everything random about the data.
-    """
-
-    data: DataConfig = field(default_factory=DataConfig)
-    task: TaskSettings = field(default_factory=TaskSettings)
-    tokenizer: TokenizerConfig | None = None
-    seed: int = 0
+from navit_clip.tokenizers.load import build_tokenizer
+from navit_clip.training.config import parse_config
 
 
 class WordCounter(Tokenizer):
@@ -69,84 +33,57 @@ class WordCounter(Tokenizer):
         return [*words[: context_length - 1], 0]
 
 
-def read_settings(path: Path) -> DataSettings:
-    """The data's part of a training configuration; the rest of it is not read.
-
-    Args:
-        path: A YAML file as ``navit-clip train --config`` takes it, or a run's ``config.yaml``.
-
-    Raises:
-        UserError: If it cannot be read, or an entry is unknown or out of range; names it.
-    """
-    with reading(f"--config {path} as YAML", UnicodeDecodeError, yaml.YAMLError):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = [f.name for f in fields(DataSettings)]
-    if not isinstance(content, Mapping) or "data" not in content:
-        raise UserError(f"--config {path} has no data section: give a training configuration")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DataSettings)
-    try:
-        known = {name: content[name] for name in names if name in content}
-        if isinstance(task := known.get("task"), Mapping):
-            if task.get("kind", "contrastive") != "contrastive":
-                raise ValueError(f"task.kind is {task['kind']}, only contrastive is inspected")
-            parts = [f.name for f in fields(TaskSettings)]
-            known["task"] = {name: task[name] for name in parts if name in task}
-        values = parser.instantiate(parser.parse_object(known))
-        return DataSettings(**{name: values[name] for name in names})
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(f"--config {path}: {error}") from error
-
-
-def with_choices(
-    settings: DataSettings,
+def read_settings(
+    config: Path | None,
     shards: Sequence[str],
     captions: Sequence[str] | None,
     tokenizer: str | None,
-) -> DataSettings:
-    """The settings with those of the command line instead.
+) -> tuple[DataConfig, PairBuilder]:
+    """The settings of a configuration, with those of the command line instead of its own.
 
     Args:
-        settings: Read from a configuration, or the defaults.
+        config: A YAML file as ``navit-clip train --config`` takes it, or a run's ``config.yaml``;
+            None takes the defaults, with `WordCounter` if no tokenizer is given.
         shards: Patterns; none keeps the configuration's.
         captions: Caption fields of equal weight; None keeps the configuration's.
         tokenizer: A SentencePiece model's path, or ``open_clip``.
 
+    Returns:
+        What is read and how it is packed, and what makes pairs of samples.
+
     Raises:
-        UserError: If a caption field is not one.
+        UserError: If training would refuse the configuration, or a tokenizer cannot be read.
     """
-    data, task = settings.data, settings.task
+    # What training needs to be told and an inspection does not; the configuration's own comes next.
+    words = ["--run_dir=.", "--steps=1"]
+    if config is not None:
+        words.append(f"--config={config}")
     if shards:
-        data = replace(data, train=list(shards), mix={})
+        words += ["--data.mix={}", f"--data.train={json.dumps(list(shards))}"]
     if captions is not None:
-        try:
-            task = replace(task, captions=dict.fromkeys(captions, 1.0))
-        except ValueError as error:
-            raise UserError(f"--captions: {error}") from error
-    config = settings.tokenizer
-    if tokenizer is not None:
-        config = (
-            TokenizerConfig("open_clip")
-            if tokenizer == "open_clip"
-            else TokenizerConfig("sentencepiece", tokenizer)
-        )
-    return replace(settings, data=data, task=task, tokenizer=config)
-
-
-def pair_builder(settings: DataSettings) -> PairBuilder:
-    """Makes pairs as training would.
-
-    Raises:
-        UserError: If the tokenizer cannot be read.
-    """
-    image, text = settings.task.model.image, settings.task.model.text
-    return PairBuilder(
-        settings.task.captions,
-        settings.data.resolution,
-        settings.data.drop,
-        WordCounter() if settings.tokenizer is None else build_tokenizer(settings.tokenizer),
+        words.append(f"--task.captions={json.dumps(dict.fromkeys(captions, 1.0))}")
+    count_words = config is None and tokenizer is None
+    if count_words or tokenizer is not None:
+        kind = "open_clip" if tokenizer in (None, "open_clip") else "sentencepiece"
+        choice = {"kind": kind, "path": tokenizer, "pad_id": None}
+        words.append(f"--tokenizer={json.dumps(choice)}")
+    try:
+        found, _ = parse_config(words)
+    except UserError as error:
+        raise UserError(f"--config {config}: {error}" if config else str(error)) from error
+    if not isinstance(found.task, ContrastiveConfig):
+        raise UserError(f"task.kind is {found.task.kind}, only contrastive is inspected")
+    if found.tokenizer is None:
+        raise UserError(f"--config {config} names no tokenizer: give --tokenizer")
+    image, text = found.task.model.image, found.task.model.text
+    build = PairBuilder(
+        found.task.captions,
+        found.data.resolution,
+        found.data.drop,
+        WordCounter() if count_words else build_tokenizer(found.tokenizer),
         text.context_length,
         image.patch_size,
         image.position.max_grid_side,
-        settings.seed,
+        found.seed,
     )
+    return found.data, build
