@@ -306,7 +306,9 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
     (tmp_path / "page.tar").write_bytes(HTML)
     assert "page.tar: not a tar" in refused(capsys, tmp_path / "page.tar")
     (shard,) = make_shards(tmp_path, [1])
-    assert "--max-samples: expected a number from 1, got '0'" in refused(capsys, shard, "--max-samples", 0)
+    assert "--max-samples: expected a number from 1, got '0'" in refused(
+        capsys, shard, "--max-samples", 0
+    )
     assert "no tokenizer at" in refused(capsys, shard, "--tokenizer", tmp_path / "none.model")
     (tmp_path / "file").write_text("")
     line = refused(capsys, shard, "--output", tmp_path / "file" / "out.json")
@@ -323,7 +325,10 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
         ("data: {look_ahead: 0}\ntokenizer: {kind: open_clip}\n", "look_ahead must be at least 1"),
         ("data: {look_ahead: many}\ntokenizer: {kind: open_clip}\n", "look_ahead"),
         ("data: {look_ahead: 3}\n", "tokenizer is missing"),
-        ("data: {look_ahead: 3}\ntask: {kind: detection}\n", "task.kind must be one of contrastive, got 'detection'"),
+        (
+            "data: {look_ahead: 3}\ntask: {kind: detection}\n",
+            "task.kind must be one of contrastive",
+        ),
         ("data: {look_ahead: 3}\ntokenizer: {kind: sentencepiece}\n", "path must name"),
     ],
 )
