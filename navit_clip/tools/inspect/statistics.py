@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +17,9 @@ from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.skip_log import SkipLog
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import SkipSampleError
-
-NAMED_SKIPS = 8  # per shard; the rest is only counted
 
 _WHOLE_CAPTION = 1 << 20  # tokens; no caption is cut at it
 
@@ -68,7 +69,7 @@ class Statistics:
     formats: Counter[str] = field(default_factory=Counter)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
-    skip_log: list[str] = field(default_factory=list)
+    skip_log: tuple[str, ...] = ()
 
 
 def collect_statistics(
@@ -111,60 +112,53 @@ def collect_statistics(
 
 def _shard_statistics(task: _ShardTask) -> tuple[int, Statistics]:
     """Reads one shard; returns its number and what is in it."""
-    statistics = Statistics(shards=1)
-    values: defaultdict[str, list[float]] = defaultdict(list)
+    found, skips = Statistics(shards=1), SkipLog(sys.maxsize)
+    columns: defaultdict[str, list[float]] = defaultdict(list)
     try:
-        for sample in read_shard(task.path, name=task.name):
-            statistics.samples += 1
-            statistics.bytes += sum(map(len, sample.members.values()))
+        for sample in itertools.islice(read_shard(task.path, name=task.name), task.limit):
+            found.samples += 1
+            found.bytes += sum(map(len, sample.members.values()))
             try:
-                _add(task, sample, statistics, values)
+                extension, values = _measure(task, sample)
             except SkipSampleError as error:
-                _skip(statistics, error.reason, f"{sample.id}: {error}")
-            if statistics.samples == task.limit:
-                break
+                skips.skip_sample(sample.id, error)
+                continue
+            found.usable += 1
+            found.formats[extension] += 1
+            for name, column in values.items():
+                columns[name] += column
     except ShardError as error:
-        _skip(statistics, "bad_shard", str(error))
-    statistics.columns = {name: np.array(column) for name, column in values.items()}
-    return task.shard, statistics
+        skips.skip_shard(error)
+    found.columns = {name: np.array(column) for name, column in columns.items()}
+    found.skipped, found.skip_log = skips.take()
+    return task.shard, found
 
 
-def _add(
-    task: _ShardTask,
-    sample: RawSample,
-    statistics: Statistics,
-    values: defaultdict[str, list[float]],
-) -> None:
-    """Adds one sample, unless training would skip it."""
+def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[float]]]:
+    """The image's extension, and the values that a sample adds to each column.
+
+    Raises:
+        SkipSampleError: If training would skip it.
+    """
     pair = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
     data = find_image(sample.members)
     image = EncodedImage(data)
     texts = [text for name in task.captions for text in find_captions(sample.members, name)]
-    statistics.usable += 1
-    statistics.formats[next(e for e, content in sample.members.items() if content is data)] += 1
-    rows, columns = pair.image.grid
-    measured = {
-        "width": image.width,
-        "height": image.height,
-        "side": (image.width * image.height) ** 0.5,
-        "aspect": image.width / image.height,
-        "image_bytes": len(data),
-        "captions": len(texts),
-        "tokens": rows * columns,
-        "kept_tokens": len(pair.image.patches),
-    }
-    for name, value in measured.items():
-        values[name].append(value)
     encode = task.build.tokenizer.encode
-    values["characters"] += map(len, texts)
-    values["words"] += (len(text.split()) for text in texts)
-    values["text_tokens"] += (len(encode(text, _WHOLE_CAPTION)) for text in texts)
-
-
-def _skip(statistics: Statistics, reason: str, line: str) -> None:
-    statistics.skipped[reason] += 1
-    if len(statistics.skip_log) < NAMED_SKIPS:
-        statistics.skip_log.append(line)
+    extension = next(e for e, content in sample.members.items() if content is data)
+    return extension, {
+        "width": [image.width],
+        "height": [image.height],
+        "side": [(image.width * image.height) ** 0.5],
+        "aspect": [image.width / image.height],
+        "image_bytes": [len(data)],
+        "captions": [len(texts)],
+        "tokens": [pair.image.tokens_before_drop],
+        "kept_tokens": [len(pair.image.patches)],
+        "characters": [len(text) for text in texts],
+        "words": [len(text.split()) for text in texts],
+        "text_tokens": [len(encode(text, _WHOLE_CAPTION)) for text in texts],
+    }
 
 
 def _merge(parts: Sequence[Statistics]) -> Statistics:
@@ -180,5 +174,5 @@ def _merge(parts: Sequence[Statistics]) -> Statistics:
             for name in names
         },
         skipped=sum((part.skipped for part in parts), Counter()),
-        skip_log=[line for part in parts for line in part.skip_log],
+        skip_log=tuple(line for part in parts for line in part.skip_log),
     )

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tarfile
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from navit_clip.data.annotations.rows import Row
 from navit_clip.data.decode import MAX_BYTES, EncodedImage
 from navit_clip.data.shards import add_member
+from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import sha256_of
-
-NAMED_SKIPS = 8  # per shard; the rest is only counted
 
 # Of what an image decoder has accepted.
 _SIGNATURES = {
@@ -76,9 +75,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
     Raises:
         OSError: If the disk does not take it.
     """
-    skipped: Counter[str] = Counter()
-    skip_log: list[str] = []
-    samples = 0
+    skips, samples = SkipLog(sys.maxsize), 0
     partial = task.path.with_name(task.path.name + ".partial")
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -86,25 +83,22 @@ def write_shard(task: ShardTask) -> ShardRecord:
                 try:
                     members = make_members(task.images, row)
                 except SkipSampleError as error:
-                    skipped[error.reason] += 1
-                    if len(skip_log) < NAMED_SKIPS:
-                        skip_log.append(f"{row.name or 'a row'}: {error}")
+                    skips.skip_sample(row.name or "a row", error)
                     continue
                 for extension, content in members.items():
                     add_member(tar, f"{index:09d}.{extension}", content)
                 samples += 1
         file.flush()
         os.fsync(file.fileno())
-    skips = dict(sorted(skipped.items()))
+    counts, lines = skips.take()
+    record = ShardRecord(task.path.name, 0, 0, "", dict(sorted(counts.items())), list(lines))
     if not samples:
         partial.unlink()
         task.path.unlink(missing_ok=True)
-        return ShardRecord(task.path.name, 0, 0, "", skips, skip_log)
-    record = ShardRecord(
-        task.path.name, samples, partial.stat().st_size, sha256_of(partial), skips, skip_log
-    )
+        return record
+    size, digest = partial.stat().st_size, sha256_of(partial)
     partial.replace(task.path)
-    return record
+    return replace(record, samples=samples, bytes=size, sha256=digest)
 
 
 def make_members(images: Path, row: Row) -> dict[str, bytes]:
