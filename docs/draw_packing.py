@@ -15,12 +15,12 @@ from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.loader import load_batches
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
-from navit_clip.tools.inspect.draw_patches import COLOURS, draw_on_grid, draw_stream
-from navit_clip.tools.inspect.packing_efficiency import unpack_images
+from navit_clip.tools.inspect.draw_patches import colour_of, draw_on_grid, draw_stream
+from navit_clip.tools.inspect.packing_efficiency import measure_packing
 
 PATCH, TILE, COLUMNS, ROWS = 16, 24, 36, 8
 WIDTH = COLUMNS * (TILE + 2) + 40
@@ -38,7 +38,7 @@ def draw(images: Sequence[ImagePatches]) -> Image.Image:
             x, y, tallest = 20, y + tallest + 14, 0
         canvas.paste(picture, (x, y))
         box = (x - 2, y - 2, x + picture.width + 1, y + picture.height + 1)
-        draw.rectangle(box, outline=COLOURS[i % len(COLOURS)], width=2)
+        draw.rectangle(box, outline=colour_of(i), width=2)
         x, tallest = x + picture.width + 14, max(tallest, picture.height)
     y += tallest + 22
     tokens = sum(len(image.patches) for image in images)
@@ -65,8 +65,8 @@ def main() -> None:
     build = PairBuilder(
         {"txt": 1.0}, config.resolution, config.drop, OpenClipTokenizer(), 32, PATCH, 64, seed=7
     )
-    images = unpack_images(next(load_batches(build, config, build.seed)).inputs.images)
-    draw(images).quantize(128).save(args.output, optimize=True)
+    pairs = measure_packing(Mixture.find(config), build, config, pairs=1).pairs
+    draw([pair.image for pair in pairs]).quantize(128).save(args.output, optimize=True)
 
 
 if __name__ == "__main__":

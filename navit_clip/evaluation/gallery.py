@@ -62,7 +62,8 @@ def draw_gallery(
         y = top + _THUMB + 8
         for caption in best:
             right = int(image_T[caption]) == index
-            lines = _wrap(f"{scores[caption]:.2f} {texts[caption]}", font)
+            text = f"{scores[caption]:.2f} {texts[caption]}"
+            lines = wrap_text(text, font, _CELL - 2 * _MARGIN, most=2)
             draw.multiline_text(
                 (left, y), "\n".join(lines), fill=_RIGHT if right else _WRONG, font=font, spacing=3
             )
@@ -72,13 +73,16 @@ def draw_gallery(
     write_output(output, file.getvalue())
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """At most two lines that are no wider than a cell, by the width of their letters."""
+def wrap_text(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int
+) -> list[str]:
+    """The first few lines of a text, no wider than `width` pixels by its letters."""
     lines = [""]
-    for word in text.split():
+    # A caption without spaces, or of 100 kB, is cut; measuring all of it would take seconds.
+    for word in (word[:30] for word in text[:500].split()):
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > _CELL - 2 * _MARGIN:
+        if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines if len(lines) <= 2 else [lines[0], f"{lines[1]} …"]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]} …"]

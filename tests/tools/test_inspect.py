@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from shard_factory import (
 )
 
 from navit_clip.data.drop import DropConfig
+from navit_clip.data.loader import load_batches
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tools.inspect.__main__ import main
+from navit_clip.tools.inspect.describe import packing_to_json
 from navit_clip.tools.inspect.draw_batch import draw_batch
 from navit_clip.tools.inspect.draw_patches import draw_on_grid
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
@@ -192,9 +195,10 @@ def test_packing_is_what_training_packs(tmp_path, pipeline):
     assert before < 21 <= before + expected[-1].counts.examples
     tokens = sum(sum(b.inputs.images.segments.lengths[: len(b.ids)]) for b in expected)
     budget = CONFIG.budget.tokens["image"] * len(expected)
-    assert packing.padding("image") == pytest.approx(1 - tokens / budget)
+    found = packing_to_json(packing.batches)
+    assert found["image_padding"] == pytest.approx(1 - tokens / budget)
     pairs = np.array([len(b.ids) for b in expected])
-    assert packing.pairs_cv == pytest.approx(pairs.std() / pairs.mean())
+    assert found["pairs_cv"] == pytest.approx(pairs.std() / pairs.mean())
 
     first = expected[0]
     images, texts = first.inputs.images, first.inputs.texts
@@ -207,8 +211,22 @@ def test_packing_is_what_training_packs(tmp_path, pipeline):
     }
     assert [pair.caption for pair in packing.pairs] == [captions[pair.id] for pair in packing.pairs]
     for pair in packing.pairs:
-        assert pair.image_tokens == images.segments.lengths[pair.segments["image"]]
+        assert len(pair.image.patches) == images.segments.lengths[pair.segments["image"]]
         assert pair.text_tokens == texts.segments.lengths[pair.segments["text"]]
+
+
+def test_captions_of_drawn_pairs_are_those_that_were_tokenised(tmp_path, pipeline):
+    captions = json.dumps({"captions": CAPTIONS}).encode()
+    samples = {str(i): {**sample(i), "json": captions} for i in range(9)}
+    data = pipeline([write_shard(tmp_path / "0.tar", samples)])
+    build = replace(data.build, captions={"txt": 1.0, "json.captions": 2.0})
+    packing = measure_packing(data.mixture, build, data.config, 9)
+    texts = next(load_batches(build, data.config, build.seed)).inputs.texts
+    ids = [part.tolist() for part in texts.token_ids.split(texts.segments.lengths)]
+    for pair in packing.pairs:
+        encoded = build.tokenizer.encode(pair.caption, build.context_length)
+        assert encoded == ids[pair.segments["text"]]
+    assert len({pair.caption for pair in packing.pairs}) > 2
 
 
 def test_packing_of_a_config(tmp_path, config, capsys):

@@ -7,27 +7,31 @@ from typing import Any
 
 import numpy as np
 
+from navit_clip.packed.batch import BatchCounts
 from navit_clip.tools.inspect.packing_efficiency import PackingEfficiency
 from navit_clip.tools.inspect.statistics import Statistics
 
 _QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-_HEADER = ("min", "5%", "median", "mean", "95%", "max")
+# Columns of the table and their headings.
+_HEADER = {"min": "min", "p5": "5%", "median": "median", "mean": "mean", "p95": "95%", "max": "max"}
 
-# Column of the statistics, label, decimals, unit.
-_IMAGE_ROWS = (
-    ("width", "width, px", 0),
-    ("height", "height, px", 0),
-    ("side", "side √(w·h), px", 0),
-    ("aspect", "aspect ratio w/h", 2),
-    ("image_kb", "file, kB", 1),
-)
-_CAPTION_ROWS = (
-    ("captions", "captions per image", 0),
-    ("characters", "characters", 0),
-    ("words", "words", 0),
-    ("text_tokens", "tokens", 0),
-)
-_TOKEN_ROWS = (("tokens", "image tokens", 0), ("kept_tokens", "after token drop", 0))
+# Parts of the table: columns of the statistics, labels, decimals.
+_SECTIONS = {
+    "images": (
+        ("width", "width, px", 0),
+        ("height", "height, px", 0),
+        ("side", "side √(w·h), px", 0),
+        ("aspect", "aspect ratio w/h", 2),
+        ("image_kb", "file, kB", 1),
+    ),
+    "captions": (
+        ("captions", "captions per image", 0),
+        ("characters", "characters", 0),
+        ("words", "words", 0),
+        ("text_tokens", "tokens", 0),
+    ),
+    "as configured": (("tokens", "image tokens", 0), ("kept_tokens", "after token drop", 0)),
+}
 
 
 def summarise(values: np.ndarray) -> dict[str, float]:
@@ -73,35 +77,37 @@ def to_json(
         found["captions_cut"] = float((columns["text_tokens"] > context_length).mean())
         found["context_length"] = context_length
     if packing:
-        found["packing"] = _packing(packing)
+        found["packing"] = packing_to_json(packing.batches)
     return found
 
 
-def _packing(packing: PackingEfficiency) -> dict[str, Any]:
-    pairs = packing.pairs_per_batch
-    return {
-        "batches": len(packing.batches),
+def packing_to_json(batches: Sequence[BatchCounts]) -> dict[str, Any]:
+    """How full batches are: means, and their number of pairs with its coefficient of variation."""
+    pairs = np.array([counts.examples for counts in batches])
+    found: dict[str, Any] = {
+        "batches": len(batches),
         "pairs": {"min": int(pairs.min()), "mean": float(pairs.mean()), "max": int(pairs.max())},
-        "pairs_cv": packing.pairs_cv,
-        "image_budget": packing.budget("image"),
-        "text_budget": packing.budget("text"),
-        "image_padding": packing.padding("image"),
-        "text_padding": packing.padding("text"),
-        "image_tokens_before_drop": packing.tokens_before_drop("image"),
-        "image_tokens": packing.tokens("image"),
-        "text_tokens": packing.tokens("text"),
+        "pairs_cv": float(pairs.std() / pairs.mean()),
     }
+    before = [counts.streams["image"].tokens_before_drop for counts in batches]
+    found["image_tokens_before_drop"] = float(np.mean(before))
+    for name in ("image", "text"):
+        budget = batches[0].streams[name].budget
+        tokens = float(np.mean([counts.streams[name].tokens for counts in batches]))
+        found[f"{name}_budget"] = budget
+        found[f"{name}_tokens"] = tokens
+        found[f"{name}_padding"] = 1 - tokens / budget
+    return found
 
 
 def to_text(found: dict[str, Any]) -> str:
     """The same as lines of aligned columns, see `to_json`."""
     lines = [_heading("samples"), *_counts(found)]
     distributions = found["distributions"]
-    sections = {"images": _IMAGE_ROWS, "captions": _CAPTION_ROWS, "as configured": _TOKEN_ROWS}
-    for title, rows in sections.items():
+    for title, rows in _SECTIONS.items():
         present = [row for row in rows if row[0] in distributions]
         if present:
-            lines += ["", _heading(title, _HEADER)]
+            lines += ["", _heading(title, list(_HEADER.values()))]
             lines += [_row(label, distributions[name], digits) for name, label, digits in present]
         if title == "captions" and "captions_cut" in found:
             cut = f"cut at {found['context_length']} tokens"
@@ -165,8 +171,9 @@ def _line(label: str, value: str, note: str = "") -> str:
 
 
 def _row(label: str, values: dict[str, float], digits: int) -> str:
-    order = ("min", "p5", "median", "mean", "p95", "max")
-    # A mean of whole numbers is not one.
-    decimals = [digits + (name == "mean" and digits == 0) for name in order]
-    cells = [f"{values[name]:>10,.{d}f}" for name, d in zip(order, decimals, strict=True)]
-    return f"{label:<26}" + "".join(cells)
+    line = f"{label:<26}"
+    for name in _HEADER:
+        # A mean of whole numbers is not one.
+        decimals = 1 if name == "mean" and digits == 0 else digits
+        line += f"{values[name]:>10,.{decimals}f}"
+    return line

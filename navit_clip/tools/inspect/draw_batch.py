@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from navit_clip.evaluation.gallery import wrap_text
 from navit_clip.files import write_output
-from navit_clip.tools.inspect.draw_patches import COLOURS, draw_on_grid, draw_stream, patch_side
-from navit_clip.tools.inspect.packing_efficiency import PackingEfficiency, UnpackedPair
+from navit_clip.tools.inspect.draw_patches import colour_of, draw_on_grid, draw_stream, patch_side
+from navit_clip.tools.inspect.packing_efficiency import DrawnPair, PackingEfficiency
 
 _WIDTH, _MARGIN = 1460, 30
 _INNER = _WIDTH - 2 * _MARGIN
@@ -48,15 +51,11 @@ def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
     write_output(output, file.getvalue(), f"--picture {output}")
 
 
-def _choose(pairs: Sequence[UnpackedPair]) -> list[UnpackedPair]:
+def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:
     """Pairs spread evenly over the batch, from the shortest image to the longest."""
     count = min(_COLUMNS * _ROWS, len(pairs))
     step = (len(pairs) - 1) / max(1, count - 1)
     return [pairs[round(i * step)] for i in range(count)]
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
 
 
 def _write(
@@ -67,7 +66,7 @@ def _write(
 
 
 def _draw_head(
-    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[UnpackedPair]
+    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[DrawnPair]
 ) -> int:
     batch = packing.batches[0]
     _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {batch.examples:,} pairs", 26)
@@ -101,25 +100,21 @@ def _draw_bar(
     for segment, length in enumerate(lengths):
         left, end = end, end + length
         number = numbers.get(segment)
-        colour = _OTHERS[segment % 2] if number is None else _colour(number)
-        box = (
-            _MARGIN + left * _INNER // budget,
-            y,
-            # Even a segment of less than a pixel is seen if it is one of those shown below.
-            max(_MARGIN + end * _INNER // budget - 1, _MARGIN + left * _INNER // budget),
-            y + _BAR,
-        )
-        draw.rectangle(box, fill=colour)
+        colour = _OTHERS[segment % 2] if number is None else colour_of(number)
+        x = _MARGIN + left * _INNER // budget
+        # Even a segment of less than a pixel is seen if it is one of those shown below.
+        right = max(_MARGIN + end * _INNER // budget - 1, x)
+        draw.rectangle((x, y, right, y + _BAR), fill=colour)
     draw.rectangle((_MARGIN, y, _MARGIN + _INNER - 1, y + _BAR), outline=_FAINT)
 
 
-def _draw_gallery(canvas: Image.Image, shown: Sequence[UnpackedPair], y: int) -> int:
+def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
     sides = [max(pair.image.grid) * patch_side(pair.image) for pair in shown]
     zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
     title = "Images from few patches to many" + (", at one scale" if len(set(zooms)) == 1 else "")
-    if any(pair.image_tokens < pair.image.tokens_before_drop for pair in shown):
+    if any(len(pair.image.patches) < pair.image.tokens_before_drop for pair in shown):
         title += "; empty cells are dropped patches"
     _write(canvas, (_MARGIN, y), title, 17)
     y += 34
@@ -133,13 +128,13 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[UnpackedPair], y: int) ->
             top = y + tallest - picture.height
             canvas.paste(picture, (left + 3, top))
             box = (left, top - 3, left + picture.width + 5, top + picture.height + 2)
-            draw.rectangle(box, outline=_colour(number), width=3)
+            draw.rectangle(box, outline=colour_of(number), width=3)
             _draw_caption(canvas, shown[number], number, left, y + tallest + 10)
         y += tallest + 10 + (_LINES + 1) * _LINE + 22
     return y
 
 
-def _picture(pair: UnpackedPair, zoom: float) -> Image.Image:
+def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
     """The image on its grid, with thin lines between the patches."""
     rows, columns = pair.image.grid
     side = patch_side(pair.image) * zoom
@@ -155,43 +150,26 @@ def _picture(pair: UnpackedPair, zoom: float) -> Image.Image:
     return picture
 
 
-def _draw_caption(canvas: Image.Image, pair: UnpackedPair, number: int, left: int, y: int) -> None:
+def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, y: int) -> None:
     whole = pair.image.tokens_before_drop
-    kept = pair.image_tokens
+    kept = len(pair.image.patches)
     patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
-    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, _colour(number))
-    for line, text in enumerate(_wrap(pair.caption), start=1):
+    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, colour_of(number))
+    wrapped = wrap_text(pair.caption, ImageFont.load_default(14), _CELL - 24, _LINES)
+    for line, text in enumerate(wrapped, start=1):
         _write(canvas, (left, y + line * _LINE), text, 14)
 
 
-def _wrap(text: str) -> list[str]:
-    """The first few lines of a text, as wide as a cell of the gallery."""
-    font = ImageFont.load_default(14)
-    lines: list[str] = []
-    line = ""
-    # A caption without spaces, or of 100 kB, is cut; measuring all of it would take seconds.
-    for word in (word[:30] for word in text[:500].split()):
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > _CELL - 24:
-            lines.append(line)
-            longer = word
-        line = longer
-    lines.append(line)
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"{lines[_LINES - 1]} …"]
-
-
-def _draw_patches(canvas: Image.Image, shown: Sequence[UnpackedPair], y: int) -> int:
+def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
     """The patches of the pairs shown as they lie in the stream, as many as there is room for."""
     images = [pair.image for pair in shown]
+    ends = list(itertools.accumulate(len(image.patches) for image in images))
     for tile in _TILES:
         columns, line = _INNER // (tile + 2), tile + 8
-        room = columns * (_STREAM_HEIGHT // line)
-        if sum(len(image.patches) for image in images) <= room:
+        fitting = max(1, bisect_right(ends, columns * (_STREAM_HEIGHT // line)))
+        if fitting == len(images):
             break
-    whole = len(images)
-    while len(images) > 1 and sum(len(image.patches) for image in images) > room:
-        images.pop()
-    which = "all" if len(images) == whole else f"the first {len(images)}"
+    which = "all" if fitting == len(images) else f"the first {fitting}"
     title = f"Their patches as the image tower reads them: {which} end to end, underlined by colour"
     _write(canvas, (_MARGIN, y), title, 17)
-    return draw_stream(canvas, images, (_MARGIN, y + 32), columns, tile, line)
+    return draw_stream(canvas, images[:fitting], (_MARGIN, y + 32), columns, tile, line)

@@ -10,7 +10,12 @@ from PIL import Image, ImageDraw
 
 from navit_clip.packed.images import ImagePatches
 
-COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#8250df", "#bf3989", "#9a6700")
+_COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#8250df", "#bf3989", "#9a6700")
+
+
+def colour_of(number: int) -> str:
+    """The colour of the picture of this number; they repeat."""
+    return _COLOURS[number % len(_COLOURS)]
 
 
 def patch_side(image: ImagePatches) -> int:
@@ -41,7 +46,7 @@ def draw_stream(
 
     Args:
         canvas: Drawn on.
-        images: In the stream's order; the i-th has the i-th of `COLOURS`, which repeat.
+        images: In the stream's order; see `colour_of`.
         corner: Left and top pixel.
         columns: Patches per line.
         side: Pixels of a patch on the canvas; two more are left between neighbours.
@@ -61,6 +66,6 @@ def draw_stream(
             tile = Image.fromarray(patch.reshape(own, own, 3)).resize((side, side))
             canvas.paste(tile, (left, top))
             line = (left, top + side + 1, left + cell - 1, top + side + 3)
-            draw.rectangle(line, fill=COLOURS[number % len(COLOURS)])
+            draw.rectangle(line, fill=colour_of(number))
             position += 1
     return corner[1] + -(-position // columns) * line_height

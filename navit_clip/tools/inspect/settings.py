@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,14 +22,12 @@ class WordCounter(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Ids are hashes."""
-        return 1 << 31
+        """All ids are 0."""
+        return 1
 
     def encode(self, text: str, context_length: int) -> list[int]:
         """An id per word, and one for the end."""
-        # Ids tell texts apart, since the picture finds a caption by its ids.
-        words = [zlib.crc32(word.encode()) >> 1 for word in text.split()]
-        return [*words[: context_length - 1], 0]
+        return [0] * min(len(text.split()) + 1, context_length)
 
 
 def read_settings(
