@@ -4,9 +4,9 @@ Towers of the same widths, depths and patch, with random weights, on the same ph
 own prompts. Each side prepares its images as it does in an evaluation: this one through
 `navit_clip.evaluation.embed` (Pillow's full decode, bicubic to the grid of at most so many tokens),
 open_clip through its own `image_transform` (Pillow, 224 px squares: 196 tokens); prompts go through
-`navit_clip.evaluation.texts` here and open_clip's `build_zero_shot_classifier` there. Everything
-happens in this process, decoding included, in turn, on one thread by default, which other work on
-the machine disturbs least.
+the same module here and open_clip's `build_zero_shot_classifier` there. Everything happens in this
+process, decoding included, in turn, on one thread by default, which other work on the machine
+disturbs least.
 
 Results are seconds of the same work, so a part of the prompts and photos is enough: by default
 what takes a few minutes on two cores. Without photos only the prompts are measured.
@@ -36,10 +36,9 @@ from navit_clip.data.decode import IMAGE_EXTENSIONS, EncodedImage, find_image
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import EvalDataset, Item
-from navit_clip.evaluation.embed import Embedded, embed_dataset
+from navit_clip.evaluation.embed import Embedded, embed_dataset, embed_texts
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.texts import embed_texts
 from navit_clip.evaluation.zeroshot import class_prompts, class_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP

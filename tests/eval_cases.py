@@ -10,7 +10,8 @@ from PIL import ExifTags, Image
 from shard_factory import CAPTIONS, HTML, SIZES, encode, make_shards, photo, sample, write_shard
 
 from navit_clip.distributed import Ranks
-from navit_clip.evaluation import datasets, texts
+from navit_clip.evaluation import datasets
+from navit_clip.evaluation import embed as embedding
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.captioned import open_captioned
 from navit_clip.evaluation.datasets import EvalDataset
@@ -99,7 +100,7 @@ def embed(model: Model, dataset: EvalDataset, ranks: Ranks = ALONE, workers: int
 
 def small_blocks(images: int = 3, prompts: int = 2) -> None:
     """Sets how many images and texts are embedded together, so that a few make several blocks."""
-    datasets.BLOCK, texts.TEXT_BLOCK = images, prompts
+    datasets.BLOCK, embedding.TEXT_BLOCK = images, prompts
 
 
 def run(*words: object) -> int:

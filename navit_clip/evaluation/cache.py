@@ -1,10 +1,10 @@
 """Embeddings kept from one evaluation to the next, found again by content.
 
-`navit_clip.evaluation.embed` and `navit_clip.evaluation.texts` embed in blocks: each block is one
-file, written atomically when it is embedded, so that a killed evaluation resumes after the last of
-them. Its name is a hash of all that the embeddings depend on: the model, the setting, and the bytes
-of all images of the block, since neighbours in a batch change the last digits. Nothing else has to
-be remembered, and nothing goes stale.
+`navit_clip.evaluation.embed` embeds in blocks: each is one file, written atomically when it is
+embedded, so that a killed evaluation resumes after the last of them. Its name is a hash of all that
+the embeddings depend on: the model, the setting, and the bytes of all images of the block, since
+neighbours in a batch change the last digits. Nothing else has to be remembered, and nothing goes
+stale.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ class ImageBlock:
     padding: int
     skipped: dict[int, tuple[str, str]]
 
-    def only(self, rows: Sequence[int]) -> ImageBlock:
+    def only(self, rows: list[int]) -> ImageBlock:
         """The same block with the images of some places only."""
-        if list(rows) == self.rows:
+        if rows == self.rows:
             return self
         kept = [self.rows.index(row) for row in rows]
         lengths, sizes = [self.lengths[i] for i in kept], [self.sizes[i] for i in kept]
         return replace(
-            self, embeddings=self.embeddings[kept], rows=list(rows), lengths=lengths, sizes=sizes
+            self, embeddings=self.embeddings[kept], rows=rows, lengths=lengths, sizes=sizes
         )
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values."""
+        """What `Cache.write` takes."""
         heights, widths = [h for h, _ in self.sizes], [w for _, w in self.sizes]
         rows = torch.tensor([self.rows, self.lengths, heights, widths])
         plain = {"padding": self.padding, "skipped": list(self.skipped.items())}
@@ -70,35 +70,13 @@ class ImageBlock:
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> ImageBlock:
         """What `to_file` gave."""
-        rows, lengths, heights, widths = tensors["rows"].long().tolist()
+        rows, lengths, *sizes = tensors["rows"].long().tolist()
         skipped = {int(row): (str(why), str(what)) for row, (why, what) in plain["skipped"]}
-        return cls(
-            tensors["embeddings"],
-            rows,
-            lengths,
-            list(zip(heights, widths, strict=True)),
-            int(plain["padding"]),
-            skipped,
-        )
+        places = list(zip(*sizes, strict=True))
+        return cls(tensors["embeddings"], rows, lengths, places, int(plain["padding"]), skipped)
 
 
-@dataclass(frozen=True)
-class TextBlock:
-    """The texts of one block: float32 [n, D]."""
-
-    embeddings: Tensor
-
-    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values."""
-        return {"embeddings": self.embeddings}, {}
-
-    @classmethod
-    def from_file(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> TextBlock:
-        """What `to_file` gave."""
-        return cls(tensors["embeddings"])
-
-
-Block = TypeVar("Block", ImageBlock, TextBlock)
+T = TypeVar("T")
 
 
 class Cache:
@@ -131,8 +109,15 @@ class Cache:
         """Name of a block of texts."""
         return _key(model, "texts", *texts)
 
-    def read(self, key: str, kind: type[Block]) -> Block | None:
-        """A block, or None if it is not there; a damaged one is reported and counts as absent."""
+    def read(
+        self, key: str, parse: Callable[[Mapping[str, Tensor], Mapping[str, Any]], T]
+    ) -> T | None:
+        """A block, or None if it is not there; a damaged one is reported and counts as absent.
+
+        Args:
+            key: Its name.
+            parse: Makes it of the tensors and plain values that `write` was given.
+        """
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -146,18 +131,17 @@ class Cache:
             plain = json.loads(tensors.pop("plain").numpy().tobytes())
             if plain["digest"] != tensors_digest(tensors):
                 raise ValueError("contents differ from what was written")
-            return kind.from_file(tensors, plain)
+            return parse(tensors, plain)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             self.report(f"cached {path} is damaged ({error}); embedding again")
             return None
 
-    def write(self, key: str, block: ImageBlock | TextBlock) -> None:
-        """Writes a block atomically.
+    def write(self, key: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Writes a block of tensors and what JSON may hold, atomically.
 
         Raises:
             UserError: If the disk does not take it.
         """
-        tensors, plain = block.to_file()
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         line = json.dumps({**plain, "digest": tensors_digest(tensors)}).encode()
         # safetensors' own metadata has no fixed order, and equal blocks should be equal files.

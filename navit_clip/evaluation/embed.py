@@ -1,4 +1,4 @@
-"""Embeds a dataset at several settings, for several models, in one pass over the data.
+"""Embeds a dataset at several settings, for several models, in one pass over the data; and texts.
 
 The dataset is cut into blocks of neighbouring images (`navit_clip.evaluation.datasets.BLOCK`),
 which ranks and their worker processes share. A worker decodes each image once and sizes it for
@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from navit_clip.evaluation.models import Model, Sizer
 from navit_clip.evaluation.settings import EvalSetting
 
 SHOWN_SKIPS = 5  # described one by one; the others are only counted
+TEXT_BLOCK = 256  # texts that are embedded together, wherever that is
 
 
 @dataclass(frozen=True)
@@ -61,37 +62,28 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """A usable image, without its data.
-
-    Attributes:
-        place: In its block.
-        item: As the dataset has it.
-        size: Native height and width.
-    """
-
-    place: int
-    item: Item
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class _Block:
     """Neighbouring images, decoded once and sized for all pairs of model and setting.
 
     Attributes:
-        images: The usable ones.
-        skipped: The others by place; their data is the reason.
-        sized: By pair, the usable images as its model takes them; None where `cached` has them.
+        items: All of them, without their data.
+        skipped: Reason and detail of the unusable ones, by place.
+        sizes: Native height and width of the usable ones that were decoded.
+        sized: For each of these, by pair, what its model takes; None where the cache has the block.
         cached: By pair, the block as the cache has it, or None.
         keys: By pair, its name in the cache; empty without one.
     """
 
-    images: list[_Image]
-    skipped: dict[int, Item]
-    sized: list[list[Any] | None]
+    items: list[Item]
+    skipped: dict[int, tuple[str, str]]
+    sizes: list[tuple[int, int]]
+    sized: list[list[Any]]
     cached: list[ImageBlock | None]
     keys: list[str]
+
+
+# Of a block: its items, the unusable ones, and by pair the embeddings of the others.
+_Done = tuple[list[Item], dict[int, tuple[str, str]], list[ImageBlock]]
 
 
 class _Blocks(IterableDataset["_Block | UserError"]):
@@ -115,8 +107,11 @@ class _Blocks(IterableDataset["_Block | UserError"]):
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
     def __iter__(self) -> Iterator[_Block | UserError]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = 0, 1
+        if info := get_worker_info():
+            worker, workers = info.id, info.num_workers
+            # Else one whose parent is killed may wait without end for its images to be taken.
+            prepare_worker()
         part, parts = self.rank * workers + worker, self.world_size * workers
         try:
             items = self.dataset.read(part, parts)
@@ -129,47 +124,33 @@ class _Blocks(IterableDataset["_Block | UserError"]):
         keys: list[str] = []
         cached: list[ImageBlock | None] = [None] * len(self.pairs)
         if self.cache is not None:
-            hashes = [_content_hash(item) for item in items]
+            hashes = [
+                b"" if isinstance(item.data, SkipSampleError) else bytes_digest(item.data)
+                for item in items
+            ]
             keys = [self.cache.image_key(mark, setting, hashes) for _, setting, mark in self.pairs]
-            cached = [self.cache.read(key, ImageBlock) for key in keys]
-        block = _Block([], {}, [None if found else [] for found in cached], cached, keys)
+            cached = [self.cache.read(key, ImageBlock.from_file) for key in keys]
+        unusable = {place: why for one in cached if one for place, why in one.skipped.items()}
+        block = _Block([replace(item, data=b"") for item in items], {}, [], [], cached, keys)
         for place, item in enumerate(items):
             try:
-                self._add(block, place, item)
+                if isinstance(item.data, SkipSampleError):
+                    raise item.data
+                if place in unusable:
+                    raise SkipSampleError(*unusable[place])
+                if None in cached:
+                    image = EncodedImage(item.data)
+                    # All of them before one is kept: decoding may fail at the first pixel.
+                    block.sized.append(
+                        [
+                            sizer(image, setting) if known is None else None
+                            for known, (sizer, setting, _) in zip(cached, self.pairs, strict=True)
+                        ]
+                    )
+                    block.sizes.append((image.height, image.width))
             except SkipSampleError as error:
-                block.skipped[place] = replace(item, data=error)
+                block.skipped[place] = error.reason, error.detail
         return block
-
-    def _add(self, block: _Block, place: int, item: Item) -> None:
-        """Adds an image; decodes it only if the cache lacks the block for a pair.
-
-        Raises:
-            SkipSampleError: If the image cannot be used.
-        """
-        if isinstance(item.data, SkipSampleError):
-            raise item.data
-        found = [known for known in block.cached if known is not None]
-        for known in found:
-            if place in known.skipped:
-                raise SkipSampleError(*known.skipped[place])
-        if len(found) == len(self.pairs):
-            size = found[0].sizes[found[0].rows.index(place)]
-        else:
-            image = EncodedImage(item.data)
-            size = image.height, image.width
-            new = [
-                (sized, sizer(image, setting))
-                for sized, (sizer, setting, _) in zip(block.sized, self.pairs, strict=True)
-                if sized is not None
-            ]
-            # After all of them: decoding may fail at the first pixel that is asked for.
-            for sized, one in new:
-                sized.append(one)
-        block.images.append(_Image(place, replace(item, data=b""), size))
-
-
-def _content_hash(item: Item) -> bytes:
-    return b"" if isinstance(item.data, SkipSampleError) else bytes_digest(item.data)
 
 
 def embed_dataset(
@@ -197,9 +178,9 @@ def embed_dataset(
             written; the same on all ranks.
     """
     pairs = [(model, setting) for model, settings in models for setting in settings]
-    prints = [model.fingerprint if cache is not None else "" for model, _ in pairs]
     sizers = [
-        (model.sizer, setting, mark) for (model, setting), mark in zip(pairs, prints, strict=True)
+        (model.sizer, setting, "" if cache is None else model.fingerprint)
+        for model, setting in pairs
     ]
     loader: DataLoader[_Block | UserError] = DataLoader(
         _Blocks(dataset, sizers, ranks, cache),
@@ -208,32 +189,21 @@ def embed_dataset(
         # A worker decodes its next block while the last one is embedded, and holds no more.
         prefetch_factor=1 if workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_prepare,
     )
-    images: list[_Image] = []
-    skipped: list[Item] = []
-    embedded: list[list[ImageBlock]] = [[] for _ in pairs]
-    failure: str | None = None
+    done: list[_Done] = []
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
-    try:
-        with (
-            progress_bar("images", total, ranks) as progress,
-            explain_killed_workers("give fewer --workers"),
-        ):
-            for block in batches_of(loader):
-                if isinstance(block, UserError):
-                    raise block
-                for i, (model, _) in enumerate(pairs):
-                    embedded[i].append(_embed(model, block, i, cache))
-                images += block.images
-                skipped += block.skipped.values()
-                progress.update(len(block.images) + len(block.skipped))
-    except UserError as error:
-        failure = str(error)
-    # The other ranks would wait without end for one that failed alone.
-    if failures := ranks.gather([failure] if failure else []):
-        raise UserError(failures[0])
-    return _together(models, images, skipped, embedded, dataset.skipped, ranks)
+    with (
+        fail_together(ranks),
+        progress_bar("images", total, ranks) as progress,
+        explain_killed_workers("give fewer --workers"),
+    ):
+        for block in batches_of(loader):
+            if isinstance(block, UserError):
+                raise block
+            embedded = [_embed(model, block, i, cache) for i, (model, _) in enumerate(pairs)]
+            done.append((block.items, block.skipped, embedded))
+            progress.update(len(block.items))
+    return _together([settings for _, settings in models], ranks.gather(done), dataset.skipped)
 
 
 def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
@@ -242,28 +212,104 @@ def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> Image
     Raises:
         UserError: If the cache cannot be written.
     """
-    places = [image.place for image in block.images]
-    cached, sized = block.cached[pair], block.sized[pair]
-    if cached is not None:
+    places = [place for place in range(len(block.items)) if place not in block.skipped]
+    if (cached := block.cached[pair]) is not None:
         return cached.only(places)
-    assert sized is not None
-    before = model.padding_tokens
+    sized, before = [one[pair] for one in block.sized], model.padding_tokens
     embedded = ImageBlock(
         model.embed_images(sized),
         places,
         [model.length(one) for one in sized],
-        [image.size for image in block.images],
+        block.sizes,
         model.padding_tokens - before,
-        {place: _reason(item) for place, item in block.skipped.items()},
+        block.skipped,
     )
     if cache is not None:
-        cache.write(block.keys[pair], embedded)
+        cache.write(block.keys[pair], *embedded.to_file())
     return embedded
 
 
-def _prepare(worker: int) -> None:
-    """Else a worker whose parent is killed may wait without end for its images to be taken."""
-    prepare_worker()
+def _together(
+    every: Sequence[Sequence[EvalSetting]], done: list[_Done], dropped: Mapping[str, int]
+) -> list[Embedded]:
+    """All blocks in the dataset's order, for each model's settings; `dropped` by the dataset."""
+    done.sort(key=lambda one: one[0][0].key)
+    found = [(items[i].name, *why) for items, bad, _ in done for i, why in bad.items()]
+    skips = [f"{reason}: {name}: {detail}" for name, reason, detail in found[:SHOWN_SKIPS]]
+    counts = Counter(reason for _, reason, _ in found) + Counter(dropped)
+    items = [item for items, bad, _ in done for i, item in enumerate(items) if i not in bad]
+    if not items:
+        why = describe_skips(counts, skips) if counts else "there is none"
+        raise UserError(f"no image could be read: {why}")
+    of_pair = zip(*(embedded for _, _, embedded in done), strict=True)
+    together = []
+    for settings in every:
+        blocks = {setting: next(of_pair) for setting in settings}
+        lengths = {s: [n for block in blocks[s] for n in block.lengths] for s in settings}
+        padding = {s: sum(block.padding for block in blocks[s]) for s in settings}
+        together.append(
+            Embedded(
+                names=[item.name for item in items],
+                classes=[item.classes for item in items],
+                captions=[item.captions for item in items],
+                sizes=[size for block in blocks[settings[0]] for size in block.sizes],
+                embeddings={s: torch.cat([b.embeddings for b in blocks[s]]) for s in settings},
+                lengths=lengths,
+                padding={s: padding[s] / (padding[s] + sum(lengths[s])) for s in settings},
+                skipped=counts,
+                skips=skips,
+            )
+        )
+    return together
+
+
+def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache | None) -> Tensor:
+    """Embeds prompts or captions on all ranks, in blocks as images are.
+
+    Args:
+        model: Embeds them.
+        texts: The same on all ranks.
+        ranks: This process among all of them.
+        cache: Where embeddings are kept from one evaluation to the next.
+
+    Returns:
+        All of them on every rank, float32 [T, D] unit vectors on the host. Equal texts have equal
+        vectors, which else would differ in the last digits with their neighbours in a block.
+
+    Raises:
+        UserError: If the cache cannot be written; the same on all ranks.
+    """
+    embedded: list[tuple[int, Tensor]] = []
+    starts = range(0, len(texts), TEXT_BLOCK)[ranks.rank :: ranks.world_size]
+    total = sum(len(texts[start : start + TEXT_BLOCK]) for start in starts)
+    with fail_together(ranks), progress_bar("texts", total, ranks) as progress:
+        for start in starts:
+            block = texts[start : start + TEXT_BLOCK]
+            vectors = None
+            if cache is not None:
+                key = cache.text_key(model.fingerprint, block)
+                vectors = cache.read(key, lambda tensors, _: tensors["embeddings"])
+            if vectors is None:
+                vectors = model.embed_texts(block)
+                if cache is not None:
+                    cache.write(key, {"embeddings": vectors}, {})
+            embedded.append((start, vectors))
+            progress.update(len(block))
+    parts = [part for _, part in sorted(ranks.gather(embedded), key=lambda pair: pair[0])]
+    row = {text: index for index, text in enumerate(texts)}
+    return torch.cat(parts or [torch.zeros(0, model.embed_dim)])[[row[text] for text in texts]]
+
+
+@contextmanager
+def fail_together(ranks: Ranks) -> Iterator[None]:
+    """Raises a `UserError` of one rank on all: the others would wait for that one without end."""
+    failures = []
+    try:
+        yield
+    except UserError as error:
+        failures.append(str(error))
+    if failures := ranks.gather(failures):
+        raise UserError(failures[0])
 
 
 def _as_it_is(block: Any) -> Any:
@@ -294,58 +340,3 @@ def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
     first = f", the first {skips[0]}" if skips else ""
     return f"{sum(counts.values())} skipped ({reasons}){first}"
-
-
-def _reason(item: Item) -> tuple[str, str]:
-    assert isinstance(item.data, SkipSampleError)
-    return item.data.reason, item.data.detail
-
-
-def _together(
-    models: Sequence[tuple[Model, Sequence[EvalSetting]]],
-    images: list[_Image],
-    skipped: list[Item],
-    embedded: Sequence[list[ImageBlock]],
-    dropped: Mapping[str, int],
-    ranks: Ranks,
-) -> list[Embedded]:
-    """What all ranks embedded, in the dataset's order; `dropped` the dataset skipped itself."""
-    images = ranks.gather(images)
-    skipped = sorted(ranks.gather(skipped), key=attrgetter("key"))
-    found = [(item.name, *_reason(item)) for item in skipped]
-    skips = [f"{reason}: {name}: {detail}" for name, reason, detail in found[:SHOWN_SKIPS]]
-    counts = Counter(reason for _, reason, _ in found) + Counter(dropped)
-    if not images:
-        why = describe_skips(counts, skips) if counts else "there is none"
-        raise UserError(f"no image could be read: {why}")
-    order = sorted(range(len(images)), key=lambda i: images[i].item.key)
-    items, sizes = [images[i].item for i in order], [images[i].size for i in order]
-    of_pair = iter(embedded)
-    together = []
-    for model, settings in models:
-        embeddings: dict[EvalSetting, Tensor] = {}
-        lengths: dict[EvalSetting, list[int]] = {}
-        padding: dict[EvalSetting, float] = {}
-        for setting in settings:
-            blocks = next(of_pair)
-            # One tensor per rank: each row on its own would be sent with the memory of all.
-            parts = [*(block.embeddings for block in blocks), torch.zeros(0, model.embed_dim)]
-            embeddings[setting] = torch.cat(ranks.gather([torch.cat(parts)]))[order]
-            every = ranks.gather([length for block in blocks for length in block.lengths])
-            lengths[setting] = [every[i] for i in order]
-            (wasted,) = ranks.sum([sum(block.padding for block in blocks)])
-            padding[setting] = wasted / (wasted + sum(every))
-        together.append(
-            Embedded(
-                names=[item.name for item in items],
-                classes=[item.classes for item in items],
-                captions=[item.captions for item in items],
-                sizes=sizes,
-                embeddings=embeddings,
-                lengths=lengths,
-                padding=padding,
-                skipped=counts,
-                skips=skips,
-            )
-        )
-    return together

@@ -24,12 +24,17 @@ from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.breakdown import Measure, by_aspect, by_size
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.datasets import EvalDataset
-from navit_clip.evaluation.embed import Embedded, describe_skips, embed_dataset
+from navit_clip.evaluation.embed import (
+    Embedded,
+    describe_skips,
+    embed_dataset,
+    embed_texts,
+    fail_together,
+)
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.report.samples import ReportSamples
 from navit_clip.evaluation.results import EvalResult, Metric, Row, read_rows
 from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
-from navit_clip.evaluation.texts import embed_texts
 
 _PROBED = 100  # images of which one must be readable for a training run to begin
 
@@ -261,16 +266,11 @@ class EmbeddingEvaluator(Evaluator[S]):
             raise UserError(f"--strict: {found}: fix the data or leave out --strict")
         texts = self.texts(data)
         vectors = [embed_texts(one, texts, ranks, cache) for one in models]
-        result, problem = None, None
-        if ranks.is_first:
-            self.model, self.data, self.texts_TD = model, data, vectors[0]
-            try:
+        result = None
+        with fail_together(ranks):
+            if ranks.is_first:
+                self.model, self.data, self.texts_TD = model, data, vectors[0]
                 result = self.result = self._result(zip(models, embedded, vectors, strict=True))
-            except UserError as error:
-                problem = str(error)
-        # The others would wait for rank 0 in whatever all of them do next.
-        if problem := ranks.broadcast(problem):
-            raise UserError(problem)
         return result
 
     def _result(self, embedded: Iterable[tuple[Model, Embedded, Tensor]]) -> EvalResult:

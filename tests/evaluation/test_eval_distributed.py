@@ -15,7 +15,8 @@ from eval_cases import ALONE, SETTINGS, embed, open_dataset, small_blocks, write
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.evaluation import datasets, texts
+from navit_clip.evaluation import datasets
+from navit_clip.evaluation import embed as embedding
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
@@ -34,7 +35,7 @@ def data(tmp_path_factory):
 def blocks(monkeypatch):
     """Puts the sizes of blocks back."""
     monkeypatch.setattr(datasets, "BLOCK", datasets.BLOCK)
-    monkeypatch.setattr(texts, "TEXT_BLOCK", texts.TEXT_BLOCK)
+    monkeypatch.setattr(embedding, "TEXT_BLOCK", embedding.TEXT_BLOCK)
 
 
 def evaluators(root: Path) -> list[ZeroShot | Retrieval]:

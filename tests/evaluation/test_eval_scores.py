@@ -18,14 +18,13 @@ from shard_factory import CAPTIONS
 from navit_clip.errors import UserError
 from navit_clip.evaluation.breakdown import by_aspect, by_size
 from navit_clip.evaluation.calibration import expected_calibration_error
-from navit_clip.evaluation.embed import Embedded
+from navit_clip.evaluation.embed import Embedded, embed_texts
 from navit_clip.evaluation.labelled import Labelled
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.ranking import recall
 from navit_clip.evaluation.registry import read_result
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec, image_of_captions
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.evaluation.texts import embed_texts
 from navit_clip.evaluation.zeroshot import (
     ZeroShot,
     ZeroShotSpec,
