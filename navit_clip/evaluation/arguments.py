@@ -105,11 +105,8 @@ def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
+    values = tuple(int(word) if word.isdecimal() else 0 for word in text.split(","))
+    if min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected numbers such as 64,128,256, got {text!r}")
     return values
 
@@ -122,7 +119,7 @@ def read_evaluator(args: argparse.Namespace) -> Evaluator[Any]:
     """
     evaluator = EVALUATORS[args.command]
     given = {field.name: getattr(args, field.name) for field in fields(evaluator.Spec)}
-    values: dict[str, Any] = {
+    values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in given.items()
         if value is not None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ from navit_clip.evaluation.embed import (
 )
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.results import EvalResult, Metric, Row, read_rows
-from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
+from navit_clip.evaluation.results import EvalResult, Metric, Row
+from navit_clip.evaluation.settings import EvalSetting, order_settings
 
 _PROBED = 100  # images of which one must be readable for a training run to begin
 
@@ -67,8 +67,10 @@ class EvalSpec:
 
     @property
     def settings(self) -> list[EvalSetting]:
-        """What is asked for beside the model's own setting."""
-        return make_settings(self.max_tokens, self.native, self.square)
+        """What is asked for beside the model's own setting, see `order_settings`."""
+        settings = [EvalSetting("capped", size) for size in self.max_tokens]
+        settings += [EvalSetting("square", side) for side in self.square]
+        return order_settings(settings + [EvalSetting("native")] * self.native)
 
     @property
     def data_name(self) -> str:
@@ -105,29 +107,6 @@ class Evaluator(ABC, Generic[S]):
 
     def __init__(self, spec: S) -> None:
         self.spec = spec
-
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> EvalResult:
-        """Reads a result from JSON.
-
-        Raises:
-            UserError: If it is damaged; names the key.
-        """
-        try:
-            rows = read_rows(content, cls.METRICS)
-            return EvalResult(
-                kind=cls.kind,
-                title=cls.title,
-                metrics=cls.METRICS,
-                data=str(content.get("data") or ""),
-                counts={name: int(content[name]) for name in ("images", cls.counted)},
-                skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
-                rows=rows,
-            )
-        except KeyError as error:
-            raise UserError(f"damaged result: {error} is missing; evaluate again") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"damaged result: {error}; evaluate again") from error
 
     @abstractmethod
     def check(self, model: Model) -> None:

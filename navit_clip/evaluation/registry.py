@@ -10,7 +10,7 @@ from typing import Any
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.evaluator import Evaluator
-from navit_clip.evaluation.results import EvalResult
+from navit_clip.evaluation.results import EvalResult, read_rows
 from navit_clip.evaluation.retrieval import Retrieval
 from navit_clip.evaluation.zeroshot import ZeroShot
 
@@ -27,11 +27,23 @@ def read_result(content: Any) -> EvalResult:
     """
     if not isinstance(content, Mapping):
         raise UserError("no result of an evaluation: it is no JSON object")
-    if content.get("kind") in EVALUATORS:
-        return EVALUATORS[content["kind"]].read(content)
     # Earlier versions did not write the kind.
-    firsts = {next(iter(e.METRICS)).split("/")[0]: e for e in EVALUATORS.values()}
-    for key, evaluator in firsts.items():
-        if key in content:
-            return evaluator.read(content)
-    raise UserError(f"no result of an evaluation: neither {' nor '.join(firsts)} is in it")
+    firsts = {next(iter(e.METRICS)).split("/")[0]: kind for kind, e in EVALUATORS.items()}
+    kind = content.get("kind") or next((firsts[key] for key in firsts if key in content), None)
+    if kind not in EVALUATORS:
+        raise UserError(f"no result of an evaluation: neither {' nor '.join(firsts)} is in it")
+    evaluator = EVALUATORS[kind]
+    try:
+        return EvalResult(
+            rows=read_rows(content, evaluator.METRICS),
+            kind=kind,
+            title=evaluator.title,
+            metrics=evaluator.METRICS,
+            data=str(content.get("data") or ""),
+            counts={name: int(content[name]) for name in ("images", evaluator.counted)},
+            skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
+        )
+    except KeyError as error:
+        raise UserError(f"damaged result: {error} is missing; evaluate again") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"damaged result: {error}; evaluate again") from error

@@ -54,6 +54,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
+def shorten(text: str, most: int) -> str:
+    """Keeps the end, by which paths differ."""
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
 @dataclass(frozen=True)
 class Group:
     """Images of one shape or size.
@@ -190,14 +195,10 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the metrics of the model's own setting are also at the top level."""
-        settings: dict[int, list[dict[str, Any]]] = {series: [] for series in self.models}
-        for row in self.rows:
-            settings[row.series].append(_row_to_json(row))
-        baselines = [
-            {"model": self.models[series], "views": rows}
-            for series, rows in settings.items()
-            if series
-        ]
+        own, *baselines = (
+            {"model": model, "views": [_row_to_json(row) for row in self.rows if row.series == i]}
+            for i, model in self.models.items()
+        )
         return {
             "kind": self.kind,
             "model": self.model,
@@ -206,7 +207,7 @@ class EvalResult:
             "max_tokens": self.own.setting.max_tokens,
             **self.counts,
             "skipped": self.skipped,
-            "views": settings[0],
+            "views": own["views"],
             "baselines": baselines,
         }
 

@@ -7,7 +7,7 @@ other resolutions: token limits, images at their own size, and squares as plain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,19 +62,6 @@ class EvalSetting:
         return self.size if self.kind == "square" else None
 
 
-_KINDS = ("capped", "native", "square")
-
-
-def order_settings(settings: Sequence[EvalSetting]) -> list[EvalSetting]:
+def order_settings(settings: Iterable[EvalSetting]) -> list[EvalSetting]:
     """Each setting once: token limits in order, then native, then squares by side."""
-    return sorted(set(settings), key=lambda one: (_KINDS.index(one.kind), one.size or 0))
-
-
-def make_settings(
-    max_tokens: Sequence[int] = (), native: bool = False, square: Sequence[int] = ()
-) -> list[EvalSetting]:
-    """The settings that options ask for, each once, in the order of `order_settings`."""
-    settings = [EvalSetting("capped", size) for size in max_tokens]
-    settings += [EvalSetting("native")] if native else []
-    settings += [EvalSetting("square", side) for side in square]
-    return order_settings(settings)
+    return sorted(set(settings), key=lambda one: (one.kind, one.size or 0))

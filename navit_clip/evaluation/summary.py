@@ -8,7 +8,7 @@ from pathlib import Path
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import EVALUATORS, read_result
-from navit_clip.evaluation.results import EvalResult, Metric, Row
+from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
 
 _COLUMNS = 100  # of a terminal; the model's name gives way, but not below
 _NAME = 12
@@ -31,7 +31,7 @@ def table(result: EvalResult, file: str = "") -> str:
     above = _group_headings(metrics, widths)
     if result.has_baselines:
         most = max(_NAME, _COLUMNS - 2 - len(lines[0]))
-        models = [_shorten(row.model, most) for row in result.rows]
+        models = [shorten(row.model, most) for row in result.rows]
         width = max(len(model) for model in [*models, "model"])
         first = ["model", "─" * width, *models]
         lines = [f"{c.ljust(width)}  {line}" for c, line in zip(first, lines, strict=True)]
@@ -57,11 +57,6 @@ def _cells(row: Row, metrics: Mapping[str, Metric]) -> list[str]:
     values = [metric.format(row.metrics.get(key)) for key, metric in metrics.items()]
     label = f"{row.setting.label} *" if row.is_own else row.setting.label
     return [label, f"{row.mean_tokens:.1f}", gflops, *values]
-
-
-def _shorten(name: str, most: int) -> str:
-    """Keeps the end, by which paths differ."""
-    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def summarise(directory: Path) -> str:

@@ -26,8 +26,9 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
 from navit_clip.evaluation.datasets import FileDataset
 from navit_clip.evaluation.embed import embed_dataset
+from navit_clip.evaluation.evaluator import EvalSpec
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.settings import EvalSetting, make_settings, order_settings
+from navit_clip.evaluation.settings import EvalSetting, order_settings
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
 
@@ -44,12 +45,12 @@ SIDES = ((50, 90), (90, 50), (32, 32), (20, 24), (200, 36))
 
 
 def test_views_are_named_ordered_and_unique():
-    settings = make_settings([64, 16, 64], native=True, square=[336, 224])
+    settings = EvalSpec(max_tokens=(64, 16, 64), native=True, square=(336, 224)).settings
     assert [setting.label for setting in settings] == ["16", "64", "native", "224²", "336²"]
     assert order_settings(reversed(settings)) == settings
     assert [setting.max_tokens for setting in settings] == [16, 64, None, None, None]
     assert [setting.side for setting in settings] == [None, None, None, 224, 336]
-    assert make_settings() == []
+    assert EvalSpec().settings == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_a_packed_model_sees_what_a_view_says(square, model_dir):
     sizer = pickle.loads(pickle.dumps(model.sizer))
     for height, width in ((24, 40), (7, 5), (300, 20), (130, 200)):
         image = EncodedImage(encode(photo(0, height, width)))
-        for setting in make_settings([1, 5, 12], native=True, square=[8, 32, 128]):
+        for setting in EvalSpec(max_tokens=(1, 5, 12), native=True, square=(8, 32, 128)).settings:
             sized = sizer(image, setting)
             rows, columns = sized.grid
             assert model.length(sized) == rows * columns
@@ -103,7 +104,7 @@ def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (
         decoded.append(self) if self.tile else None, load(self))[1])  # fmt: skip
     model = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny")
-    settings = make_settings([4, 12, 50], native=True, square=[64])
+    settings = EvalSpec(max_tokens=(4, 12, 50), native=True, square=(64,)).settings
     (embedded,) = embed_dataset([(model, settings)], FileDataset([path], [(0,)]), ALONE, workers=0)
     assert len(set(embedded.lengths)) == 5
     assert len(decoded) == 1

@@ -29,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from navit_clip.evaluation.calibration import Bin
-from navit_clip.evaluation.results import EvalResult, Metric, Row
+from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
 from navit_clip.files import write_output
 
 Cost = Callable[[Row], float | None]
@@ -144,9 +144,9 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         panels = list(zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True))
         drawn = [_draw_panel(axes, lines_of(result, cost), name) for axes, (name, cost) in panels]
         title = f"{result.heading} · {result.data}".removesuffix(" · ")
-        figure.suptitle(_shorten(title, 110), size=11)
+        figure.suptitle(shorten(title, 110), size=11)
         handles = [
-            Line2D([], [], label=_shorten(name, 48), lw=2, **_look(series))
+            Line2D([], [], label=shorten(name, 48), lw=2, **_look(series))
             for series, name in result.models.items()
         ]
         for dashed, metric in enumerate(result.headline.values()):
@@ -360,8 +360,3 @@ def _colour(series: int) -> str:
 
 def _look(series: int) -> dict[str, Any]:
     return {"color": _colour(series), "marker": _MARKERS[series % len(_MARKERS)], "clip_on": False}
-
-
-def _shorten(text: str, most: int) -> str:
-    """Keeps the end, by which paths differ."""
-    return text if len(text) <= most else "…" + text[1 - most :]

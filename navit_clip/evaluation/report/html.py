@@ -42,7 +42,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "short": _shorten, "span": _span}
+    environment.filters |= {"percent": percent, "span": _span}
     metrics = result.measured
     groups = Counter(metric.group for metric in metrics.values() if metric.group)
     page = environment.get_template("page.html").render(
@@ -98,10 +98,6 @@ def _versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(versions)
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _span(label: str) -> str:
