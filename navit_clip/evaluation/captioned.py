@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
-from navit_clip.data.annotations.rows import Row
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
@@ -31,15 +30,7 @@ def open_captioned(
 ) -> EvalDataset:
     """Opens captioned shards, or a folder of images with a file of captions.
 
-    Args:
-        data: Shards, or None.
-        images: Folder of images, or None: that of a table if there is one.
-        captions: COCO's ``captions_*.json``, Karpathy's ``dataset_*.json``, or a table that ends
-            in ``.csv``, ``.tsv`` or ``.parquet``; or None.
-        fields: Caption fields within shards.
-        split: Split of a Karpathy file; None takes ``test`` if there is one, else all.
-        image_column: Column of a table that holds the path.
-        caption_columns: Columns of a table that hold a caption each.
+    The arguments are fields of `navit_clip.evaluation.retrieval.RetrievalSpec`.
 
     Raises:
         UserError: If the files do not exist or hold no captioned image.
@@ -66,20 +57,16 @@ def open_captioned(
         if split is None and any(row.split == "test" for row in rows):
             split = "test"
         rows = of_splits(rows, [split] if split is not None else [], file)
-    return _captioned_files(folder, rows, file)
-
-
-def _captioned_files(folder: Path, rows: Sequence[Row], file: Path) -> FileDataset:
     skipped: Counter[str] = Counter()
-    captions = [tuple(_usable(row.captions, skipped)) for row in rows]
-    if not any(captions):
+    usable = [tuple(_usable(row.captions, skipped)) for row in rows]
+    if not any(usable):
         raise UserError(f"no captioned image in {file}")
     paths = [folder / row.name for row in rows]
     if not any(path.is_file() for path in paths):
         raise UserError(
             f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"
         )
-    return FileDataset(paths, captions=captions, skipped=skipped)
+    return FileDataset(paths, captions=usable, skipped=skipped)
 
 
 def _usable(captions: Sequence[str], skipped: Counter[str]) -> list[str]:

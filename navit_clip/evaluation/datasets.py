@@ -33,12 +33,9 @@ def block_of(key: Key) -> Key:
 
 @dataclass(frozen=True)
 class _Part:
-    """Indices, within one file of a dataset, of the items that a part reads: every so many blocks.
+    """Indices, within one file of a dataset, that a part reads: every `parts`-th block.
 
-    Attributes:
-        part: Which part.
-        parts: How many there are.
-        number: Of the file, so that the first block of every small one is not the same part's.
+    `number` is the file's, so that the first block of every small one is not the same part's.
     """
 
     part: int
@@ -102,7 +99,8 @@ class FileDataset(EvalDataset):
         captions: Sequence[tuple[str, ...]] | None = None,
         skipped: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.paths, self.classes, self.captions = paths, classes, captions
+        self.paths, self.classes = paths, classes or [()] * len(paths)
+        self.captions = captions
         self.count, self.skipped = len(paths), skipped
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
@@ -111,7 +109,6 @@ class FileDataset(EvalDataset):
         for index, path in enumerate(self.paths):
             if index not in wanted:
                 continue
-            classes = self.classes[index] if self.classes is not None else ()
             captions = self.captions[index] if self.captions is not None else ()
             data: bytes | SkipSampleError
             try:
@@ -120,7 +117,7 @@ class FileDataset(EvalDataset):
                 data = SkipSampleError("missing_image", error.strerror or str(error))
             if self.captions is not None and not captions:
                 data = SkipSampleError("no_caption", "it has no caption")
-            yield Item((0, index), str(path), data, classes, captions)
+            yield Item((0, index), str(path), data, self.classes[index], captions)
 
 
 class ShardDataset(EvalDataset):
@@ -155,27 +152,24 @@ class ShardDataset(EvalDataset):
     def _item(self, key: Key, sample: RawSample) -> Item:
         try:
             data = find_image(sample.members)
-            if self.captions:
-                found = [c for s in self.captions for c in find_captions(sample.members, s)]
-                if not found:
-                    raise SkipSampleError(
-                        "no_caption", f"none of the fields {', '.join(self.captions)}"
-                    )
-                return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
-            return Item(key, sample.id, data, self._classes(sample))
+            if not self.captions:
+                return Item(key, sample.id, data, self._classes(sample))
+            found = [c for field in self.captions for c in find_captions(sample.members, field)]
+            if not found:
+                fields = ", ".join(self.captions)
+                raise SkipSampleError("no_caption", f"none of the fields {fields}")
+            return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
         except SkipSampleError as error:
             return Item(key, sample.id, error)
 
     def _classes(self, sample: RawSample) -> tuple[int, ...]:
-        try:
-            written = sample.members["cls"]
-        except KeyError as error:
+        written = sample.members.get("cls")
+        if written is None:
             raise UserError(
                 f"{sample.id} has no .cls member with its class: labelled shards need one"
-            ) from error
+            )
         classes = self.class_map.find(written.decode(errors="replace").strip())
-        if classes is None:
-            raise SkipSampleError("bad_label", f"{written[:20]!r}")
         if not classes:
-            raise SkipSampleError("class_left_out", f"{written[:20]!r}")
+            reason = "bad_label" if classes is None else "class_left_out"
+            raise SkipSampleError(reason, f"{written[:20]!r}")
         return classes

@@ -10,12 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.annotations.labels import (
-    ClassMap,
-    is_index,
-    load_class_map,
-    read_label_file,
-)
+from navit_clip.data.annotations.labels import ClassMap, is_index, load_class_map, read_label_file
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
@@ -38,21 +33,15 @@ class Labelled:
     classes: frozenset[int] | None = None
 
     def present(self, seen: Iterable[tuple[int, ...]]) -> list[int]:
-        """Classes that occur in the data, sorted.
-
-        Args:
-            seen: Classes of the images that could be read.
-        """
-        if self.classes is not None:
-            return sorted(self.classes)
-        return sorted({index for classes in seen for index in classes})
+        """Classes that occur in the data, sorted; `seen` are those of the images that were read."""
+        return sorted(self.classes or {index for classes in seen for index in classes})
 
     def check_names(self, names: Sequence[str], seen: Iterable[tuple[int, ...]] = ()) -> None:
         """Finds a class without a name, before hours of embedding where the classes are known.
 
         Args:
             names: By class index.
-            seen: Classes of the images that could be read.
+            seen: As in `present`.
 
         Raises:
             UserError: If there is one.
