@@ -60,6 +60,16 @@ class Embedded:
     skipped: Counter[str]
     skips: list[str] = field(default_factory=list)
 
+    @property
+    def texts(self) -> list[str]:
+        """All captions, image by image."""
+        return [caption for captions in self.captions for caption in captions]
+
+    @property
+    def image_of_texts(self) -> Tensor:
+        """Index of each caption's image, int64 [T]."""
+        return torch.tensor([i for i, captions in enumerate(self.captions) for _ in captions])
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -86,25 +96,17 @@ class _Block:
 _Done = tuple[list[Item], dict[int, tuple[str, str]], list[ImageBlock]]
 
 
+@dataclass(eq=False)
 class _Blocks(IterableDataset["_Block | UserError"]):
     """One rank's blocks of a dataset, split further among workers.
 
-    Args:
-        dataset: Images with labels or captions.
-        pairs: How each pair of model and setting sizes images: sizer, setting, fingerprint.
-        ranks: This process among all of them.
-        cache: Where embeddings are kept.
+    `pairs` are each pair of model and setting: how it sizes images, setting, fingerprint.
     """
 
-    def __init__(
-        self,
-        dataset: EvalDataset,
-        pairs: Sequence[tuple[Sizer, EvalSetting, str]],
-        ranks: Ranks,
-        cache: Cache | None,
-    ) -> None:
-        self.dataset, self.pairs, self.cache = dataset, pairs, cache
-        self.rank, self.world_size = ranks.rank, ranks.world_size
+    dataset: EvalDataset
+    pairs: Sequence[tuple[Sizer, EvalSetting, str]]
+    ranks: Ranks
+    cache: Cache | None
 
     def __iter__(self) -> Iterator[_Block | UserError]:
         worker, workers = 0, 1
@@ -112,7 +114,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
             worker, workers = info.id, info.num_workers
             # Else one whose parent is killed may wait without end for its images to be taken.
             prepare_worker()
-        part, parts = self.rank * workers + worker, self.world_size * workers
+        part, parts = self.ranks.rank * workers + worker, self.ranks.world_size * workers
         try:
             items = self.dataset.read(part, parts)
             for _, block in groupby(items, key=lambda item: block_of(item.key)):
@@ -194,7 +196,7 @@ def embed_dataset(
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
     with (
         fail_together(ranks),
-        progress_bar("images", total, ranks) as progress,
+        _progress_bar("images", total, ranks) as progress,
         explain_killed_workers("give fewer --workers"),
     ):
         for block in batches_of(loader):
@@ -207,11 +209,7 @@ def embed_dataset(
 
 
 def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
-    """Embeds the images of a block, unless the cache has them.
-
-    Raises:
-        UserError: If the cache cannot be written.
-    """
+    """The embeddings of a block, which the cache keeps; a `UserError` if it cannot be written."""
     places = [place for place in range(len(block.items)) if place not in block.skipped]
     if (cached := block.cached[pair]) is not None:
         return cached.only(places)
@@ -282,7 +280,7 @@ def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache |
     embedded: list[tuple[int, Tensor]] = []
     starts = range(0, len(texts), TEXT_BLOCK)[ranks.rank :: ranks.world_size]
     total = sum(len(texts[start : start + TEXT_BLOCK]) for start in starts)
-    with fail_together(ranks), progress_bar("texts", total, ranks) as progress:
+    with fail_together(ranks), _progress_bar("texts", total, ranks) as progress:
         for start in starts:
             block = texts[start : start + TEXT_BLOCK]
             vectors = None
@@ -317,26 +315,15 @@ def _as_it_is(block: Any) -> Any:
     return block
 
 
-def progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
-    """A bar over the part of rank 0, on a terminal only; gone when it is done.
-
-    Args:
-        what: It counts, in the plural.
-        total: How many there are, if known.
-        ranks: This process among all of them.
-    """
+def _progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:
+    """A bar over the part of rank 0, on a terminal only, gone when it is done; `what` is plural."""
     visible = ranks.is_first and sys.stderr.isatty()
     # A training run evaluates hundreds of times: only results should stay on the terminal.
     return tqdm(total=total, desc=what, unit=f" {what}", disable=not visible, leave=False)
 
 
 def describe_skips(counts: Counter[str], skips: Sequence[str]) -> str:
-    """What was skipped: ``3 skipped (no_caption 1, …), the first …``.
-
-    Args:
-        counts: By reason.
-        skips: Single ones, if known.
-    """
+    """What was skipped, by reason, and the first: ``3 skipped (no_caption 1, …), the first …``."""
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
     first = f", the first {skips[0]}" if skips else ""
     return f"{sum(counts.values())} skipped ({reasons}){first}"

@@ -21,23 +21,17 @@ _RIGHT, _WRONG, _TEXT, _PAPER = "#1a7f37", "#b3261e", "#1f2328", "#ffffff"
 
 
 def draw_gallery(
-    data: Embedded,
-    images_ED: Tensor,
-    texts_TD: Tensor,
-    image_T: Tensor,
-    dataset: EvalDataset,
-    output: Path,
+    dataset: EvalDataset, data: Embedded, images_ED: Tensor, texts_TD: Tensor, output: Path
 ) -> None:
     """Draws evenly spaced images of a dataset with their best captions and similarities.
 
     Captions of the image itself are green, those of others red.
 
     Args:
-        data: The embedded dataset, for names and captions.
+        dataset: Read again for the pixels of the chosen images.
+        data: The embedded images, with captions.
         images_ED: Image embeddings at one setting.
         texts_TD: Caption embeddings.
-        image_T: Index of each caption's image.
-        dataset: Read again for the pixels of the chosen images.
         output: PNG file to write.
 
     Raises:
@@ -45,7 +39,7 @@ def draw_gallery(
     """
     count = min(_COLUMNS * _ROWS, len(data.names))
     chosen = torch.linspace(0, len(data.names) - 1, count).long().tolist()
-    texts = [caption for captions in data.captions for caption in captions]
+    texts, image_T = data.texts, data.image_of_texts
     pixels = read_images(dataset, {data.names[i] for i in chosen})
     rows = -(-count // _COLUMNS)
     cell_height = _THUMB + _MARGIN + _CAPTIONS * (2 * _LINE + 6) + _MARGIN

@@ -6,7 +6,6 @@ similarity matrix is never in memory all at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 # ever so near.
 TIE = 1e-12
 
+RECALL_AT = (1, 5, 10)
 _SCORES = 1 << 22  # compared at a time, 32 MiB of them
 
 
@@ -40,7 +40,11 @@ def pair_ranks(images_ED: Tensor, texts_TD: Tensor, image_T: Tensor) -> tuple[Te
             for texts, image in zip(texts_TD.split(1024), image_T.split(1024), strict=True)
         ]
     )
-    best_E = _best_captions(right_T, image_T, len(images_ED))
+    # Of the nearest caption of each image.
+    best_E = torch.full((len(images_ED),), -torch.inf, dtype=right_T.dtype, device=right_T.device)
+    best_E.scatter_reduce_(0, image_T, right_T, "amax")
+    # Whether a maximum keeps a NaN differs between devices.
+    best_E[image_T[right_T.isnan()]] = torch.nan
     image_ranks = []
     text_ranks_T = torch.full_like(image_T, -1)  # its own image is always among those counted
     block = max(1, _SCORES // max(1, len(texts_TD)))
@@ -52,15 +56,6 @@ def pair_ranks(images_ED: Tensor, texts_TD: Tensor, image_T: Tensor) -> tuple[Te
         near = ~(scores < best_E[start : start + block, None] - TIE)
         image_ranks.append((near & (image_T != index[:, None])).sum(1, dtype=torch.int32))
     return torch.cat(image_ranks).long(), text_ranks_T
-
-
-def _best_captions(right_T: Tensor, image_T: Tensor, images: int) -> Tensor:
-    """Score of the nearest caption of each image, float64 [E]."""
-    best_E = torch.full((images,), -torch.inf, dtype=right_T.dtype, device=right_T.device)
-    best_E.scatter_reduce_(0, image_T, right_T, "amax")
-    # Whether a maximum keeps a NaN differs between devices.
-    best_E[image_T[right_T.isnan()]] = torch.nan
-    return best_E
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def fraction(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-def recall(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recall(ranks: Tensor) -> dict[str, float]:
     """Fraction of queries with a hit among the first k, by ``R@k``, and the ``median_rank``.
 
     The rank of a query is that of its first hit, counted from 1; of an even number of queries the
@@ -138,7 +133,6 @@ def recall(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
     Args:
         ranks: From `pair_ranks`, one per query, at least one.
-        ks: Which k.
     """
-    recalls = {f"R@{k}": fraction(ranks < k) for k in ks}
+    recalls = {f"R@{k}": fraction(ranks < k) for k in RECALL_AT}
     return {**recalls, "median_rank": ranks.double().quantile(0.5).item() + 1}

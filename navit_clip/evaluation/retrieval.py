@@ -21,7 +21,7 @@ from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
 from navit_clip.evaluation.gallery import draw_gallery
 from navit_clip.evaluation.models import Model
-from navit_clip.evaluation.ranking import pair_ranks, recall
+from navit_clip.evaluation.ranking import RECALL_AT, pair_ranks, recall
 from navit_clip.evaluation.report.samples import ReportSamples, retrieval_samples
 from navit_clip.evaluation.results import Metric, Row
 
@@ -70,8 +70,7 @@ class RetrievalSpec(EvalSpec):
 
 def _metrics(key: str, group: str, abbreviation: str) -> dict[str, Metric]:
     metrics = {
-        f"{key}/R@{k}": Metric(f"R@{k}", group, abbreviation, is_headline=k == 1)
-        for k in (1, 5, 10)
+        f"{key}/R@{k}": Metric(f"R@{k}", group, abbreviation, is_headline=k == 1) for k in RECALL_AT
     }
     median = Metric("median", group, abbreviation, lower_is_better=True, is_fraction=False)
     return {**metrics, f"{key}/median_rank": median}
@@ -106,15 +105,15 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
 
     def texts(self, data: Embedded) -> list[str]:
         """All captions, image by image."""
-        return [caption for captions in data.captions for caption in captions]
+        return data.texts
 
     def count(self, data: Embedded) -> int:
         """Captions."""
-        return sum(map(len, data.captions))
+        return len(data.texts)
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
         """Recall at every setting; queries of a group search among all images and captions."""
-        image_T = image_of_captions(data)
+        image_T = data.image_of_texts
         for setting, images_ED in data.embeddings.items():
             measure = partial(_recalls, *pair_ranks(images_ED, texts_TD, image_T), image_T)
             yield make_row(model, data, setting, measure)
@@ -122,14 +121,12 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
     def samples(self) -> ReportSamples:
         """Hits and misses, both ways."""
         images_ED = self.data.embeddings[self.model.own_setting]
-        image_T = image_of_captions(self.data)
-        return retrieval_samples(self.dataset, self.data, images_ED, self.texts_TD, image_T)
+        return retrieval_samples(self.dataset, self.data, images_ED, self.texts_TD)
 
     def draw_gallery(self, path: Path) -> None:
         """Draws images with their best captions."""
         images_ED = self.data.embeddings[self.model.own_setting]
-        image_T = image_of_captions(self.data)
-        draw_gallery(self.data, images_ED, self.texts_TD, image_T, self.dataset, path)
+        draw_gallery(self.dataset, self.data, images_ED, self.texts_TD, path)
 
 
 def _recalls(
@@ -137,8 +134,3 @@ def _recalls(
 ) -> dict[str, float]:
     found = {I2T: recall(to_text_E[index]), T2I: recall(to_image_T[torch.isin(image_T, index)])}
     return {f"{way}/{key}": value for way, by_k in found.items() for key, value in by_k.items()}
-
-
-def image_of_captions(data: Embedded) -> Tensor:
-    """Index of each caption's image, int64 [T]."""
-    return torch.tensor([i for i, captions in enumerate(data.captions) for _ in captions])

@@ -20,7 +20,6 @@ from timm.data import ImageNetInfo
 
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.ranking import classify, pair_ranks
-from navit_clip.evaluation.retrieval import image_of_captions
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import class_vectors
 
@@ -157,12 +156,12 @@ def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
     to_text, to_image = pair_ranks(
         evaluator.data.embeddings[EvalSetting("square", 224)],
         evaluator.texts_TD,
-        image_of_captions(evaluator.data),
+        evaluator.data.image_of_texts,
     )
     own = [[t for t, o in enumerate(owner) if o == i] for i in range(len(listed))]
     check_ranks(to_text, scores, own)
     check_ranks(to_image, scores.T, [[image] for image in owner])
-    assert image_of_captions(evaluator.data).tolist() == owner
+    assert evaluator.data.image_of_texts.tolist() == owner
     for way, ranks in (("image_to_text", to_text), ("text_to_image", to_image)):
         for k in (1, 5, 10):
             hits = sum(rank < k for rank in ranks.tolist())

@@ -75,7 +75,7 @@ def captioned(paths, seed=0, noise=0.5):
     image_T = torch.tensor([i for i, c in enumerate(captions) for _ in c])
     images_ED = random_units(len(paths), 16, seed=seed)
     texts_TD = images_ED[image_T] + noise * random_units(len(image_T), 16, seed=seed + 1)
-    return captions, image_T, images_ED, F.normalize(texts_TD, dim=-1)
+    return captions, images_ED, F.normalize(texts_TD, dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def captioned(paths, seed=0, noise=0.5):
 )
 def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
     paths = make_photos(tmp_path / "photos", count)
-    captions, image_T, images_ED, texts_TD = captioned(paths, noise=noise)
+    captions, images_ED, texts_TD = captioned(paths, noise=noise)
     texts = [text for of_image in captions for text in of_image]
     data = embedded(paths, captions=captions)
-    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD)
 
     scores_ET = (images_ED.double() @ texts_TD.double().T).numpy()
-    owner = image_T.numpy()
+    owner = data.image_of_texts.numpy()
     name_of = {str(path): i for i, path in enumerate(paths)}
     for query in samples.images:
         image = name_of[query.picture.name]
@@ -103,14 +103,14 @@ def test_retrieval_shows_what_is_nearest(count, noise, tmp_path):
         own = np.arange(count) == owner[caption]
         check_matches(query, order, own, [name_of[m.picture.name] for m in query.matches])
 
-    ranks = pair_ranks(images_ED, texts_TD, image_T)
+    ranks = pair_ranks(images_ED, texts_TD, data.image_of_texts)
     for queries, rank in zip((samples.images, samples.captions), ranks, strict=True):
         hits, misses = int((rank == 0).sum()), int((rank >= 5).sum() or (rank > 0).sum())
         found = sum(query.hit for query in queries)
         assert len(queries) == min(12, hits + misses)
         assert found == (min(6, hits) if misses >= 6 else min(hits, 12 - misses)) or hits < 6
         assert len({q.text or q.picture.name for q in queries}) == len(queries)
-    again = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    again = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD)
     assert again == samples
 
 
@@ -194,12 +194,12 @@ def test_zeroshot_shows_mistakes_of_the_worst_classes_and_confidence(tmp_path):
 
 def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, monkeypatch):
     paths = make_photos(tmp_path / "photos", 50)
-    captions, image_T, images_ED, texts_TD = captioned(paths)
+    captions, images_ED, texts_TD = captioned(paths)
     read = []
     whole = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
     data = embedded(paths, captions=captions)
-    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD)
     pictures = {q.picture.name: q.picture for q in samples.images}
     pictures |= {m.picture.name: m.picture for q in samples.captions for m in q.matches}
     assert sorted(map(str, read)) == sorted(pictures)
@@ -213,14 +213,12 @@ def test_only_the_files_shown_are_read_and_missing_ones_do_not_matter(tmp_path, 
     for path in paths[::2]:
         path.unlink()
     paths[1].write_bytes(b"not an image")
-    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+    samples = retrieval_samples(FileDataset(paths), data, images_ED, texts_TD)
     write_report(tmp_path / "r.html", read_result(make_result("retrieval")), samples)
     page = (tmp_path / "r.html").read_text()
     assert "no picture" in page
     assert "data:image/webp" in page
-    draw_gallery(
-        data, images_ED, texts_TD, image_T, FileDataset(paths), tmp_path / "new" / "gallery.png"
-    )
+    draw_gallery(FileDataset(paths), data, images_ED, texts_TD, tmp_path / "new" / "gallery.png")
     with Image.open(tmp_path / "new" / "gallery.png") as picture:
         assert len(picture.getcolors(1 << 24)) > 100
 
@@ -237,10 +235,9 @@ def test_pictures_come_out_of_shards(tmp_path):
     shard = write_shard(tmp_path / "0.tar", members)
     dataset = ShardDataset([str(shard)], ["txt"])
     items = list(dataset.read(0, 1))
-    image_T = torch.arange(9)
     vectors = random_units(9, 16, seed=5)
     data = embedded([item.name for item in items], captions=[item.captions for item in items])
-    samples = retrieval_samples(dataset, data, vectors, vectors, image_T)
+    samples = retrieval_samples(dataset, data, vectors, vectors)
     assert len(samples.images) == 9
     assert all(query.picture.thumbnail and query.hit for query in samples.images)
 
@@ -316,10 +313,10 @@ def evil_everywhere(value, name=""):
 def evil_samples(kind, tmp_path):
     paths = make_photos(tmp_path / "photos<b>&", 30)
     if kind == "retrieval":
-        captions, image_T, images_ED, texts_TD = captioned(paths, noise=1.0)
+        captions, images_ED, texts_TD = captioned(paths, noise=1.0)
         captions = [tuple(f"{EVIL}{c}" for c in of_image) for of_image in captions]
         data = embedded(paths, captions=captions)
-        return retrieval_samples(FileDataset(paths), data, images_ED, texts_TD, image_T)
+        return retrieval_samples(FileDataset(paths), data, images_ED, texts_TD)
     names = [f"{EVIL}{name}" for name in ("dog", "lake", "boat")]
     classes = [(i % 3,) for i in range(30)]
     data = embedded(paths, classes=classes)

@@ -23,7 +23,7 @@ from navit_clip.evaluation.labelled import Labelled
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.ranking import recall
 from navit_clip.evaluation.registry import read_result
-from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec, image_of_captions
+from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import (
     ZeroShot,
@@ -329,7 +329,7 @@ def test_captions_are_embedded_in_order_with_their_owners(model_dir):
     data = embedded(torch.eye(3), captions=captions)
     every = Retrieval(RetrievalSpec("data")).texts(data)
     texts = embed_texts(PackedModel(model, "tiny"), every, ALONE, None)
-    assert image_of_captions(data).tolist() == [0, 0, 1, 2, 2, 2, 2]
+    assert data.image_of_texts.tolist() == [0, 0, 1, 2, 2, 2, 2]
     alone = torch.cat([model.encode_text([caption]) for caption in CAPTIONS])
     torch.testing.assert_close(texts, alone, atol=1e-5, rtol=0)
 

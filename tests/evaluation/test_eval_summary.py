@@ -133,7 +133,8 @@ def test_labels_keep_clear_of_each_other_and_of_points():
         )
         figure = charts._figure(4.4, 2.8)
         axes = figure.subplots()
-        lines = charts._draw_panel(axes, charts.lines_of(result, COSTS[0][1]), "tokens")
+        lines = charts.lines_of(result, COSTS[0][1])
+        charts._draw_panel(axes, lines, "tokens")
         figure.canvas.draw()
         charts._label_settings(axes, lines)
         points = [tuple(p) for line in lines for p in axes.transData.transform(line.points)]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from navit_clip.evaluation.calibration import Bin
 from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
 from navit_clip.files import write_output
 
-Cost = Callable[[Row], float | None]
+Cost = Callable[[Row], float]  # 0 if not known
 
 COSTS: tuple[tuple[str, Cost], ...] = (
     ("mean tokens per image", lambda row: row.mean_tokens),
-    ("GFLOPs per image", lambda row: row.gflops),
+    ("GFLOPs per image", lambda row: row.gflops or 0.0),
 )
 # Of models, before they repeat; as in the style sheet of the page.
 COLOURS = ("#2563eb", "#c2570c", "#0f8a6a", "#9333a8", "#6b7280")
@@ -112,20 +113,18 @@ def lines_of(result: EvalResult, cost: Cost) -> list[Line]:
     """What a panel draws: settings whose cost and metric are known."""
     lines = []
     for dashed, (key, metric) in enumerate(result.headline.items()):
-        for series in result.models:
-            for square in (False, True):
-                rows = [
-                    (row, (cost(row) or 0.0, row.metrics[key]))
-                    for row in result.rows
-                    if row.series == series
-                    and (row.setting.kind == "square") == square
-                    and cost(row)
-                    and not math.isnan(row.metrics[key])
-                ]
-                rows.sort(key=lambda one: one[1][0])
-                if rows:
-                    kept, points = zip(*rows, strict=True)
-                    lines.append(Line(series, bool(dashed), key, metric, kept, points))
+        for series, square in product(result.models, (False, True)):
+            rows = [
+                row
+                for row in sorted(result.rows, key=cost)
+                if row.series == series
+                and (row.setting.kind == "square") == square
+                and cost(row)
+                and not math.isnan(row.metrics[key])
+            ]
+            if rows:
+                points = tuple((cost(row), row.metrics[key]) for row in rows)
+                lines.append(Line(series, bool(dashed), key, metric, tuple(rows), points))
     return lines
 
 
@@ -141,8 +140,12 @@ def draw_curve(path: Path, result: EvalResult) -> None:
     """
     with rc_context({**_STYLE, "font.size": 10}):
         figure = _figure(10, 4.6, dpi=150)
-        panels = list(zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True))
-        drawn = [_draw_panel(axes, lines_of(result, cost), name) for axes, (name, cost) in panels]
+        panels = [
+            (axes, lines_of(result, cost))
+            for axes, (_, cost) in zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True)
+        ]
+        for (axes, lines), (name, _) in zip(panels, COSTS, strict=True):
+            _draw_panel(axes, lines, name)
         title = f"{result.heading} · {result.data}".removesuffix(" · ")
         figure.suptitle(shorten(title, 110), size=11)
         handles = [
@@ -155,7 +158,7 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                       frameon=False, fontsize=9)  # fmt: skip
         figure.canvas.draw()  # settles the layout, on which the places of labels depend
-        for (axes, _), lines in zip(panels, drawn, strict=True):
+        for axes, lines in panels:
             _label_settings(axes, lines)
         save_figure(figure, path)
 
@@ -224,20 +227,16 @@ def _figure(width: float, height: float, dpi: int = 72) -> Figure:
 
 def _draw_panel(
     axes: Axes, lines: Sequence[Line], name: str, tooltips: list[str] | None = None
-) -> Sequence[Line]:
-    """Draws lines, without the names of settings.
+) -> None:
+    """Draws lines over the cost `name`, without the names of settings.
 
-    Args:
-        axes: To draw on.
-        lines: From `lines_of`.
-        name: Of the cost.
-        tooltips: Gets a text for each point; None for a picture, which has none.
+    `tooltips` gets a text for each point; None is for a picture, which has none.
     """
     axes.set_xlabel(name)
     if not lines:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center")
         axes.set_xticks([])
-        return lines
+        return
     for line in lines:
         look = _look(line.series)
         axes.plot(*zip(*line.points, strict=True), color=look["color"], ls=_DASHES[line.dashed])
@@ -257,7 +256,6 @@ def _draw_panel(
     costs, values = zip(*(point for line in lines for point in line.points), strict=True)
     _scale_costs(axes, costs)
     _scale_values(axes, values, lines[0].metric)
-    return lines
 
 
 def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
@@ -304,28 +302,27 @@ def _label_settings(axes: Axes, lines: Sequence[Line]) -> None:
         if line.dashed:
             continue
         for row, point in zip(line.rows, line.points, strict=True):
-            best: tuple[int, Annotation, Bbox] | None = None
+            found: list[tuple[int, Annotation, Bbox]] = []
             for x, y, ha, va in _SIDES:
                 label = axes.annotate(
                     row.setting.label, point, (x, y), textcoords="offset points", ha=ha, va=va,
-                    color=_colour(line.series), annotation_clip=False,
+                    color=_look(line.series)["color"], annotation_clip=False,
                 )  # fmt: skip
                 box = label.get_window_extent()
-                crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
-                free = (
-                    inside.containsx(box.x0) and inside.containsx(box.x1)
-                    and inside.containsy(box.y0) and inside.containsy(box.y1)
+                if (
+                    inside.contains(*box.min)
+                    and inside.contains(*box.max)
                     and not box.padded(5 * scale).count_contains(corners)
                     and not any(box.overlaps(other) for other in taken)
-                )  # fmt: skip
-                if free and (best is None or crossed < best[0]):
-                    if best is not None:
-                        best[1].remove()
-                    best = crossed, label, box
+                ):
+                    crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
+                    found.append((crossed, label, box))
                 else:
                     label.remove()
-            if best is not None:
-                taken.append(best[2])
+            found.sort(key=lambda one: one[0])
+            taken += [box for _, _, box in found[:1]]
+            for _, label, _ in found[1:]:
+                label.remove()
 
 
 def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
@@ -354,9 +351,6 @@ def _gid(number: int) -> str:
     return f"tooltip-{number}"
 
 
-def _colour(series: int) -> str:
-    return COLOURS[series % len(COLOURS)]
-
-
 def _look(series: int) -> dict[str, Any]:
-    return {"color": _colour(series), "marker": _MARKERS[series % len(_MARKERS)], "clip_on": False}
+    colour, marker = COLOURS[series % len(COLOURS)], _MARKERS[series % len(_MARKERS)]
+    return {"color": colour, "marker": marker, "clip_on": False}

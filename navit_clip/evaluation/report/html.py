@@ -42,7 +42,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "span": _span}
+    environment.filters["percent"] = percent
     metrics = result.measured
     groups = Counter(metric.group for metric in metrics.values() if metric.group)
     page = environment.get_template("page.html").render(
@@ -75,16 +75,10 @@ def _breakdowns(
             rows = [row for row in result.rows if getattr(row, attribute)]
             by_label = [{g.label: g for g in getattr(row, attribute)} for row in rows]
             labels = {label: group for groups in by_label for label, group in groups.items()}
-            cells = [
-                (
-                    group,
-                    [
-                        groups[label].metrics.get(key) if label in groups else None
-                        for groups in by_label
-                    ],
-                )
-                for label, group in labels.items()
-            ]
+            cells = []
+            for label, group in labels.items():
+                found = [groups.get(label) for groups in by_label]
+                cells.append((group, [one.metrics.get(key) if one else None for one in found]))
             if cells:
                 tables.append((metric, title, rows, cells))
     return tables
@@ -98,8 +92,3 @@ def _versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(versions)
-
-
-def _span(label: str) -> str:
-    """A group's label as typography has it: ``1.1–1.4``, ``≥640``."""
-    return label.replace(">=", "≥").replace("-", "–")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from PIL import Image
@@ -47,9 +47,7 @@ def read_images(dataset: EvalDataset, names: Collection[str]) -> dict[str, bytes
     if isinstance(dataset, FileDataset):
         dataset = FileDataset([path for path in dataset.paths if str(path) in wanted])
     found: dict[str, bytes] = {}
-    if not wanted:
-        return found
-    for item in dataset.read(0, 1):
+    for item in dataset.read(0, 1) if wanted else ():
         if item.name in wanted and isinstance(item.data, bytes):
             found[item.name] = item.data
             if len(found) == len(wanted):
@@ -73,21 +71,19 @@ def thumbnail(encoded: bytes, width: int, height: int) -> Image.Image | None:
 
 
 def read_pictures(
-    dataset: EvalDataset, data: Embedded, indices: Sequence[int]
+    dataset: EvalDataset, data: Embedded, indices: Collection[int]
 ) -> dict[int, Picture]:
     """Thumbnails of some images of an embedded dataset, by index.
 
     Raises:
         UserError: If the dataset itself can no longer be read.
     """
-    indices = sorted(set(indices))
     encoded = read_images(dataset, {data.names[i] for i in indices})
     pictures = {}
     for i in indices:
         name, (height, width) = data.names[i], data.sizes[i]
         pictures[i] = Picture(name, height, width)
-        thumb = thumbnail(encoded[name], *_BOX) if name in encoded else None
-        if thumb is not None:
+        if thumb := thumbnail(encoded.get(name, b""), *_BOX):
             file = io.BytesIO()
             thumb.save(file, format="WEBP", quality=78)
             pictures[i] = Picture(name, height, width, file.getvalue(), thumb.size)

@@ -32,6 +32,7 @@ class Match:
         score: Cosine similarity, or probability of a class.
         is_right: Whether it belongs to the query.
         place: 1 for the nearest.
+        index: Of the caption, class or image.
         text: The caption or class, empty for an image.
         picture: The image, None for a text.
     """
@@ -39,6 +40,7 @@ class Match:
     score: float
     is_right: bool
     place: int
+    index: int
     text: str = ""
     picture: Picture | None = None
 
@@ -115,13 +117,13 @@ def classification_samples(
         name: [i for i in wrong if groups[int(group_E[i])] == name][:_EXAMPLES] for name in worst
     }
     chosen = {*samples, *wrong[:_MISTAKES], *(i for indices in mistaken.values() for i in indices)}
-    pictures = read_pictures(dataset, data, sorted(chosen))
+    pictures = read_pictures(dataset, data, chosen)
 
     def query(index: int) -> Query:
         group = int(group_E[index])
         scores_C = (scale * (classes_CD.double() @ images_ED[index].double())).softmax(0)
         right = set(classes.right_LC[group].nonzero()[:, 0].tolist())
-        nearest = _with_texts(_nearest(scores_C, right, _GUESSES), classes.titles)
+        nearest = _nearest(scores_C, right, _GUESSES, classes.titles)
         return Query(bool(right_E[index]), nearest, groups[group], pictures[index])
 
     return ReportSamples(
@@ -133,7 +135,7 @@ def classification_samples(
 
 
 def retrieval_samples(
-    dataset: EvalDataset, data: Embedded, images_ED: Tensor, texts_TD: Tensor, image_T: Tensor
+    dataset: EvalDataset, data: Embedded, images_ED: Tensor, texts_TD: Tensor
 ) -> ReportSamples:
     """Chooses hits and misses, both ways.
 
@@ -142,37 +144,31 @@ def retrieval_samples(
         data: The embedded images, with captions.
         images_ED: Their embeddings at the model's own setting.
         texts_TD: Caption embeddings, image by image.
-        image_T: Index of each caption's image.
 
     Raises:
         UserError: If the dataset can no longer be read.
     """
-    texts = [caption for captions in data.captions for caption in captions]
-    captions_of: dict[int, set[int]] = {}
-    for caption, image in enumerate(image_T.tolist()):
-        captions_of.setdefault(image, set()).add(caption)
-
+    texts, image_T = data.texts, data.image_of_texts
     ranks_E, ranks_T = pair_ranks(images_ED, texts_TD, image_T)
     images, captions = _hits_and_misses(ranks_E), _hits_and_misses(ranks_T)
-    near_texts = {i: _nearest(texts_TD @ images_ED[i], captions_of[i], _NEAREST) for i in images}
     near_images = {
         c: _nearest(images_ED @ texts_TD[c], {int(image_T[c])}, _NEAREST) for c in captions
     }
-    wanted = {i for near in near_images.values() for i, _ in near}
-    pictures = read_pictures(dataset, data, sorted(wanted.union(images)))
+    found = {match.index for near in near_images.values() for match in near}
+    pictures = read_pictures(dataset, data, found.union(images))
+
+    def image_query(index: int, hit: bool) -> Query:
+        own = set((image_T == index).nonzero()[:, 0].tolist())
+        nearest = _nearest(texts_TD @ images_ED[index], own, _NEAREST, texts)
+        return Query(hit, nearest, picture=pictures[index])
+
+    def caption_query(index: int, hit: bool) -> Query:
+        nearest = (replace(m, picture=pictures[m.index]) for m in near_images[index])
+        return Query(hit, tuple(nearest), texts[index])
+
     return ReportSamples(
-        images=tuple(
-            Query(hit, _with_texts(near_texts[i], texts), picture=pictures[i])
-            for i, hit in images.items()
-        ),
-        captions=tuple(
-            Query(
-                hit,
-                tuple(replace(match, picture=pictures[i]) for i, match in near_images[c]),
-                texts[c],
-            )
-            for c, hit in captions.items()
-        ),
+        images=tuple(image_query(*query) for query in images.items()),
+        captions=tuple(caption_query(*query) for query in captions.items()),
     )
 
 
@@ -186,8 +182,7 @@ def _evenly(indices: Sequence[int], count: int) -> list[int]:
 def _hits_and_misses(ranks: Tensor) -> dict[int, bool]:
     """Queries and whether each is a hit: as many of both as there are, clear misses first.
 
-    Args:
-        ranks: How many wrong ones are at least as near as each query's right one; 0 is a hit.
+    `ranks` are those of `pair_ranks`: 0 is a hit.
     """
     hits = (ranks == 0).nonzero()[:, 0].tolist()
     clear = (ranks >= _NEAREST).nonzero()[:, 0].tolist()
@@ -198,14 +193,16 @@ def _hits_and_misses(ranks: Tensor) -> dict[int, bool]:
     return dict.fromkeys(hits, True) | dict.fromkeys(misses, False)
 
 
-def _nearest(scores: Tensor, right: set[int], count: int) -> list[tuple[int, Match]]:
-    """The nearest by index, best first, and the best right one where none is among them."""
+def _nearest(
+    scores: Tensor, right: set[int], count: int, texts: Sequence[str] | None = None
+) -> tuple[Match, ...]:
+    """The nearest, best first, and the best right one where none is among them."""
     order = scores.argsort(descending=True, stable=True).tolist()
-    places = [(place, index) for place, index in enumerate(order[:count], 1)]
-    if not any(index in right for _, index in places):
-        places += [(p, index) for p, index in enumerate(order, 1) if index in right][:1]
-    return [(index, Match(float(scores[index]), index in right, place)) for place, index in places]
-
-
-def _with_texts(nearest: list[tuple[int, Match]], texts: Sequence[str]) -> tuple[Match, ...]:
-    return tuple(replace(match, text=texts[index]) for index, match in nearest)
+    places = list(enumerate(order, 1))
+    nearest = places[:count]
+    if not any(index in right for _, index in nearest):
+        nearest += [(place, index) for place, index in places if index in right][:1]
+    return tuple(
+        Match(float(scores[i]), i in right, place, i, texts[i] if texts else "")
+        for place, i in nearest
+    )
