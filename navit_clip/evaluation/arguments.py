@@ -119,7 +119,7 @@ def read_evaluator(args: argparse.Namespace) -> Evaluator[Any]:
     """
     evaluator = EVALUATORS[args.command]
     given = {field.name: getattr(args, field.name) for field in fields(evaluator.Spec)}
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in given.items()
         if value is not None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -91,8 +90,10 @@ class OpenClipModel(Model):
                 self._models[other] = _create(architecture, weights, seed, other).to(device)
             except UserError as error:
                 self._refused[other] = str(error)
+        from open_clip import get_tokenizer
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
+        self._tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(architecture)
         transforms = {
             side: image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
             for side, model in self._models.items()
@@ -168,12 +169,6 @@ class OpenClipModel(Model):
             self._device.type,
         )
 
-    @cached_property
-    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
-        from open_clip import get_tokenizer
-
-        return get_tokenizer(self.name.partition(":")[2])
-
 
 def _config(architecture: str) -> dict[str, Any]:
     from open_clip import get_model_config, list_models
@@ -203,9 +198,11 @@ def _create(
     if weights is not None and not weights.is_file():
         raise UserError(f"no weights at {weights}: give a checkpoint that open_clip reads")
     path = None if weights is None else str(weights.resolve())
+    # open_clip warns of random weights, which are asked for here.
+    logging.disable(logging.WARNING)
     try:
         # Random weights have to be the same on all ranks, and the caller's draws his own.
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
             model = create_model(architecture, path, force_image_size=side, weights_only=True)
     # Whatever a damaged or foreign checkpoint makes torch and open_clip stumble over.
@@ -218,17 +215,9 @@ def _create(
         else:
             what = f"weights {weights} do not fit open_clip's {architecture}"
         raise UserError(f"{what}: {textwrap.shorten(str(error), 200)}") from error
-    return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns of random weights, which are asked for here."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
     finally:
         logging.disable(logging.NOTSET)
+    return model.eval()
 
 
 def _own_side(model: Any) -> int:

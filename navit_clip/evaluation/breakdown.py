@@ -20,15 +20,10 @@ Measure = Callable[[Tensor], dict[str, float]]  # metrics of the images of these
 
 
 def by_aspect(sizes: Sequence[Size], measure: Measure) -> tuple[Group, ...]:
-    """Groups of images by long side over short side.
+    """Groups of images by long side over short side, without empty ones.
 
-    Args:
-        sizes: Of each image.
-        measure: Gives the metrics of a group.
-
-    Returns:
-        Each group that has an image, from square to long: ``1-1.1`` (1 ≤ ratio < 1.1), ``1.1-1.4``,
-        ``1.4-1.6``, ``1.6-2``, ``>2`` (2 and longer).
+    From square to long: ``1-1.1`` (1 ≤ ratio < 1.1), ``1.1-1.4``, ``1.4-1.6``, ``1.6-2``, ``>2`` (2
+    and longer).
     """
     edges = ("1", *(f"{edge:g}" for edge in _ASPECTS))
     labels = [*(f"{low}-{high}" for low, high in pairwise(edges)), f">{edges[-1]}"]
@@ -37,15 +32,10 @@ def by_aspect(sizes: Sequence[Size], measure: Measure) -> tuple[Group, ...]:
 
 
 def by_size(sizes: Sequence[Size], measure: Measure) -> tuple[Group, ...]:
-    """Groups of images by the side of a square of the same area, in pixels.
+    """Groups of images by the side of a square of the same area, in pixels, without empty ones.
 
-    Args:
-        sizes: Of each image.
-        measure: Gives the metrics of a group.
-
-    Returns:
-        Each group that has an image, from small to large: ``<128``, ``<224`` (128 ≤ side < 224),
-        ``<320``, ``<448``, ``<640``, ``>=640``.
+    From small to large: ``<128``, ``<224`` (128 ≤ side < 224), ``<320``, ``<448``, ``<640``,
+    ``>=640``.
     """
     labels = [*(f"<{side}" for side in _SIDES), f">={_SIDES[-1]}"]
     sides = [math.sqrt(height * width) for height, width in sizes]

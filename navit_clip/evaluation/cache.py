@@ -96,13 +96,7 @@ class Cache:
             directory.mkdir(parents=True, exist_ok=True)
 
     def image_key(self, model: str, setting: EvalSetting, images: Iterable[bytes]) -> str:
-        """Name of a block.
-
-        Args:
-            model: Its fingerprint.
-            setting: How the images are prepared.
-            images: What identifies each of the block, in order, such as a hash of its file.
-        """
+        """Name of a block, of the model's fingerprint and what identifies each image, in order."""
         return _key(model, "images", setting.kind, str(setting.size), *images)
 
     def text_key(self, model: str, texts: Sequence[str]) -> str:

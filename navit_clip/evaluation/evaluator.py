@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -233,10 +234,14 @@ class EmbeddingEvaluator(Evaluator[S]):
         for setting in asked:
             model.check(setting)
         models = [model, *baselines]
-        settings = [
-            (one, order_settings([*(s for s in asked if _takes(one, s)), one.own_setting]))
-            for one in models
-        ]
+        settings = []
+        for one in models:
+            taken = [one.own_setting]
+            for setting in asked:
+                with suppress(UserError):
+                    one.check(setting)
+                    taken.append(setting)
+            settings.append((one, order_settings(taken)))
         self.dataset = self.open()
         embedded = embed_dataset(settings, self.dataset, ranks, workers=workers, cache=cache)
         data = embedded[0]
@@ -271,14 +276,7 @@ class EmbeddingEvaluator(Evaluator[S]):
 
 
 def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measure) -> Row:
-    """A row with the cost of its setting, metrics, and these by shape and size of the images.
-
-    Args:
-        model: What embedded the images.
-        data: Its embeddings.
-        setting: One of `data`.
-        measure: Gives the metrics of a group of images.
-    """
+    """A row with the cost of its setting, metrics, and these by shape and size of the images."""
     lengths = data.lengths[setting]
     flops = sum(n * model.image_flops(tokens) for tokens, n in Counter(lengths).items())
     return Row(
@@ -293,11 +291,3 @@ def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measur
         by_aspect=by_aspect(data.sizes, measure),
         by_size=by_size(data.sizes, measure),
     )
-
-
-def _takes(model: Model, setting: EvalSetting) -> bool:
-    try:
-        model.check(setting)
-    except UserError:
-        return False
-    return True

@@ -44,6 +44,6 @@ def read_result(content: Any) -> EvalResult:
             skipped={str(reason): int(n) for reason, n in dict(content["skipped"]).items()},
         )
     except KeyError as error:
-        raise UserError(f"damaged result: {error} is missing; evaluate again") from error
+        raise UserError(f"damaged result: {error} is missing") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"damaged result: {error}; evaluate again") from error
+        raise UserError(f"damaged result: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import EVALUATORS, read_result
 from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
+from navit_clip.files import reading
 
 _COLUMNS = 100  # of a terminal; the model's name gives way, but not below
 _NAME = 12
@@ -70,12 +71,8 @@ def summarise(directory: Path) -> str:
         for path in sorted(directory.glob(f"{kind}*.json")):
             if _IN_TRAINING in path.name:
                 continue
-            try:
+            with reading(path, ValueError, UserError, hint="; evaluate again"):
                 result = read_result(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} is damaged: {error}; evaluate again") from error
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
             parts.append(table(result, path.name))
     if not parts:
         names = " or ".join(f"{kind}.json" for kind in EVALUATORS)

@@ -122,10 +122,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
                 row,
                 metrics={**row.metrics, "mean_per_class": accuracy_L.mean().item(), "ece": ece},
                 per_class=dict(zip(classes.groups, accuracy_L.tolist(), strict=True)),
-                confusions=tuple(
-                    _confusion(classes, found, i, accuracy)
-                    for i, accuracy in _worst(accuracy_L, images_L)
-                ),
+                confusions=_confusions(classes, found, accuracy_L, images_L),
             )
 
     def samples(self) -> ReportSamples:
@@ -142,11 +139,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         )
 
     def _classes(self, data: Embedded) -> ClassTable:
-        """What the labels of the images mean.
-
-        Raises:
-            UserError: If a label has no name.
-        """
+        """What the labels of the images mean; a `UserError` if one has no name."""
         self.labelled.check_names(self.names, data.classes)
         present, every = self.labelled.present(data.classes), list(range(len(self.names)))
         competitors = present if self.spec.only_present else every
@@ -196,19 +189,15 @@ def load_templates(name: str) -> list[Template]:
 
         return list(OPENAI_IMAGENET_TEMPLATES if name == "openai" else SIMPLE_IMAGENET_TEMPLATES)
     if name == "plain":
-        return [_template("a photo of a {}.")]
-    lines = _read_lines(name, "templates", "openai, simple, plain")
+        lines = ["a photo of a {}."]
+    else:
+        lines = _read_lines(name, "templates", "openai, simple, plain")
     for line in lines:
         if not any(mark in line for mark in _MARKS):
             raise UserError(
                 f"template without {{}} in {name}: {line!r}; put {{}} where the class name goes"
             )
-    return [_template(line) for line in lines]
-
-
-def _template(line: str) -> Template:
-    mark = next(mark for mark in _MARKS if mark in line)
-    return lambda name: line.replace(mark, name)
+    return [partial(line.replace, next(mark for mark in _MARKS if mark in line)) for line in lines]
 
 
 def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str]:
@@ -231,16 +220,14 @@ def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str
         names = list(IMAGENET_CLASSNAMES)
     else:
         names = _read_lines(name, "class names", "imagenet")
-    if folders is not None and len(names) != len(folders):
+    if folders is None:
+        return names
+    if len(names) != len(folders):
         raise UserError(
             f"{len(names)} class names for {len(folders)} class folders: give one name per folder, "
             "in the folders' sorted order, or --class-map"
         )
-    if (
-        folders is not None
-        and all(map(is_index, folders))
-        and [*map(int, folders)] != sorted(map(int, folders))
-    ):
+    if all(map(is_index, folders)) and [*map(int, folders)] != sorted(map(int, folders)):
         raise UserError(
             f"class folders are numbers that sort as {', '.join(folders[:3])}, …: define the "
             "classes with --class-map index, or imagenet"
@@ -257,23 +244,17 @@ def _accuracy(rank_E: Tensor, index: Tensor) -> dict[str, float]:
     return {f"top{k}": fraction(rank_E[index] < k) for k in (1, 5)}
 
 
-def _worst(accuracy_L: Tensor, images_L: Tensor) -> list[tuple[int, float]]:
-    """The worst groups and their accuracy; of equals the larger one first."""
-    wrong = [(i, accuracy) for i, accuracy in enumerate(accuracy_L.tolist()) if accuracy < 1]
-    return sorted(wrong, key=lambda one: (one[1], -int(images_L[one[0]]), one[0]))[:_WORST]
-
-
-def _confusion(classes: ClassTable, found: Predictions, group: int, accuracy: float) -> Confusion:
-    """What the images of a group are taken for."""
-    inside = classes.group_E == group
-    images = int(inside.sum())
-    wrong = found.wrong_E[inside & (found.rank_E >= 1)].tolist()
-    return Confusion(
-        name=classes.groups[group],
-        images=images,
-        top1=accuracy,
-        taken_for=tuple(
-            (classes.titles[index], n / images)
-            for index, n in Counter(wrong).most_common(_TAKEN_FOR)
-        ),
-    )
+def _confusions(
+    classes: ClassTable, found: Predictions, accuracy_L: Tensor, images_L: Tensor
+) -> tuple[Confusion, ...]:
+    """The worst groups, of equals the larger one first, and what their images are taken for."""
+    groups = enumerate(zip(accuracy_L.tolist(), images_L.tolist(), strict=True))
+    wrong = sorted((accuracy, -images, i) for i, (accuracy, images) in groups if accuracy < 1)
+    confusions = []
+    for accuracy, _, group in wrong[:_WORST]:
+        images = int(images_L[group])
+        mistaken_E = (classes.group_E == group) & (found.rank_E >= 1)
+        taken = Counter(found.wrong_E[mistaken_E].tolist()).most_common(_TAKEN_FOR)
+        taken_for = tuple((classes.titles[index], n / images) for index, n in taken)
+        confusions.append(Confusion(classes.groups[group], images, accuracy, taken_for))
+    return tuple(confusions)
