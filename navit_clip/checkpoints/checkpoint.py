@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,14 +30,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from navit_clip.checkpoints.folder import (
     PARTIAL,
     REMOVED,
+    Manifest,
     find_damage,
     partial_folder,
     remove,
     saved_steps,
     set_aside,
+    shapes,
     step_folder,
 )
-from navit_clip.checkpoints.manifest import DamagedError, Manifest, checksum, shapes
 from navit_clip.checkpoints.rank_state import (
     SavedDataStates,
     rank_file,
@@ -47,6 +48,7 @@ from navit_clip.checkpoints.rank_state import (
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
+from navit_clip.files import sha256_of
 
 # A slow disk is no failure: ranks wait for each other's writes without holding up the training.
 _WRITE_TIMEOUT = timedelta(hours=4)
@@ -137,7 +139,9 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
         damaged: list[tuple[Path, str]] = []
         for step in self.ranks.broadcast(saved_steps(self.directory)[::-1]):
-            damage = self._damage(step)
+            # Each rank reads a part of its files.
+            found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
+            damage = next(filter(None, self.ranks.gather([found])), None)
             if damage is None:
                 if self.ranks.is_first:
                     for path, what in damaged:
@@ -153,7 +157,7 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, state: dict[str, Any], data: DataState) -> Path:
+    def save(self, step: int, state: dict[str, Any], data: DataState) -> None:
         """Takes a checkpoint of the state after `step` steps; every rank calls it.
 
         Returns once the state is copied, unless checkpoints are configured to be synchronous; waits
@@ -164,21 +168,19 @@ class Checkpoints:
             state: Of the training, as `Stepper.state` returns it; may change afterwards.
             data: What this rank consumed; may change afterwards.
 
-        Returns:
-            Where the checkpoint will be.
-
         Raises:
             UserError: If the disk did not take the checkpoint before it (or this one, if
                 synchronous), the same on all ranks; earlier ones stay as they are.
         """
         self.wait()
-        final = self.path(step)
         if step == self._newest:
-            return final
+            return
         self._newest = step
         where: dict[str, Any] = {
             # Copied ahead to the host already; the default would reach for the first device.
-            "storage_writer": dcp.FileSystemWriter(partial_folder(final), per_thread_copy_ahead=0),
+            "storage_writer": dcp.FileSystemWriter(
+                partial_folder(self.path(step)), per_thread_copy_ahead=0
+            ),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -198,7 +200,6 @@ class Checkpoints:
             self._writing = self._thread.submit(finish, writing.result)
         else:
             self._raise(step, finish(partial(dcp.save, state, **where)))
-        return final
 
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
@@ -250,15 +251,18 @@ class Checkpoints:
             manifest = Manifest.read(path)
             difference = manifest.difference(state["model"])
             if difference is not None:
-                raise _cannot_resume(path, f"it is of another model, {difference}")
+                raise ValueError(f"it is of another model, {difference}")
             dcp.load(state, checkpoint_id=str(path), no_dist=self._group is None)
             if self.ranks.rank < manifest.world_size:
                 restore_generators(path, self.ranks.rank, self.ranks.device)
-        except (OSError, ValueError, KeyError, RuntimeError, DamagedError) as error:
-            raise _cannot_resume(path, error) from error
-        except dcp.CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise _cannot_resume(path, first) from error
+        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
+            reason: BaseException = error
+            if isinstance(error, dcp.CheckpointException):
+                reason = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"cannot resume from {path}: {str(reason).splitlines()[0]}; if the configuration "
+                "changed use another run_dir"
+            ) from error
         self._newest = step
         return SavedDataStates(path, manifest.world_size)
 
@@ -286,11 +290,6 @@ class Checkpoints:
                 " them see"
             )
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, the same on all ranks, each of which reads a part."""
-        found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
-        return next(iter(self.ranks.gather(list(found))), None)
-
     def _finish(
         self, step: int, own: str, weights: dict[str, list[int]], write: Callable[[], object]
     ) -> str | None:
@@ -307,7 +306,7 @@ class Checkpoints:
             files = [rank_file(folder, rank), *folder.glob(f"__{rank}_*.distcp")]
             if self.ranks.is_first:
                 files.append(folder / ".metadata")
-            checksums = {file.name: checksum(file) for file in files}
+            checksums = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _disk_error(error)
             if problem is None:
@@ -345,32 +344,18 @@ class Checkpoints:
 
     def _raise(self, step: int, problem: str | None) -> None:
         if problem is not None:
+            latest = self.latest()
             raise UserError(
                 f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
-                f"{'of step ' + str(self.latest()) if self.latest() is not None else 'none'}"
+                + ("none" if latest is None else f"of step {latest}")
             )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    yield error
-    if isinstance(error, dcp.CheckpointException):
-        for failure, _ in error.failures.values():
-            yield from _causes(failure)
-    for inner in (error.__cause__, error.__context__):
-        if inner is not None:
-            yield from _causes(inner)
 
 
 def _disk_error(error: BaseException) -> str | None:
     """The reason the disk gave, None if the error is none of the disk's."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-    return None
-
-
-def _cannot_resume(path: Path, error: BaseException | str) -> UserError:
-    return UserError(
-        f"cannot resume from {path}: {str(error).splitlines()[0]}; if the configuration changed "
-        "use another run_dir"
-    )
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    causes = [error.__cause__, error.__context__]
+    if isinstance(error, dcp.CheckpointException):
+        causes[:0] = [failure for failure, _ in error.failures.values()]
+    return next(filter(None, (_disk_error(cause) for cause in causes if cause is not None)), None)

@@ -1,4 +1,8 @@
-"""The folders of a run and its checkpoints: their names, which are whole, how they come and go.
+"""The folders of a run and its checkpoints: their names, what belongs to one, whether it is whole.
+
+The last file that is written into the folder of a checkpoint is its manifest, ``run.json``: size
+and hash of every file, so that a damaged one is noticed before anything is loaded, and the shapes
+of the weights, which tell another model from a broken disk.
 
 Below `checkpoint`, which the trainer writes and reads with, and `load_run`, which reads one
 without a trainer.
@@ -6,17 +10,25 @@ without a trainer.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from navit_clip.checkpoints.manifest import DamagedError, Manifest
+from torch import Tensor
+
+from navit_clip.errors import UserError
+from navit_clip.files import atomic_write, sha256_of
 
 RUN_MODEL = "model.json"  # in a run directory: the architecture that its checkpoints are of
 TOKENIZER_DIR = "tokenizer"  # in a run directory: the tokenizer that the run uses
 PARTIAL, REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
+FORMAT = 2  # of a checkpoint; read no other
+_MANIFEST = "run.json"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -38,8 +50,74 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + PARTIAL)
 
 
-def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> Collection[str]:
-    """What is wrong with a checkpoint, nothing if it is as it was written.
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Shape of each weight by its name, of the whole one where ranks hold shards."""
+    return {name: list(weight.shape) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one checkpoint holds.
+
+    Attributes:
+        step: Steps taken before it.
+        world_size: Ranks of the run that wrote it.
+        weights: Shapes of the model's weights, see `shapes`.
+        files: Size in bytes and SHA-256 of every other file of the folder.
+        format: Of the checkpoint.
+    """
+
+    step: int
+    world_size: int
+    weights: dict[str, list[int]]
+    files: dict[str, list[Any]]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Writes run.json.
+
+        Raises:
+            OSError: If the disk does not take it.
+        """
+        atomic_write(folder / _MANIFEST, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads run.json.
+
+        Raises:
+            ValueError: If it is absent, or not what `write` wrote.
+            UserError: If another version wrote it.
+        """
+        path = folder / _MANIFEST
+        try:
+            values = json.loads(path.read_text())
+            # The first format did not say so itself.
+            found = values.get("format", 1 if "files" in values else None)
+            if found is not None and found != FORMAT:
+                raise UserError(
+                    f"{path} has format {found}, this version reads {FORMAT}: finish the run with "
+                    "the version that wrote it, or use another run_dir"
+                )
+            manifest = cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{_MANIFEST} cannot be read: {error}") from error
+        if not isinstance(manifest.files, dict) or not manifest.files:
+            raise ValueError(f"{_MANIFEST} names no files")
+        return manifest
+
+    def difference(self, weights: Mapping[str, Tensor]) -> str | None:
+        """The first weight in which a model differs from the checkpoint's, None without any."""
+        mine = shapes(weights)
+        for name in sorted(self.weights.keys() | mine.keys()):
+            there, here = self.weights.get(name), mine.get(name)
+            if there != here:
+                return f"{name} has shape {there or 'none'} there and {here or 'none'} here"
+        return None
+
+
+def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if it is as it was written, byte for byte.
 
     Args:
         folder: Of the checkpoint.
@@ -49,13 +127,22 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> Collection[
     """
     try:
         manifest = Manifest.read(folder)
-        manifest.check(folder, sorted(manifest.files)[rank::world_size])
-    except DamagedError as error:
-        return [str(error)]
-    match = _NAME.match(folder.name)
-    if match is not None and manifest.step != int(match[1]):
-        return [f"it is of step {manifest.step}"]
-    return []
+    except ValueError as error:
+        return str(error)
+    for name in sorted(manifest.files)[rank::world_size]:
+        size, digest = manifest.files[name]
+        try:
+            # The size first: a truncated file is the usual damage, and costs no reading.
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if sha256_of(folder / name) != digest:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    if folder != step_folder(folder.parent, manifest.step):
+        return f"it is of step {manifest.step}"
+    return None
 
 
 def remove(folder: Path) -> None:

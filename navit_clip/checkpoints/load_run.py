@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from navit_clip.checkpoints.folder import (
     RUN_MODEL,
     TOKENIZER_DIR,
+    Manifest,
     find_damage,
     saved_steps,
     step_folder,
 )
-from navit_clip.checkpoints.manifest import Manifest
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.files import reading
@@ -54,34 +54,33 @@ def load_run(
             )
         raise UserError(f"no training run at {run_dir}: expected {RUN_MODEL} in it")
     description = Description.read(run_dir / RUN_MODEL)
-    step, folder = _choose(run_dir, step)
+    step = _choose(run_dir, step)
     tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
     model = NaViTCLIP(description.model, tokenizer, description.preprocess)
-    _load(folder, model)
+    _load(step_folder(run_dir / "checkpoints", step), model)
     return model.to(device).eval(), step
 
 
-def _choose(run_dir: Path, step: int | None) -> tuple[int, Path]:
+def _choose(run_dir: Path, step: int | None) -> int:
     directory = run_dir / "checkpoints"
     steps = saved_steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory}: the run has written none yet")
     if step is None:
         for newest in reversed(steps):
-            folder = step_folder(directory, newest)
-            if not find_damage(folder):
-                return newest, folder
+            if find_damage(step_folder(directory, newest)) is None:
+                return newest
         raise UserError(
             f"all checkpoints in {directory} are damaged: copy the run again, "
             f"or evaluate --model {run_dir / 'model'}"
         )
-    folder = step_folder(directory, step)
     if step not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"no checkpoint of step {step} in {run_dir}: there are {there}")
-    for damage in find_damage(folder):
+    folder = step_folder(directory, step)
+    if damage := find_damage(folder):
         raise UserError(f"checkpoint {folder} is damaged ({damage}): choose another --step")
-    return step, folder
+    return step
 
 
 def _load(folder: Path, model: NaViTCLIP) -> None:

@@ -7,12 +7,13 @@ A file of its own per rank beside the tensors, which all ranks write together
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.order import Cursor, Leftover, ShardSlice
@@ -26,10 +27,8 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 def rank_state(data: DataState, device: torch.device) -> str:
     """Contents of this rank's file, as things are now."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    generators = {name: state.numpy().tobytes().hex() for name, state in states.items()}
+    states = generator_states(device).items()
+    generators = {name: state.numpy().tobytes().hex() for name, state in states}
     return json.dumps({"data": data_to_json(data), "generators": generators})
 
 
@@ -45,6 +44,19 @@ def restore_generators(folder: Path, rank: int, device: torch.device) -> None:
         name: torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
         for name, state in saved.items()
     }
+    set_generators(states, device)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Where torch's default generators stand: ``cpu``, and ``cuda`` if that is the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Sets the default generators as `generator_states` found them."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -64,18 +76,8 @@ class SavedDataStates(Sequence[DataState]):
     def __len__(self) -> int:
         return self.world_size
 
-    @overload
-    def __getitem__(self, rank: int) -> DataState: ...
-
-    @overload
-    def __getitem__(self, rank: slice) -> list[DataState]: ...
-
-    def __getitem__(self, rank: int | slice) -> DataState | list[DataState]:
-        if isinstance(rank, slice):
-            return [self[i] for i in range(*rank.indices(len(self)))]
-        if not 0 <= rank < len(self):
-            raise IndexError(rank)
-        return data_from_json(_read(self.path, rank)["data"])
+    def __getitem__(self, rank: Any) -> Any:
+        return data_from_json(_read(self.path, range(self.world_size)[rank])["data"])
 
 
 def data_to_json(data: DataState) -> dict[str, Any]:
@@ -84,14 +86,11 @@ def data_to_json(data: DataState) -> dict[str, Any]:
     Cursors, slices and origins become lists without names, since there may be thousands.
     """
     return {
-        "shards": data.shards,
-        "total": data.total,
-        "images": data.images,
+        **vars(data),
         "leftovers": {
             reader: [[own.epoch, [astuple(part) for part in own.slices]] for own in leftovers]
             for reader, leftovers in data.leftovers.items()
         },
-        "batches": data.batches,
         "readers": {reader: vars(state) for reader, state in data.readers.items()},
     }
 

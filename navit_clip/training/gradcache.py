@@ -11,33 +11,15 @@ pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from navit_clip.checkpoints.rank_state import generator_states, set_generators
 from navit_clip.packed.batch import Inputs
 from navit_clip.tasks.base import Loss
 from navit_clip.training.parallel import ParallelModel
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    """Where the random generators stood before a forward pass, so that it can be replayed."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> _RandomState:
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda)
-
-    def restore(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
 
 
 def cached_backward(
@@ -67,10 +49,10 @@ def cached_backward(
     states, outputs = [], []
     with torch.no_grad():
         for part in inputs:
-            states.append(_RandomState.now(device))
+            states.append(generator_states(device))
             outputs.append(embed(part))
     leaves = [_leaf(values) for values in zip(*outputs, strict=True)]
-    sizes = [_examples(output) for output in outputs]
+    sizes = [next(len(v) for v in output if v is not None and v.ndim) for output in outputs]
     whole = type(outputs[0])(*leaves)
     outputs.clear()
     loss = loss_of(whole)
@@ -79,7 +61,7 @@ def cached_backward(
     for number, (part, state) in enumerate(zip(inputs, states, strict=True)):
         last = number == len(inputs) - 1
         with parallel.reducing(last=last):
-            state.restore(device)
+            set_generators(state, device)
             heads, head_gradients = [], []
             for value, gradient in zip(embed(part), gradients, strict=True):
                 # A frozen part of the model takes no gradient.
@@ -104,7 +86,3 @@ def _leaf(values: Sequence[Tensor | None]) -> Tensor | None:
     if not first.ndim:
         return first.detach().requires_grad_()
     return torch.cat([value for value in values if value is not None]).requires_grad_()
-
-
-def _examples(output: Sequence[Tensor | None]) -> int:
-    return next(len(value) for value in output if value is not None and value.ndim)
