@@ -29,13 +29,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 def write_output(path: Path, content: str | bytes, what: object = None) -> None:
     """Writes a file that a user asked for, see `atomic_write`; folders are made.
 
-    Args:
-        path: The file.
-        content: Text is written as UTF-8.
-        what: Its name in the error; by default `path`.
-
     Raises:
-        UserError: If it cannot be written.
+        UserError: If it cannot be written; names `what`, by default the path.
     """
     with writing(what or path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +67,7 @@ def writing(
 def reading(
     what: object, *also: type[BaseException], hint: str = ""
 ) -> AbstractContextManager[None]:
-    """A context that turns errors into a `UserError` "cannot read WHAT: REASON".
-
-    Args:
-        what: The path, perhaps after what it is or the flag that named it.
-        also: Exceptions other than `OSError` that mean the same, those of a parser for example.
-        hint: Put behind the reason: what to do about it.
-    """
+    """Like `writing`, for "cannot read WHAT: REASON"; `also` are those of a parser, for example."""
     return _user_errors(f"cannot read {what}", (OSError, *also), hint)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 
 from navit_clip.errors import UserError
 from navit_clip.tasks.base import TaskConfig
@@ -20,11 +19,6 @@ def register(kind: str, config: type[TaskConfig]) -> None:
         config: A frozen dataclass; its fields are the task's part of the configuration.
     """
     _TASKS[kind] = config
-
-
-def known_tasks() -> Mapping[str, type[TaskConfig]]:
-    """Configurations by kind."""
-    return dict(_TASKS)
 
 
 def task_config(kind: str) -> type[TaskConfig]:

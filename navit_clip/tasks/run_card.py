@@ -40,55 +40,49 @@ def write_run_card(directory: Path, run_dir: Path) -> None:
 
 def _training(run_dir: Path) -> list[str]:
     """What config.yaml and metrics.jsonl of a run say."""
-    config = _read(run_dir / "config.yaml", yaml.safe_load)
-    metrics = _read_lines(run_dir / "metrics.jsonl")
-    data, optim = _group(config, "data"), _group(config, "optim")
-    init, task = _group(config, "init"), _group(config, "task")
-    rows: list[list[object]] = []
-
-    def add(name: str, value: object) -> None:
-        if value not in (None, "", {}, []):
-            rows.append([name, value])
-
-    add("began with", _settings(init, ("model", "weights")))
-    add("data", ", ".join(_sources(data)))
-    captions = task.get("captions")
-    add("captions", ", ".join(captions) if isinstance(captions, dict) else captions)
+    config = _values(_text(run_dir / "config.yaml"), yaml.safe_load)
+    lines = _text(run_dir / "metrics.jsonl").splitlines()
+    metrics = [values for line in lines if (values := _values(line, json.loads))]
+    last = metrics[-1] if metrics else {}
+    data, optim, task = (_group(config, name) for name in ("data", "optim", "task"))
     resolution, drop = _group(data, "resolution"), _group(data, "drop")
     sides = ("min_side", "max_side") if resolution.get("mode") == "sampled" else ()
-    add("resolution", _settings(resolution, ("mode", *sides, "max_tokens")))
     rates = {
         "fixed": ("rate",),
         "beta": ("rate", "max_rate"),
         "resolution": ("low_rate", "high_rate"),
     }
-    add("token drop", _settings(drop, ("kind", *rates.get(drop.get("kind", ""), ()))))
-    if metrics:
-        add("steps", f"{metrics[-1].get('step', 0):,}")
-        examples = sum(line.get("examples") or 0 for line in metrics)
-        add("examples seen", f"{examples:,.0f}" if examples else None)
-    add("optimiser", _settings(optim, ("kind", "lr", "weight_decay")))
-    add("schedule", _settings(_group(optim, "schedule"), ("kind", "warmup_steps")))
-    add("loss", _group(task, "loss").get("kind"))
-    add("precision", config.get("precision"))
-    add("seed", config.get("seed"))
-    for name in _METRICS:
-        value = metrics[-1].get(name) if metrics else None
-        if isinstance(value, int | float):
-            add(f"last {name}", f"{value:.4g}")
+    examples = sum(line.get("examples") or 0 for line in metrics)
+    table = {
+        "began with": _settings(_group(config, "init"), ("model", "weights")),
+        "data": ", ".join(_sources(data)),
+        "captions": ", ".join(_group(task, "captions")),
+        "resolution": _settings(resolution, ("mode", *sides, "max_tokens")),
+        "token drop": _settings(drop, ("kind", *rates.get(drop.get("kind", ""), ()))),
+        "steps": f"{last.get('step', 0):,}" if metrics else None,
+        "examples seen": f"{examples:,.0f}" if examples else None,
+        "optimiser": _settings(optim, ("lr", "weight_decay")),
+        "schedule": _settings(_group(optim, "schedule"), ("kind", "warmup_steps")),
+        "loss": _group(task, "loss").get("kind"),
+        "precision": config.get("precision"),
+        "seed": config.get("seed"),
+        **{
+            f"last {name}": f"{last[name]:.4g}"
+            for name in _METRICS
+            if isinstance(last.get(name), int | float)
+        },
+    }
+    rows = [[name, value] for name, value in table.items() if value not in (None, "")]
     return ["## Training", markdown_table(["", ""], rows)] if rows else []
 
 
 def _sources(data: Mapping[str, Any]) -> list[str]:
     """The shards as the configuration names them, without what may be secret."""
-    mix = data.get("mix")
-    if isinstance(mix, dict) and mix:
-        named = [(f"{name}: ", source.get("shards")) for name, source in mix.items()]
-    else:
-        named = [("", data.get("train"))]
+    mix = _group(data, "mix").items()
+    named = [(f"{name}: ", source.get("shards")) for name, source in mix]
     return [
         f"{prefix}{_public(str(spec))}"
-        for prefix, specs in named
+        for prefix, specs in named or [("", data.get("train"))]
         for spec in (specs if isinstance(specs, list) else [specs])
         if spec
     ]
@@ -110,8 +104,9 @@ def _settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
 def _evaluation(folder: Path, directory: Path) -> list[str]:
     """Results at the model's own token limit, and pictures."""
     parts: list[str] = []
-    names = ("zeroshot", "retrieval")
-    zeroshot, retrieval = (_read(folder / f"{name}.json", json.loads) for name in names)
+    zeroshot, retrieval = (
+        _values(_text(folder / f"{name}.json"), json.loads) for name in ("zeroshot", "retrieval")
+    )
     if "top1" in zeroshot:
         accuracy = [[f"top-{k}", f"{zeroshot[f'top{k}']:.1%}"] for k in (1, 5)]
         parts += [
@@ -142,27 +137,18 @@ def _group(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return group if isinstance(group, dict) else {}
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Keys and values of a file; none if it is missing or damaged."""
+def _text(path: Path) -> str:
+    """Contents of a file, none if it cannot be read."""
     try:
-        values = parse(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+def _values(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Keys and values; none of what is damaged, or cut short by a kill."""
+    try:
+        values = parse(text)
+    except (ValueError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; what a kill cut short is left out."""
-    try:
-        text = path.read_text()
-    except (OSError, ValueError):
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict):
-            found.append(values)
-    return found

@@ -35,14 +35,9 @@ _MEASURING_S = 0.1
 
 
 def gpu_peak(name: str, precision: str) -> float:
-    """FLOP/s of dense matrix products of an NVIDIA GPU.
+    """FLOP/s of dense matrix products of an NVIDIA GPU, by the name that CUDA reports.
 
-    Args:
-        name: As CUDA reports it.
-        precision: ``bf16`` or ``fp32``.
-
-    Returns:
-        0 if it is not known; of a GPU that is cut into instances (MIG) it is not.
+    0 if it is not known; of a GPU that is cut into instances (MIG) it is not.
     """
     if re.search(r"\bMIG\b", name):
         return 0.0
@@ -53,11 +48,7 @@ def gpu_peak(name: str, precision: str) -> float:
 
 
 def cpu_peak(precision: str) -> float:
-    """FLOP/s of a matrix product on this process's threads, the best of a tenth of a second.
-
-    Args:
-        precision: ``bf16`` or ``fp32``.
-    """
+    """FLOP/s of a matrix product on this process's threads, the best of a tenth of a second."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=dtype)
     best, begin = float("inf"), time.perf_counter()
@@ -74,8 +65,7 @@ def cpu_peak(precision: str) -> float:
 def memory_bytes(device: torch.device) -> float:
     """Most memory that tensors held on a GPU since the last call; else what the process holds.
 
-    Returns:
-        0 on a CPU whose system does not say.
+    0 on a CPU whose system does not say.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -127,9 +117,7 @@ class FlopsMeter:
             ``mfu`` if the peak is known, and ``memory_gb`` of the rank that holds the most, if
             its system tells.
         """
-        by_rank = [0.0] * self.ranks.world_size
-        by_rank[self.ranks.rank] = memory_bytes(self.ranks.device) / 1e9
-        memory = max(self.ranks.sum(by_rank))
+        memory = max(self.ranks.gather([memory_bytes(self.ranks.device) / 1e9]))
         return {
             **({"mfu": model_flops_per_s / self.peak} if self.peak else {}),
             **({"memory_gb": memory} if memory else {}),

@@ -174,12 +174,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients down to a global norm, as `nn.utils.clip_grad_norm_`, shards included.
 
-    Args:
-        parameters: With gradients.
-        max_norm: The largest norm allowed; 0 leaves the gradients alone.
-
-    Returns:
-        The norm before clipping.
+    A `max_norm` of 0 leaves them alone. Returns the norm before.
     """
     parameters = list(parameters)
     norm = global_norm(p.grad for p in parameters if p.grad is not None)

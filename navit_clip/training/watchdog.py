@@ -18,14 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from navit_clip.errors import UserError
 
 STALL_EXIT_CODE = 70
 _PATIENCE = 3.0
+_STDERR = 2  # the descriptor: whatever has taken the place of `sys.stderr`
 
 
 class Watchdog:
@@ -47,16 +47,17 @@ class Watchdog:
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
         """Watches inside; does nothing before the first heartbeat."""
+        if not self.timeout_s:
+            yield self
+            return
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if self.timeout_s:
-            thread.start()
+        thread.start()
         try:
             yield self
         finally:
             self._ended.set()
-            if self.timeout_s:
-                faulthandler.cancel_dump_traceback_later()
-                thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            thread.join()
 
     def heartbeat(self, what: str, *, slow: bool = False) -> None:
         """Reports progress.
@@ -71,9 +72,7 @@ class Watchdog:
         self._what, self._limit_s, self._since = what, limit_s, time.monotonic()
         # Its timer is a thread without Python, so it also ends a process whose hanging call keeps
         # the interpreter's lock, in which `_watch` cannot run.
-        stderr = sys.__stderr__
-        if stderr is not None:
-            faulthandler.dump_traceback_later(2 * limit_s + 5, exit=True, file=stderr)
+        faulthandler.dump_traceback_later(2 * limit_s + 5, exit=True, file=_STDERR)
 
     def _watch(self) -> None:
         reported = 0.0
@@ -93,20 +92,13 @@ class Watchdog:
             f"rank {self.rank} stalled: no progress for {silent_s:.0f} s in {self._what}; "
             f"{outlook}. Stacks of its threads, also in {self.path}:\n"
         )
-        self._dump(sys.__stderr__, line)
-        try:
+        os.write(_STDERR, line.encode())
+        faulthandler.dump_traceback(_STDERR)
+        with suppress(OSError):  # a file system that hangs or is full may be the very cause
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                self._dump(file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
-        except OSError:
-            pass  # a file system that hangs or is full may be the very cause
-
-    @staticmethod
-    def _dump(file: IO[str] | None, line: str) -> None:
-        if file is not None:
-            file.write(line)
-            file.flush()
-            faulthandler.dump_traceback(file)
+                print(time.strftime("%Y-%m-%d %H:%M:%S"), line, end="", file=file, flush=True)
+                faulthandler.dump_traceback(file)
 
 
 @contextmanager
