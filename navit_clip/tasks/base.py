@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,8 @@ from navit_clip.evaluation.models import Model
 from navit_clip.packed.batch import Inputs
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
+
+Around = Callable[[], AbstractContextManager[object]]
 
 
 class Loss(NamedTuple):
@@ -44,18 +46,6 @@ class ExportedModel(Protocol):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the model's directory."""
-
-
-class Source(NamedTuple):
-    """What a run starts from.
-
-    Attributes:
-        model: With its first weights, on the host.
-        tokenizer: The one that those weights were trained with, None without.
-    """
-
-    model: nn.Module
-    tokenizer: Tokenizer | None
 
 
 class Task(ABC):
@@ -151,12 +141,7 @@ class Task(ABC):
             UserError: If the disk does not take it.
         """
 
-    def eval_model(
-        self,
-        model: ExportedModel,
-        name: str,
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> Model:
+    def eval_model(self, model: ExportedModel, name: str, around: Around) -> Model:
         """How evaluators see an exported model.
 
         Args:
@@ -169,8 +154,8 @@ class Task(ABC):
         """
         raise UserError(f"there are no evaluators for models of {type(self).__name__}")
 
-    def start_from(self, init: InitConfig) -> Source:
-        """The model that a run starts from.
+    def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
+        """The model that a run starts from, on the host, and the tokenizer it was trained with.
 
         Raises:
             UserError: If the model cannot be read, or is of another architecture.
@@ -205,7 +190,7 @@ class TaskConfig(ABC):
 
     @classmethod
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
-        """Values of fields that `init` gives, as plain values.
+        """Values of fields that `init` gives, as `asdict` has them; others are refused.
 
         Args:
             init: What the run starts from.
@@ -215,10 +200,3 @@ class TaskConfig(ABC):
             UserError: If there is no such model.
         """
         return {}
-
-    def check_source(self, init: InitConfig, run_dir: Path) -> None:  # noqa: B027
-        """Compares the configuration with what `init` gives.
-
-        Raises:
-            UserError: Naming the first field that differs.
-        """

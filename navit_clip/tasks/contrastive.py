@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,8 +25,7 @@ from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
 from navit_clip.packed.batch import Inputs
-from navit_clip.packed.segments import Segments
-from navit_clip.tasks.base import ExportedModel, Loss, Source, Task, TaskConfig
+from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
 from navit_clip.tasks.locking import LockConfig, lock_towers
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
@@ -117,12 +115,6 @@ class ContrastiveConfig(TaskConfig):
         model = init.read_config(run_dir)
         return {} if model is None else {"model": asdict(model)}
 
-    def check_source(self, init: InitConfig, run_dir: Path) -> None:
-        """Compares `model` with the model that the run starts from."""
-        model = init.read_config(run_dir)
-        if model is not None:
-            init.check_architecture(self.model, model)
-
 
 class ContrastiveTask(Task):
     """Both towers, pairs, and the loss over the pairs of all ranks.
@@ -210,7 +202,10 @@ class ContrastiveTask(Task):
             inputs: On any device; only the lengths of examples are read, which the host holds.
         """
         assert isinstance(inputs, PairInputs)
-        images, texts = (_length_sums(part.segments) for part in (inputs.images, inputs.texts))
+        images, texts = (
+            LengthSums.of(segments.lengths[: segments.num_examples])
+            for segments in (inputs.images.segments, inputs.texts.segments)
+        )
         model, lock = self.config.model, self.config.lock
         return sum(
             sum(forward)
@@ -237,21 +232,12 @@ class ContrastiveTask(Task):
         """Writes the model card of an export."""
         write_run_card(directory, run_dir)
 
-    def eval_model(
-        self,
-        model: ExportedModel,
-        name: str,
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> PackedModel:
+    def eval_model(self, model: ExportedModel, name: str, around: Around) -> PackedModel:
         """Embeds images and texts, packed."""
         return PackedModel(cast(NaViTCLIP, model), name, around)
 
-    def start_from(self, init: InitConfig) -> Source:
+    def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
         """The model that the run starts from, and its tokenizer."""
         model = init.read_model()
-        init.check_architecture(self.config.model, model.config)
-        return Source(model.train(), model.tokenizer)
-
-
-def _length_sums(segments: Segments) -> LengthSums:
-    return LengthSums.of(segments.lengths[: segments.num_examples])
+        init.check("task.model", asdict(self.config.model), asdict(model.config))
+        return model.train(), model.tokenizer

@@ -7,7 +7,8 @@ run has a checkpoint of its own, the model it started from is never read again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,26 +92,27 @@ class InitConfig:
             )
         return NaViTCLIP.from_open_clip(self.open_clip_name, self.weights)
 
-    def check_architecture(self, given: CLIPConfig, known: CLIPConfig) -> None:
-        """Refuses a ``task.model`` section that is not that of the model.
+    def check(self, name: str, given: Any, known: Any) -> None:
+        """Refuses a part of the configuration that is not as in the model.
+
+        Args:
+            name: Of the part, such as ``task.model``.
+            given: Its values, as `asdict` has them.
+            known: Those of the model.
 
         Raises:
             UserError: Naming the first field that differs.
         """
-        difference = _first_difference(given, known, "task.model")
-        if difference is not None:
-            name, ours, theirs = difference
+        for field, ours, theirs in _differences(name, given, known):
             raise UserError(
-                f"{name}={ours} disagrees with init.model={self.model}, which has {theirs}: leave "
-                "`task.model` out, init.model gives all of it"
+                f"{field}={ours} disagrees with init.model={self.model}, which has {theirs}: leave "
+                f"`{name}` out, init.model gives all of it"
             )
 
 
-def _first_difference(given: Any, known: Any, name: str) -> tuple[str, Any, Any] | None:
-    if is_dataclass(given):
-        found = (
-            _first_difference(getattr(given, f.name), getattr(known, f.name), f"{name}.{f.name}")
-            for f in fields(given)
-        )
-        return next((difference for difference in found if difference is not None), None)
-    return None if given == known else (name, given, known)
+def _differences(name: str, given: Any, known: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(given, dict):
+        for key, value in given.items():
+            yield from _differences(f"{name}.{key}", value, known[key])
+    elif given != known:
+        yield name, given, known

@@ -8,8 +8,8 @@ Each part stands beside the class that it configures and is handed down to it; n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,6 @@ from navit_clip.checkpoints.checkpoint import CheckpointConfig
 from navit_clip.configs import check_choices
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
-from navit_clip.files import write_output
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.registry import task_config
@@ -137,14 +136,17 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         init = InitConfig(**namespace["init"].as_dict())
         run_dir = Path(namespace["run_dir"])
         # What the configuration leaves out is as in the model that the run starts from.
-        if defaults := task.defaults_from(init, run_dir):
+        defaults = task.defaults_from(init, run_dir)
+        if defaults:
             parser.set_defaults({f"task.{name}": value for name, value in defaults.items()})
             namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_plain(str(error))) from error
-    config.task.check_source(config.init, run_dir)
+    given = asdict(values["task"])
+    for name, known in defaults.items():
+        init.check(f"task.{name}", given[name], known)
     return config, parser.dump(namespace)
 
 
@@ -162,17 +164,10 @@ def _task_kind(argv: Sequence[str]) -> str:
 
 def _kind_in(path: str) -> str | None:
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None  # the parser says what is wrong with it
-    task = values.get("task") if isinstance(values, Mapping) else None
-    kind: Any = task.get("kind") if isinstance(task, Mapping) else None
+        kind: Any = yaml.safe_load(Path(path).read_text())["task"]["kind"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None  # not named; the parser says what else is wrong with the file
     return kind if isinstance(kind, str) else None
-
-
-def write_config(run_dir: Path, resolved: str) -> None:
-    """Writes config.yaml, the run's configuration with every default spelt out."""
-    write_output(run_dir / "config.yaml", resolved, f"run_dir {run_dir}")
 
 
 def _plain(message: str) -> str:
