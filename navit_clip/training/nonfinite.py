@@ -30,16 +30,16 @@ class NonFinite:
         step: Its number, from 1.
         loss: Over the examples of all ranks.
         grad_norm: Global norm of the gradient.
-        examples: Ids of all examples of all ranks and micro-batches.
-        suspects: Those of them whose own outputs are not finite; none if only the loss or the
+        suspects: Ids of examples whose own outputs are not finite; none if only the loss or the
             gradient overflowed.
+        examples: Ids of all examples of all ranks and micro-batches.
     """
 
     step: int
     loss: float
     grad_norm: float
-    examples: tuple[str, ...]
     suspects: tuple[str, ...]
+    examples: tuple[str, ...]
 
     def __str__(self) -> str:
         named = self.suspects or self.examples
@@ -53,13 +53,8 @@ class NonFinite:
 
     def record(self, run_dir: Path) -> None:
         """Appends everything as one line to nonfinite.jsonl."""
-        line = {
-            "step": self.step,
-            "loss": str(self.loss),  # JSON has no NaN
-            "grad_norm": str(self.grad_norm),
-            "suspects": self.suspects,
-            "examples": self.examples,
-        }
+        # JSON has no NaN.
+        line = vars(self) | {"loss": str(self.loss), "grad_norm": str(self.grad_norm)}
         with (run_dir / NONFINITE_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -78,19 +73,11 @@ class NonFiniteError(Exception):
 
 
 def find_examples(
-    step: int,
-    loss: float,
-    grad_norm: float,
-    batches: Sequence[Batch],
-    outputs: Sequence[Any],
-    ranks: Ranks,
-) -> NonFinite:
-    """Collects the examples of a failed step from all ranks; every rank calls it.
+    batches: Sequence[Batch], outputs: Sequence[Any], ranks: Ranks
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Ids of the suspects of a failed step, and of all its examples; every rank calls it.
 
     Args:
-        step: Its number, from 0.
-        loss: Over the examples of all ranks.
-        grad_norm: Global norm of the gradient.
         batches: This rank's micro-batches.
         outputs: Of the model for all their examples, in order; one or several NamedTuples.
         ranks: This process among all of them.
@@ -98,9 +85,7 @@ def find_examples(
     ids = [name for batch in batches for name in batch.ids]
     finite = [flag for output in outputs for flag in _finite_rows(output).tolist()]
     suspects = [name for name, is_finite in zip(ids, finite, strict=True) if not is_finite]
-    return NonFinite(
-        step + 1, loss, grad_norm, tuple(ranks.gather(ids)), tuple(ranks.gather(suspects))
-    )
+    return tuple(ranks.gather(suspects)), tuple(ranks.gather(ids))
 
 
 def _finite_rows(output: Sequence[object]) -> Tensor:
@@ -110,25 +95,21 @@ def _finite_rows(output: Sequence[object]) -> Tensor:
     return torch.stack(finite).all(0)
 
 
+@dataclass
 class NonFiniteGuard:
     """Decides whether a run goes on.
 
-    Args:
+    Attributes:
         policy: ``stop`` at the first non-finite step, or ``skip`` it.
         max_in_row: Skipped steps in a row after which a run that skips stops as well.
-
-    Attributes:
         skipped_steps: Steps skipped so far in the whole run.
         in_row: How many of them were the latest steps.
     """
 
-    def __init__(self, policy: Literal["stop", "skip"], max_in_row: int) -> None:
-        self.policy, self.max_in_row = policy, max_in_row
-        self.skipped_steps = self.in_row = 0
-
-    def passed(self) -> None:
-        """Counts a finite step."""
-        self.in_row = 0
+    policy: Literal["stop", "skip"]
+    max_in_row: int
+    skipped_steps: int = 0
+    in_row: int = 0
 
     def failed(self, found: NonFinite) -> None:
         """Counts a non-finite step.
@@ -146,7 +127,3 @@ class NonFiniteGuard:
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
         return {"skipped_steps": self.skipped_steps, "in_row": self.in_row}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Goes on from a checkpoint."""
-        self.skipped_steps, self.in_row = state["skipped_steps"], state["in_row"]

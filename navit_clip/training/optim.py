@@ -1,13 +1,12 @@
 """The optimiser: AdamW, with decay where it belongs and a learning rate by depth.
 
-Built by `navit_clip.training.step` over the parameters that are trained;
 `navit_clip.training.schedule` says how the learning rate moves over the steps, the groups here how
 it differs between parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,25 +54,10 @@ class OptimConfig:
             raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that are updated alike.
-
-    Attributes:
-        parameters: Of one kind, see `parameter_groups`.
-        lr_factor: What the learning rate is multiplied by.
-        weight_decay: Decoupled decay.
-    """
-
-    parameters: tuple[nn.Parameter, ...]
-    lr_factor: float
-    weight_decay: float
-
-
-def parameter_groups(
+def build_optimizer(
     model: nn.Module, config: OptimConfig, layers_above: Callable[[str], int]
-) -> list[ParameterGroup]:
-    """The parameters that are trained, by learning rate and decay.
+) -> tuple[torch.optim.AdamW, list[float]]:
+    """AdamW over the parameters that are trained, in groups by learning rate and decay.
 
     Decay is for matrices and tables only. Scalars have a group of their own: under FSDP they are
     not sharded, and no operator takes sharded and other tensors together.
@@ -82,6 +66,9 @@ def parameter_groups(
         model: Possibly sharded.
         config: Decays.
         layers_above: How many layers stand above a parameter, by its name.
+
+    Returns:
+        The optimiser, and what the learning rate of each of its groups is multiplied by.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -89,19 +76,8 @@ def parameter_groups(
             factor = config.layer_decay ** layers_above(name)
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((factor, decay, parameter.ndim == 0), []).append(parameter)
-    return [
-        ParameterGroup(tuple(members), factor, decay)
-        for (factor, decay, _), members in groups.items()
-    ]
-
-
-def build_optimizer(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups, in their order, for `set_lr` to set their learning rates."""
-    options = [{"params": list(g.parameters), "weight_decay": g.weight_decay} for g in groups]
-    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], lr: float) -> None:
-    """Sets the learning rate of each group."""
-    for options, group in zip(optimizer.param_groups, groups, strict=True):
-        options["lr"] = lr * group.lr_factor
+    options = [{"params": group, "weight_decay": decay} for (_, decay, _), group in groups.items()]
+    optimizer = torch.optim.AdamW(
+        options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+    return optimizer, [factor for factor, _, _ in groups]

@@ -24,7 +24,7 @@ from navit_clip.tasks.base import Loss, Task
 from navit_clip.training.ema import EMA, EMAConfig
 from navit_clip.training.gradcache import cached_backward
 from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_examples
-from navit_clip.training.optim import OptimConfig, build_optimizer, parameter_groups, set_lr
+from navit_clip.training.optim import OptimConfig, build_optimizer
 from navit_clip.training.parallel import (
     ParallelConfig,
     ParallelModel,
@@ -98,8 +98,7 @@ class Stepper:
         self.steps, self.optim, self.precision = steps, optim, precision
         task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
-        self._groups = parameter_groups(model, optim, task.layers_above)
-        self.optimizer = build_optimizer(self._groups, optim)
+        self.optimizer, self._lr_factors = build_optimizer(model, optim, task.layers_above)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
 
@@ -117,14 +116,19 @@ class Stepper:
                 all ranks; the weights are as they were.
         """
         lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, self.steps)
-        set_lr(self.optimizer, self._groups, lr)
+        for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = lr * factor
         loss, outputs = self._backward([batch.inputs for batch in batches])
         norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
         metrics = {name: value.item() for name, value in loss.metrics.items()}
         result = StepResult(loss.total.item(), norm.item(), lr, metrics)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            return self._refuse(result, batches, step, outputs)
-        self.guard.passed()
+            self.optimizer.zero_grad()
+            ids = find_examples(batches, outputs, self.ranks)
+            found = NonFinite(step + 1, result.loss, result.grad_norm, *ids)
+            self.guard.failed(found)
+            return replace(result, nonfinite=found)
+        self.guard.in_row = 0
         before = [p.detach().clone() for p in self.model.parameters()] if measure else []
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -153,7 +157,7 @@ class Stepper:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        self.guard.load_state(state["guard"])
+        self.guard = replace(self.guard, **state["guard"])
         if self.ema is not None:
             self.ema.load_weights(state["ema"])
 
@@ -180,10 +184,13 @@ class Stepper:
                 gathered[name] = full.cpu()
         return gathered if self.ranks.is_first else None
 
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes, as a context."""
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16)
+
     def _forward(self, inputs: Inputs) -> Any:
-        with torch.autocast(
-            self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        ):
+        with self.autocast():
             return self._parallel(inputs)
 
     def _backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
@@ -232,14 +239,6 @@ class Stepper:
             dist.all_reduce(sums)
         total, *metrics = sums
         return Loss(total, dict(zip(names, metrics, strict=True))), outputs
-
-    def _refuse(
-        self, result: StepResult, batches: Sequence[Batch], step: int, outputs: list[Any]
-    ) -> StepResult:
-        self.optimizer.zero_grad()
-        found = find_examples(step, result.loss, result.grad_norm, batches, outputs, self.ranks)
-        self.guard.failed(found)
-        return replace(result, nonfinite=found)
 
     def _measure(self, before: list[Tensor]) -> dict[str, float]:
         weights = [p.detach() for p in self.model.parameters()]

@@ -30,7 +30,7 @@ from navit_clip.training.__main__ import main
 from navit_clip.training.config import TrainConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.nonfinite import NonFiniteError
-from navit_clip.training.optim import OptimConfig, parameter_groups
+from navit_clip.training.optim import OptimConfig, build_optimizer
 from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.schedule import ScheduleConfig, lr_multiplier
 
@@ -217,9 +217,10 @@ def test_there_are_as_few_groups_as_there_are_kinds(decay):
     model = stepper.model
     factors = factors_by_module(model, decay)
     kinds = {(factors[n], p.ndim >= 2, p.ndim == 0) for n, p in model.named_parameters()}
-    groups = parameter_groups(model, OptimConfig(layer_decay=decay), stepper.task.layers_above)
-    assert len(groups) == len(kinds)
-    members = [id(p) for group in groups for p in group.parameters]
+    optim = OptimConfig(layer_decay=decay)
+    optimizer, found = build_optimizer(model, optim, stepper.task.layers_above)
+    assert len(found) == len(optimizer.param_groups) == len(kinds)
+    members = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in model.parameters())
 
 
