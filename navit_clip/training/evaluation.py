@@ -11,19 +11,19 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
-from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.evaluation.results import EvalResult, Metric
 from navit_clip.evaluation.settings import EvalSetting
@@ -31,10 +31,8 @@ from navit_clip.files import write_output
 from navit_clip.tasks.base import ExportedModel, Task
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
-from navit_clip.training.step import Precision, Stepper
+from navit_clip.training.step import Stepper
 from navit_clip.training.watchdog import Watchdog
-
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
@@ -71,37 +69,28 @@ class EvalConfig:
         Raises:
             ValueError: As above.
         """
-        for name in self.evaluators:
-            if not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"eval.evaluators: {name!r} is no name of letters, digits, '_', '.' and '-'"
-                )
         return {name: _plan(name, dict(values)) for name, values in self.evaluators.items()}
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One evaluator of a run.
 
     Attributes:
         kind: Which one. Made for each evaluation, since it keeps the embeddings of its last one.
         spec: What is evaluated, on what data.
-        every_steps: Steps between evaluations.
-
-    Raises:
-        ValueError: If `every_steps` is below 1.
+        every_steps: Steps between evaluations, at least 1.
     """
 
     kind: type[Evaluator[Any]]
     spec: EvalSpec
-    every_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
+    every_steps: int
 
 
 def _plan(name: str, values: dict[str, Any]) -> Plan:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(
+            f"eval.evaluators: {name!r} is no name of letters, digits, '_', '.' and '-'"
+        )
     kind = values.pop("kind", None)
     if kind not in EVALUATORS:
         raise ValueError(
@@ -109,28 +98,16 @@ def _plan(name: str, values: dict[str, Any]) -> Plan:
         )
     # Not types of the run's own parser: it would report every kind's objections to a mistake.
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--every_steps", type=int, default=Plan.every_steps)
+    parser.add_argument("--every_steps", type=PositiveInt)
     parser.add_class_arguments(EVALUATORS[kind].Spec, "spec")
-    every = {"every_steps": values.pop("every_steps")} if "every_steps" in values else {}
+    every_steps = values.pop("every_steps", 1000)
     try:
-        parsed = parser.instantiate(parser.parse_object({**every, "spec": values}))
+        fields = parser.parse_object({"every_steps": every_steps, "spec": values})
+        parsed = parser.instantiate(fields)
         return Plan(EVALUATORS[kind], parsed.spec, parsed.every_steps)
     except (ArgumentError, ValueError, TypeError) as error:
         said = str(error).replace("Parser key ", "").replace("spec.", "")
         raise ValueError(f"eval.evaluators.{name}: {said}") from error
-
-
-@dataclass(frozen=True)
-class LoggedResult:
-    """What one evaluation gave, on rank 0.
-
-    Attributes:
-        values: For the log: the step, and ``eval/NAME/METRIC`` of each metric.
-        line: For the terminal.
-    """
-
-    values: dict[str, float]
-    line: str
 
 
 class Evaluations:
@@ -140,7 +117,6 @@ class Evaluations:
         config: What is evaluated, and when.
         run_dir: Gets eval/ and best/.
         steps: Of the whole run; the last one is always evaluated.
-        precision: Of the run, and of its model in evaluations.
         task: Exports the weights, and says how evaluators see the exported model.
         tokenizer: Of the run.
         ranks: This process among all of them.
@@ -154,13 +130,12 @@ class Evaluations:
         config: EvalConfig,
         run_dir: Path,
         steps: int,
-        precision: Precision,
         task: Task,
         tokenizer: Tokenizer | None,
         ranks: Ranks,
     ) -> None:
         self.config, self.ranks = config, ranks
-        self._run_dir, self._steps, self._precision = run_dir, steps, precision
+        self._run_dir, self._steps = run_dir, steps
         self._task, self._tokenizer = task, tokenizer
         self._plans = config.plans()
         if not self._plans:
@@ -168,8 +143,13 @@ class Evaluations:
                 raise UserError(f"eval.best: {config.best!r} needs eval.evaluators")
             return
         with torch.device("meta"):  # of shapes alone
-            model = task.eval_model(task.export(None, tokenizer), "")
-        self._check_data(model)
+            model = task.eval_model(task.export(None, tokenizer), "", nullcontext)
+        # Everything is opened once: better one line now than after a day.
+        for name, plan in self._plans.items():
+            try:
+                plan.kind(plan.spec).check(model)
+            except UserError as error:
+                raise UserError(f"eval.evaluators.{name}: {error}") from error
         self._best: BestModel | None = None
         if config.best is not None:
             metric = self._find_metric(config.best, model.own_setting)
@@ -192,47 +172,43 @@ class Evaluations:
 
     def run(
         self, names: Sequence[str], step: int, stepper: Stepper, watchdog: Watchdog
-    ) -> Iterator[LoggedResult]:
+    ) -> Iterator[tuple[dict[str, float], str]]:
         """Evaluates the weights as they are; every rank consumes the whole iterator.
 
         Args:
             names: From `due`, the same on all ranks.
             step: Steps taken.
-            stepper: Holds the weights.
+            stepper: Holds the weights; its precision is that of the evaluation too.
             watchdog: Gets a heartbeat whenever an evaluation has come further.
 
         Yields:
-            What each evaluator measured, on rank 0 alone.
+            Of each evaluator, on rank 0 alone: what to log (the step, and ``eval/NAME/METRIC`` of
+            each metric), and a line for the terminal.
 
         Raises:
             UserError: If data has become unreadable, or the disk takes no result.
         """
         if not names:
             return
-        with _generators_kept(self.ranks.device):
+        device = self.ranks.device
+        # Whatever is drawn inside, the run's generators go on as if it had not been.
+        kept = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
+        with kept():
             trained = self._task.export(stepper.full_weights(), self._tokenizer)
         for name in names:
             plan, since = self._plans[name], time.perf_counter()
             beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
             beat()
             title = f"{self._run_dir} step {step}"
-            model = self._task.eval_model(trained, title, partial(self._running, beat))
-            with _generators_kept(self.ranks.device):
+            model = self._task.eval_model(trained, title, partial(_running, stepper, beat))
+            with kept():
                 result = plan.kind(plan.spec).run(model, self.ranks, self.config.workers)
             if result is not None:
                 yield self._log(name, step, result, trained, since)
 
-    @contextmanager
-    def _running(self, beat: Callable[[], None]) -> Iterator[None]:
-        """Around each call of the model: under the run's precision, and reported as progress."""
-        beat()
-        bf16 = self._precision == "bf16"
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16):
-            yield
-
     def _log(
         self, name: str, step: int, result: EvalResult, model: ExportedModel, since: float
-    ) -> LoggedResult:
+    ) -> tuple[dict[str, float], str]:
         path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
         write_output(path, json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")
         values = {
@@ -255,15 +231,7 @@ class Evaluations:
         seconds = time.perf_counter() - since
         logged = {"step": step, **{f"eval/{key}": value for key, value in values.items()}}
         logged[f"eval/{name}/seconds"] = seconds
-        return LoggedResult(logged, f"{line} ({seconds:.1f} s)")
-
-    def _check_data(self, model: Model) -> None:
-        """Opens everything once: better one line now than after a day."""
-        for name, plan in self._plans.items():
-            try:
-                plan.kind(plan.spec).check(model)
-            except UserError as error:
-                raise UserError(f"eval.evaluators.{name}: {error}") from error
+        return logged, f"{line} ({seconds:.1f} s)"
 
     def _find_metric(self, best: str, own: EvalSetting) -> Metric:
         known = {
@@ -278,9 +246,10 @@ class Evaluations:
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the run's generators go on as if it had not been."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _running(stepper: Stepper, beat: Callable[[], None]) -> Iterator[None]:
+    """Around each call of the model: under the run's precision, and reported as progress."""
+    beat()
+    with stepper.autocast():
         yield
 
 

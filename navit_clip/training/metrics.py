@@ -8,9 +8,9 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,50 +45,39 @@ class LogConfig:
             raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
-@dataclass
 class Interval:
     """Counts of one logging interval on one rank.
 
-    Attributes:
+    Args:
         streams: Names of the task's streams.
         datasets: Names of the datasets that are mixed.
+
+    Attributes:
         steps: Steps taken.
-        examples: Examples trained on.
-        tokens: Real tokens of each stream, after drop.
-        flops: Counted operations of training on them.
-        tokens_before_drop: Of all streams.
-        slots: Tokens that the model computed, padding included.
-        wait: Seconds spent waiting for data.
-        skipped: Samples skipped.
-        by_dataset: Examples by dataset.
         since: When the interval began.
     """
 
-    streams: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    steps: int = 0
-    examples: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    flops: float = 0.0
-    tokens_before_drop: int = 0
-    slots: int = 0
-    wait: float = 0.0
-    skipped: int = 0
-    by_dataset: Counter[str] = field(default_factory=Counter)
-    since: float = field(default_factory=time.perf_counter)
+    def __init__(self, streams: Sequence[str], datasets: Sequence[str]) -> None:
+        self.streams, self.datasets = streams, datasets
+        self.steps = 0
+        self.since = time.perf_counter()
+        names = ["examples", "flops", "before_drop", "slots", "wait", "skipped"]
+        names += [f"tokens/{name}" for name in streams] + [f"share/{name}" for name in datasets]
+        self._sums: dict[str, float] = dict.fromkeys(names, 0)
 
     def add(self, batch: Batch[Any], wait: float, flops: float) -> None:
         """Counts one batch, the seconds it was waited for, and what training on it computes."""
-        counts = batch.counts
-        self.examples += counts.examples
-        self.flops += flops
+        counts, sums = batch.counts, self._sums
+        sums["examples"] += counts.examples
+        sums["flops"] += flops
+        sums["wait"] += wait
+        sums["skipped"] += sum(counts.skipped.values())
         for name, stream in counts.streams.items():
-            self.tokens[name] += stream.tokens
-            self.tokens_before_drop += stream.tokens_before_drop
-            self.slots += stream.slots
-        self.wait += wait
-        self.skipped += sum(counts.skipped.values())
-        self.by_dataset += counts.datasets
+            sums[f"tokens/{name}"] += stream.tokens
+            sums["before_drop"] += stream.tokens_before_drop
+            sums["slots"] += stream.slots
+        for name, examples in counts.datasets.items():
+            sums[f"share/{name}"] += examples
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,98 +89,92 @@ class Interval:
     def rates(self, ranks: Ranks) -> dict[str, float]:
         """Metrics of the interval over all ranks; every rank calls it."""
         seconds = time.perf_counter() - self.since
-        examples, flops, before, slots, wait, skipped, *by_name = ranks.sum(
-            [
-                self.examples,
-                self.flops,
-                self.tokens_before_drop,
-                self.slots,
-                self.wait,
-                self.skipped,
-                *(self.tokens[name] for name in self.streams),
-                *(self.by_dataset[name] for name in self.datasets),
-            ]
-        )
-        count = len(self.streams)
-        by_stream = dict(zip(self.streams, by_name[:count], strict=True))
-        by_dataset = dict(zip(self.datasets, by_name[count:], strict=True))
+        sums = dict(zip(self._sums, ranks.sum(list(self._sums.values())), strict=True))
+        examples = sums["examples"]
+        by_stream = {name: sums[f"tokens/{name}"] for name in self.streams}
         tokens = sum(by_stream.values())
-        shares = {f"share/{name}": taken / examples for name, taken in by_dataset.items()}
+        shares = {f"share/{name}": sums[f"share/{name}"] / examples for name in self.datasets}
         return {
             "examples": examples,
             "examples_per_s": examples / seconds,
             "tokens_per_s": tokens / seconds,
             **{f"{name}_tokens_per_s": count / seconds for name, count in by_stream.items()},
             "step_s": seconds / max(1, self.steps),
-            "model_flops_per_s": flops / seconds,
-            "padding": 1 - tokens / slots,
-            "token_drop": 1 - tokens / before,
-            "data_wait": wait / ranks.world_size / seconds,
-            "skipped": skipped,
+            "model_flops_per_s": sums["flops"] / seconds,
+            "padding": 1 - tokens / sums["slots"],
+            "token_drop": 1 - tokens / sums["before_drop"],
+            "data_wait": sums["wait"] / ranks.world_size / seconds,
+            "skipped": sums["skipped"],
             **(shares if len(shares) > 1 else {}),
         }
 
 
-class MetricsLog:
+class StepLog:
+    """A file of JSON lines that each have a ``step``; a run that goes on appends to it.
+
+    Args:
+        path: The file.
+        step: The step the run goes on from. Lines past it, from before a restart, are removed, and
+            a last line that a kill cut short.
+
+    Attributes:
+        resumed: Keys that stand in the lines of that step.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept, self.resumed = [], set[str]()
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                values = json.loads(line)
+                if values["step"] <= step:
+                    kept.append(line + "\n")
+                if values["step"] == step:
+                    self.resumed.update(values)
+            except (ValueError, KeyError, TypeError):
+                continue
+        atomic_write(path, "".join(kept))
+        self._file = path.open("a")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one line; visible at once to whoever follows the file."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class MetricsLog(StepLog):
     """metrics.jsonl and wandb, written by rank 0.
 
     Args:
         run_dir: Where metrics.jsonl lies.
         config: Whether and where wandb reports.
         resolved: The run's configuration as plain values, for the dashboard.
-        step: The step the run goes on from; lines past it, from before a restart, are removed.
-
-    Attributes:
-        resumed: Keys that stand in the log for that step.
+        step: The step the run goes on from, see `StepLog`.
     """
 
     def __init__(
         self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
     ) -> None:
-        path = run_dir / "metrics.jsonl"
-        self.resumed = truncate_log(path, step)
-        self._file = path.open("a")
+        super().__init__(run_dir / "metrics.jsonl", step)
         self._wandb: Any = None
         if config.wandb != "disabled":
             self._wandb = _start_wandb(run_dir, config, resolved)
 
-    def write(self, values: dict[str, float]) -> None:
-        """Appends one line; visible at once to whoever follows the file."""
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one line, and a point on the dashboard."""
         # A skipped step's loss may be NaN, which is not JSON.
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        super().write({k: v if math.isfinite(v) else None for k, v in values.items()})
         if self._wandb is not None:
             self._wandb.log(values, step=int(values["step"]))
 
     def close(self) -> None:
         """Closes the file and the dashboard."""
-        self._file.close()
+        super().close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def truncate_log(path: Path, step: int) -> set[str]:
-    """Drops lines past `step` and a last line that a kill cut short.
-
-    Returns:
-        The keys of the lines of `step`.
-    """
-    if not path.exists():
-        return set()
-    kept, last = [], set()
-    for line in path.read_text().splitlines():
-        try:
-            values = json.loads(line)
-            if values["step"] > step:
-                continue
-            if values["step"] == step:
-                last.update(values)
-        except (ValueError, KeyError, TypeError):
-            continue
-        kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
-    return last
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
@@ -232,22 +215,21 @@ class Progress:
     def __init__(self, steps: int, step: int, *, visible: bool) -> None:
         self.steps, self.first, self.visible = steps, step, visible
         self.since = time.perf_counter()
-        self._bar: tqdm[Any] | None = None
-        if visible and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR)
+        plain = not (visible and sys.stderr.isatty())
+        self._bar: tqdm[Any] = tqdm(
+            total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR, disable=plain
+        )
 
     def advance(self) -> None:
         """One step further."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def show(self, values: dict[str, float]) -> None:
         """Shows metrics of a logged step."""
         speed = f"loss {values['loss']:.3f}, {values['examples_per_s']:,.0f} examples/s"
         wait = f"data wait {values['data_wait']:.1%}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{speed}, {wait}")
-        elif self.visible:
+        self._bar.set_postfix_str(f"{speed}, {wait}")
+        if self.visible and self._bar.disable:
             step = int(values["step"])
             elapsed = time.perf_counter() - self.since
             left = elapsed / max(1, step - self.first) * (self.steps - step)
@@ -260,12 +242,12 @@ class Progress:
     def log(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.visible:
-            tqdm.write(line) if self._bar is not None else print(line, flush=True)
+            tqdm.write(line)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 class SkipReport:

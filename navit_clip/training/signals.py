@@ -8,29 +8,22 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopSignal:
-    """Remembers that the run was asked to stop.
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Catches both signals inside; a second SIGINT interrupts at once.
 
-    Attributes:
-        received: Whether it was.
+    Yields:
+        Those received so far.
     """
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.received = False
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catches both signals inside; a second SIGINT interrupts at once."""
-        previous = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            self.received = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        for sig in previous:
-            signal.signal(sig, remember)
-        try:
-            yield
-        finally:
-            for sig, handler in previous.items():
-                signal.signal(sig, handler)
+    previous = {sig: signal.signal(sig, remember) for sig in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,15 @@ from navit_clip.data.state import DataState, open_state
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import writing
+from navit_clip.files import write_output, writing
 from navit_clip.packed.batch import Batch
 from navit_clip.tasks.base import Task
-from navit_clip.tokenizers.base import Tokenizer
-from navit_clip.training.config import TrainConfig, write_config
+from navit_clip.training.config import TrainConfig
 from navit_clip.training.evaluation import Evaluations
-from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport
+from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
-from navit_clip.training.sample_log import SampleLog
-from navit_clip.training.signals import StopSignal
+from navit_clip.training.signals import stop_signals
 from navit_clip.training.starting_weights import keep_tokenizer, starting_point
 from navit_clip.training.step import Stepper, StepResult
 from navit_clip.training.watchdog import Watchdog
@@ -56,84 +53,23 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
     Raises:
         UserError: For anything the user can fix; nothing already written is lost.
     """
-    run_dir = Path(config.run_dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, ranks)
-    start = checkpoints.newest(report=partial(print, flush=True)) or 0
-    torch.manual_seed(config.seed)
-    task = config.task.build(config.data)
-    model, tokenizer = starting_point(task, config.init, config.tokenizer, run_dir, begun=start > 0)
-    build = task.build_samples(tokenizer, config.seed)
-    evaluations = Evaluations(
-        config.eval,
-        run_dir,
-        config.steps,
-        config.precision,
-        task,
-        tokenizer,
-        ranks,
-    )
-    stepper = build_stepper(config, task, model, ranks)
-    saved: Sequence[DataState] = []
-    if start:
-        state = stepper.state()
-        saved = checkpoints.load(start, state)
-        stepper.load_state(state)
-    mixture = Mixture.find(config.data)
-    data_state = open_state(
-        saved,
-        mixture,
-        config.seed,
-        workers=config.data.workers,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    run = _Run(config, ranks)
     # Only now: a command that was refused leaves the directory as it was.
-    _begin(run_dir, resolved, task, tokenizer, ranks)
-    reports = _Reports.open(config, resolved, ranks, start)
+    run.open(resolved)
     try:
-        parameters = sum(p.numel() for p in model.parameters())
-        reports.progress.log(
-            f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
-            f"{config.precision}, {reports.meter.describe()}, "
-            + (f"continuing from step {start}" if start else "from step 0")
-        )
-        with explain_killed_workers(_KILLED_WORKERS), reports.watchdog.watching():
-            # A run killed between a checkpoint and its evaluation makes up for that here.
-            logged = reports.log.resumed if reports.log is not None else set()
-            due = evaluations.due(start, ranks.broadcast(logged)) if start else []
-            _evaluate(evaluations, due, start, stepper, reports)
-            if start < config.steps:
-                batches = load_batches(
-                    build,
-                    config.data,
-                    config.seed,
-                    mixture=mixture,
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                    state=data_state,
-                    pin_memory=ranks.device.type == "cuda",
-                )
-                interval = Interval(build.streams, [dataset.name for dataset in mixture.datasets])
-                _loop(
-                    config,
-                    stepper,
-                    batches,
-                    checkpoints,
-                    evaluations,
-                    data_state,
-                    start,
-                    interval,
-                    reports,
-                )
-            reports.watchdog.heartbeat("the export of the model", slow=True)
-            weights = stepper.host_weights()
+        with explain_killed_workers(_KILLED_WORKERS), run.watchdog.watching():
+            run.catch_up()
+            if run.start < config.steps:
+                run.loop()
+            run.watchdog.heartbeat("the export of the model", slow=True)
+            weights = run.stepper.host_weights()
         if weights is not None:
-            task.export(weights, tokenizer).save_pretrained(run_dir / "model")
-            task.write_card(run_dir / "model", run_dir)
-            reports.progress.log(f"model written to {run_dir / 'model'}")
+            model_dir = run.directory / "model"
+            run.task.export(weights, run.tokenizer).save_pretrained(model_dir)
+            run.task.write_card(model_dir, run.directory)
+            run.progress.log(f"model written to {model_dir}")
     finally:
-        checkpoints.close()
-        reports.close()
+        run.close()
 
 
 def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks: Ranks) -> Stepper:
@@ -151,148 +87,176 @@ def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks
     )
 
 
-def _begin(
-    run_dir: Path, resolved: str, task: Task, tokenizer: Tokenizer | None, ranks: Ranks
-) -> None:
-    """Writes into the run directory what its checkpoints need to be read."""
-    keep_tokenizer(tokenizer, run_dir, ranks)
-    if ranks.is_first:
-        write_config(run_dir, resolved)
-        with writing(run_dir):
-            task.describe(run_dir)
-    ranks.barrier()
+class _Run:
+    """The parts of a run, in the state of its newest checkpoint, and the loop that moves them."""
 
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.directory = config, ranks, Path(config.run_dir)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint, ranks)
+        self.start = self.checkpoints.newest(report=partial(print, flush=True)) or 0
+        torch.manual_seed(config.seed)
+        self.task = config.task.build(config.data)
+        model, self.tokenizer = starting_point(
+            self.task, config.init, config.tokenizer, self.directory, begun=self.start > 0
+        )
+        self.build = self.task.build_samples(self.tokenizer, config.seed)
+        self.evaluations = Evaluations(
+            config.eval, self.directory, config.steps, self.task, self.tokenizer, ranks
+        )
+        self.stepper = build_stepper(config, self.task, model, ranks)
+        saved: Sequence[DataState] = []
+        if self.start:
+            state = self.stepper.state()
+            saved = self.checkpoints.load(self.start, state)
+            self.stepper.load_state(state)
+        self.mixture = Mixture.find(config.data)
+        self.data_state = open_state(
+            saved,
+            self.mixture,
+            config.seed,
+            workers=config.data.workers,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
 
-@dataclass(frozen=True)
-class _Reports:
-    """Where a run reports to; the log on rank 0 only."""
-
-    progress: Progress
-    log: MetricsLog | None
-    samples: SampleLog | None
-    watchdog: Watchdog
-    meter: FlopsMeter
-
-    @classmethod
-    def open(cls, config: TrainConfig, resolved: str, ranks: Ranks, start: int) -> _Reports:
-        run_dir = Path(config.run_dir)
-        values: dict[str, Any] = yaml.safe_load(resolved)
-        return cls(
-            Progress(config.steps, start, visible=ranks.is_first),
-            MetricsLog(run_dir, config.log, values, start) if ranks.is_first else None,
-            SampleLog(run_dir, ranks.rank, start) if config.log.samples else None,
-            Watchdog(run_dir, ranks.rank, config.stall_timeout_s),
-            FlopsMeter(config.precision, ranks),
+    def open(self, resolved: str) -> None:
+        """Writes what the checkpoints need to be read, and opens all that the run reports to."""
+        config, ranks = self.config, self.ranks
+        keep_tokenizer(self.tokenizer, self.directory, ranks)
+        if ranks.is_first:
+            write_output(self.directory / "config.yaml", resolved, f"run_dir {self.directory}")
+            with writing(self.directory):
+                self.task.describe(self.directory)
+        ranks.barrier()
+        self.progress = Progress(config.steps, self.start, visible=ranks.is_first)
+        self.metrics: MetricsLog | None = None
+        if ranks.is_first:
+            values: dict[str, Any] = yaml.safe_load(resolved)
+            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
+        self.samples: StepLog | None = None
+        if config.log.samples:
+            self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
+        self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
+        self.meter = FlopsMeter(config.precision, ranks)
+        parameters = sum(p.numel() for p in self.stepper.model.parameters())
+        self.progress.log(
+            f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
+            f"{config.precision}, {self.meter.describe()}, "
+            + (f"continuing from step {self.start}" if self.start else "from step 0")
         )
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.progress.close()
-        for file in (self.log, self.samples):
-            if file is not None:
-                file.close()
+        for log in (self.metrics, self.samples):
+            if log is not None:
+                log.close()
 
+    def catch_up(self) -> None:
+        """Makes up for evaluations of a run that was killed between a checkpoint and those."""
+        if self.start:
+            logged = self.metrics.resumed if self.metrics is not None else set()
+            logged = self.ranks.broadcast(logged)
+            self._evaluate(self.evaluations.due(self.start, logged), self.start)
 
-def _loop(
-    config: TrainConfig,
-    stepper: Stepper,
-    batches: Iterator[Batch[Any]],
-    checkpoints: Checkpoints,
-    evaluations: Evaluations,
-    data_state: DataState,
-    start: int,
-    interval: Interval,
-    reports: _Reports,
-) -> None:
-    run_dir, ranks = Path(config.run_dir), stepper.ranks
-    progress, watchdog = reports.progress, reports.watchdog
-    skips, stop = SkipReport(), StopSignal()
-    with stop.listening():
-        for step in range(start, config.steps):
-            # The first one compiles, and waits for the readers to start.
-            watchdog.heartbeat(f"step {step + 1}", slow=step == start)
-            taken: list[Batch[Any]] = []
-            for _ in range(config.accumulate):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - asked
-                taken.append(batch)
-                interval.add(batch, waited, stepper.task.flops(batch.inputs))
-            interval.steps += 1
-            done = step + 1
-            logged = done % config.log.every_steps == 0 or done == config.steps
-            result = _step(stepper, taken, step, checkpoints, run_dir, measure=logged)
-            if result.nonfinite is not None:
-                progress.log(f"skipped a step: {result.nonfinite}")
-                if ranks.is_first:
-                    result.nonfinite.record(run_dir)
-            for batch in taken:
-                data_state.advance(batch)
-                for line in skips.lines(batch):
-                    progress.log(line)
-            progress.advance()
-            if reports.samples is not None:
-                reports.samples.write(done, taken)
-            if logged:
-                rates = interval.rates(ranks)
-                values: dict[str, float] = {
-                    "step": done,
-                    "loss": result.loss,
-                    "lr": result.lr,
-                    **result.metrics,
-                    "grad_norm": result.grad_norm,
-                    **result.measured,
-                    "skipped_steps": stepper.guard.skipped_steps,
-                    **rates,
-                    **reports.meter.metrics(rates["model_flops_per_s"]),
-                }
-                interval = Interval(interval.streams, interval.datasets)
-                if reports.log is not None:
-                    reports.log.write(values)
-                progress.show(values)
-            # A checkpoint that failed stops the run now, not at the next one: saving says why.
-            stopping = ranks.any(stop.received or checkpoints.failed)
-            if done % config.checkpoint.every_steps == 0 or done == config.steps or stopping:
-                watchdog.heartbeat(f"the checkpoint of step {done}", slow=True)
-                checkpoints.save(done, stepper.state(), data_state)
-            if stopping and done < config.steps:
-                checkpoints.wait()
-                progress.log(f"stopped at step {done}; the same command continues from there")
-                raise SystemExit(0)
-            # After the checkpoint, which is written meanwhile and is there if anything goes wrong.
-            with interval.paused():
-                _evaluate(evaluations, evaluations.due(done), done, stepper, reports)
-        checkpoints.wait()
-
-
-def _evaluate(
-    evaluations: Evaluations, names: list[str], step: int, stepper: Stepper, reports: _Reports
-) -> None:
-    for result in evaluations.run(names, step, stepper, reports.watchdog):
-        if reports.log is not None:
-            reports.log.write(result.values)
-        reports.progress.log(result.line)
-
-
-def _step(
-    stepper: Stepper,
-    batches: Sequence[Batch[Any]],
-    step: int,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    *,
-    measure: bool,
-) -> StepResult:
-    """One step on batches still on the host; a non-finite one may end the run in one line."""
-    ranks = stepper.ranks
-    try:
-        return stepper.step(
-            [batch.to(ranks.device, non_blocking=True) for batch in batches], step, measure=measure
+    def loop(self) -> None:
+        """Trains to the last step, or until the run is asked to stop."""
+        config, ranks, progress = self.config, self.ranks, self.progress
+        batches = load_batches(
+            self.build,
+            config.data,
+            config.seed,
+            mixture=self.mixture,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            state=self.data_state,
+            pin_memory=ranks.device.type == "cuda",
         )
-    except NonFiniteError as error:
-        if ranks.is_first:
-            error.found.record(run_dir)
-        checkpoints.wait()  # else the last good one may not be visible yet
-        raise UserError(
-            f"{error}; last good checkpoint: {checkpoints.latest() or 'none'}; lower "
-            "optim.lr or look at these examples"
-        ) from error
+        datasets = [dataset.name for dataset in self.mixture.datasets]
+        interval = Interval(self.build.streams, datasets)
+        skips = SkipReport()
+        with stop_signals() as signals:
+            for step in range(self.start, config.steps):
+                # The first one compiles, and waits for the readers to start.
+                self.watchdog.heartbeat(f"step {step + 1}", slow=step == self.start)
+                taken = self._take(batches, interval)
+                done = step + 1
+                logged = done % config.log.every_steps == 0 or done == config.steps
+                result = self._step(taken, step, measure=logged)
+                for batch in taken:
+                    self.data_state.advance(batch)
+                    for line in skips.lines(batch):
+                        progress.log(line)
+                    if self.samples is not None:
+                        reader = next(iter(batch.state))
+                        self.samples.write({"step": done, "reader": reader, "ids": batch.ids})
+                progress.advance()
+                if logged:
+                    self._log(done, result, interval.rates(ranks))
+                    interval = Interval(self.build.streams, datasets)
+                # A checkpoint that failed stops the run now, not at the next one: saving says why.
+                stopping = ranks.any(bool(signals) or self.checkpoints.failed)
+                if done % config.checkpoint.every_steps == 0 or done == config.steps or stopping:
+                    self.watchdog.heartbeat(f"the checkpoint of step {done}", slow=True)
+                    self.checkpoints.save(done, self.stepper.state(), self.data_state)
+                if stopping and done < config.steps:
+                    self.checkpoints.wait()
+                    progress.log(f"stopped at step {done}; the same command continues from there")
+                    raise SystemExit(0)
+                # After the checkpoint, which is written meanwhile and is there if anything fails.
+                with interval.paused():
+                    self._evaluate(self.evaluations.due(done), done)
+            self.checkpoints.wait()
+
+    def _take(self, batches: Iterator[Batch[Any]], interval: Interval) -> list[Batch[Any]]:
+        """The micro-batches of the next step, still on the host."""
+        taken = []
+        for _ in range(self.config.accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            taken.append(batch)
+            interval.add(batch, waited, self.task.flops(batch.inputs))
+        interval.steps += 1
+        return taken
+
+    def _step(self, batches: Sequence[Batch[Any]], step: int, *, measure: bool) -> StepResult:
+        """One step; a non-finite one is recorded, and may end the run in one line."""
+        on_device = [batch.to(self.ranks.device, non_blocking=True) for batch in batches]
+        try:
+            result = self.stepper.step(on_device, step, measure=measure)
+        except NonFiniteError as error:
+            if self.ranks.is_first:
+                error.found.record(self.directory)
+            self.checkpoints.wait()  # else the last good one may not be visible yet
+            raise UserError(
+                f"{error}; last good checkpoint: {self.checkpoints.latest() or 'none'}; lower "
+                "optim.lr or look at these examples"
+            ) from error
+        if result.nonfinite is not None:
+            self.progress.log(f"skipped a step: {result.nonfinite}")
+            if self.ranks.is_first:
+                result.nonfinite.record(self.directory)
+        return result
+
+    def _log(self, step: int, result: StepResult, rates: dict[str, float]) -> None:
+        values: dict[str, float] = {
+            "step": step,
+            "loss": result.loss,
+            "lr": result.lr,
+            **result.metrics,
+            "grad_norm": result.grad_norm,
+            **result.measured,
+            "skipped_steps": self.stepper.guard.skipped_steps,
+            **rates,
+            **self.meter.metrics(rates["model_flops_per_s"]),
+        }
+        if self.metrics is not None:
+            self.metrics.write(values)
+        self.progress.show(values)
+
+    def _evaluate(self, names: Sequence[str], step: int) -> None:
+        for values, line in self.evaluations.run(names, step, self.stepper, self.watchdog):
+            if self.metrics is not None:
+                self.metrics.write(values)
+            self.progress.log(line)

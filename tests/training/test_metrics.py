@@ -59,7 +59,8 @@ def random_batch(rng: np.random.Generator, padding: int) -> Batch[PairInputs]:
 def test_an_interval_of_several_batches(monkeypatch, padding):
     rng = np.random.default_rng(padding)
     batches = [random_batch(rng, padding) for _ in range(6)]
-    interval = Interval(["image", "text"], ["a", "b"], since=100.0)
+    interval = Interval(["image", "text"], ["a", "b"])
+    interval.since = 100.0
     for number, batch in enumerate(batches):
         interval.add(batch, wait=0.25, flops=1000.0 * number)
         interval.steps += number % 2  # two micro-batches a step
@@ -93,7 +94,7 @@ def metrics_of_a_rank() -> tuple[float, dict[str, float], dict[str, float]]:
     mfu.memory_bytes = lambda device: 1e9 * (3 - rank)
     ranks = Ranks(rank, dist.get_world_size(), torch.device("cpu"))
     meter = FlopsMeter("fp32", ranks)
-    interval = Interval()
+    interval = Interval(["image", "text"], ["a", "b"])
     batch = random_batch(np.random.default_rng(rank), 0)
     interval.add(batch, 0.0, TASK.flops(batch.inputs))
     interval.steps += 1

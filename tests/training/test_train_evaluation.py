@@ -14,6 +14,7 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 from navit_clip.model import NaViTCLIP
+from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
@@ -208,9 +209,7 @@ def open_run(flags, ranks):
     stepper = build_stepper(config, task, task.build_model(), ranks)
     tokenizer = build_tokenizer(config.tokenizer)
     run_dir = Path(config.run_dir)
-    evaluations = Evaluations(
-        config.eval, run_dir, config.steps, config.precision, task, tokenizer, ranks
-    )
+    evaluations = Evaluations(config.eval, run_dir, config.steps, task, tokenizer, ranks)
     return stepper, evaluations, tokenizer
 
 
@@ -221,11 +220,11 @@ def test_half_precision_is_the_towers_and_the_watchdog_gets_heartbeats(data, tmp
         flags = flags_of(data, tmp_path, 3, evaluators, precision=precision)
         stepper, evaluations, tokenizer = open_run(flags, ALONE)
         watchdog = Heartbeats()
-        (result,) = evaluations.run(["held-out"], 3, stepper, watchdog)
+        ((values, line),) = evaluations.run(["held-out"], 3, stepper, watchdog)
         assert set(watchdog.sent) == {("the evaluation held-out of step 3", True)}
         assert len(watchdog.sent) >= 3  # before it, at images, at captions
-        found[precision] = result.values
-        assert "held-out: image_to_text R@1" in result.line
+        found[precision] = values
+        assert "held-out: image_to_text R@1" in line
     model = stepper.task.export(stepper.full_weights(), tokenizer)
     spec = {k: v for k, v in retrieval(data).items() if k != "kind"}
 
@@ -259,7 +258,7 @@ def evaluate_rank(every_flags):
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
             )
-            found[kind] = [r.values for r in results], still, stepper.full_weights()
+            found[kind] = [values for values, _ in results], still, stepper.full_weights()
     return found
 
 
@@ -271,12 +270,12 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     }
     first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
     stepper, evaluations, _ = open_run(every_flags["ddp"], ALONE)
-    (alone,) = evaluations.run(["held-out"], 3, stepper, Heartbeats())
-    alone.values.pop("eval/held-out/seconds")
+    ((alone, _),) = evaluations.run(["held-out"], 3, stepper, Heartbeats())
+    alone.pop("eval/held-out/seconds")
     for kind in every_flags:
         (together,) = first[kind][0]
         together.pop("eval/held-out/seconds")
-        assert together == alone.values
+        assert together == alone
         assert second[kind][0] == []  # one rank reports
         for _, still, weights in (first[kind], second[kind]):
             assert still
@@ -323,10 +322,11 @@ def test_a_mistake_is_one_line_before_any_step(
 
 
 def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
-    clock = iter([12.0, 17.0, 20.0])
+    clock = iter([10.0, 12.0, 17.0, 20.0])
     monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
-    interval = Interval(since=10.0)
-    interval.examples = interval.slots = interval.tokens_before_drop = 10
+    interval = Interval(["image"], [])
+    counts = BatchCounts(10, {"image": StreamCounts(10, 10, 10, 10)})
+    interval.add(Batch(None, (), counts), wait=0.0, flops=0.0)
     with interval.paused():
         pass
     assert interval.rates(ALONE)["examples_per_s"] == 2.0
