@@ -16,10 +16,7 @@ Config = TypeVar("Config")
 
 
 def check_choices(config: object) -> None:
-    """Checks every field of a config dataclass whose type is a `Literal`.
-
-    Args:
-        config: The dataclass instance; called from its `__post_init__`.
+    """Checks every field whose type is a `Literal`; for the `__post_init__` of a config dataclass.
 
     Raises:
         ValueError: If a field holds none of its choices; the message names both.

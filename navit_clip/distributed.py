@@ -84,8 +84,7 @@ class Ranks:
 def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     """Joins the process group that torchrun announces, and leaves it at the end.
 
-    Args:
-        device: ``auto`` takes CUDA if there is one.
+    The device ``auto`` is CUDA if there is one.
 
     Raises:
         UserError: If CUDA is asked for and absent.

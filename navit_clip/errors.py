@@ -27,8 +27,7 @@ class SkipSampleError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         # Both, because an error from a worker process is made again from its arguments.
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -36,11 +35,7 @@ class SkipSampleError(Exception):
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Turns a `UserError` into one line on standard error and exit code 2.
-
-    Args:
-        command: What the line begins with, such as ``train``.
-    """
+    """Turns a `UserError` into a line "COMMAND: error: …" on standard error and exit code 2."""
     try:
         yield
     except UserError as error:

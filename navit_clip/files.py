@@ -14,9 +14,7 @@ from navit_clip.errors import UserError
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes beside the file and renames: readers see the old content or all of the new one.
 
-    Args:
-        path: The file; its folder must exist.
-        content: Text is written as UTF-8.
+    Text is written as UTF-8; the folder must exist.
 
     Raises:
         OSError: If the disk does not take it; `path` is then as it was.

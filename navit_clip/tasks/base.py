@@ -131,11 +131,7 @@ class Task(ABC):
         """
 
     def write_card(self, directory: Path, run_dir: Path) -> None:  # noqa: B027  not all have one
-        """Writes the model card of an export from what the run's directory says.
-
-        Args:
-            directory: Of the export.
-            run_dir: Of the run.
+        """Writes the model card of an export in `directory` from what the run's directory says.
 
         Raises:
             UserError: If the disk does not take it.

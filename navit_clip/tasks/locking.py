@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from navit_clip.models.clip import CLIP, CLIPConfig
 
-TOWERS = ("image", "text")
-
 
 @dataclass(frozen=True)
 class LockConfig:
@@ -34,24 +32,23 @@ class LockConfig:
     text_unlocked_blocks: int = 0
 
     def __post_init__(self) -> None:
-        for tower in TOWERS:
-            blocks = self.unlocked_blocks(tower)
+        for tower in ("image", "text"):
+            name = f"{tower}_unlocked_blocks"
+            blocks = getattr(self, name)
             if blocks < 0:
-                raise ValueError(
-                    f"task.lock.{tower}_unlocked_blocks must not be negative, got {blocks}"
-                )
-            if blocks and not self.locks(tower):
-                raise ValueError(
-                    f"task.lock.{tower}_unlocked_blocks={blocks} needs task.lock.{tower}: true"
-                )
+                raise ValueError(f"task.lock.{name} must not be negative, got {blocks}")
+            if blocks and not getattr(self, tower):
+                raise ValueError(f"task.lock.{name}={blocks} needs task.lock.{tower}: true")
 
-    def locks(self, tower: str) -> bool:
-        """Whether a tower, ``image`` or ``text``, is locked."""
-        return bool(getattr(self, tower))
-
-    def unlocked_blocks(self, tower: str) -> int:
-        """How many of a locked tower's last blocks learn."""
-        return int(getattr(self, f"{tower}_unlocked_blocks"))
+    @property
+    def unlocked_blocks(self) -> dict[str, int]:
+        """How many of its last blocks learn, of each tower that is locked."""
+        blocks = {}
+        if self.image:
+            blocks["image"] = self.image_unlocked_blocks
+        if self.text:
+            blocks["text"] = self.text_unlocked_blocks
+        return blocks
 
     def check(self, model: CLIPConfig) -> None:
         """Compares with the depth of the towers.
@@ -59,25 +56,25 @@ class LockConfig:
         Raises:
             ValueError: If a tower has fewer blocks.
         """
-        for tower in TOWERS:
+        for tower, blocks in self.unlocked_blocks.items():
             depth = getattr(model, tower).encoder.depth
-            if self.unlocked_blocks(tower) > depth:
+            if blocks > depth:
                 raise ValueError(
-                    f"task.lock.{tower}_unlocked_blocks={self.unlocked_blocks(tower)} exceeds the "
-                    f"{depth} blocks of task.model.{tower}.encoder"
+                    f"task.lock.{tower}_unlocked_blocks={blocks} exceeds the {depth} blocks of "
+                    f"task.model.{tower}.encoder"
                 )
 
     def trained_fraction(self, model: CLIPConfig, tower: str) -> float | None:
         """Fraction of a locked tower's blocks that learn, None of a tower that is not locked."""
-        if not self.locks(tower):
-            return None
-        return self.unlocked_blocks(tower) / int(getattr(model, tower).encoder.depth)
+        blocks = self.unlocked_blocks.get(tower)
+        return None if blocks is None else blocks / int(getattr(model, tower).encoder.depth)
 
 
 def lock_towers(model: CLIP, config: LockConfig) -> None:
     """Takes the locked parameters out of the training, in place."""
-    for name, tower in ((name, getattr(model, name)) for name in TOWERS if config.locks(name)):
+    for name, blocks in config.unlocked_blocks.items():
+        tower = getattr(model, name)
         tower.requires_grad_(False)
-        if count := config.unlocked_blocks(name):
-            for module in (*tower.encoder.blocks[-count:], tower.encoder.norm, tower.pool):
+        if blocks:
+            for module in (*tower.encoder.blocks[-blocks:], tower.encoder.norm, tower.pool):
                 module.requires_grad_(True)

@@ -93,12 +93,9 @@ class InitConfig:
         return NaViTCLIP.from_open_clip(self.open_clip_name, self.weights)
 
     def check(self, name: str, given: Any, known: Any) -> None:
-        """Refuses a part of the configuration that is not as in the model.
+        """Refuses a part of the configuration, such as ``task.model``, that is not as in the model.
 
-        Args:
-            name: Of the part, such as ``task.model``.
-            given: Its values, as `asdict` has them.
-            known: Those of the model.
+        Both have the form that `asdict` gives them.
 
         Raises:
             UserError: Naming the first field that differs.

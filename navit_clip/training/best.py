@@ -42,23 +42,16 @@ class BestModel:
         if not self.path.exists() and (self._partial / MARK).is_file():
             self._partial.rename(self.path)  # killed between the two renames of `offer`
         mark = self.path / MARK
-        if not mark.is_file():
-            return
-        with reading(mark, ValueError, KeyError, TypeError, hint=f"; remove {self.path}"):
-            found = json.loads(mark.read_text())
-            if found["metric"] == metric:
-                self.value, self.step = float(found["value"]), int(found["step"])
+        if mark.is_file():
+            with reading(mark, ValueError, KeyError, TypeError, hint=f"; remove {self.path}"):
+                found = json.loads(mark.read_text())
+                if found["metric"] == metric:
+                    self.value, self.step = float(found["value"]), int(found["step"])
 
     def offer(self, value: float, step: int, save: Callable[[Path], None]) -> bool:
-        """Keeps a model if it is better than all before it.
+        """Keeps a model if it is better than all before it, and returns whether it is.
 
-        Args:
-            value: Of its metric; NaN and infinity are never better.
-            step: Steps it was trained for.
-            save: Writes the model to a folder.
-
-        Returns:
-            Whether it was kept.
+        NaN and infinity are never better. `save` writes the model to a folder.
 
         Raises:
             UserError: If the disk does not take it; the one before stays.

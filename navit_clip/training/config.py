@@ -143,7 +143,8 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_plain(str(error))) from error
+        message = str(error).replace("Parser key ", "")
+        raise UserError(message.replace("<class '", "").replace("'>", "")) from error
     given = asdict(values["task"])
     for name, known in defaults.items():
         init.check(f"task.{name}", given[name], known)
@@ -168,7 +169,3 @@ def _kind_in(path: str) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None  # not named; the parser says what else is wrong with the file
     return kind if isinstance(kind, str) else None
-
-
-def _plain(message: str) -> str:
-    return message.replace("Parser key ", "").replace("<class '", "").replace("'>", "")

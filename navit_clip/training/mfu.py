@@ -108,10 +108,7 @@ class FlopsMeter:
         return f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s"
 
     def metrics(self, model_flops_per_s: float) -> dict[str, float]:
-        """Metrics of a logged step; every rank calls it.
-
-        Args:
-            model_flops_per_s: FLOPs counted over all ranks, per second.
+        """Metrics of a logged step, from the FLOPs counted over all ranks; every rank calls it.
 
         Returns:
             ``mfu`` if the peak is known, and ``memory_gb`` of the rank that holds the most, if

@@ -77,10 +77,7 @@ def find_examples(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ids of the suspects of a failed step, and of all its examples; every rank calls it.
 
-    Args:
-        batches: This rank's micro-batches.
-        outputs: Of the model for all their examples, in order; one or several NamedTuples.
-        ranks: This process among all of them.
+    `outputs` are the model's for all examples of `batches`, in order; one or several NamedTuples.
     """
     ids = [name for batch in batches for name in batch.ids]
     finite = [flag for output in outputs for flag in _finite_rows(output).tolist()]

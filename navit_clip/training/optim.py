@@ -64,7 +64,7 @@ def build_optimizer(
 
     Args:
         model: Possibly sharded.
-        config: Decays.
+        config: Of the optimiser.
         layers_above: How many layers stand above a parameter, by its name.
 
     Returns:

@@ -41,13 +41,7 @@ class ScheduleConfig:
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Multiple of the peak learning rate for one step.
-
-    Args:
-        config: The schedule.
-        step: The step about to be taken, from 0.
-        steps: Steps of the whole run.
-    """
+    """Multiple of the peak learning rate for step `step`, from 0, of a run of `steps`."""
     multiplier = 1.0
     past_warmup = step - config.warmup_steps
     if past_warmup < 0:

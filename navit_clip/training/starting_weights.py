@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import nn
 
 from navit_clip.checkpoints.folder import TOKENIZER_DIR
-from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import writing
 from navit_clip.tasks.base import Task
@@ -50,14 +49,14 @@ def starting_point(
     return model, given or theirs
 
 
-def keep_tokenizer(tokenizer: Tokenizer | None, run_dir: Path, ranks: Ranks) -> None:
-    """Saves the tokenizer in the directory of a run that has none yet; rank 0 does.
+def keep_tokenizer(tokenizer: Tokenizer | None, run_dir: Path) -> None:
+    """Saves the tokenizer in the directory of a run that has none yet.
 
     Raises:
         UserError: If the disk does not take it.
     """
     folder = run_dir / TOKENIZER_DIR
-    if tokenizer is None or not ranks.is_first or folder.is_dir():
+    if tokenizer is None or folder.is_dir():
         return
     partial = folder.with_name(folder.name + ".partial")
     with writing(folder):

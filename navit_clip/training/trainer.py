@@ -122,8 +122,8 @@ class _Run:
     def open(self, resolved: str) -> None:
         """Writes what the checkpoints need to be read, and opens all that the run reports to."""
         config, ranks = self.config, self.ranks
-        keep_tokenizer(self.tokenizer, self.directory, ranks)
         if ranks.is_first:
+            keep_tokenizer(self.tokenizer, self.directory)
             write_output(self.directory / "config.yaml", resolved, f"run_dir {self.directory}")
             with writing(self.directory):
                 self.task.describe(self.directory)
