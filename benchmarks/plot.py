@@ -15,7 +15,6 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
 
 from benchmarks.command import RESULTS, read_results
 from navit_clip.errors import UserError, one_line_errors
@@ -47,11 +46,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draws the panels for which there are results.
-
-    Args:
-        results: From `read_results`, by name.
-        path: PNG file to write, atomically; folders are made.
+    """Draws the panels for which there are results as a PNG file, whose folder is made.
 
     Raises:
         UserError: If a result lacks what its benchmark writes, or the file cannot be written.
@@ -71,18 +66,16 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 panels[0].set_ylabel("ms per GFLOP")
                 for axes, (name, label) in zip(panels, _CURVES.items(), strict=True):
                     _draw_curve(axes, results["sweep"][name], label)
-            figure.suptitle("\n".join(_title(name, r) for name, r in results.items()))
+            figure.suptitle(
+                "\n".join(
+                    f"{name}: {result['size']} {result['precision']}, {result['made']['machine']}, "
+                    f"torch {result['made']['versions']['torch']}"
+                    for name, result in results.items()
+                )
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"a result lacks {error}: run its benchmark again") from error
         save_figure(figure, path)
-
-
-def _title(name: str, result: dict[str, Any]) -> str:
-    made = result["made"]
-    return (
-        f"{name}: {result['size']} {result['precision']}, {made['machine']}, "
-        f"torch {made['versions']['torch']}"
-    )
 
 
 def _draw_bars(axes: Axes, result: dict[str, Any], title: str, part: str) -> None:
@@ -91,18 +84,16 @@ def _draw_bars(axes: Axes, result: dict[str, Any], title: str, part: str) -> Non
     names = {key: name for key, name in names.items() if key in result}
     rates = [result[key]["pairs_per_s"] for key in names]
     colours = [_PEER_COLOUR if name in _PEERS else _OURS_COLOUR for name in names.values()]
-    axes.barh(range(len(names)), rates, color=colours, height=0.7)
-    axes.set_yticks(range(len(names)), list(names.values()))
-    axes.invert_yaxis()
-    for place, (key, rate) in enumerate(zip(names, rates, strict=True)):
-        text = f" {rate:,.1f}"
-        if names[key] in _PEERS:
+    labels = [f"{rate:,.1f}" for rate in rates]
+    for place, (key, name) in enumerate(names.items()):
+        if name in _PEERS:
             # That of the rounds, which a quotient of two rates may not be.
             ratio = result.get(f"ratio_step_{key}", result[f"ratio_{key}"])
-            text += f"  (ours {ratio:.2f}×)"
-        inside = rate > 0.6 * max(rates)
-        axes.text(rate, place, text + "  " * inside, va="center", size=7.5,
-                  ha="right" if inside else "left", color="white" if inside else _INK)  # fmt: skip
+            labels[place] += f"  (ours {ratio:.2f}×)"
+    bars = axes.barh(list(names.values()), rates, color=colours, height=0.7)
+    axes.bar_label(bars, labels, padding=4, size=7.5)
+    axes.margins(x=0.6)  # room for the labels
+    axes.invert_yaxis()
     axes.set_title(f"{title}: pairs per second")
     axes.grid(axis="x")
 
@@ -112,8 +103,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], label: str) -> None:
     axes.plot(xs, costs, "o-", color=_OURS_COLOUR, ms=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [f"{x:,}" for x in xs])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     axes.set_ylim(0, 1.1 * max(costs))
     axes.set_xlabel(label)
     axes.set_title(f"max/min {curve['max_over_min']:.2f}")

@@ -56,18 +56,13 @@ def section(name: str, result: dict[str, Any]) -> str:
 
 
 def rewrite(page: str, results: dict[str, dict[str, Any]]) -> str:
-    """The page with the sections of these results in place of those that it has.
-
-    Args:
-        page: Markdown; what stands before the first section stays.
-        results: By benchmark.
-    """
+    """The page with the sections of these results in place of those that it has."""
     head, *old = re.split(r"^(?=## )", page, flags=re.MULTILINE)
-    found = {text.partition("\n")[0].removeprefix("## "): text for text in old}
-    merged = {**found, **{TITLES[name]: section(name, r) for name, r in results.items()}}
-    order = [title for title in TITLES.values() if title in merged]
-    order += [title for title in merged if title not in order]
-    return "\n".join(text.strip("\n") + "\n" for text in (head, *(merged[t] for t in order)))
+    texts = {text.partition("\n")[0].removeprefix("## "): text for text in old}
+    texts |= {TITLES[name]: section(name, result) for name, result in results.items()}
+    order = [title for title in TITLES.values() if title in texts]
+    order += [title for title in texts if title not in order]
+    return "\n".join(text.strip("\n") + "\n" for text in (head, *(texts[t] for t in order)))
 
 
 def main() -> None:
