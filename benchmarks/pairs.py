@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.sizes import CONTEXT, PATCH, SQUARE
+from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.config import DataConfig
@@ -38,34 +37,19 @@ COCO = str(REAL_DATA / "coco-train")  # where whole shards are read
 
 @dataclass(frozen=True)
 class RealPair:
-    """One photo and caption, in the forms that the projects want.
-
-    Attributes:
-        pair: At its sampled size, as this project's loader makes it.
-        sample: The files themselves.
-    """
+    """One photo and caption: as this project's loader makes them, and the files themselves."""
 
     pair: Pair
     sample: RawSample
 
-    @cached_property
-    def square(self) -> Tensor:
-        """float32 [3, 224, 224] normalised pixels, squashed as for a plain ViT."""
-        pixels = EncodedImage(find_image(self.sample.members)).pixels(SQUARE, SQUARE)
+    def pixels(self, height: int, width: int) -> Tensor:
+        """float32 [3, height, width] normalised pixels, squashed to this size."""
+        pixels = EncodedImage(find_image(self.sample.members)).pixels(height, width)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
-
-    @cached_property
-    def padded_ids(self) -> Tensor:
-        """int64 [77] token ids, zeros after the end."""
-        ids = self.pair.token_ids
-        return torch.tensor(ids + [0] * (CONTEXT - len(ids)))
 
 
 def read_samples(patterns: Sequence[str] = ()) -> list[RawSample]:
-    """The samples of real shards.
-
-    Args:
-        patterns: Tar files, folders, patterns; none takes the photos beside the checkout.
+    """The samples of real shards; without patterns those beside the checkout.
 
     Raises:
         UserError: If there are none, or a shard is damaged.
@@ -95,10 +79,7 @@ def samples_of(patterns: Sequence[str]) -> Iterator[RawSample]:
 
 
 def draw_batches(
-    samples: Sequence[RawSample],
-    pairs: int,
-    batches: int,
-    drop: float = 0.0,
+    samples: Sequence[RawSample], pairs: int, batches: int, drop: float = 0.0
 ) -> Iterator[list[RealPair]]:
     """Batches that are together a fair sample of all photos, the same ones at every call.
 
@@ -108,20 +89,15 @@ def draw_batches(
     Args:
         samples: From `read_samples`.
         pairs: Pairs of each batch.
-        batches: How many.
+        batches: How many batches.
         drop: Mean of the Beta token drop; 0 keeps all patches.
 
     Raises:
         UserError: If too few samples have a photo and a caption.
     """
-    build = pair_builder(
-        DataConfig(
-            resolution=ResolutionConfig(
-                min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS
-            ),
-            drop=DropConfig(kind="beta", rate=drop) if drop else DropConfig(),
-        )
-    )
+    sides = ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE, max_tokens=MAX_TOKENS)
+    dropped = DropConfig(kind="beta", rate=drop) if drop else DropConfig()
+    build = pair_builder(DataConfig(resolution=sides, drop=dropped))
     drawn = []
     for sample in samples:
         with suppress(SkipSampleError):

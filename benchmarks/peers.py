@@ -9,7 +9,7 @@ norms, open_clip's a class token, timm's attention pooling.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import open_clip
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.pairs import RealPair
-from benchmarks.sizes import HEAD_WIDTH, PATCH, Widths
+from benchmarks.sizes import CONTEXT, HEAD_WIDTH, PATCH, SQUARE, Widths
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
 from navit_clip.models.clip import CLIP
@@ -60,9 +60,8 @@ class Towers(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Unit vectors of both sides."""
-        return F.normalize(self.embed_images(batch).float(), dim=-1), F.normalize(
-            self.embed_texts(batch).float(), dim=-1
-        )
+        image_ED, text_ED = self.embed_images(batch), self.embed_texts(batch)
+        return F.normalize(image_ED.float(), dim=-1), F.normalize(text_ED.float(), dim=-1)
 
 
 class Ours(Towers):
@@ -110,7 +109,7 @@ class OpenClip(_OpenClipText):
 
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> tuple[Tensor, Tensor]:
         """[E, 3, 224, 224] and [E, 77]."""
-        squares = torch.stack([pair.square for pair in pairs])
+        squares = torch.stack([real.pixels(SQUARE, SQUARE) for real in pairs])
         return squares.to(device), _text_slots(pairs).to(device)
 
     def embed_images(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,7 +139,7 @@ class TimmNaFlex(_OpenClipText):
         by_length = sorted(pairs, key=lambda real: real.pair.lengths[0])
         size = -(-len(by_length) // BUCKETS)
         buckets = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        images = [{k: v.to(device) for k, v in _padded(bucket).items()} for bucket in buckets]
+        images = [_padded(bucket, device) for bucket in buckets]
         return images, _text_slots(by_length).to(device)
 
     def embed_images(self, batch: tuple[list[dict[str, Tensor]], Tensor]) -> Tensor:
@@ -175,15 +174,15 @@ class VitPytorch(_OpenClipText):
         self, pairs: Sequence[RealPair], device: torch.device
     ) -> tuple[list[list[Tensor]], Tensor]:
         """Rows of at most 1,024 tokens, filled first-fit from the longest down."""
-        by_length = sorted(pairs, key=lambda real: -real.pair.lengths[0])
         rows: list[list[RealPair]] = []
-        for real in by_length:
-            fits = (r for r in rows if _tokens([*r, real]) <= ROW_TOKENS)
-            row = next(fits, None)
-            if row is None:
-                rows.append(row := [])
-            row.append(real)
-        images = [[_pixels(real).to(device) for real in row] for row in rows]
+        for real in sorted(pairs, key=lambda real: -real.pair.lengths[0]):
+            for row in rows:
+                if sum(other.pair.lengths[0] for other in (*row, real)) <= ROW_TOKENS:
+                    row.append(real)
+                    break
+            else:
+                rows.append([real])
+        images = [[_native(real).to(device) for real in row] for row in rows]
         return images, _text_slots([real for row in rows for real in row]).to(device)
 
     def embed_images(self, batch: tuple[list[list[Tensor]], Tensor]) -> Tensor:
@@ -200,33 +199,22 @@ PROJECTS: dict[str, Callable[[Widths], Towers]] = {
 
 
 def _text_slots(pairs: Sequence[RealPair]) -> Tensor:
-    return torch.stack([pair.padded_ids for pair in pairs])
+    """int64 [E, 77] token ids, zeros after the end."""
+    captions = [real.pair.token_ids for real in pairs]
+    return torch.tensor([ids + [0] * (CONTEXT - len(ids)) for ids in captions])
 
 
-def _tokens(row: Sequence[RealPair]) -> int:
-    return sum(real.pair.lengths[0] for real in row)
-
-
-def _patches(real: RealPair) -> Tensor:
-    """float32 [n, P·P·3] normalised patches."""
-    return torch.from_numpy(real.pair.image.patches.copy()).float() / 127.5 - 1
-
-
-def _padded(bucket: Sequence[RealPair]) -> dict[str, Tensor]:
-    def pad(rows: Iterable[Tensor]) -> Tensor:
-        return pad_sequence(list(rows), batch_first=True)
-
-    return {
-        "patches": pad(_patches(real) for real in bucket),
-        "patch_coord": pad(
-            torch.from_numpy(real.pair.image.coords.copy()).long() for real in bucket
-        ),
-        "patch_valid": pad(torch.ones(real.pair.lengths[0], dtype=torch.bool) for real in bucket),
+def _padded(bucket: Sequence[RealPair], device: torch.device) -> dict[str, Tensor]:
+    images = [real.pair.image for real in bucket]
+    fields = {
+        "patches": [torch.tensor(image.patches) / 127.5 - 1 for image in images],
+        "patch_coord": [torch.tensor(image.coords, dtype=torch.int64) for image in images],
+        "patch_valid": [torch.ones(len(image.patches), dtype=torch.bool) for image in images],
     }
+    return {name: pad_sequence(f, batch_first=True).to(device) for name, f in fields.items()}
 
 
-def _pixels(real: RealPair) -> Tensor:
-    """float32 [3, rows·P, columns·P] pixels, put together again from all patches."""
+def _native(real: RealPair) -> Tensor:
+    """float32 [3, rows·P, columns·P] pixels of which this project's patches are cut."""
     rows, columns = real.pair.image.grid
-    patches = _patches(real).view(rows, columns, PATCH, PATCH, 3)
-    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * PATCH, columns * PATCH)
+    return real.pixels(rows * PATCH, columns * PATCH).contiguous()
