@@ -7,7 +7,6 @@ by default float32 on the CPU and bfloat16 on CUDA.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.command import at_least, command_line, default_device, run
+from benchmarks.command import at_least, command, default_device
 from benchmarks.measure import alternate
 from benchmarks.sizes import HEAD_WIDTH
 from navit_clip.models.attention import segment_attention
@@ -57,12 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     qkv = torch.randn(segments.num_tokens, 3, HEADS, HEAD_WIDTH, generator=generator)
     qkv = qkv.to(device, dtype).requires_grad_()
 
-    def once(variant: Callable[[Tensor, Segments], None]) -> None:
-        variant(qkv, segments)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    variants = {f.__name__: partial(once, f) for f in (packed, padded, dense_mask)}
+    variants = {f.__name__: partial(f, qkv, segments) for f in (packed, padded, dense_mask)}
     seconds = alternate(variants, args.rounds)
     return {
         "ratio_padded": seconds["padded"] / seconds["packed"],
@@ -73,12 +67,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "rounds", "precision", rounds=5)
-    parser.add_argument("--segments", type=at_least(1), default=64, help="images in the stream")
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    "precision",
+    rounds={"default": 5},
+    segments={"type": at_least(1), "default": 64, "help": "images in the stream"},
+)
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,7 @@ from navit_clip.files import reading, write_output
 RESULTS = Path(__file__).with_name("out")
 # Of the flags, those on which the results depend and that each file of results holds.
 _FACTS = ("size", "precision", "pairs", "steps", "rounds")
+_LIBRARIES = ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -42,17 +43,47 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def command_line(
-    description: str | None, *flags: str, **defaults: object
-) -> argparse.ArgumentParser:
-    """A parser with ``--output`` and the named ones of the flags that several benchmarks have.
+def default_device() -> str:
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def command(
+    description: str | None,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    *flags: str,
+    **options: dict[str, Any],
+) -> Callable[[], None]:
+    """A benchmark's command line, which prints the result and writes it to ``--output``.
 
     Args:
         description: The benchmark's page.
+        measure: From the flags' values to the result.
         flags: ``rounds``, ``size``, ``pairs``, ``precision``, ``shards`` or ``peer-python``.
-        defaults: Where they differ from those here.
+        options: Other flags as `argparse` takes them, or what differs for one of those.
     """
-    shared: dict[str, dict[str, Any]] = {
+
+    def main() -> None:
+        shared = _shared_flags()
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for flag in dict.fromkeys(("output", *flags, *options)):
+            parser.add_argument(f"--{flag}", **{**shared.get(flag, {}), **options.get(flag, {})})
+        args = parser.parse_args()
+        with one_line_errors(f"benchmarks.{Path(sys.argv[0]).stem}"):
+            found = measure(args)
+            facts = {name: getattr(args, name) for name in _FACTS if hasattr(args, name)}
+            text = json.dumps({**found, **facts, "made": _made()}, indent=2)
+            print(text)
+            if args.output is not None:
+                write_output(args.output, text + "\n")
+
+    return main
+
+
+def _shared_flags() -> dict[str, dict[str, Any]]:
+    return {
         "output": {"type": Path, "help": "JSON file to write"},
         "rounds": {"type": at_least(1), "default": 3, "help": "measured rounds"},
         "size": {"choices": tuple(WIDTHS), "default": "S/16", "help": "of the towers"},
@@ -72,45 +103,10 @@ def command_line(
             "help": "interpreter that has open_clip's trainer and its loader",
         },
     }
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("output", *flags):
-        parser.add_argument(f"--{name}", **shared[name])
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def default_device() -> str:
-    """CUDA where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def run(
-    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, Any]]
-) -> None:
-    """Measures, prints the result with what it depends on, and writes it where asked.
-
-    Args:
-        parser: From `command_line`.
-        measure: From the flags' values to the result.
-    """
-    args = parser.parse_args()
-    with one_line_errors(f"benchmarks.{Path(sys.argv[0]).stem}"):
-        found = measure(args)
-        facts = {name: getattr(args, name) for name in _FACTS if hasattr(args, name)}
-        text = json.dumps({**found, **facts, "made": _made()}, indent=2)
-        print(text)
-        if args.output is not None:
-            write_output(args.output, text + "\n")
 
 
 def read_results(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What `run` wrote, by benchmark.
-
-    Args:
-        folder: With a file ``NAME.json`` for each.
-        names: Those wanted; what is not there is left out.
+    """The results of these benchmarks, by name, of which there is a file ``NAME.json``.
 
     Raises:
         UserError: If a file is damaged, or none is there.
@@ -127,26 +123,25 @@ def read_results(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]
 
 def _made() -> dict[str, Any]:
     """What a result depends on: command, commit, machine and libraries."""
+    typed = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
     return {
-        "command": _command(sys.argv),
+        # Without where the result goes and whose interpreter runs the peer.
+        "command": re.sub(r" --(output|peer-python)[= ]('[^']*'|\S+)", "", typed),
         "commit": _commit(),
         "machine": _machine(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
     }
 
 
-def _command(argv: Sequence[str]) -> str:
-    """As typed, without where the result goes and whose interpreter runs the peer."""
-    words = shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *argv[1:]])
-    return re.sub(r" --(output|peer-python)[= ]('[^']*'|\S+)", "", words)
-
-
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     with suppress(OSError):  # no git
-        folder = Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True, check=False)
         return done.stdout.strip() or "unknown"
     return "unknown"
 
@@ -157,15 +152,7 @@ def _machine() -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    names = [name, f"{os.cpu_count()} cores", f"{memory:.0f} GiB"]
-    return ", ".join(
-        [*names, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])]
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    parts = [name, f"{os.cpu_count()} cores", f"{memory:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)

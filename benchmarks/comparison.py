@@ -24,15 +24,17 @@ import torch
 from torch import Tensor, multiprocessing
 
 from benchmarks.command import default_device
-from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb
-from benchmarks.needs import need_proc, need_projects
+from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb, synchronize
+from benchmarks.needs import need_proc
 from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import PROJECTS, Towers
 from benchmarks.sizes import WIDTHS
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 
+# The flags of `benchmarks.command` that describe what all variants run on.
+WORKLOAD_FLAGS = ("size", "pairs", "rounds", "precision", "shards")
+BATCHES = 2  # different ones
 Part = Literal["step", "image", "text"]
-_TIMEOUT_S = 7200
 
 
 @dataclass(frozen=True)
@@ -62,36 +64,8 @@ class Variant:
         return f"{self.project}{part}{drop}{'_compiled' if self.compiled else ''}"
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What all variants run on.
-
-    Attributes:
-        size: A name of `benchmarks.sizes.WIDTHS`.
-        pairs: Pairs per step.
-        shards: Tars of photos; none takes those beside the checkout.
-        batches: Different batches.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    size: str
-    pairs: int
-    shards: Sequence[str] = ()
-    batches: int = 2
-    device: str = "cpu"
-
-
-# The flags of `benchmarks.command` that describe a workload.
-WORKLOAD_FLAGS = ("size", "pairs", "rounds", "precision", "shards")
-
-
-def workload_of(args: argparse.Namespace) -> Workload:
-    """What `WORKLOAD_FLAGS` describe."""
-    return Workload(args.size, args.pairs, args.shards, device=default_device())
-
-
 def compare(
-    variants: Sequence[Variant], workload: Workload, rounds: int
+    variants: Sequence[Variant], workload: argparse.Namespace
 ) -> dict[Variant, dict[str, Any]]:
     """Runs all variants in turn, round after round.
 
@@ -101,8 +75,7 @@ def compare(
 
     Args:
         variants: Distinct ones.
-        workload: What they run on.
-        rounds: Measured rounds.
+        workload: The values of `WORKLOAD_FLAGS`.
 
     Returns:
         By variant: ``seconds`` a step, the median of the rounds, and ``rounds``, those of each;
@@ -113,10 +86,10 @@ def compare(
         in them; ``peak_mb`` above what the process held before its first step.
 
     Raises:
-        UserError: If there are no photos, a peer is missing, or a variant cannot run.
+        UserError: If there are no photos, or a variant cannot run.
     """
-    need_projects(variant.project for variant in variants)
-    if workload.device == "cpu":
+    device = torch.device(default_device())
+    if device.type == "cpu":
         need_proc()
     threads = torch.get_num_threads()
     spawned = multiprocessing.get_context("spawn")
@@ -127,24 +100,23 @@ def compare(
         in_processes(spawned, _draw, [(workload, files)], "drawing the batches")
 
         def trial(variant: Variant) -> list[dict[str, float]]:
-            values = (variant, workload, files[variant.drop], threads)
-            return in_processes(spawned, run_trial, [values], variant.name, _TIMEOUT_S)[0]
+            values = (variant, workload.size, device, files[variant.drop], threads)
+            return in_processes(spawned, run_trial, [values], variant.name)[0]
 
         calls: dict[Any, Callable[[], Any]] = {
-            **{v.precision: partial(matmul_peak, workload.device, v.precision) for v in variants},
+            **{v.precision: partial(matmul_peak, device.type, v.precision) for v in variants},
             **{variant: partial(trial, variant) for variant in variants},
         }
-        results = in_turn(calls, rounds, warm_up=False)
+        results = in_turn(calls, workload.rounds, warm_up=False)
     return {v: _summary(results[v], results[v.precision]) for v in variants}
 
 
-def _draw(workload: Workload, files: Mapping[float, Path]) -> None:
+def _draw(workload: argparse.Namespace, files: Mapping[float, Path]) -> None:
     """Writes the batches, a file for each mean token drop."""
     samples = read_samples(workload.shards)
     for drop, path in files.items():
-        batches = list(draw_batches(samples, workload.pairs, workload.batches, drop))
-        with path.open("wb") as file:
-            pickle.dump(batches, file)
+        batches = list(draw_batches(samples, workload.pairs, BATCHES, drop))
+        path.write_bytes(pickle.dumps(batches))
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -162,50 +134,40 @@ def matmul_peak(device: str, precision: str) -> float:
     for _ in range(8):
         begin = time.perf_counter()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - begin))
     return best
 
 
 def _summary(trials: Sequence[list[dict[str, float]]], peaks: Sequence[float]) -> dict[str, Any]:
-    facts = [fact for trial in trials for fact in trial]
-    tokens = statistics.mean(fact["real_tokens"] for fact in facts)
-    flops = statistics.mean(fact["flops"] for fact in facts)
-    pairs = facts[0]["pairs"]
-    rounds = [statistics.mean(fact["seconds"] for fact in trial) for trial in trials]
+    steps = [step for trial in trials for step in trial]
+    mean = {name: statistics.mean(step[name] for step in steps) for name in steps[0]}
+    pairs = steps[0]["pairs"]
+    rounds = [statistics.mean(step["seconds"] for step in trial) for trial in trials]
     seconds = statistics.median(rounds)
-    reached = [flops / step / peak for step, peak in zip(rounds, peaks, strict=True)]
+    reached = [mean["flops"] / step / peak for step, peak in zip(rounds, peaks, strict=True)]
     return {
         "seconds": seconds,
         "pairs_per_s": pairs / seconds,
-        "real_tokens_per_s": tokens / seconds,
-        "image_tokens_per_pair": statistics.mean(f["image_tokens"] for f in facts) / pairs,
-        "text_tokens_per_pair": statistics.mean(f["text_tokens"] for f in facts) / pairs,
-        "flops_per_pair": flops / pairs,
+        "real_tokens_per_s": mean["real_tokens"] / seconds,
+        "image_tokens_per_pair": mean["image_tokens"] / pairs,
+        "text_tokens_per_pair": mean["text_tokens"] / pairs,
+        "flops_per_pair": mean["flops"] / pairs,
         "peak_share": statistics.median(reached),
         "matmul_peak": statistics.median(peaks),
-        "peak_mb": max(fact["peak_mb"] for fact in facts),
-        "kb_per_token": max(fact["peak_mb"] * 1024 / fact["real_tokens"] for fact in facts),
+        "peak_mb": max(step["peak_mb"] for step in steps),
+        "kb_per_token": max(step["peak_mb"] * 1024 / step["real_tokens"] for step in steps),
         "rounds": rounds,
     }
 
 
 def run_trial(
-    variant: Variant, workload: Workload, file: Path, threads: int
+    variant: Variant, size: str, device: torch.device, file: Path, threads: int
 ) -> list[dict[str, float]]:
-    """The measured steps of one trial, one on every batch.
-
-    Args:
-        variant: Which.
-        workload: On what.
-        file: Its batches, from `_draw`.
-        threads: Of torch.
-    """
+    """The measured steps of one trial, one on every batch of the file, on so many threads."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    device = torch.device(workload.device)
-    towers = PROJECTS[variant.project](WIDTHS[workload.size]).to(device)
+    towers = PROJECTS[variant.project](WIDTHS[size]).to(device)
     if variant.compiled:
         towers.compile_blocks()
     optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4, fused=True)
@@ -218,8 +180,7 @@ def run_trial(
         if variant.part == "step":
             optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     def warm_up(batch: Any) -> float:
         """A step's operations; of a compiled variant NaN, nothing compiles under the counter."""
@@ -235,25 +196,23 @@ def run_trial(
     with file.open("rb") as pickled:
         drawn: list[list[RealPair]] = pickle.load(pickled)
     batches = [towers.prepare(pairs, device) for pairs in drawn]
-    held_mb = _memory_mb(device)
+    held_mb = _peak_mb(device)
     flops = [warm_up(batch) for batch in batches]
     found = []
-    for number, pairs in enumerate(drawn):
+    for pairs, batch, operations in zip(drawn, batches, flops, strict=True):
         begin = time.perf_counter()
-        step(batches[number])
+        step(batch)
         seconds = time.perf_counter() - begin
-        sizes = {
-            "image_tokens": sum(real.pair.lengths[0] for real in pairs),
-            "text_tokens": sum(real.pair.lengths[1] for real in pairs),
-        }
+        image, text = (sum(real.pair.lengths[stream] for real in pairs) for stream in range(2))
         found.append(
             {
-                **sizes,
+                "image_tokens": image,
+                "text_tokens": text,
                 "pairs": len(pairs),
                 "seconds": seconds,
-                "flops": flops[number],
-                "real_tokens": sizes.get(f"{variant.part}_tokens", sum(sizes.values())),
-                "peak_mb": _memory_mb(device) - held_mb,
+                "flops": operations,
+                "real_tokens": {"image": image, "text": text}.get(variant.part, image + text),
+                "peak_mb": _peak_mb(device) - held_mb,
             }
         )
     return found
@@ -269,8 +228,7 @@ def _forward(variant: Variant, towers: Towers, batch: Any) -> Tensor:
     return embed(batch).float().square().sum()
 
 
-def _memory_mb(device: torch.device) -> float:
-    """The highest so far."""
+def _peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resident_mb("VmHWM")

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import at_least, command_line, default_device, run
+from benchmarks.command import at_least, command, default_device
 from benchmarks.comparison import WORKLOAD_FLAGS
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
@@ -57,125 +57,119 @@ ROOM = 1.02
 _PEER_LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")
 
 
-def our_command(
-    args: argparse.Namespace, shards: Sequence[str], budget: Mapping[str, Any], directory: Path
-) -> list[str]:
-    """``python -m train`` with its configuration, written into the directory.
-
-    Args:
-        args: The flags' values.
-        shards: Tar files.
-        budget: From `find_budget`.
-        directory: Of the run.
-    """
-    config = {
-        "run_dir": str(directory / "run"),
-        "steps": args.steps,
-        "tokenizer": {"kind": "open_clip"},
-        "task": {"kind": "contrastive", "model": asdict(WIDTHS[args.size].config())},
-        "data": {
-            "train": list(shards),
-            "resolution": {"min_side": MIN_SIDE, "max_side": MAX_SIDE, "max_tokens": MAX_TOKENS},
-            "budget": dict(budget),
-            "packing": "constant",
-            "pad_to_budget": False,
-            "workers": 1,
-        },
-        "log": {"every_steps": 1},
-        "precision": args.precision,
-        "device": default_device(),
-    }
-    file = directory / "run.yaml"
-    file.write_text(json.dumps(config))  # YAML is a superset of JSON
-    return [sys.executable, "-m", "train", "--config", str(file)]
-
-
-def peer_command(args: argparse.Namespace, shards: Sequence[str], directory: Path) -> list[str]:
-    """open_clip's trainer with a model of the same widths, likewise."""
-    (directory / "models").mkdir()
-    model = directory / "models/equal-widths.json"
-    model.write_text(json.dumps(WIDTHS[args.size].open_clip_config()))
-    flags = {
-        "model": "equal-widths",
-        "train-data": "::".join(shards),
-        "dataset-type": "webdataset",
-        "train-num-samples": args.pairs * args.steps,
-        "batch-size": args.pairs,
-        "epochs": 1,
-        "warmup": 1,
-        "workers": 1,
-        "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[args.precision],
-        "device": default_device(),
-        "log-every-n-steps": 1,
-        "logs": directory,
-        "name": "run",
-    }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [args.peer_python, str(PEER_SCRIPT), "train", str(directory / "models"), *words]
-
-
-def run_command(command: Sequence[str], directory: Path, weights: str) -> float:
-    """Runs a trainer to its end on as many threads as this process has.
-
-    Args:
-        command: Of the trainer.
-        directory: Gets what it prints.
-        weights: File below the directory that it must have written.
-
-    Returns:
-        Seconds.
-
-    Raises:
-        UserError: If it fails; with the last line it printed.
-    """
-    output = directory / "output.txt"
-    begin = time.perf_counter()
-    with output.open("w") as file:
-        status = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
-    seconds = time.perf_counter() - begin
-    if status != 0 or not (directory / weights).is_file():
-        said = output.read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
-        raise UserError(f"{' '.join(command[:3])} … failed with status {status}: {last}")
-    return seconds
-
-
-def read_ours(directory: Path) -> dict[str, float]:
-    """Pairs per second, fraction of waiting and padding from the second step on."""
-    text = (directory / "run/metrics.jsonl").read_text()
+def train_ours(
+    args: argparse.Namespace, shards: Sequence[str], budget: dict[str, Any]
+) -> dict[str, float]:
+    """One run of ``python -m train``, and what it logged from the second step on."""
+    with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
+        directory = Path(name)
+        config = {
+            "run_dir": str(directory / "run"),
+            "steps": args.steps,
+            "tokenizer": {"kind": "open_clip"},
+            "task": {"kind": "contrastive", "model": asdict(WIDTHS[args.size].config())},
+            "data": {
+                "train": list(shards),
+                "resolution": {
+                    "min_side": MIN_SIDE,
+                    "max_side": MAX_SIDE,
+                    "max_tokens": MAX_TOKENS,
+                },
+                "budget": budget,
+                "packing": "constant",
+                "pad_to_budget": False,
+                "workers": 1,
+            },
+            "log": {"every_steps": 1},
+            "precision": args.precision,
+            "device": default_device(),
+        }
+        file = directory / "run.yaml"
+        file.write_text(json.dumps(config))  # YAML is a superset of JSON
+        seconds = run_trainer(
+            [sys.executable, "-m", "train", "--config", str(file)],
+            directory / "run/model/model.safetensors",
+        )
+        text = (directory / "run/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()][1:]
-    seconds = [line["examples"] / line["examples_per_s"] for line in lines]
-    waits = [line["data_wait"] * s for line, s in zip(lines, seconds, strict=True)]
+    pairs = sum(line["examples"] for line in lines)
+    times = [line["examples"] / line["examples_per_s"] for line in lines]
+    waits = [line["data_wait"] * time for line, time in zip(lines, times, strict=True)]
     return {
-        "pairs_per_s": sum(line["examples"] for line in lines) / sum(seconds),
-        "data_wait": sum(waits) / sum(seconds),
+        "seconds": seconds,
+        "pairs_per_s": pairs / sum(times),
+        "data_wait": sum(waits) / sum(times),
         "padding": statistics.mean(line["padding"] for line in lines),
-        "pairs": sum(line["examples"] for line in lines),
+        "pairs": pairs,
     }
 
 
-def read_peer(directory: Path, pairs: int) -> dict[str, float]:
-    """Pairs per second and fraction of waiting from the second step on.
+def train_peer(args: argparse.Namespace, shards: Sequence[str]) -> dict[str, float]:
+    """One run of open_clip's trainer on a model of the same widths, likewise."""
+    with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
+        directory = Path(name)
+        (directory / "models").mkdir()
+        model = directory / "models/equal-widths.json"
+        model.write_text(json.dumps(WIDTHS[args.size].open_clip_config()))
+        flags = {
+            "model": "equal-widths",
+            "train-data": "::".join(shards),
+            "dataset-type": "webdataset",
+            "train-num-samples": args.pairs * args.steps,
+            "batch-size": args.pairs,
+            "epochs": 1,
+            "warmup": 1,
+            "workers": 1,
+            "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[args.precision],
+            "device": default_device(),
+            "log-every-n-steps": 1,
+            "logs": directory,
+            "name": "run",
+        }
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        seconds = run_trainer(
+            [args.peer_python, str(PEER_SCRIPT), "train", str(directory / "models"), *words],
+            directory / "run/checkpoints/epoch_1.pt",
+        )
+        log = (directory / "run/out.log").read_text()
+    return {"seconds": seconds, **read_peer(log, args.pairs)}
 
-    Args:
-        directory: Where it ran.
-        pairs: Of each step.
-    """
-    found = _PEER_LINE.findall((directory / "run/out.log").read_text())[1:]  # one line a step
+
+def read_peer(log: str, pairs: int) -> dict[str, float]:
+    """Pairs per second and fraction of waiting from the second step on, of so many pairs each."""
+    found = _PEER_LINE.findall(log)[1:]  # one line a step
     seconds = sum(float(batch) for _, batch in found)
     return {
         "pairs_per_s": pairs * len(found) / seconds,
         "data_wait": sum(float(wait) for wait, _ in found) / seconds,
         "pairs": pairs * len(found),
     }
+
+
+def run_trainer(trainer: Sequence[str], weights: Path) -> float:
+    """Seconds of a trainer, run to its end on as many threads as this process has.
+
+    Raises:
+        UserError: If it fails or has not written its weights; with the last line it printed.
+    """
+    begin = time.perf_counter()
+    done = subprocess.run(
+        trainer,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0 or not weights.is_file():
+        last = (done.stdout.strip() or "nothing").splitlines()[-1]
+        status = f"status {done.returncode}"
+        raise UserError(f"{' '.join(trainer[:3])} … failed with {status}: {last}")
+    return seconds
 
 
 def find_budget(shards: Sequence[str], pairs: int) -> dict[str, Any]:
@@ -194,42 +188,14 @@ def find_budget(shards: Sequence[str], pairs: int) -> dict[str, Any]:
     }
 
 
-def train(
-    command_of: Callable[[Path], list[str]],
-    weights: str,
-    read: Callable[[Path], dict[str, float]],
-) -> dict[str, float]:
-    """One training in a directory of its own, and what it logged.
-
-    Args:
-        command_of: Makes the command.
-        weights: File below the directory that it writes.
-        read: Reads its log.
-    """
-    with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
-        seconds = run_command(command_of(Path(name)), Path(name), weights)
-        return {"seconds": seconds, **read(Path(name))}
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Both trainers, in turn."""
     peer_versions = need_peer(args.peer_python)
     budget = find_budget(args.shards, args.pairs)
-    shards = expand_shards(args.shards or [COCO])
-    shards = [str(Path(shard).resolve()) for shard in shards]
+    shards = [str(Path(shard).resolve()) for shard in expand_shards(args.shards or [COCO])]
     trainers = {
-        "navit_clip": partial(
-            train,
-            partial(our_command, args, shards, budget),
-            "run/model/model.safetensors",
-            read_ours,
-        ),
-        "open_clip": partial(
-            train,
-            partial(peer_command, args, shards),
-            "run/checkpoints/epoch_1.pt",
-            partial(read_peer, pairs=args.pairs),
-        ),
+        "navit_clip": partial(train_ours, args, shards, budget),
+        "open_clip": partial(train_peer, args, shards),
     }
     results = {
         name: {field: statistics.median(found[field] for found in rounds) for field in rounds[0]}
@@ -247,13 +213,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, *WORKLOAD_FLAGS, "peer-python", rounds=2)
-    parser.add_argument(
-        "--steps", type=at_least(2), default=8, help="of each training; the first is not counted"
-    )
-    run(parser, measure)
+main = command(
+    __doc__,
+    measure,
+    *WORKLOAD_FLAGS,
+    "peer-python",
+    rounds={"default": 2},
+    steps={
+        "type": at_least(2),
+        "default": 8,
+        "help": "of each training; the first is not counted",
+    },
+)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.command import at_least, command_line, run
+from benchmarks.command import at_least, command
 from benchmarks.measure import alternate
 from benchmarks.pairs import REAL_DATA, samples_of
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE, WIDTHS
@@ -98,9 +98,8 @@ class Packed:
 
     def images(self, photos: EvalDataset, tokens: int) -> Embedded:
         """Decodes, sizes and embeds."""
-        (data,) = embed_dataset(
-            [(self.model, [EvalSetting("capped", tokens)])], photos, ALONE, workers=0
-        )
+        looks = [(self.model, [EvalSetting("capped", tokens)])]
+        (data,) = embed_dataset(looks, photos, ALONE, workers=0)
         return data
 
     def classes(self, names: Sequence[str]) -> Tensor:
@@ -141,44 +140,36 @@ def measure_prompts(
     """Class vectors of the classes' prompts."""
     variants = {"packed": partial(ours.classes, names), "open_clip": partial(peer.classes, names)}
     seconds = alternate(variants, rounds)
-    encode = ours.model.tokenizer.encode
     prompts = [template(name) for name in names for template in SIMPLE_IMAGENET_TEMPLATES]
-    tokens = sum(len(encode(prompt, CONTEXT)) for prompt in prompts)
+    lengths = [len(ours.model.tokenizer.encode(prompt, CONTEXT)) for prompt in prompts]
     return {
         "ratio_prompts": seconds["open_clip"] / seconds["packed"],
         "prompts": len(prompts),
-        "mean_prompt_tokens": tokens / len(prompts),
+        "mean_prompt_tokens": sum(lengths) / len(prompts),
         "prompts_seconds": seconds,
     }
 
 
 def measure_images(ours: Packed, peer: Squares, photos: Photos, rounds: int) -> dict[str, Any]:
     """Image vectors, and how long preparing the images takes without any tower."""
-    embedded = {tokens: ours.images(photos, tokens) for tokens in TOKENS}
-    for data in embedded.values():
+    mean_tokens = {}
+    for tokens in TOKENS:
+        data = ours.images(photos, tokens)
         assert len(data.names) == len(photos.images), "both sides must do the same work"
-    images, preparation = (
-        alternate(
-            {
-                "open_clip": partial(theirs, photos),
-                **{f"packed_{tokens}": partial(own, photos, tokens) for tokens in TOKENS},
-            },
-            rounds,
-        )
-        for theirs, own in (
-            (peer.images, ours.images),
-            (lambda photos: peer.prepare(photos.images), ours.prepare),
-        )
-    )
+        lengths = data.lengths[EvalSetting("capped", tokens)]
+        mean_tokens[str(tokens)] = sum(lengths) / len(lengths)
+    embedding: dict[str, Callable[[], object]] = {"open_clip": partial(peer.images, photos)}
+    preparing: dict[str, Callable[[], object]] = {"open_clip": partial(peer.prepare, photos.images)}
+    for tokens in TOKENS:
+        embedding[f"packed_{tokens}"] = partial(ours.images, photos, tokens)
+        preparing[f"packed_{tokens}"] = partial(ours.prepare, photos, tokens)
+    seconds = alternate(embedding, rounds)
     return {
-        **{f"ratio_images_{t}": images["open_clip"] / images[f"packed_{t}"] for t in TOKENS},
+        **{f"ratio_images_{t}": seconds["open_clip"] / seconds[f"packed_{t}"] for t in TOKENS},
         "images": len(photos.images),
-        "mean_image_tokens": {
-            str(tokens): sum(data.lengths[EvalSetting("capped", tokens)]) / len(data.names)
-            for tokens, data in embedded.items()
-        },
-        "images_seconds": images,
-        "preparation_seconds": preparation,
+        "mean_image_tokens": mean_tokens,
+        "images_seconds": seconds,
+        "preparation_seconds": alternate(preparing, rounds),
     }
 
 
@@ -196,25 +187,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = measure_prompts(ours, peer, IMAGENET_CLASSNAMES[::step][: args.classes], args.rounds)
     if photos is not None:
         result |= measure_images(ours, peer, photos, args.rounds)
-    return {
-        **{key: value for key, value in sorted(result.items()) if key.startswith("ratio")},
-        **result,
-        "towers": SIZE,
-        "patch": PATCH,
-        "square": SQUARE,
-    }
+    return {**result, "towers": SIZE, "patch": PATCH, "square": SQUARE}
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "rounds")
-    parser.add_argument("--data", type=Path, default=REAL_DATA, help=f"folder of {', '.join(SETS)}")
-    parser.add_argument("--images", type=at_least(1), default=48, help="photos, evenly from all")
-    parser.add_argument(
-        "--classes", type=at_least(1), default=40, help="ImageNet's classes, of 1,000"
-    )
-    parser.add_argument("--threads", type=at_least(1), default=1, help="of torch, for both sides")
-    run(parser, measure)
+main = command(
+    __doc__,
+    measure,
+    "rounds",
+    data={"type": Path, "default": REAL_DATA, "help": f"folder of {', '.join(SETS)}"},
+    images={"type": at_least(1), "default": 48, "help": "photos, evenly from all"},
+    classes={"type": at_least(1), "default": 40, "help": "ImageNet's classes, of 1,000"},
+    threads={"type": at_least(1), "default": 1, "help": "of torch, for both sides"},
+)
 
 
 if __name__ == "__main__":

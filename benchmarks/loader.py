@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from benchmarks.command import command_line, run
+from benchmarks.command import command
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
 from benchmarks.pairs import COCO, MAX_SIDE, MIN_SIDE, pair_builder, samples_of
@@ -65,12 +65,9 @@ class PlainImage:
 
 
 def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -> Epoch:
-    """Epochs through this pipeline, each going on where the last one ended.
+    """Epochs of so many images, to the next full batch, through this pipeline.
 
-    Args:
-        shards: Tar files.
-        images: Images of one epoch, to the next full batch.
-        decoder: Instead of `EncodedImage`.
+    Each goes on where the last one ended; `decoder` takes the place of `EncodedImage`.
     """
     config = DataConfig(
         train=shards, resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE), workers=0
@@ -90,13 +87,7 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
 
 @contextmanager
 def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[Epoch]:
-    """Epochs through open_clip's loader in a subprocess.
-
-    Args:
-        python: Interpreter of an environment with open_clip and the webdataset it needs.
-        shards: Tar files.
-        images: Samples they hold.
-    """
+    """Epochs through open_clip's loader in a subprocess of this interpreter."""
     settings = {"shards": shards, "images": images, "context_length": CONTEXT, **PEER}
     with subprocess.Popen(
         [python, str(PEER_SCRIPT), "load", json.dumps(settings)],
@@ -150,11 +141,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "shards", "rounds", "peer-python", rounds=5)
-    run(parser, measure)
-
+main = command(__doc__, measure, "shards", "peer-python", rounds={"default": 5})
 
 if __name__ == "__main__":
     main()

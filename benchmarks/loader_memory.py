@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.command import at_least, command_line, run
+from benchmarks.command import at_least, command
 from benchmarks.measure import resident_mb
 from benchmarks.needs import need_proc
 from benchmarks.pairs import pair_builder
@@ -53,34 +53,12 @@ def write_shards(root: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def watch(config: DataConfig, samples: int) -> tuple[list[int], list[float]]:
-    """Lets samples through and looks at the worker now and then.
-
-    Args:
-        config: With one worker.
-        samples: How many, the unusable ones counted in.
-
-    Returns:
-        Samples so far and megabytes, at each look.
-    """
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Lets samples through, the unusable ones counted in, and looks at the worker now and then."""
+    need_proc()
     done = 0
     seen: list[int] = []
     resident: list[float] = []
-    for batch in load_batches(pair_builder(config), config, 0):
-        if done >= len(seen) * samples / POINTS:
-            (worker,) = multiprocessing.active_children()
-            assert worker.pid is not None
-            seen.append(done)
-            resident.append(round(resident_mb("VmRSS", worker.pid), 1))
-        if done >= samples:
-            break
-        done += len(batch.ids) + sum(batch.counts.skipped.values())
-    return seen, resident
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Lets the samples through."""
-    need_proc()
     with tempfile.TemporaryDirectory() as root:
         write_shards(Path(root))
         config = DataConfig(
@@ -90,7 +68,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             budget=Budgets({"image": 2048, "text": 4096}, max_examples=256),
             workers=1,
         )
-        seen, resident = watch(config, args.samples)
+        for batch in load_batches(pair_builder(config), config, 0):
+            if done >= len(seen) * args.samples / POINTS:
+                (worker,) = multiprocessing.active_children()
+                assert worker.pid is not None
+                seen.append(done)
+                resident.append(round(resident_mb("VmRSS", worker.pid), 1))
+            if done >= args.samples:
+                break
+            done += len(batch.ids) + sum(batch.counts.skipped.values())
     warm = POINTS // 10
     return {
         "samples": seen,
@@ -100,14 +86,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__)
-    parser.add_argument(
-        "--samples", type=at_least(2000), default=100_000, help="samples that pass through"
-    )
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    samples={"type": at_least(2000), "default": 100_000, "help": "samples that pass through"},
+)
 
 if __name__ == "__main__":
     main()

@@ -40,8 +40,8 @@ import torch.distributed as dist
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from benchmarks.command import command_line, default_device, run
-from benchmarks.measure import in_processes, in_turn, resident_mb
+from benchmarks.command import command, default_device
+from benchmarks.measure import in_processes, in_turn, resident_mb, synchronize
 from benchmarks.needs import need_proc
 from navit_clip.errors import UserError
 from navit_clip.losses.contrastive import softmax_contrastive_loss
@@ -108,7 +108,7 @@ def one_pass(case: Case, pairs: int, rank: int) -> Measured:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = float(torch.cuda.memory_allocated())
-        torch.cuda.synchronize()
+        synchronize()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
         before = resident_mb("VmRSS") * 2**20
@@ -117,8 +117,7 @@ def one_pass(case: Case, pairs: int, rank: int) -> Measured:
     begin = time.perf_counter()
     loss = loss_of(image, text, scale)
     loss.backward()
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() if cuda else resident_mb("VmHWM") * 2**20
     return Measured(seconds, peak - before, loss.item())
@@ -150,46 +149,42 @@ def measure_case(case: Case) -> Measured | None:
     with tempfile.TemporaryDirectory(prefix="benchmark-loss-") as directory:
         ranks = [(case, rank, directory) for rank in range(case.ranks)]
         found = in_processes(context, run_rank, ranks, str(case))
-    return _merge(found, seconds=max)
+    return _merge(found, max)
 
 
 def _merge(
-    found: Sequence[Measured | None], seconds: Callable[[list[float]], float]
+    found: Sequence[Measured | None], time_of: Callable[[Sequence[float]], float]
 ) -> Measured | None:
     """The largest memory and the mean loss of ranks or rounds; None if one had none."""
     complete = [one for one in found if one is not None]
     if len(complete) < len(found):
         return None
-    return Measured(
-        seconds([one.seconds for one in complete]),
-        max(one.extra for one in complete),
-        statistics.fmean(one.loss for one in complete),
-    )
-
-
-def measure_in_turn(cases: Sequence[Case], rounds: int) -> dict[str, Measured | None]:
-    """Median time and largest memory of each case over the rounds, by the name of its loss."""
-    measured = in_turn(
-        {case.loss: partial(measure_case, case) for case in cases}, rounds, warm_up=False
-    )
-    merged = {name: _merge(found, seconds=statistics.median) for name, found in measured.items()}
-    losses = [value.loss for value in merged.values() if value is not None]
-    tolerance = 1e-4 if cases[0].dtype == "float32" else 5e-2
-    if any(not math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
-        raise UserError(f"the losses of one batch differ: {losses}")
-    return merged
+    seconds, extra, losses = zip(*complete, strict=True)
+    return Measured(time_of(seconds), max(extra), statistics.fmean(losses))
 
 
 def compare(
     pairs: int, ranks: int, device: str, dtype: str, peers: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    """Fields of one size: this loss, each peer, and the ratios."""
-    cases = [Case(loss, pairs, ranks, device, dtype) for loss in (OURS, *peers)]
-    results = measure_in_turn(cases, rounds)
-    ours = results[OURS]
+    """Fields of one size: this loss, each peer, and the ratios.
+
+    Raises:
+        UserError: If the losses differ.
+    """
+    cases = {loss: Case(loss, pairs, ranks, device, dtype) for loss in (OURS, *peers)}
+    trials = {loss: partial(measure_case, case) for loss, case in cases.items()}
+    results = {
+        loss: _merge(found, statistics.median)
+        for loss, found in in_turn(trials, rounds, warm_up=False).items()
+    }
+    finished = {loss: found for loss, found in results.items() if found is not None}
+    losses = [found.loss for found in finished.values()]
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    if any(not math.isclose(loss, losses[0], rel_tol=tolerance) for loss in losses):
+        raise UserError(f"the losses of one batch differ: {losses}")
+    ours = finished.pop(OURS, None)
     if ours is None:
         return {"out_of_memory": True}
-    finished = {peer: found for peer in peers if (found := results[peer]) is not None}
     fields: dict[str, Any] = {
         "time_ratio": None,
         "memory_ratio": None,
@@ -239,13 +234,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "rounds")
-    parser.add_argument("--device", choices=("auto", *SIZES), default="auto")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pairs N, instead of the device's")
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    "rounds",
+    device={"choices": ("auto", *SIZES), "default": "auto"},
+    sizes={"type": int, "nargs": "+", "help": "pairs N, instead of the device's"},
+)
 
 if __name__ == "__main__":
     main()

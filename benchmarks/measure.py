@@ -20,35 +20,22 @@ from navit_clip.errors import UserError
 K = TypeVar("K")
 T = TypeVar("T")
 
+_TIMEOUT_S = 7200
+
 
 def in_turn(
     variants: Mapping[K, Callable[[], T]], rounds: int, *, warm_up: bool
 ) -> dict[K, list[T]]:
-    """What each variant returned in each round.
+    """What each variant returned in each round, without a first round that warms up.
 
     Each round runs every variant once, so that a machine that slows down slows all of them.
-
-    Args:
-        variants: What to run, by name.
-        rounds: Rounds that count.
-        warm_up: With one round before them that does not count.
     """
-    results: dict[K, list[T]] = {name: [] for name in variants}
-    for round_ in range(rounds + warm_up):
-        for name, variant in variants.items():
-            result = variant()
-            if round_ >= warm_up:
-                results[name].append(result)
-    return results
+    found = [{name: run() for name, run in variants.items()} for _ in range(warm_up + rounds)]
+    return {name: [one[name] for one in found[warm_up:]] for name in variants}
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, run in turn after a round that warms up.
-
-    Args:
-        variants: What to run, by name.
-        rounds: Measured rounds.
-    """
+def alternate(variants: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, float]:
+    """Median seconds of each variant, run in turn after a round that warms up."""
     timers = {name: partial(_seconds, variant) for name, variant in variants.items()}
     results = in_turn(timers, rounds, warm_up=True)
     return {name: statistics.median(seconds) for name, seconds in results.items()}
@@ -57,7 +44,14 @@ def alternate(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict
 def _seconds(variant: Callable[[], object]) -> float:
     begin = time.perf_counter()
     variant()
+    synchronize()
     return time.perf_counter() - begin
+
+
+def synchronize() -> None:
+    """Waits for what runs on a GPU, where one is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def flop_counter() -> FlopCounterMode:
@@ -84,26 +78,18 @@ def resident_mb(field: str, process: int | str = "self") -> float:
 
 
 def in_processes(
-    context: BaseContext,
-    work: Callable[..., T],
-    arguments: Sequence[Sequence[Any]],
-    what: str,
-    timeout_s: float = 3600,
+    context: BaseContext, work: Callable[..., T], arguments: Sequence[Sequence[Any]], what: str
 ) -> list[T]:
-    """Runs a function in new processes, all at once, one for each of the arguments.
+    """What a function returned in new processes, all at once, one for each of the arguments.
 
     Args:
         context: Of `multiprocessing`, how they are started.
         work: The function.
         arguments: Those of each process.
         what: It is called in errors.
-        timeout_s: Seconds after which they are ended.
-
-    Returns:
-        What each of them returned.
 
     Raises:
-        UserError: From the function; or if a process ended before, or took too long.
+        UserError: From the function; or if a process ended before, or took two hours.
     """
     ends, processes, results = [], [], []
     try:
@@ -117,8 +103,8 @@ def in_processes(
             ends.append(end)
             processes.append(process)
         for end in ends:
-            if not end.poll(timeout_s):
-                raise UserError(f"{what} took more than {timeout_s:.0f} s")
+            if not end.poll(_TIMEOUT_S):
+                raise UserError(f"{what} took more than {_TIMEOUT_S} s")
             result = end.recv()
             if isinstance(result, UserError):
                 raise result

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import command_line, run
+from benchmarks.command import command
 from benchmarks.pairs import read_samples
 from navit_clip.errors import UserError
 
@@ -29,33 +29,19 @@ _VERSIONS = (
 
 
 def need_projects(names: Iterable[str]) -> None:
-    """That the towers of these projects can be built.
-
-    Args:
-        names: Of `benchmarks.peers.PROJECTS`; only ``vit_pytorch`` need not be installed.
-
-    Raises:
-        UserError: If one cannot.
-    """
+    """Raises a `UserError` if towers of these `benchmarks.peers.PROJECTS` cannot be built."""
     if "vit_pytorch" in names and find_spec("vit_pytorch") is None:
         raise UserError("vit-pytorch is not installed: pip install -e '.[bench]'")
 
 
 def need_proc() -> None:
-    """That the memory of processes can be measured.
-
-    Raises:
-        UserError: Where there is no Linux.
-    """
+    """Raises a `UserError` where the memory of processes cannot be measured."""
     if not Path("/proc/self/clear_refs").exists():
         raise UserError("the memory of processes is measured on Linux only, from /proc")
 
 
 def need_peer(python: str) -> dict[str, str]:
-    """The versions of open_clip's trainer and loader and of what they run with.
-
-    Args:
-        python: Interpreter of their environment.
+    """The versions of open_clip's trainer and loader, and of their libraries, by this interpreter.
 
     Raises:
         UserError: If it does not have them, or a webdataset that they cannot use.
@@ -78,20 +64,13 @@ def need_peer(python: str) -> dict[str, str]:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Checks all of them.
-
-    Raises:
-        UserError: If something is missing.
-    """
+    """Checks all of them."""
     need_proc()
     need_projects(["vit_pytorch"])
     return {"open_clip": need_peer(args.peer_python), "photos": len(read_samples(args.shards))}
 
 
-def main() -> None:
-    """The command line."""
-    run(command_line(__doc__, "shards", "peer-python"), check)
-
+main = command(__doc__, check, "shards", "peer-python")
 
 if __name__ == "__main__":
     main()

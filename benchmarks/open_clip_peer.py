@@ -26,7 +26,7 @@ def train(models: str, *flags: str) -> None:
 
 
 def load(words: str) -> None:
-    """The loader, as often as asked."""
+    """The loader, once for each line of standard input."""
     # Libraries print to standard output, which is the answer's.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

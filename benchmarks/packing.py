@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from benchmarks.command import at_least, command_line, run
+from benchmarks.command import at_least, command
 from benchmarks.pairs import default_shards, samples_of
 from benchmarks.sizes import CONTEXT, PATCH
 from navit_clip.data.budgets import Budgets, PackingMode
@@ -108,12 +109,9 @@ def draw_lengths(
     return pairs[:count]
 
 
-Batches = Iterator[list[Lengths]]
-
-
 def with_packer(
     pairs: list[Lengths], budgets: Budgets, look_ahead: int, mode: PackingMode
-) -> Batches:
+) -> Iterator[list[Lengths]]:
     """The packer under test, on an endless stream: what is pending at the end is left."""
     packer: Packer[Lengths] = Packer(budgets, look_ahead, mode)
     for pair in pairs:
@@ -122,43 +120,45 @@ def with_packer(
             yield batch
 
 
-def first_fit(pairs: list[Lengths], budgets: Budgets, look_ahead: int) -> Batches:
+def first_fit(pairs: list[Lengths], budgets: Budgets, look_ahead: int) -> Iterator[list[Lengths]]:
     """Greedy first-fit: a pair that does not fit waits; the batch closes once many wait."""
-    batch: list[Lengths] = []
+    most = tuple(budgets.tokens.values())
+    arriving = iter(pairs)
     waiting: list[Lengths] = []
-    for pair in pairs:
-        _put(pair, batch, waiting, budgets)
-        while len(waiting) >= look_ahead:
-            yield batch
-            again, batch, waiting = waiting, [], []
-            for waited in again:
-                _put(waited, batch, waiting, budgets)
+    while True:
+        batch: list[Lengths] = []
+        used = np.zeros(2, int)
+        candidates, waiting = chain(waiting, arriving), []
+        for pair in candidates:
+            if (used + pair.lengths <= most).all():
+                batch.append(pair)
+                used += pair.lengths
+            else:
+                waiting.append(pair)
+            if len(waiting) == look_ahead:
+                break
+        else:
+            return
+        yield batch
 
 
-def _put(pair: Lengths, batch: list[Lengths], waiting: list[Lengths], budgets: Budgets) -> None:
-    image, text = (sum(tokens) for tokens in zip(*(p.lengths for p in (*batch, pair)), strict=True))
-    fits = image <= budgets.tokens["image"] and text <= budgets.tokens["text"]
-    (batch if fits else waiting).append(pair)
-
-
-def measure(packing: Batches, budgets: Budgets) -> dict[str, float]:
+def usage(packing: Iterator[list[Lengths]], budgets: Budgets, look_ahead: int) -> dict[str, float]:
     """Padding of both towers, pairs per batch, what was cut, and the packer's CPU time."""
     begin = time.process_time()
     batches = list(packing)
     seconds = time.process_time() - begin
     counts = np.array([len(batch) for batch in batches])
     packed = [pair for batch in batches for pair in batch]
-    image, text = (sum(tokens) for tokens in zip(*(p.lengths for p in packed), strict=True))
-    whole = sum(p.whole for p in packed)
+    image, text = np.sum([pair.lengths for pair in packed], axis=0).tolist()
     return {
         "image_padding": 1 - image / (budgets.tokens["image"] * len(batches)),
         "text_padding": 1 - text / (budgets.tokens["text"] * len(batches)),
         "pairs_mean": float(counts.mean()),
         "pairs_cv": float(counts.std() / counts.mean()),
-        "image_tokens_cut": 1 - image / whole,
+        "image_tokens_cut": 1 - image / sum(pair.whole for pair in packed),
         "image_budget": budgets.tokens["image"],
         "text_budget": budgets.tokens["text"],
-        "look_ahead": LOOK_AHEAD,
+        "look_ahead": look_ahead,
         "batches": len(batches),
         "us_per_pair": seconds / len(packed) * 1e6,
     }
@@ -194,11 +194,9 @@ def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
         "exact_without_room": (matching(), LOOK_AHEAD, "exact"),
         "constant": (matching(0.02, fixed), LOOK_AHEAD, "constant"),
     }
-    table = {
-        name: {**measure(with_packer(pairs, *mode), mode[0]), "look_ahead": mode[1]}
-        for name, mode in modes.items()
-    }
-    table["first_fit"] = measure(first_fit(pairs, matching(), LOOK_AHEAD), matching())
+    table = {name: usage(with_packer(pairs, *mode), *mode[:2]) for name, mode in modes.items()}
+    fitted = (matching(), LOOK_AHEAD)
+    table["first_fit"] = usage(first_fit(pairs, *fitted), *fitted)
     table["paper_rows_256"] = {"image_padding": row_padding((p.lengths[0] for p in pairs), ROW)}
     table["one_example_a_row"] = {
         "image_padding": 1 - image / ROW,
@@ -207,7 +205,7 @@ def compare(pairs: list[Lengths]) -> dict[str, dict[str, float]]:
     return table
 
 
-def run_all(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Without token drop and with it."""
     patterns = args.shards or default_shards()
     rng = np.random.default_rng(0)
@@ -226,15 +224,13 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "shards")
-    parser.add_argument(
-        # Enough to fill a few batches and the 256 open rows.
-        "--pairs", type=at_least(2000), default=60_000, help="pairs to pack"
-    )  # fmt: skip
-    run(parser, run_all)
-
+main = command(
+    __doc__,
+    measure,
+    "shards",
+    # Enough to fill a few batches and the 256 open rows.
+    pairs={"type": at_least(2000), "default": 60_000, "help": "pairs to pack"},
+)
 
 if __name__ == "__main__":
     main()

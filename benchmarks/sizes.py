@@ -20,15 +20,7 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class Widths:
-    """Architecture of both towers.
-
-    Attributes:
-        image: Width of the image tower.
-        image_depth: Its blocks.
-        text: Width of the text tower.
-        text_depth: Its blocks.
-        embed: Width of the shared space.
-    """
+    """Widths of the image tower, the text tower and the shared space, and the towers' blocks."""
 
     image: int
     image_depth: int

@@ -18,8 +18,8 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.command import command_line, run
-from benchmarks.comparison import WORKLOAD_FLAGS, Variant, Workload, compare, ratio, workload_of
+from benchmarks.command import command
+from benchmarks.comparison import WORKLOAD_FLAGS, Variant, compare, ratio
 from benchmarks.needs import need_projects
 
 OURS, DROP = Variant("navit_clip"), Variant("navit_clip", drop=0.5)
@@ -41,42 +41,35 @@ COMPARISONS = {
 }
 
 
-def measure_one(name: str, workload: Workload, precision: str, rounds: int) -> dict[str, Any]:
-    """One of `COMPARISONS`: the ratios, this project's fraction of the peak, the variants."""
-    ratios = {
-        field: pair if name == "bf16" else tuple(replace(v, precision=precision) for v in pair)
-        for field, pair in COMPARISONS[name].items()
-    }
-    variants = dict.fromkeys(variant for pair in ratios.values() for variant in pair)
-    results = compare(list(variants), workload, rounds)
-    return {
-        **{field: ratio(results[ours], results[peer]) for field, (ours, peer) in ratios.items()},
-        "peak_share": results[replace(OURS, precision=precision)]["peak_share"],
-        **{
-            v.name + (f"_{v.precision}" if v.precision != precision else ""): result
-            for v, result in results.items()
-        },
-    }
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The chosen comparisons, one after the other."""
     chosen = args.only or COMPARISONS
     need_projects(chosen)
     merged: dict[str, Any] = {}
     for name in chosen:
-        found = measure_one(name, workload_of(args), args.precision, args.rounds)
+        ratios = {
+            field: pair if name == "bf16" else [replace(v, precision=args.precision) for v in pair]
+            for field, pair in COMPARISONS[name].items()
+        }
+        variants = dict.fromkeys(variant for pair in ratios.values() for variant in pair)
+        results = compare(list(variants), args)
         # This project's results are those beside the first peer, each ratio its comparison's.
-        merged = {**found, **merged}
+        for field, (ours, peer) in ratios.items():
+            merged[field] = ratio(results[ours], results[peer])
+        own = results[replace(OURS, precision=args.precision)]
+        merged.setdefault("peak_share", own["peak_share"])
+        for variant, result in results.items():
+            other = "" if variant.precision == args.precision else f"_{variant.precision}"
+            merged.setdefault(variant.name + other, result)
     return merged
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, *WORKLOAD_FLAGS)
-    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), help="default: all")
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    *WORKLOAD_FLAGS,
+    only={"nargs": "+", "choices": tuple(COMPARISONS), "help": "default: all"},
+)
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.command import command_line, default_device, run
+from benchmarks.command import command, default_device
 from benchmarks.measure import alternate, flop_counter
 from benchmarks.sizes import PATCH, WIDTHS, Widths
 from navit_clip.data.builders.pairs import PairInputs
@@ -84,10 +84,6 @@ def _image(grid: tuple[int, int], rng: np.random.Generator) -> ImagePatches:
     return cut_patches(pixels, PATCH, np.arange(rows * columns))
 
 
-def _squares(side: int, images: int) -> tuple[tuple[int, int], ...]:
-    return ((side, side),) * images
-
-
 def _natural(tokens: int) -> tuple[tuple[int, int], ...]:
     """Images of sides ~ U(64, 256) and aspect ratios of photos until the stream is full."""
     rng = np.random.default_rng(0)
@@ -100,36 +96,26 @@ def _natural(tokens: int) -> tuple[tuple[int, int], ...]:
 
 
 def curves(fraction: float) -> dict[str, list[Point]]:
-    """The points of each curve.
-
-    Args:
-        fraction: Of the full tokens in each batch; lengths stay, at least one image is left.
-    """
+    """The points of each curve, with this fraction of the tokens but no shorter images or texts."""
 
     def scaled(number: float) -> int:
         return max(1, round(number * fraction))
 
     return {
         "image_side": [
-            Point(side, _squares(side // PATCH, scaled(4096 / (side // PATCH) ** 2)))
+            Point(side, ((side // PATCH,) * 2,) * scaled(4096 / (side // PATCH) ** 2))
             for side in SIDES
         ],
         "stream": [Point(tokens, _natural(scaled(tokens))) for tokens in STREAMS],
         "pairs": [
             Point(pairs, ((16, 512 // pairs),) * scaled(pairs), 1024 // pairs) for pairs in PAIRS
         ],
-        "caption": [Point(tokens, _squares(4, scaled(128)), tokens) for tokens in CAPTIONS],
+        "caption": [Point(tokens, ((4, 4),) * scaled(128), tokens) for tokens in CAPTIONS],
     }
 
 
 class Steps:
-    """The model and its optimiser, which all points share.
-
-    Args:
-        widths: Of both towers.
-        precision: ``fp32`` or ``bf16``.
-        device: Where it computes.
-    """
+    """The model and its optimiser, which all points share."""
 
     def __init__(self, widths: Widths, precision: Literal["fp32", "bf16"], device: str) -> None:
         torch.manual_seed(0)
@@ -149,10 +135,8 @@ class Steps:
         self._numbers = count()
 
     def take(self, batch: Batch[PairInputs]) -> None:
-        """One step; the loss is read, so it has been computed at the end."""
+        """One step."""
         self._stepper.step([batch.to(self.device)], next(self._numbers))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def count_flops(self, batch: Batch[PairInputs]) -> int:
         """Of one step, taken."""
@@ -162,42 +146,29 @@ class Steps:
 
 
 def measure_curve(points: list[Point], steps: Steps, rounds: int) -> dict[str, Any]:
-    """Steps at all points of a curve in turn.
-
-    Returns:
-        ``points`` with their results, and ``max_over_min`` of time per operation and per token.
-    """
-    batches = {str(point.x): point.batch() for point in points}
-    flops = {name: steps.count_flops(batch) for name, batch in batches.items()}
-
-    variants = {name: partial(steps.take, batch) for name, batch in batches.items()}
-    seconds = alternate(variants, rounds)
+    """Steps at all points of a curve in turn."""
+    batches = {point.x: point.batch() for point in points}
+    flops = {x: steps.count_flops(batch) for x, batch in batches.items()}
+    seconds = alternate({x: partial(steps.take, b) for x, b in batches.items()}, rounds)
     rows = []
-    for point in points:
-        name = str(point.x)
-        counts = batches[name].counts
-        image, text = (counts.streams[stream].tokens for stream in ("image", "text"))
+    for x, batch in batches.items():
+        tokens = {name: stream.tokens for name, stream in batch.counts.streams.items()}
         rows.append(
             {
-                "x": point.x,
-                "pairs": counts.examples,
-                "image_tokens": image,
-                "text_tokens": text,
-                "gflop": flops[name] / 1e9,
-                "seconds": seconds[name],
-                "ms_per_gflop": seconds[name] / flops[name] * 1e12,
-                "us_per_token": seconds[name] / (image + text) * 1e6,
+                "x": x,
+                "pairs": len(batch.ids),
+                **{f"{name}_tokens": number for name, number in tokens.items()},
+                "gflop": flops[x] / 1e9,
+                "seconds": seconds[x],
+                "ms_per_gflop": seconds[x] / flops[x] * 1e12,
+                "us_per_token": seconds[x] / sum(tokens.values()) * 1e6,
             }
         )
-    return {
-        "max_over_min": _spread([row["ms_per_gflop"] for row in rows]),
-        "max_over_min_per_token": _spread([row["us_per_token"] for row in rows]),
-        "points": rows,
-    }
-
-
-def _spread(values: list[float]) -> float:
-    return max(values) / min(values)
+    found: dict[str, Any] = {"points": rows}
+    for field, cost in (("", "ms_per_gflop"), ("_per_token", "us_per_token")):
+        costs = [row[cost] for row in rows]
+        found[f"max_over_min{field}"] = max(costs) / min(costs)
+    return found
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,14 +184,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {**ratios, "share": args.share, **found}
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, "size", "rounds", "precision", size="XS/16")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of each batch's pairs; more suits a GPU"
-    )
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    "rounds",
+    "precision",
+    size={"default": "XS/16"},
+    share={"type": float, "default": 1.0, "help": "of each batch's pairs; more suits a GPU"},
+)
 
 if __name__ == "__main__":
     main()

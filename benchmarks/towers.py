@@ -17,8 +17,8 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.command import command_line, run
-from benchmarks.comparison import WORKLOAD_FLAGS, Part, Variant, compare, ratio, workload_of
+from benchmarks.command import command
+from benchmarks.comparison import WORKLOAD_FLAGS, Part, Variant, compare, ratio
 from benchmarks.needs import need_projects
 
 PEERS: dict[Part, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         variants = [replace(tower, project=peer) for peer in peers if peer in args.peers]
         if args.compile:
             variants.insert(0, replace(tower, compiled=True))
-        found = compare([tower, *variants], workload_of(args), args.rounds)
+        found = compare([tower, *variants], args)
         ours = found[tower]
         for variant in variants:
             other = found[variant]
@@ -51,15 +51,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {**ratios, **results}
 
 
-def main() -> None:
-    """The command line."""
-    parser = command_line(__doc__, *WORKLOAD_FLAGS)
-    parser.add_argument("--compile", action="store_true", help="also this project's, compiled")
-    parser.add_argument(
-        "--peers", nargs="+", choices=PEERS["image"], default=PEERS["image"], help="default: all"
-    )
-    run(parser, measure)
-
+main = command(
+    __doc__,
+    measure,
+    *WORKLOAD_FLAGS,
+    compile={"action": "store_true", "help": "also this project's, compiled"},
+    peers={
+        "nargs": "+",
+        "choices": PEERS["image"],
+        "default": PEERS["image"],
+        "help": "default: all",
+    },
+)
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ from shard_factory import make_shards, sample, write_shard
 
 from benchmarks import comparison, end_to_end, needs, sweep, tables
 from benchmarks.command import read_results
-from benchmarks.comparison import Variant, Workload, compare
+from benchmarks.comparison import Variant, compare
 from benchmarks.pairs import draw_batches, read_samples
 from benchmarks.peers import PROJECTS
 from benchmarks.plot import draw
@@ -178,9 +178,9 @@ def test_samples_that_the_loader_skips_are_in_no_batch(tmp_path):
 
 
 def test_a_variant_that_cannot_run_is_one_line(shards):
-    workload = Workload("XS/16", pairs=2, batches=1, shards=(shards,))
+    workload = Namespace(size="XS/16", pairs=2, rounds=1, shards=[shards])
     with pytest.raises(UserError, match="OpenClip offers no compilation") as error:
-        compare([Variant("open_clip", compiled=True)], workload, rounds=1)
+        compare([Variant("open_clip", compiled=True)], workload)
     assert "\n" not in str(error.value)
 
 
@@ -263,27 +263,25 @@ def test_a_result_that_cannot_be_drawn_is_one_line(tmp_path):
         read_results(tmp_path, ["loss"])
 
 
-def test_our_trainer_end_to_end(shards, tmp_path):
+def test_our_trainer_end_to_end(shards):
     tars = sorted(str(path) for path in Path(shards).glob("*.tar"))
     args = Namespace(size="XS/16", pairs=3, steps=3, precision="fp32")
-    command = end_to_end.our_command(args, tars, end_to_end.find_budget(tars, 3), tmp_path)
-    assert end_to_end.run_command(command, tmp_path, "run/model/model.safetensors") > 0
-    found = end_to_end.read_ours(tmp_path)
+    found = end_to_end.train_ours(args, tars, end_to_end.find_budget(tars, 3))
+    assert found["seconds"] > 0
     assert found["pairs"] == 6  # of the second and third step
     assert found["padding"] == 0
     assert found["pairs_per_s"] > 0
     assert 0 <= found["data_wait"] < 1
 
 
-def test_the_peers_log_is_read_from_the_second_step_on(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/out.log").write_text(
+def test_the_peers_log_is_read_from_the_second_step_on():
+    log = (
         "now | INFO | Start epoch 0\n"
         "now | INFO | Train Epoch: 0 [ 8/24 (33%)] Data (t): 9.000 Batch (t): 10.000, 0.8/s\n"
         "now | INFO | Train Epoch: 0 [16/24 (67%)] Data (t): 0.500 Batch (t): 2.000, 4/s\n"
         "now | INFO | Train Epoch: 0 [24/24 (100%)] Data (t): 0.100 Batch (t): 1.000, 8/s\n"
     )
-    found = end_to_end.read_peer(tmp_path, 8)
+    found = end_to_end.read_peer(log, 8)
     assert found["pairs"] == 16
     assert math.isclose(found["pairs_per_s"], 16 / 3)
     assert math.isclose(found["data_wait"], 0.2)
@@ -292,6 +290,6 @@ def test_the_peers_log_is_read_from_the_second_step_on(tmp_path):
 def test_a_failing_trainer_is_one_line(tmp_path):
     command = [sys.executable, "-c", "print('first'); raise SystemExit('no such shards')"]
     with pytest.raises(UserError, match=r"failed with status 1: no such shards$"):
-        end_to_end.run_command(command, tmp_path, "weights")
+        end_to_end.run_trainer(command, tmp_path / "weights")
     with pytest.raises(UserError, match="--peer-python /nowhere/python does not run"):
         needs.need_peer("/nowhere/python")
