@@ -14,8 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,14 +47,15 @@ class Variant:
         part: ``step``: both towers, loss, backward pass and AdamW. ``image`` or ``text``: one
             tower forward and backward.
         drop: Mean token drop.
-        precision: ``fp32``, or ``bf16`` by autocast with float32 weights.
+        precision: ``fp32``, or ``bf16`` by autocast with float32 weights; the workload's if not
+            given.
         compiled: With what the project offers to compile compiled.
     """
 
     project: str
     part: Part = "step"
     drop: float = 0.0
-    precision: str = "fp32"
+    precision: str = ""
     compiled: bool = False
 
     @property
@@ -65,8 +67,8 @@ class Variant:
 
 
 def compare(
-    variants: Sequence[Variant], workload: argparse.Namespace
-) -> dict[Variant, dict[str, Any]]:
+    own: Variant, ratios: Mapping[str, tuple[Variant, Variant]], workload: argparse.Namespace
+) -> dict[str, Any]:
     """Runs all variants in turn, round after round.
 
     A trial is a new process, the only one at work and the only one with a model: beside others a
@@ -74,16 +76,19 @@ def compare(
     every batch to warm up, in which operations are counted, and then one on every batch, measured.
 
     Args:
-        variants: Distinct ones.
+        own: This project's, which is run whatever `ratios` there are.
+        ratios: Pairs of variants by the field that says how many times as fast the first is, the
+            median of the rounds': what slows a round slows both.
         workload: The values of `WORKLOAD_FLAGS`.
 
     Returns:
-        By variant: ``seconds`` a step, the median of the rounds, and ``rounds``, those of each;
-        ``pairs_per_s``, ``real_tokens_per_s`` (patches and caption tokens of the pairs as this
-        project's loader makes them; of a tower alone its own), ``flops_per_pair`` (matrix products
-        and attention, forward and backward; compiled code's cannot be counted and are NaN),
-        ``peak_share``, the median of the rounds' fractions of what a large matrix product reached
-        in them; ``peak_mb`` above what the process held before its first step.
+        The ratios, and by variant: ``seconds`` a step, the median of the rounds, and ``rounds``,
+        those of each; ``pairs_per_s``, ``real_tokens_per_s`` (patches and caption tokens of the
+        pairs as this project's loader makes them; of a tower alone its own), ``flops_per_pair``
+        (matrix products and attention, forward and backward; a compiled variant's are those of the
+        same one uncompiled, whose kernels can be counted), ``peak_share``, the median of the
+        rounds' fractions of what a large matrix product reached in them; ``peak_mb`` above what the
+        process held before its first step.
 
     Raises:
         UserError: If there are no photos, or a variant cannot run.
@@ -93,6 +98,12 @@ def compare(
         need_proc()
     threads = torch.get_num_threads()
     spawned = multiprocessing.get_context("spawn")
+
+    def settle(variant: Variant) -> Variant:
+        return replace(variant, precision=variant.precision or workload.precision)
+
+    pairs = {field: (settle(ours), settle(theirs)) for field, (ours, theirs) in ratios.items()}
+    variants = dict.fromkeys((settle(own), *chain.from_iterable(pairs.values())))
     with tempfile.TemporaryDirectory() as name:
         # Drawing holds more than a gigabyte of photos, so it has a process of its own, which has
         # ended when the first trial begins.
@@ -107,8 +118,21 @@ def compare(
             **{v.precision: partial(matmul_peak, device.type, v.precision) for v in variants},
             **{variant: partial(trial, variant) for variant in variants},
         }
-        results = in_turn(calls, workload.rounds, warm_up=False)
-    return {v: _summary(results[v], results[v.precision]) for v in variants}
+        trials = in_turn(calls, workload.rounds, warm_up=False)
+    results = {v: _summary(trials[v], trials[v.precision]) for v in variants}
+    found: dict[str, Any] = {}
+    for field, (ours, theirs) in pairs.items():
+        rounds = zip(results[ours]["rounds"], results[theirs]["rounds"], strict=True)
+        found[field] = statistics.median(slow / fast for fast, slow in rounds)
+    for variant, result in results.items():
+        if variant.compiled:
+            eager = results[replace(variant, compiled=False)]
+            flops = eager["flops_per_pair"]
+            reached = flops * result["pairs_per_s"] / eager["matmul_peak"]
+            result |= {"flops_per_pair": flops, "peak_share": reached}
+        other = "" if variant.precision == workload.precision else f"_{variant.precision}"
+        found[variant.name + other] = result
+    return found
 
 
 def _draw(workload: argparse.Namespace, files: Mapping[float, Path]) -> None:
@@ -117,12 +141,6 @@ def _draw(workload: argparse.Namespace, files: Mapping[float, Path]) -> None:
     for drop, path in files.items():
         batches = list(draw_batches(samples, workload.pairs, BATCHES, drop))
         path.write_bytes(pickle.dumps(batches))
-
-
-def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
-    """How many times as fast, the median of the rounds: what slows a round slows both."""
-    rounds = zip(ours["rounds"], theirs["rounds"], strict=True)
-    return statistics.median(peer / own for own, peer in rounds)
 
 
 def matmul_peak(device: str, precision: str) -> float:

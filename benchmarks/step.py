@@ -15,11 +15,10 @@ for its counted matrix products and attention; ``peak_mb`` is the memory above w
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 from benchmarks.command import command
-from benchmarks.comparison import WORKLOAD_FLAGS, Variant, compare, ratio
+from benchmarks.comparison import WORKLOAD_FLAGS, Variant, compare
 from benchmarks.needs import need_projects
 
 OURS, DROP = Variant("navit_clip"), Variant("navit_clip", drop=0.5)
@@ -37,7 +36,12 @@ COMPARISONS = {
         "ratio_vit_pytorch": (TOWER, Variant("vit_pytorch", "image")),
         "ratio_step_vit_pytorch": (OURS, Variant("vit_pytorch")),
     },
-    "bf16": {"ratio_bf16": (replace(OURS, precision="bf16"), OURS)},
+    "bf16": {
+        "ratio_bf16": (
+            Variant("navit_clip", precision="bf16"),
+            Variant("navit_clip", precision="fp32"),
+        )
+    },
 }
 
 
@@ -47,21 +51,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     need_projects(chosen)
     merged: dict[str, Any] = {}
     for name in chosen:
-        ratios = {
-            field: pair if name == "bf16" else [replace(v, precision=args.precision) for v in pair]
-            for field, pair in COMPARISONS[name].items()
-        }
-        variants = dict.fromkeys(variant for pair in ratios.values() for variant in pair)
-        results = compare(list(variants), args)
         # This project's results are those beside the first peer, each ratio its comparison's.
-        for field, (ours, peer) in ratios.items():
-            merged[field] = ratio(results[ours], results[peer])
-        own = results[replace(OURS, precision=args.precision)]
-        merged.setdefault("peak_share", own["peak_share"])
-        for variant, result in results.items():
-            other = "" if variant.precision == args.precision else f"_{variant.precision}"
-            merged.setdefault(variant.name + other, result)
-    return merged
+        merged = {**compare(OURS, COMPARISONS[name], args), **merged}
+    return {"peak_share": merged["navit_clip"]["peak_share"], **merged}
 
 
 main = command(

@@ -7,8 +7,7 @@ blocks compiled against the same ones eager, ``ratio_compile_*``.
 
 ``real_tokens_per_s`` and ``kb_per_token`` count the tokens that this project's loader makes of the
 pairs, whatever a project makes of them. ``kb_per_token`` is what the first pass needs above weights
-and batch, the gradients of the weights included. A compiled tower's operations are those of the
-eager one, whose kernels can be counted.
+and batch, the gradients of the weights included.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.command import command
-from benchmarks.comparison import WORKLOAD_FLAGS, Part, Variant, compare, ratio
+from benchmarks.comparison import WORKLOAD_FLAGS, Part, Variant, compare
 from benchmarks.needs import need_projects
 
 PEERS: dict[Part, tuple[str, ...]] = {
@@ -30,25 +29,18 @@ PEERS: dict[Part, tuple[str, ...]] = {
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Each tower of this project and those of the chosen peers that have one of their own."""
     need_projects(args.peers)
-    ratios: dict[str, float] = {}
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     for part, peers in PEERS.items():
-        tower = Variant("navit_clip", part, precision=args.precision)
-        variants = [replace(tower, project=peer) for peer in peers if peer in args.peers]
+        tower = Variant("navit_clip", part)
+        ratios = {
+            f"ratio_{peer}_{part}": (tower, replace(tower, project=peer))
+            for peer in peers
+            if peer in args.peers
+        }
         if args.compile:
-            variants.insert(0, replace(tower, compiled=True))
-        found = compare([tower, *variants], args)
-        ours = found[tower]
-        for variant in variants:
-            other = found[variant]
-            if variant.compiled:
-                ratios[f"ratio_compile_{part}"] = ratio(other, ours)
-                reached = ours["flops_per_pair"] * other["pairs_per_s"] / ours["matmul_peak"]
-                other |= {"flops_per_pair": ours["flops_per_pair"], "peak_share": reached}
-            else:
-                ratios[f"ratio_{variant.project}_{part}"] = ratio(ours, other)
-        results |= {variant.name: result for variant, result in found.items()}
-    return {**ratios, **results}
+            ratios[f"ratio_compile_{part}"] = (replace(tower, compiled=True), tower)
+        found |= compare(tower, ratios, args)
+    return found
 
 
 main = command(

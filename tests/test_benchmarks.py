@@ -178,9 +178,9 @@ def test_samples_that_the_loader_skips_are_in_no_batch(tmp_path):
 
 
 def test_a_variant_that_cannot_run_is_one_line(shards):
-    workload = Namespace(size="XS/16", pairs=2, rounds=1, shards=[shards])
+    workload = Namespace(size="XS/16", pairs=2, rounds=1, precision="fp32", shards=[shards])
     with pytest.raises(UserError, match="OpenClip offers no compilation") as error:
-        compare([Variant("open_clip", compiled=True)], workload)
+        compare(Variant("open_clip", compiled=True), {}, workload)
     assert "\n" not in str(error.value)
 
 
