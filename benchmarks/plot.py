@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,14 +35,7 @@ _CURVES = {
     "pairs": "pairs, at equal tokens",
     "caption": "tokens of a caption",
 }
-_OURS_COLOUR, _PEER_COLOUR, _INK, _GRID = "#2563eb", "#9ca3af", "#1f2328", "#e3e6ea"
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("font.size", "xtick.labelsize", "ytick.labelsize", "figure.titlesize"), 8),
-    **{"axes.titlesize": 9, "axes.labelsize": 8.5, "grid.color": _GRID, "axes.axisbelow": True},
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
-    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
-}
+_OURS_COLOUR, _PEER_COLOUR = "#2563eb", "#9ca3af"
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -53,7 +46,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """
     bars = [panel for panel in _BARS if panel[0] in results]
     count = bool(bars) + ("sweep" in results)
-    with rc_context(_STYLE):
+    with style.context(("seaborn-v0_8-whitegrid", "seaborn-v0_8-paper")):
         figure = Figure(figsize=(11, 3.2 * count), dpi=150, layout="constrained")
         rows = figure.subfigures(count, 1, squeeze=False)[:, 0]
         try:
@@ -66,13 +59,12 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 panels[0].set_ylabel("ms per GFLOP")
                 for axes, (name, label) in zip(panels, _CURVES.items(), strict=True):
                     _draw_curve(axes, results["sweep"][name], label)
-            figure.suptitle(
-                "\n".join(
-                    f"{name}: {result['size']} {result['precision']}, {result['made']['machine']}, "
-                    f"torch {result['made']['versions']['torch']}"
-                    for name, result in results.items()
-                )
-            )
+            titles = [
+                f"{name}: {result['size']} {result['precision']}, {result['made']['machine']}, "
+                f"torch {result['made']['versions']['torch']}"
+                for name, result in results.items()
+            ]
+            figure.suptitle("\n".join(titles), size=8)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"a result lacks {error}: run its benchmark again") from error
         save_figure(figure, path)
@@ -95,7 +87,7 @@ def _draw_bars(axes: Axes, result: dict[str, Any], title: str, part: str) -> Non
     axes.margins(x=0.6)  # room for the labels
     axes.invert_yaxis()
     axes.set_title(f"{title}: pairs per second")
-    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
 
 
 def _draw_curve(axes: Axes, curve: dict[str, Any], label: str) -> None:
@@ -107,7 +99,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], label: str) -> None:
     axes.set_ylim(0, 1.1 * max(costs))
     axes.set_xlabel(label)
     axes.set_title(f"max/min {curve['max_over_min']:.2f}")
-    axes.grid(axis="y")
+    axes.grid(visible=False, axis="x")
 
 
 def main() -> None:
