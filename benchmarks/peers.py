@@ -91,6 +91,10 @@ class Ours(Towers):
         return self.clip.text_projection(self.clip.text(batch.texts))
 
 
+# Images as the project takes them, and int64 [E, 77] token ids, zeros after the end.
+Slots = tuple[Any, Tensor]
+
+
 class _OpenClipText(Towers):
     """Towers of which captions go through open_clip's text tower, padded to 77 slots."""
 
@@ -99,7 +103,7 @@ class _OpenClipText(Towers):
         self.clip = open_clip.CLIP(**widths.open_clip_config())
         self.scale = self.clip.logit_scale
 
-    def embed_texts(self, batch: tuple[Any, Tensor]) -> Tensor:
+    def embed_texts(self, batch: Slots) -> Tensor:
         """All 77 slots."""
         return self.clip.encode_text(batch[1])
 
@@ -107,12 +111,12 @@ class _OpenClipText(Towers):
 class OpenClip(_OpenClipText):
     """open_clip's CLIP: 224×224 squares and 77 slots."""
 
-    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> tuple[Tensor, Tensor]:
-        """[E, 3, 224, 224] and [E, 77]."""
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Slots:
+        """Images [E, 3, 224, 224]."""
         squares = torch.stack([real.pixels(SQUARE, SQUARE) for real in pairs])
         return squares.to(device), _text_slots(pairs).to(device)
 
-    def embed_images(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def embed_images(self, batch: Slots) -> Tensor:
         """196 patches and a class token each."""
         return self.clip.encode_image(batch[0])
 
@@ -132,9 +136,7 @@ class TimmNaFlex(_OpenClipText):
         )
         self.tower = NaFlexVit(config, num_classes=widths.embed)
 
-    def prepare(
-        self, pairs: Sequence[RealPair], device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Slots:
         """Buckets of as many images, each padded to its longest."""
         by_length = sorted(pairs, key=lambda real: real.pair.lengths[0])
         size = -(-len(by_length) // BUCKETS)
@@ -142,7 +144,7 @@ class TimmNaFlex(_OpenClipText):
         images = [_padded(bucket, device) for bucket in buckets]
         return images, _text_slots(by_length).to(device)
 
-    def embed_images(self, batch: tuple[list[dict[str, Tensor]], Tensor]) -> Tensor:
+    def embed_images(self, batch: Slots) -> Tensor:
         """Bucket after bucket."""
         return torch.cat([self.tower(bucket) for bucket in batch[0]])
 
@@ -170,9 +172,7 @@ class VitPytorch(_OpenClipText):
             mlp_dim=4 * widths.image,
         )
 
-    def prepare(
-        self, pairs: Sequence[RealPair], device: torch.device
-    ) -> tuple[list[list[Tensor]], Tensor]:
+    def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Slots:
         """Rows of at most 1,024 tokens, filled first-fit from the longest down."""
         rows: list[list[RealPair]] = []
         for real in sorted(pairs, key=lambda real: -real.pair.lengths[0]):
@@ -185,7 +185,7 @@ class VitPytorch(_OpenClipText):
         images = [[_native(real).to(device) for real in row] for row in rows]
         return images, _text_slots([real for row in rows for real in row]).to(device)
 
-    def embed_images(self, batch: tuple[list[list[Tensor]], Tensor]) -> Tensor:
+    def embed_images(self, batch: Slots) -> Tensor:
         """Row after row."""
         return self.tower(batch[0])
 
@@ -199,7 +199,6 @@ PROJECTS: dict[str, Callable[[Widths], Towers]] = {
 
 
 def _text_slots(pairs: Sequence[RealPair]) -> Tensor:
-    """int64 [E, 77] token ids, zeros after the end."""
     captions = [real.pair.token_ids for real in pairs]
     return torch.tensor([ids + [0] * (CONTEXT - len(ids)) for ids in captions])
 

@@ -34,7 +34,7 @@ from navit_clip.data.patches import cut_patches
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
-from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from navit_clip.training.ema import EMAConfig
@@ -70,18 +70,14 @@ class Point:
     def batch(self) -> Batch[PairInputs]:
         """Random pixels and ids, the same ones at every call."""
         rng = np.random.default_rng(0)
-        images = pack_images([_image(grid, rng) for grid in self.grids])
+        sizes = [(rows * PATCH, columns * PATCH, 3) for rows, columns in self.grids]
+        pixels = (rng.integers(0, 256, size, dtype=np.uint8) for size in sizes)
+        images = pack_images([cut_patches(image, PATCH) for image in pixels])
         texts = pack_texts(rng.integers(0, VOCABULARY, (len(self.grids), self.caption)).tolist())
         lengths = {"image": images.segments.num_tokens, "text": texts.segments.num_tokens}
         streams = {name: StreamCounts(n, n, n, n) for name, n in lengths.items()}
         ids = tuple(map(str, range(len(self.grids))))
         return Batch(PairInputs(images, texts), ids, BatchCounts(len(ids), streams))
-
-
-def _image(grid: tuple[int, int], rng: np.random.Generator) -> ImagePatches:
-    rows, columns = grid
-    pixels = rng.integers(0, 256, (rows * PATCH, columns * PATCH, 3), dtype=np.uint8)
-    return cut_patches(pixels, PATCH, np.arange(rows * columns))
 
 
 def _natural(tokens: int) -> tuple[tuple[int, int], ...]:
