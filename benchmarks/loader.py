@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,9 +46,6 @@ from navit_clip.errors import UserError
 PEER = {"image_size": SQUARE, "batch_size": 64}
 PEER_SCRIPT = Path(__file__).with_name("open_clip_peer.py")
 
-# Reads the data once; images per second of CPU time.
-Epoch = Callable[[], float]
-
 
 class PlainImage:
     """Pillow as one would write it down, with the interface of `EncodedImage`."""
@@ -64,10 +61,12 @@ class PlainImage:
         return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -> Epoch:
-    """Epochs of so many images, to the next full batch, through this pipeline.
+def packed_epochs(
+    shards: list[str], images: int, decoder: type = sample.EncodedImage
+) -> Callable[[], float]:
+    """Reads so many images at each call, to the next full batch; images per second of CPU time.
 
-    Each goes on where the last one ended; `decoder` takes the place of `EncodedImage`.
+    Goes on where the last call ended; `decoder` takes the place of `EncodedImage`.
     """
     config = DataConfig(
         train=shards, resolution=ResolutionConfig(min_side=MIN_SIDE, max_side=MAX_SIDE), workers=0
@@ -76,7 +75,7 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
 
     def once() -> float:
         count = 0
-        with mock.patch.object(sample, "EncodedImage", decoder or sample.EncodedImage):
+        with mock.patch.object(sample, "EncodedImage", decoder):
             begin = time.process_time()
             while count < images:
                 count += len(next(batches).ids)
@@ -85,9 +84,8 @@ def packed_epochs(shards: list[str], images: int, decoder: type | None = None) -
     return once
 
 
-@contextmanager
-def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[Epoch]:
-    """Epochs through open_clip's loader in a subprocess of this interpreter."""
+def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[float]:
+    """Images per second of each epoch through open_clip's loader, which `python` runs."""
     settings = {"shards": shards, "images": images, "context_length": CONTEXT, **PEER}
     with subprocess.Popen(
         [python, str(PEER_SCRIPT), "load", json.dumps(settings)],
@@ -98,19 +96,14 @@ def open_clip_epochs(python: str, shards: list[str], images: int) -> Iterator[Ep
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def once() -> float:
-            requests.write("epoch\n")
-            requests.flush()
-            line = answers.readline()
+        while True:
+            process.stdin.write("epoch\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
             if not line:
                 raise UserError(f"open_clip's loader failed under {python}, its message is above")
             answer = json.loads(line)
-            return answer["images"] / answer["seconds"]
-
-        yield once
-        requests.close()
+            yield answer["images"] / answer["seconds"]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,13 +114,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     shards = expand_shards(args.shards or [COCO])
     images = sum(1 for _ in samples_of(shards))
-    with open_clip_epochs(args.peer_python, shards, images) as open_clip:
-        loaders = {
-            "ours": packed_epochs(shards, images),
-            "open_clip": open_clip,
-            "pil": packed_epochs(shards, images, PlainImage),
-        }
-        results = in_turn(loaders, args.rounds, warm_up=True)
+    loaders: dict[str, Callable[[], float]] = {
+        "ours": packed_epochs(shards, images),
+        "open_clip": partial(next, open_clip_epochs(args.peer_python, shards, images)),
+        "pil": packed_epochs(shards, images, PlainImage),
+    }
+    results = in_turn(loaders, args.rounds, warm_up=True)
     rates = {name: statistics.median(found) for name, found in results.items()}
     return {
         **{f"{name}_images_per_s": rate for name, rate in rates.items()},

@@ -70,10 +70,9 @@ def read_photos(patterns: list[str]) -> list[Photo]:
     photos = []
     for sample in samples_of(patterns):
         with suppress(SkipSampleError):
-            image = EncodedImage(find_image(sample.members))
-            captions = find_captions(sample.members, "json.captions") or find_captions(
-                sample.members, "txt"
-            )
+            members = sample.members
+            image = EncodedImage(find_image(members))
+            captions = find_captions(members, "json.captions") or find_captions(members, "txt")
             lengths = [len(tokenizer.encode(caption, CONTEXT)) for caption in captions]
             if lengths:
                 photos.append(Photo(image.height, image.width, lengths))

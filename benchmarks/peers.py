@@ -32,15 +32,9 @@ ROW_TOKENS = 1024  # of vit-pytorch's rows
 
 
 class Towers(nn.Module):
-    """One project's towers.
+    """One project's towers."""
 
-    Attributes:
-        scale: The logarithm of the factor on similarities.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.66))
+    scale: Tensor  # the logarithm of the factor on similarities
 
     @abstractmethod
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Any:
