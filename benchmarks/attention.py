@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.command import at_least, command, default_device
+from benchmarks.command import command, default_device
 from benchmarks.measure import alternate
 from benchmarks.sizes import HEAD_WIDTH
+from navit_clip.commands import number
 from navit_clip.models.attention import segment_attention
 from navit_clip.packed.segments import Segments
 
@@ -72,7 +73,7 @@ main = command(
     measure,
     "precision",
     rounds={"default": 5},
-    segments={"type": at_least(1), "default": 64, "help": "images in the stream"},
+    segments={"type": number(1), "default": 64, "help": "images in the stream"},
 )
 
 if __name__ == "__main__":

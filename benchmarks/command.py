@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.sizes import WIDTHS
+from navit_clip.commands import number
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.files import reading, write_output
 
@@ -30,17 +31,6 @@ RESULTS = Path(__file__).with_name("out")
 # Of the flags, those on which the results depend and that each file of results holds.
 _FACTS = ("size", "precision", "pairs", "steps", "rounds")
 _LIBRARIES = ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of flags: whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least:,}, got {value:,}")
-        return value
-
-    return number
 
 
 def default_device() -> str:
@@ -85,9 +75,9 @@ def command(
 def _shared_flags() -> dict[str, dict[str, Any]]:
     return {
         "output": {"type": Path, "help": "JSON file to write"},
-        "rounds": {"type": at_least(1), "default": 3, "help": "measured rounds"},
+        "rounds": {"type": number(1), "default": 3, "help": "measured rounds"},
         "size": {"choices": tuple(WIDTHS), "default": "S/16", "help": "of the towers"},
-        "pairs": {"type": at_least(1), "default": 64, "help": "pairs a step"},
+        "pairs": {"type": number(1), "default": 64, "help": "pairs a step"},
         "precision": {
             "choices": ("fp32", "bf16"),
             "default": "bf16" if torch.cuda.is_available() else "fp32",

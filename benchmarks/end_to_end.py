@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import at_least, command, default_device
+from benchmarks.command import command, default_device
 from benchmarks.comparison import WORKLOAD_FLAGS
 from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
@@ -47,6 +47,7 @@ from benchmarks.pairs import (
     read_samples,
 )
 from benchmarks.sizes import CONTEXT, WIDTHS
+from navit_clip.commands import number
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 
@@ -220,7 +221,7 @@ main = command(
     "peer-python",
     rounds={"default": 2},
     steps={
-        "type": at_least(2),
+        "type": number(2),
         "default": 8,
         "help": "of each training; the first is not counted",
     },

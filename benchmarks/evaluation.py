@@ -28,10 +28,11 @@ from open_clip import IMAGENET_CLASSNAMES, SIMPLE_IMAGENET_TEMPLATES
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.command import at_least, command
+from benchmarks.command import command
 from benchmarks.measure import alternate
 from benchmarks.pairs import REAL_DATA, samples_of
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE, WIDTHS
+from navit_clip.commands import number
 from navit_clip.data.decode import IMAGE_EXTENSIONS, EncodedImage, find_image
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -98,8 +99,8 @@ class Packed:
 
     def images(self, photos: EvalDataset, tokens: int) -> Embedded:
         """Decodes, sizes and embeds."""
-        looks = [(self.model, [EvalSetting("capped", tokens)])]
-        (data,) = embed_dataset(looks, photos, ALONE, workers=0)
+        models = [(self.model, [EvalSetting("capped", tokens)])]
+        (data,) = embed_dataset(models, photos, ALONE, workers=0)
         return data
 
     def classes(self, names: Sequence[str]) -> Tensor:
@@ -195,9 +196,9 @@ main = command(
     measure,
     "rounds",
     data={"type": Path, "default": REAL_DATA, "help": f"folder of {', '.join(SETS)}"},
-    images={"type": at_least(1), "default": 48, "help": "photos, evenly from all"},
-    classes={"type": at_least(1), "default": 40, "help": "ImageNet's classes, of 1,000"},
-    threads={"type": at_least(1), "default": 1, "help": "of torch, for both sides"},
+    images={"type": number(1), "default": 48, "help": "photos, evenly from all"},
+    classes={"type": number(1), "default": 40, "help": "ImageNet's classes, of 1,000"},
+    threads={"type": number(1), "default": 1, "help": "of torch, for both sides"},
 )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.command import at_least, command
+from benchmarks.command import command
 from benchmarks.measure import resident_mb
 from benchmarks.needs import need_proc
 from benchmarks.pairs import pair_builder
+from navit_clip.commands import number
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 main = command(
     __doc__,
     measure,
-    samples={"type": at_least(2000), "default": 100_000, "help": "samples that pass through"},
+    samples={"type": number(2000), "default": 100_000, "help": "samples that pass through"},
 )
 
 if __name__ == "__main__":

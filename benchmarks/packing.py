@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import at_least, command
+from benchmarks.command import command
 from benchmarks.pairs import default_shards, samples_of
 from benchmarks.sizes import CONTEXT, PATCH
+from navit_clip.commands import number
 from navit_clip.data.budgets import Budgets, PackingMode
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, find_image
@@ -228,7 +229,7 @@ main = command(
     measure,
     "shards",
     # Enough to fill a few batches and the 256 open rows.
-    pairs={"type": at_least(2000), "default": 60_000, "help": "pairs to pack"},
+    pairs={"type": number(2000), "default": 60_000, "help": "pairs to pack"},
 )
 
 if __name__ == "__main__":
