@@ -190,7 +190,6 @@ def embed_dataset(
         num_workers=workers,
         # A worker decodes its next block while the last one is embedded, and holds no more.
         prefetch_factor=1 if workers else None,
-        collate_fn=_as_it_is,
     )
     done: list[_Done] = []
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
@@ -308,11 +307,6 @@ def fail_together(ranks: Ranks) -> Iterator[None]:
         failures.append(str(error))
     if failures := ranks.gather(failures):
         raise UserError(failures[0])
-
-
-def _as_it_is(block: Any) -> Any:
-    """Keeps the loader from turning tuples into lists and arrays into tensors."""
-    return block
 
 
 def _progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:

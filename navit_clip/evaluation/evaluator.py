@@ -22,7 +22,7 @@ from torch import Tensor
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
-from navit_clip.evaluation.breakdown import Measure, by_aspect, by_size
+from navit_clip.evaluation.breakdown import Measure, break_down
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import (
@@ -288,6 +288,5 @@ def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measur
         padding=data.padding[setting],
         flops_per_image=flops / len(lengths),
         metrics=measure(torch.arange(len(lengths))),
-        by_aspect=by_aspect(data.sizes, measure),
-        by_size=by_size(data.sizes, measure),
+        breakdowns=break_down(data.sizes, measure),
     )

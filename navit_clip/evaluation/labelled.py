@@ -6,7 +6,7 @@ classes. What the data calls its classes is settled by `labels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +89,8 @@ def _class_folders(root: Path, class_map: ClassMap | None) -> Labelled:
         if _images(entries):
             raise UserError(f"{root} holds images but no class folders: give --labels FILE as well")
         raise UserError(f"no image in class folders under {root}: expected {root}/CLASS/*.jpg")
-    if class_map is None:
-        # An empty class still has its name and its place.
-        return _numbered(images, [folder.name for folder in folders])
-    return _mapped(images, class_map, "class folder")
+    # An empty class still has its name and its place.
+    return _labelled(images, class_map, "class folder", [folder.name for folder in folders])
 
 
 def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
@@ -111,18 +109,18 @@ def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
         images.append((path, label))
     if not any(path.is_file() for path, _ in images):
         raise UserError(f"no image that {file} names is in {root}: check --data and --labels")
-    if class_map is not None:
-        return _mapped(images, class_map, "label")
-    if all(is_index(label) for _, label in images):
-        return _labelled(images, {label: (int(label),) for _, label in images})
-    return _numbered(images, sorted({label for _, label in images}))
+    if class_map is None and all(is_index(label) for _, label in images):
+        class_map = ClassMap("index")
+    return _labelled(images, class_map, "label", sorted({label for _, label in images}))
 
 
-def _numbered(images: Sequence[tuple[Path, str]], names: list[str]) -> Labelled:
-    return _labelled(images, {name: (index,) for index, name in enumerate(names)}, names)
-
-
-def _mapped(images: Sequence[tuple[Path, str]], class_map: ClassMap, what: str) -> Labelled:
+def _labelled(
+    images: Sequence[tuple[Path, str]], class_map: ClassMap | None, what: str, names: list[str]
+) -> Labelled:
+    """Images with their classes: by the map, or without one by their place among the names."""
+    folders = names if class_map is None else None
+    if class_map is None:
+        class_map = ClassMap(what, {name: (index,) for index, name in enumerate(names)})
     found = {name: class_map.find(name) for name in dict.fromkeys(name for _, name in images)}
     known = {name: classes for name, classes in found.items() if classes is not None}
     if unknown := [name for name in found if name not in known]:
@@ -133,17 +131,9 @@ def _mapped(images: Sequence[tuple[Path, str]], class_map: ClassMap, what: str) 
         raise UserError(f"{what} {unknown[0]!r}{more} is not in class map {class_map.name}: {fix}")
     if not any(known.values()):
         raise UserError(f"class map {class_map.name} leaves out every {what}")
-    return _labelled([(path, name) for path, name in images if known[name]], known)
-
-
-def _labelled(
-    images: Sequence[tuple[Path, str]],
-    indices: Mapping[str, tuple[int, ...]],
-    folders: list[str] | None = None,
-) -> Labelled:
-    classes = [indices[name] for _, name in images]
-    present = frozenset(index for found in classes for index in found)
-    return Labelled(FileDataset([path for path, _ in images], classes), folders, present)
+    kept = [(path, known[name]) for path, name in images if known[name]]
+    dataset = FileDataset([path for path, _ in kept], [classes for _, classes in kept])
+    return Labelled(dataset, folders, frozenset(i for _, classes in kept for i in classes))
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:

@@ -16,6 +16,11 @@ from typing import Any
 
 from navit_clip.evaluation.settings import EvalSetting
 
+BREAKDOWNS = {
+    "by_aspect": "aspect ratio (long side : short side)",
+    "by_size": "size (side in pixels of a square of the same area)",
+}
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -104,8 +109,7 @@ class Row:
         padding: Fraction of the computed tokens that is padding, if known.
         flops_per_image: Forward FLOPs of an image, if known.
         metrics: By key, in the order of tables.
-        by_aspect: Groups by aspect ratio.
-        by_size: Groups by native size.
+        breakdowns: Groups by aspect ratio and by native size, see `BREAKDOWNS`.
         per_class: Accuracy by class, if measured.
         confusions: The worst classes, if measured.
     """
@@ -118,8 +122,7 @@ class Row:
     padding: float | None
     flops_per_image: float | None
     metrics: dict[str, float]
-    by_aspect: tuple[Group, ...] = ()
-    by_size: tuple[Group, ...] = ()
+    breakdowns: dict[str, tuple[Group, ...]] = field(default_factory=dict)
     per_class: dict[str, float] = field(default_factory=dict)
     confusions: tuple[Confusion, ...] = ()
 
@@ -254,7 +257,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
             }
             for confusion in row.confusions
         ]
-    for name, groups in (("by_aspect", row.by_aspect), ("by_size", row.by_size)):
+    for name, groups in row.breakdowns.items():
         entry[name] = [
             {"label": group.label, "images": group.images, **_nest(group.metrics)}
             for group in groups
@@ -267,13 +270,6 @@ def _row_from_json(
 ) -> Row:
     """Parts that results of earlier versions lack may be missing."""
     kind, label = entry["view"], str(entry["label"])
-    aspect, size = (
-        tuple(
-            Group(str(g["label"]), int(g["images"]), _read_metrics(g, metrics))
-            for g in entry.get(name) or ()
-        )
-        for name in ("by_aspect", "by_size")
-    )
     return Row(
         model=model,
         series=series,
@@ -283,8 +279,13 @@ def _row_from_json(
         padding=_optional(entry.get("padding")),
         flops_per_image=_optional(entry.get("flops_per_image")),
         metrics=_read_metrics(entry, metrics),
-        by_aspect=aspect,
-        by_size=size,
+        breakdowns={
+            name: tuple(
+                Group(str(g["label"]), int(g["images"]), _read_metrics(g, metrics))
+                for g in entry.get(name) or ()
+            )
+            for name in BREAKDOWNS
+        },
         per_class={str(k): float(v) for k, v in (entry.get("per_class") or {}).items()},
         confusions=tuple(
             Confusion(

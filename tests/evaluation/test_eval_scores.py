@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shard_factory import CAPTIONS
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation.breakdown import by_aspect, by_size
+from navit_clip.evaluation.breakdown import break_down
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.embed import Embedded, embed_texts
 from navit_clip.evaluation.labelled import Labelled
@@ -258,17 +258,18 @@ def indices_of(index):
 def test_every_image_is_in_the_group_of_its_shape_and_size(sizes):
     bounds = {"1-1.1": (1, 1.1), "1.1-1.4": (1.1, 1.4), "1.4-1.6": (1.4, 1.6), "1.6-2": (1.6, 2)}
     bounds[">2"] = (2, math.inf)
-    for group in by_aspect(sizes, indices_of):
+    found = break_down(sizes, indices_of)
+    for group in found["by_aspect"]:
         low, high = bounds[group.label]
         for i in group.metrics:
             assert low <= max(sizes[i]) / min(sizes[i]) < high
     lows = {"<128": 0, "<224": 128, "<320": 224, "<448": 320, "<640": 448, ">=640": 640}
     highs = [*list(lows.values())[1:], math.inf]
-    for group in by_size(sizes, indices_of):
+    for group in found["by_size"]:
         for i in group.metrics:
             side = (sizes[i][0] * sizes[i][1]) ** 0.5
             assert lows[group.label] <= side < highs[list(lows).index(group.label)]
-    for groups in (by_aspect(sizes, indices_of), by_size(sizes, indices_of)):
+    for groups in found.values():
         indices = [i for group in groups for i in group.metrics]
         assert sorted(indices) == list(range(len(sizes)))
         assert all(group.images == len(group.metrics) > 0 for group in groups)

@@ -36,14 +36,14 @@ def test_rows_hold_what_the_result_says(kind):
         if kind == "zeroshot":
             assert list(row.metrics) == ["top1", "top5", "mean_per_class", "ece"]
             assert row.metrics["top1"] == entry["top1"]
-            assert row.by_aspect[1].metrics == {
+            assert row.breakdowns["by_aspect"][1].metrics == {
                 "top1": entry["by_aspect"][1]["top1"],
                 "top5": entry["by_aspect"][1]["top5"],
             }
         else:
             assert row.metrics["image_to_text/R@5"] == entry["image_to_text"]["R@5"]
             assert row.metrics["text_to_image/median_rank"] == 3.5
-            group = row.by_size[0].metrics
+            group = row.breakdowns["by_size"][0].metrics
             assert group["text_to_image/R@1"] == entry["by_size"][0]["text_to_image"]["R@1"]
     assert read.own is read.rows[0]
     compared = "classes" if kind == "zeroshot" else "captions"

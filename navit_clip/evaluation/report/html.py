@@ -11,14 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from navit_clip.evaluation.report.charts import COLOURS, curve_svgs, reliability_svg
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.results import EvalResult, Group, Metric, Row, percent
+from navit_clip.evaluation.results import BREAKDOWNS, EvalResult, Group, Metric, Row, percent
 from navit_clip.files import write_output
 
 _PACKAGES = ("navit-clip", "torch", "open_clip_torch", "pillow")
-_BREAKDOWNS = (
-    ("aspect ratio (long side : short side)", "by_aspect"),
-    ("size (side in pixels of a square of the same area)", "by_size"),
-)
 
 
 def write_report(
@@ -71,9 +67,9 @@ def _breakdowns(
     for key, metric in result.headline.items():
         first.setdefault(metric.group, (key, metric))
     for key, metric in first.values():
-        for title, attribute in _BREAKDOWNS:
-            rows = [row for row in result.rows if getattr(row, attribute)]
-            by_label = [{g.label: g for g in getattr(row, attribute)} for row in rows]
+        for name, title in BREAKDOWNS.items():
+            rows = [row for row in result.rows if row.breakdowns.get(name)]
+            by_label = [{g.label: g for g in row.breakdowns[name]} for row in rows]
             labels = {label: group for groups in by_label for label, group in groups.items()}
             cells = []
             for label, group in labels.items():
