@@ -50,6 +50,7 @@ _VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
     _GRID: "var(--rule)",
     _PAPER: "var(--paper)",
 }
+_TOOLTIP = "tooltip: "  # begins the identifier of what the page shows a text for
 _LOG_FROM = 3.0  # ratio of largest to smallest from which a cost axis is logarithmic
 # Places of a label beside its point: offset in points of 1/72 inch, and how text aligns.
 _SIDES = (
@@ -182,13 +183,12 @@ def curve_svgs(result: EvalResult) -> list[Markup]:
         if lines:
             with rc_context(_STYLE):
                 figure = _figure(4.4, 2.8)
-                tooltips: list[str] = []
                 axes = figure.subplots()
-                _draw_panel(axes, lines, name, tooltips)
+                _draw_panel(axes, lines, name)
                 figure.canvas.draw()
                 _label_settings(axes, lines)
                 metrics = " and ".join(dict.fromkeys(line.metric.name for line in lines))
-                charts.append(_to_svg(figure, f"{metrics} by {name}", tooltips))
+                charts.append(_to_svg(figure, f"{metrics} by {name}"))
     return charts
 
 
@@ -204,19 +204,18 @@ def reliability_svg(bins: Sequence[Bin]) -> Markup:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=_SOFT, ls="--", lw=1)
         axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=COLOURS[0])
-        tooltips = []
-        for number, one in enumerate(bins):
-            size = 3 + 10 * (one.images / most) ** 0.5
-            axes.plot(one.confidence, one.accuracy, "o", ms=size, gid=_gid(number), alpha=0.75,
-                      color=COLOURS[0], mew=0, clip_on=False)  # fmt: skip
-            tooltips.append(
+        for one in bins:
+            text = (
                 f"{one.images:,} images: confidence {one.confidence:.1%}, right {one.accuracy:.1%}"
             )
+            size = 3 + 10 * (one.images / most) ** 0.5
+            axes.plot(one.confidence, one.accuracy, "o", ms=size, gid=_TOOLTIP + text, alpha=0.75,
+                      color=COLOURS[0], mew=0, clip_on=False)  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (across) and accuracy (up)")
         axes.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.5, 1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        return _to_svg(figure, "Accuracy by confidence", tooltips)
+        return _to_svg(figure, "Accuracy by confidence")
 
 
 def _figure(width: float, height: float, dpi: int = 72) -> Figure:
@@ -225,13 +224,8 @@ def _figure(width: float, height: float, dpi: int = 72) -> Figure:
     return figure
 
 
-def _draw_panel(
-    axes: Axes, lines: Sequence[Line], name: str, tooltips: list[str] | None = None
-) -> None:
-    """Draws lines over the cost `name`, without the names of settings.
-
-    `tooltips` gets a text for each point; None is for a picture, which has none.
-    """
+def _draw_panel(axes: Axes, lines: Sequence[Line], name: str) -> None:
+    """Draws lines over the cost `name`, without the names of settings."""
     axes.set_xlabel(name)
     if not lines:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center")
@@ -243,14 +237,9 @@ def _draw_panel(
         if line.dashed:
             look["mfc"] = _PAPER
         for row, (x, y) in zip(line.rows, line.points, strict=True):
-            gid = None
-            if tooltips is not None:
-                gid = _gid(len(tooltips))
-                tooltips.append(
-                    f"{row.model} at {row.setting.label}: {line.metric.name} "
-                    f"{line.metric.format(y)}, {x:,.4g} {name}"
-                )
-            axes.plot(x, y, gid=gid, **look)
+            value = f"{line.metric.name} {line.metric.format(y)}"
+            text = f"{row.model} at {row.setting.label}: {value}, {x:,.4g} {name}"
+            axes.plot(x, y, gid=_TOOLTIP + text, **look)
             if row.is_own:
                 axes.plot(x, y, **_RING)
     costs, values = zip(*(point for line in lines for point in line.points), strict=True)
@@ -325,7 +314,7 @@ def _label_settings(axes: Axes, lines: Sequence[Line]) -> None:
                 label.remove()
 
 
-def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
+def _to_svg(figure: Figure, title: str) -> Markup:
     """The figure as an element of the page: its colours and font, and no identifiers but links'."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -334,8 +323,7 @@ def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg, count=1)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    for number, text in enumerate(tooltips):
-        svg = svg.replace(f'<g id="{_gid(number)}">', f"<g><title>{escape(text)}</title>", 1)
+    svg = re.sub(rf'<g id="{_TOOLTIP}([^"]*)">', r"<g><title>\1</title>", svg)
     # Identifiers of groups would be ambiguous in a page of several charts.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     # In the font of the page; which of the two forms it is depends on matplotlib's version.
@@ -345,10 +333,6 @@ def _to_svg(figure: Figure, title: str, tooltips: Sequence[str]) -> Markup:
         svg = svg.replace(colour, variable)
     label = f'<svg role="img" aria-label="{escape(title)}" '
     return Markup(svg.strip().replace("<svg ", label, 1))
-
-
-def _gid(number: int) -> str:
-    return f"tooltip-{number}"
 
 
 def _look(series: int) -> dict[str, Any]:
