@@ -8,6 +8,8 @@ one batched `scaled_dot_product_attention`, of views alone, without a copy of q,
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,42 +60,32 @@ def segment_attention(
     if causal and segments_q.lengths != segments_k.lengths:
         # The backends would align the triangle at different corners.
         raise ValueError("causal attention needs the same segments for queries and keys")
-    dtype = v_SHD.dtype
-    if q_THD.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
-    if q_THD.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    half = v_SHD.dtype in (torch.bfloat16, torch.float16)
+    if half and q_THD.is_cuda:
+        # Imported here: the module asks for a flash-attention build, which a CPU wheel may lack.
+        from torch.nn.attention.varlen import varlen_attn
+
+        out_THD = varlen_attn(
+            q_THD,
+            k_SHD,
+            v_SHD,
+            segments_q.offsets,
+            segments_k.offsets,
+            segments_q.max_length,
+            segments_k.max_length,
+            window_size=(-1, 0) if causal else (-1, -1),
+        )
+        assert isinstance(out_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
+        return out_THD
+    if half and q_THD.device.type == "cpu":
         # The CPU kernel takes twice as long backward in half precision, although its matrix
         # products are faster (benchmarks/LOG.md).
-        q_THD, k_SHD, v_SHD = q_THD.float(), k_SHD.float(), v_SHD.float()
         with torch.autocast("cpu", enabled=False):
-            out_THD = _by_groups(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
-        return out_THD.to(dtype)
+            out_THD = _by_groups(
+                q_THD.float(), k_SHD.float(), v_SHD.float(), segments_q, segments_k, causal
+            )
+        return out_THD.to(v_SHD.dtype)
     return _by_groups(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
-
-
-def _varlen(
-    q_THD: Tensor,
-    k_SHD: Tensor,
-    v_SHD: Tensor,
-    segments_q: Segments,
-    segments_k: Segments,
-    causal: bool,
-) -> Tensor:
-    # Imported here: the module asks for a flash-attention build, which a CPU wheel may lack.
-    from torch.nn.attention.varlen import varlen_attn
-
-    out_THD = varlen_attn(
-        q_THD,
-        k_SHD,
-        v_SHD,
-        segments_q.offsets,
-        segments_k.offsets,
-        segments_q.max_length,
-        segments_k.max_length,
-        window_size=(-1, 0) if causal else (-1, -1),
-    )
-    assert isinstance(out_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
-    return out_THD
 
 
 def _by_groups(
@@ -104,7 +96,10 @@ def _by_groups(
     segments_k: Segments,
     causal: bool,
 ) -> Tensor:
-    groups = _shared_groups(segments_q, segments_k)
+    examples = segments_q.num_examples
+    lengths = zip(segments_q.lengths[:examples], segments_k.lengths[:examples], strict=True)
+    # Neighbours equally long on both sides: query length, key length, count.
+    groups = [(*pair, len(list(same))) for pair, same in groupby(lengths)]
     sizes_q = [count * length for length, _, count in groups] + [segments_q.padding]
     sizes_k = [count * length for _, length, count in groups] + [segments_k.padding]
     # split, not slicing: the backward of a slice writes a gradient of the full size each.
@@ -124,21 +119,3 @@ def _by_groups(
         outputs.append(out_EHLD.transpose(1, 2).flatten(0, 1))
     outputs.append(torch.zeros_like(blocks_q[-1]))
     return torch.cat(outputs)
-
-
-def _shared_groups(segments_q: Segments, segments_k: Segments) -> list[tuple[int, int, int]]:
-    """Neighbouring examples equally long on both sides: (query length, key length, count)."""
-    if segments_q is segments_k:
-        return [(length, length, count) for length, count in segments_q.equal_length_groups]
-    shared: list[tuple[int, int, int]] = []
-    groups_q = list(segments_q.equal_length_groups[::-1])
-    groups_k = list(segments_k.equal_length_groups[::-1])
-    while groups_q:
-        (length_q, count_q), (length_k, count_k) = groups_q.pop(), groups_k.pop()
-        count = min(count_q, count_k)
-        shared.append((length_q, length_k, count))
-        if count_q > count:
-            groups_q.append((length_q, count_q - count))
-        if count_k > count:
-            groups_k.append((length_k, count_k - count))
-    return shared

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -85,14 +84,6 @@ class Segments(Movable):
     def max_length(self) -> int:
         """Tokens of the longest segment, 0 without any."""
         return max(self.lengths, default=0)
-
-    @cached_property
-    def equal_length_groups(self) -> tuple[tuple[int, int], ...]:
-        """Neighbouring examples of equal length as (length, count), padding left out."""
-        return tuple(
-            (length, len(list(group)))
-            for length, group in groupby(self.lengths[: self.num_examples])
-        )
 
     @cached_property
     def ids(self) -> Tensor:

@@ -94,7 +94,7 @@ def check(
 SELF_LENGTHS = [
     (1,),
     (7,),
-    (1, 1, 1),
+    (1, 1, 1),  # with a padding as long as an example, and yet of no group
     (3, 3, 3, 3),  # one group
     (5, 2, 5, 1, 9),  # no two alike
     (2, 2, 6, 6, 6, 2, 1, 1),  # groups, unsorted

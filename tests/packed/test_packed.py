@@ -38,12 +38,6 @@ class TestSegments:
         assert offsets.dtype == torch.int32
         assert offsets.tolist() == [0, 3, 4, 6] + [6 + padding] * bool(padding)
 
-    @pytest.mark.parametrize("padding", [0, 4])
-    def test_groups_are_neighbours_of_equal_length(self, padding):
-        segments = Segments.from_lengths([4, 4, 1, 4, 2, 2, 2], padding=padding)
-        # The padding is as long as an example here, and yet of no group.
-        assert segments.equal_length_groups == ((4, 2), (1, 1), (4, 1), (2, 3))
-
     @pytest.mark.parametrize("padding", [0, 3])
     def test_without_padding_keeps_the_examples(self, padding):
         stripped = Segments.from_lengths([2, 5], padding=padding).without_padding()
@@ -62,7 +56,6 @@ class TestSegments:
     def test_no_example_at_all(self):
         segments = Segments.from_lengths([], padding=3)
         assert (segments.num_examples, segments.num_real_tokens, segments.padding) == (0, 0, 3)
-        assert segments.equal_length_groups == ()
         assert Segments.from_lengths([]).max_length == 0
         assert Segments.from_lengths([]).ids.tolist() == []
 
