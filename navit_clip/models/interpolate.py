@@ -13,7 +13,7 @@ up to all: the weights are dense, and a matrix product adds them up.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,6 @@ SMOOTH_CUBIC = -0.5
 SHARP_CUBIC = -0.75
 
 
-class AxisWeights(NamedTuple):
-    """Which places of one axis each token reads, and their weights.
-
-    Attributes:
-        nodes_TK: int64 [T, K] places on the axis; None where they are all S of them, in order.
-        weights_TK: [T, K] their weights, which add up to 1.
-    """
-
-    nodes_TK: Tensor | None
-    weights_TK: Tensor
-
-
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of coordinates and weights for tables of `dtype`, float32 at least.
 
@@ -46,71 +34,46 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def resized_axis(
-    table_SC: Tensor,
-    index_T: Tensor,
-    side_T: Tensor,
-    interpolation: Interpolation,
-    *,
-    antialias: bool,
-) -> Tensor:
-    """Rows of a table resized from its S rows to `side_T` rows.
-
-    Args:
-        table_SC: [S, C] float.
-        index_T: Integer [T] row wanted, from 0 to its side - 1.
-        side_T: Integer [T] rows of the resized table.
-        interpolation: ``bilinear`` (linear on one axis) or ``bicubic``.
-        antialias: Widen the kernel where the side is shorter than the table.
-
-    Returns:
-        [T, C] in the table's precision.
-    """
-    dtype = exact_dtype(table_SC.dtype)
-    axis = axis_weights(
-        index_T, side_T, len(table_SC), interpolation, antialias=antialias, dtype=dtype
-    )
-    return _weighted_sums(table_SC, axis)
-
-
-def resized_square(
+def resized(
     table_QC: Tensor,
-    coords_T2: Tensor,
-    sides_T2: Tensor,
+    coords_TA: Tensor,
+    sides_TA: Tensor,
     interpolation: Interpolation,
     *,
     antialias: bool,
 ) -> Tensor:
-    """Cells of a square table resized from its S × S cells to the grid in `sides_T2`.
+    """Cells of a table of one axis, or of a square one, resized to the grid in `sides_TA`.
 
     Args:
-        table_QC: [S·S, C] float, row by row.
-        coords_T2: Integer [T, 2] row and column wanted.
-        sides_T2: Integer [T, 2] rows and columns of the resized table.
-        interpolation: ``bilinear`` or ``bicubic``.
+        table_QC: [S, C] or [S·S, C] float, a square row by row.
+        coords_TA: Integer [T, 1] or [T, 2] cell wanted: its place on each axis, from 0 to the
+            side - 1.
+        sides_TA: Integer, likewise: sides of the resized table.
+        interpolation: ``bilinear`` (linear on one axis) or ``bicubic``.
         antialias: Widen the kernel on each axis where the side is shorter than the table's.
 
     Returns:
-        [T, C] in the table's precision.
+        [T, C] in the table's precision; added up in float32 at least.
     """
-    length = round(len(table_QC) ** 0.5)
-    dtype = exact_dtype(table_QC.dtype)
-    row, column = (
-        axis_weights(
-            coords_T2[:, axis],
-            sides_T2[:, axis],
-            length,
-            interpolation,
-            antialias=antialias,
-            dtype=dtype,
-        )
-        for axis in (0, 1)
+    length = round(len(table_QC) ** (1 / coords_TA.shape[1]))
+    exact = table_QC.to(exact_dtype(table_QC.dtype))
+    (nodes, weights), *columns = (
+        axis_weights(*axis, length, interpolation, antialias=antialias, dtype=exact.dtype)
+        for axis in zip(coords_TA.unbind(1), sides_TA.unbind(1), strict=True)
     )
-    weights = (row.weights_TK[:, :, None] * column.weights_TK[:, None, :]).flatten(1)
-    nodes: Tensor | None = None
-    if row.nodes_TK is not None and column.nodes_TK is not None:
-        nodes = (row.nodes_TK[:, :, None] * length + column.nodes_TK[:, None, :]).flatten(1)
-    return _weighted_sums(table_QC, AxisWeights(nodes, weights))
+    for column_nodes, column_weights in columns:
+        weights = (weights[:, :, None] * column_weights[:, None, :]).flatten(1)
+        if nodes is not None:
+            assert column_nodes is not None
+            nodes = (nodes[:, :, None] * length + column_nodes[:, None, :]).flatten(1)
+    if nodes is not None:
+        # One kernel and no [T, C] tensor for each neighbour, forward or backward.
+        sums = F.embedding_bag(nodes, exact, mode="sum", per_sample_weights=weights)
+    else:
+        # Autocast would round table and weights to bfloat16, also where a weight is 1.
+        with torch.autocast(exact.device.type, enabled=False):
+            sums = weights @ exact
+    return sums.to(table_QC.dtype)
 
 
 def axis_weights(
@@ -121,7 +84,7 @@ def axis_weights(
     *,
     antialias: bool,
     dtype: torch.dtype,
-) -> AxisWeights:
+) -> tuple[Tensor | None, Tensor]:
     """The weights of an axis of `length` places, resized to each token's side.
 
     Distances are quotients of exact integers: a float32 coordinate would lose digits that a table
@@ -132,9 +95,13 @@ def axis_weights(
         index_T: Integer [T] wanted place on the resized axis.
         side_T: Integer [T] places of the resized axis.
         length: S, places of the table.
-        interpolation: As for `resized_axis`.
-        antialias: As for `resized_axis`.
+        interpolation: As for `resized`.
+        antialias: As for `resized`.
         dtype: Precision of the weights.
+
+    Returns:
+        int64 [T, K] places that each token reads, None where they are all S of them, in order; and
+        [T, K] their weights, which add up to 1.
     """
     side_T1 = side_T.long()[:, None]
     # Twice the centre of the resized place, in units of 1 / side of a place of the table.
@@ -145,14 +112,14 @@ def axis_weights(
         # Shrunk, the kernel is as much wider as the table is longer.
         reach_T1 = 2 * side_T1.clamp(min=length)
         weights = _kernel(distance.to(dtype) / reach_T1, interpolation, SMOOTH_CUBIC)
-        return AxisWeights(None, weights / weights.sum(1, keepdim=True))
+        return None, weights / weights.sum(1, keepdim=True)
     doubled = centre_T1 - side_T1
     below_T1 = torch.div(doubled, 2 * side_T1, rounding_mode="floor")
     above_T1 = (doubled - below_T1 * 2 * side_T1).to(dtype) / (2 * side_T1)
     taps = (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2)
     near = torch.tensor(taps, device=index_T.device)
     weights = _kernel(above_T1 - near, interpolation, SHARP_CUBIC)
-    return AxisWeights((below_T1 + near).clamp(0, length - 1), weights)
+    return (below_T1 + near).clamp(0, length - 1), weights
 
 
 def _kernel(distance: Tensor, interpolation: Interpolation, cubic: float) -> Tensor:
@@ -163,16 +130,3 @@ def _kernel(distance: Tensor, interpolation: Interpolation, cubic: float) -> Ten
     inner = ((cubic + 2) * x - (cubic + 3)) * x * x + 1
     outer = ((x - 5) * x + 8) * x * cubic - 4 * cubic
     return torch.where(x < 1, inner, torch.where(x < 2, outer, 0))
-
-
-def _weighted_sums(table: Tensor, axis: AxisWeights) -> Tensor:
-    """[T, C]: rows of the table, weighted; added up in float32 at least."""
-    exact = table.to(axis.weights_TK.dtype)
-    if axis.nodes_TK is not None:
-        # One kernel and no [T, C] tensor for each neighbour, forward or backward.
-        sums = F.embedding_bag(axis.nodes_TK, exact, mode="sum", per_sample_weights=axis.weights_TK)
-    else:
-        # Autocast would round table and weights to bfloat16, also where a weight is 1.
-        with torch.autocast(table.device.type, enabled=False):
-            sums = axis.weights_TK @ exact
-    return sums.to(table.dtype)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
-from navit_clip.models.interpolate import Interpolation, exact_dtype, resized_axis, resized_square
+from navit_clip.models.interpolate import Interpolation, exact_dtype, resized
 
 ANY_SIDE = 1 << 20  # the limit of positions relative to the side, which have none
 TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
@@ -86,11 +86,7 @@ class PositionConfig:
 
 def build_position(config: PositionConfig, width: int) -> nn.Module:
     """The module for `config`: (coords [T, 2], sides [T, 2]) to embeddings [T, width]."""
-    if config.kind == "learned_2d":
-        return Learned2D(config.table_side, width)
-    if config.kind == "learned_1d":
-        return Interpolated1D(config, width)
-    return Factorised(config, width)
+    return (Factorised if config.kind == "factorised" else SquareTable)(config, width)
 
 
 class Factorised(nn.Module):
@@ -103,8 +99,8 @@ class Factorised(nn.Module):
         self.combine = config.combine
         self.keep_aspect = config.coordinates == "interpolated" and config.keep_aspect
         axis_width = width // 2 if config.combine == "stack" else width
-        self.row = _axis(config, axis_width)
-        self.column = _axis(config, axis_width)
+        axis = FourierAxis if config.embedding == "fourier" else TableAxis
+        self.row, self.column = axis(config, axis_width), axis(config, axis_width)
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """Embeds patch coordinates.
@@ -127,31 +123,12 @@ class Factorised(nn.Module):
         return torch.cat([row, column], dim=-1)
 
 
-def _axis(config: PositionConfig, width: int) -> nn.Module:
-    if config.embedding == "fourier":
-        return FourierAxis(config, width)
-    if config.embedding == "sinusoidal":
-        return TableAxis(config, sinusoids(config.table_side, width), learned=False)
-    table = torch.empty(config.table_side, width)
-    if config.combine == "product":
-        # A product of two small tables would start near zero and hardly move: start near one.
-        nn.init.normal_(table, mean=1.0, std=TABLE_STD)
-    else:
-        nn.init.normal_(table, std=TABLE_STD)
-    return TableAxis(config, table, learned=True)
-
-
 def sinusoids(length: int, width: int) -> Tensor:
     """[length, width] sines and cosines at geometric wavelengths from 2π to 20,000π."""
     half = (width + 1) // 2
     frequency = 10_000.0 ** (-torch.arange(half) / half)
     angle = torch.arange(length)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
-
-
-def _exact(index: Tensor, like: Tensor) -> Tensor:
-    """Integers as floats of `like`'s precision, float32 at least."""
-    return index.to(exact_dtype(like.dtype))
 
 
 def _longer_sides(sides_T2: Tensor) -> Tensor:
@@ -162,25 +139,31 @@ def _longer_sides(sides_T2: Tensor) -> Tensor:
 class TableAxis(nn.Module):
     """One axis from a table: by index, by linear interpolation if fractional, or resized."""
 
-    def __init__(self, config: PositionConfig, table: Tensor, *, learned: bool) -> None:
+    table: Tensor
+
+    def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
-        self.coordinates = config.coordinates
-        self.interpolation = config.interpolation
-        self.antialias = config.antialias
-        if learned:
-            self.table = nn.Parameter(table)
-        else:
+        self.config = config
+        if config.embedding == "sinusoidal":
+            table = sinusoids(config.table_side, width)
             self.register_buffer("table", table, persistent=False)
+        else:
+            self.table = nn.Parameter(torch.empty(config.table_side, width))
+            # A product of two small tables would start near zero and hardly move: start near one.
+            mean = 1.0 if config.combine == "product" else 0.0
+            nn.init.normal_(self.table, mean, TABLE_STD)
 
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""
-        if self.coordinates == "absolute":
+        config = self.config
+        if config.coordinates == "absolute":
             return F.embedding(index_T, self.table)
-        if self.coordinates == "interpolated":
-            return resized_axis(
-                self.table, index_T, side_T, self.interpolation, antialias=self.antialias
+        if config.coordinates == "interpolated":
+            coords_T1, sides_T1 = index_T[:, None], side_T[:, None]
+            return resized(
+                self.table, coords_T1, sides_T1, config.interpolation, antialias=config.antialias
             )
-        position_T = _exact(index_T, self.table) / side_T * (len(self.table) - 1)
+        position_T = index_T.to(exact_dtype(self.table.dtype)) / side_T * (len(self.table) - 1)
         below = position_T.long()
         weight = (position_T - below)[:, None].to(self.table.dtype)
         # The highest fraction is below one, so the upper neighbour exists.
@@ -208,31 +191,13 @@ class FourierAxis(nn.Module):
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""
         side = side_T if self.table_side is None else self.table_side
-        fraction_T = _exact(index_T, self.frequency) / side
+        fraction_T = index_T.to(exact_dtype(self.frequency.dtype)) / side
         angle = 2 * math.pi * fraction_T[:, None] * self.frequency
         return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.frequency.dtype)
 
 
-class Learned2D(nn.Module):
-    """One learned vector per (row, column), as Pix2Struct."""
-
-    def __init__(self, table_side: int, width: int) -> None:
-        super().__init__()
-        self.table_side = table_side
-        self.table = nn.Parameter(torch.empty(table_side * table_side, width))
-        nn.init.normal_(self.table, std=TABLE_STD)
-
-    def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
-        """[T, 2] integers to [T, C]."""
-        return F.embedding(coords_T2[:, 0] * self.table_side + coords_T2[:, 1], self.table)
-
-
-class Interpolated1D(nn.Module):
-    """ViT's learned table of a square grid, resized to each image's grid.
-
-    Agrees with `F.interpolate` of the square table, but is computed over all patches at once,
-    whatever image they belong to.
-    """
+class SquareTable(nn.Module):
+    """One learned vector per (row, column): as it is (Pix2Struct), or resized to a grid (ViT)."""
 
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
@@ -242,12 +207,11 @@ class Interpolated1D(nn.Module):
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """[T, 2] integers to [T, C]."""
-        if self.config.keep_aspect:
+        config = self.config
+        if config.kind == "learned_2d":
+            return F.embedding(coords_T2[:, 0] * config.table_side + coords_T2[:, 1], self.table)
+        if config.keep_aspect:
             sides_T2 = _longer_sides(sides_T2)
-        return resized_square(
-            self.table,
-            coords_T2,
-            sides_T2,
-            self.config.interpolation,
-            antialias=self.config.antialias,
+        return resized(
+            self.table, coords_T2, sides_T2, config.interpolation, antialias=config.antialias
         )

@@ -17,9 +17,8 @@ from navit_clip.models.position import (
     ANY_SIDE,
     Factorised,
     FourierAxis,
-    Interpolated1D,
-    Learned2D,
     PositionConfig,
+    SquareTable,
     build_position,
 )
 
@@ -87,7 +86,7 @@ def test_factorised_is_a_function_of_row_and_of_column(config):
 
 def test_learned_2d_is_one_vector_per_cell():
     module = build(PositionConfig("learned_2d", table_side=9))
-    assert isinstance(module, Learned2D)
+    assert isinstance(module, SquareTable)
     coords, sides = all_patches(GRIDS)
     table = module.table.unflatten(0, (9, 9))
     expected = torch.stack([table[row][column] for row, column in coords.tolist()])
@@ -98,7 +97,7 @@ def test_learned_2d_is_one_vector_per_cell():
 @pytest.mark.parametrize("grid", [(1, 1), (5, 5), (3, 8), (1, 20), (30, 2), (14, 14), (6, 5)])
 def test_learned_1d_is_bilinear_interpolation_of_the_square_table(side, grid):
     module = build(PositionConfig("learned_1d", table_side=side))
-    assert isinstance(module, Interpolated1D)
+    assert isinstance(module, SquareTable)
     square = module.table.T.unflatten(1, (side, side))[None]
     expected = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
     expected = expected[0].flatten(1).T
