@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
-from navit_clip.models.linear import linear
+from navit_clip.models.linear import Linear
 from navit_clip.models.text_tower import TextTower, TextTowerConfig
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.texts import PackedTexts
@@ -160,7 +160,7 @@ class CLIP(nn.Module):
 def _projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
-    return linear(width, embed_dim, bias=kind == "affine")
+    return Linear(width, embed_dim, bias=kind == "affine")
 
 
 def _unit(x_ED: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -35,8 +33,7 @@ class LengthSums(NamedTuple):
     @classmethod
     def of(cls, lengths: Sequence[int]) -> LengthSums:
         """Sums over examples of the given lengths in tokens."""
-        array = np.asarray(lengths, dtype=np.int64)
-        return cls(len(array), int(array.sum()), int(array @ array))
+        return cls(len(lengths), sum(lengths), sum(length**2 for length in lengths))
 
     def longer(self, added: int) -> LengthSums:
         """Sums over the same examples with so many more tokens each."""
@@ -67,36 +64,25 @@ def encoder_flops(config: EncoderConfig, sums: LengthSums) -> int:
     return config.depth * (2 * weights * sums.tokens + 4 * width * sums.squares)
 
 
-def image_tower_flops(config: ImageTowerConfig, embed_dim: int, sums: LengthSums) -> TowerFlops:
-    """Forward FLOPs of the image tower for images of so many patches each.
+def tower_flops(
+    config: ImageTowerConfig | TextTowerConfig, embed_dim: int, sums: LengthSums
+) -> TowerFlops:
+    """Forward FLOPs of a tower for images of so many patches, or captions of so many tokens, each.
 
     Args:
         config: The tower's architecture.
         embed_dim: Width of the shared space; 0 without a projection.
-        sums: Sums over the images' lengths in patches, class token and registers left out.
+        sums: Sums over the examples' lengths, class token and registers left out.
     """
-    width = config.encoder.width
+    width, embed, added = config.encoder.width, 0, 0
+    if isinstance(config, ImageTowerConfig):
+        embed = 2 * 3 * config.patch_size**2 * width * sums.tokens
+        added = (config.pooling == "cls") + config.registers
     return TowerFlops(
-        2 * 3 * config.patch_size**2 * width * sums.tokens,
-        encoder_flops(config.encoder, sums.longer((config.pooling == "cls") + config.registers)),
+        embed,
+        encoder_flops(config.encoder, sums.longer(added)),
         _pooling_flops(config.encoder, config.pooling, sums),
         2 * width * embed_dim * sums.examples,
-    )
-
-
-def text_tower_flops(config: TextTowerConfig, embed_dim: int, sums: LengthSums) -> TowerFlops:
-    """Forward FLOPs of the text tower for captions of so many tokens each.
-
-    Args:
-        config: The tower's architecture.
-        embed_dim: Width of the shared space; 0 without a projection.
-        sums: Sums over the captions' lengths.
-    """
-    return TowerFlops(
-        0,
-        encoder_flops(config.encoder, sums),
-        _pooling_flops(config.encoder, config.pooling, sums),
-        2 * config.encoder.width * embed_dim * sums.examples,
     )
 
 
@@ -115,20 +101,20 @@ def image_flops(config: ImageTowerConfig, embed_dim: int, tokens: int) -> int:
 
     A projection is counted whether a model has one or not (below 0.1%).
     """
-    return sum(image_tower_flops(config, embed_dim, LengthSums.of([tokens])))
+    return sum(tower_flops(config, embed_dim, LengthSums.of([tokens])))
 
 
 def forward_flops(
     config: CLIPConfig, images: LengthSums, texts: LengthSums
 ) -> dict[str, TowerFlops]:
     """Forward FLOPs of both towers, ``image`` and ``text``, for one batch."""
-    embed_dims = {
-        name: 0 if kind == "none" else config.embed_dim
-        for name, kind in (("image", config.image_projection), ("text", config.text_projection))
-    }
+    image_dim, text_dim = (
+        0 if kind == "none" else config.embed_dim
+        for kind in (config.image_projection, config.text_projection)
+    )
     return {
-        "image": image_tower_flops(config.image, embed_dims["image"], images),
-        "text": text_tower_flops(config.text, embed_dims["text"], texts),
+        "image": tower_flops(config.image, image_dim, images),
+        "text": tower_flops(config.text, text_dim, texts),
     }
 
 

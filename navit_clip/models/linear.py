@@ -22,7 +22,25 @@ _MIN_WEIGHT = 1 << 18
 
 
 class Linear(nn.Linear):
-    """A linear layer [T, C] to [T, D]; results differ from `nn.Linear`'s by rounding alone."""
+    """A linear layer [T, C] to [T, D]; results differ from `nn.Linear`'s by rounding alone.
+
+    Its weights start Xavier-uniform and its bias at zero, as big_vision's ViT has them.
+
+    Args:
+        in_width: Input features.
+        out_width: Output features.
+        bias: Whether there is a bias.
+        stacked: How many matrices the layer holds on top of each other (3 for QKV); each is
+            initialised alone, since the fan-out of the stack would make them too small.
+    """
+
+    def __init__(self, in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> None:
+        super().__init__(in_width, out_width, bias=bias)
+        with torch.no_grad():
+            for weight in self.weight.chunk(stacked):
+                nn.init.xavier_uniform_(weight)
+            if bias:
+                nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., D]."""
@@ -43,30 +61,6 @@ class Linear(nn.Linear):
             and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available()
         )
-
-
-def linear(in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> Linear:
-    """A linear layer with Xavier-uniform weights and zero bias, as big_vision's ViT has.
-
-    Args:
-        in_width: Input features.
-        out_width: Output features.
-        bias: Whether there is a bias.
-        stacked: How many matrices the layer holds on top of each other (3 for QKV); each is
-            initialised alone, since the fan-out of the stack would make them too small.
-    """
-    layer = Linear(in_width, out_width, bias=bias)
-    init_linear(layer, stacked)
-    return layer
-
-
-def init_linear(layer: nn.Linear, stacked: int = 1) -> None:
-    """Draws a layer's first weights in place, as `linear` describes them."""
-    with torch.no_grad():
-        for weight in layer.weight.chunk(stacked):
-            nn.init.xavier_uniform_(weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):

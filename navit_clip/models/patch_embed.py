@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from navit_clip.models.linear import Linear, init_linear
+from navit_clip.models.linear import Linear
 
 
 class PatchEmbed(Linear):
@@ -37,7 +37,6 @@ class PatchEmbed(Linear):
     ) -> None:
         pixels = patch_size**2
         super().__init__(3 * pixels, width, bias=bias)
-        init_linear(self)
         std, mean = torch.tensor(pixel_std), torch.tensor(pixel_mean)
         # (x/255 - mean) / std as one multiply and one add over a whole patch.
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.models.attention import segment_attention
-from navit_clip.models.linear import linear
+from navit_clip.models.linear import Linear
 from navit_clip.models.transformer import EncoderConfig, Mlp, layer_norm
 from navit_clip.packed.segments import Segments
 
@@ -40,9 +40,9 @@ class MapPooling(nn.Module):
         self.heads = config.heads
         self.probe = nn.Parameter(torch.empty(width))
         nn.init.normal_(self.probe, std=width**-0.5)
-        self.q = linear(width, width, bias=True)
-        self.kv = linear(width, 2 * width, bias=True, stacked=2)
-        self.out = linear(width, width, bias=True)
+        self.q = Linear(width, width, bias=True)
+        self.kv = Linear(width, 2 * width, bias=True, stacked=2)
+        self.out = Linear(width, width, bias=True)
         self.norm = layer_norm(width, config)
         self.mlp = Mlp(config)
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from navit_clip.configs import check_choices
 from navit_clip.models.attention import segment_attention
-from navit_clip.models.linear import linear
+from navit_clip.models.linear import Linear
 from navit_clip.models.rope import Rotary
 from navit_clip.packed.segments import Segments
 
@@ -132,8 +132,8 @@ class SegmentAttention(nn.Module):
         self.causal = config.causal
         self.attend = segment_attention
         head_width = config.width // config.heads
-        self.qkv = linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
-        self.out = linear(config.width, config.width, bias=config.mlp_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
+        self.out = Linear(config.width, config.width, bias=config.mlp_bias)
         norm: Callable[[], nn.Module] = (
             partial(layer_norm, head_width, config) if config.qk_norm else nn.Identity
         )
@@ -159,8 +159,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.up = linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x_TC: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from navit_clip.models.flops import (
     LengthSums,
     encoder_flops,
     image_flops,
-    image_tower_flops,
-    text_tower_flops,
+    tower_flops,
 )
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -94,9 +93,9 @@ def test_towers_forward(config):
     model = CLIP(config)
     for seed in range(3):
         images, texts = random_sides(seed)
-        expected = image_tower_flops(config.image, EMBED_DIM, length_sums(images))
+        expected = tower_flops(config.image, EMBED_DIM, length_sums(images))
         assert sum(expected) == counted(lambda images=images: model.embed_images(images))
-        expected = text_tower_flops(config.text, EMBED_DIM, length_sums(texts))
+        expected = tower_flops(config.text, EMBED_DIM, length_sums(texts))
         assert sum(expected) == counted(lambda texts=texts: model.embed_texts(texts))
 
 
@@ -104,7 +103,7 @@ def test_images_one_by_one_cost_about_what_they_cost_together(config):
     lengths = [9, 9, 20, 1, 36]
     each = [image_flops(config.image, EMBED_DIM, n) for n in lengths]
     # The pooling probe is projected once for all images, so a batch costs a little less.
-    batch = sum(image_tower_flops(config.image, EMBED_DIM, LengthSums.of(lengths)))
+    batch = sum(tower_flops(config.image, EMBED_DIM, LengthSums.of(lengths)))
     assert sum(each) == pytest.approx(batch, rel=0.01)
 
 

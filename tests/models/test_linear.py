@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip.models import linear as module
-from navit_clip.models.linear import Linear, linear
+from navit_clip.models.linear import Linear
 
 LARGE = (768, 384)  # at least as many weights as make a difference
 
@@ -51,7 +51,7 @@ def reference(layer: Linear) -> nn.Linear:
 @pytest.mark.parametrize("shape", [LARGE, LARGE[::-1], (512, 512), (3072, 768), (24, 8)])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_equals_pytorchs_layer(tokens, shape, bias):
-    layer = linear(*shape, bias=bias)
+    layer = Linear(*shape, bias=bias)
     x, grad = torch.randn(tokens, shape[0]), torch.randn(tokens, shape[1])
     wanted = run(reference(layer), x.double(), grad.double())
     plain = nn.Linear(*shape, bias=bias)
@@ -63,7 +63,7 @@ def test_equals_pytorchs_layer(tokens, shape, bias):
 
 def test_any_memory_layout(monkeypatch):
     seen = calls_of(monkeypatch)
-    layer = linear(*LARGE, bias=True)
+    layer = Linear(*LARGE, bias=True)
     slices = torch.randn(40, 2 * LARGE[0])[::2, LARGE[0] :]
     transposed = torch.randn(LARGE[0], 20).t()
     for x in (slices, transposed):
@@ -76,7 +76,7 @@ def test_any_memory_layout(monkeypatch):
 
 def test_only_what_is_wanted_is_computed(monkeypatch):
     seen = calls_of(monkeypatch)
-    layer = linear(*LARGE, bias=True)
+    layer = Linear(*LARGE, bias=True)
     layer.weight.requires_grad_(False)
     layer(torch.randn(9, LARGE[0])).sum().backward()
     assert layer.weight.grad is None
@@ -97,7 +97,7 @@ def test_only_what_is_wanted_is_computed(monkeypatch):
 )
 def test_everything_else_is_pytorchs(monkeypatch, shape, dtype, autocast):
     seen = calls_of(monkeypatch)
-    layer = linear(*LARGE, bias=True).to(dtype)
+    layer = Linear(*LARGE, bias=True).to(dtype)
     x = torch.randn(shape, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
@@ -106,14 +106,14 @@ def test_everything_else_is_pytorchs(monkeypatch, shape, dtype, autocast):
 
 def test_a_build_without_the_operator(monkeypatch):
     monkeypatch.setattr(module, "_product", None)
-    layer = linear(*LARGE, bias=True)
+    layer = Linear(*LARGE, bias=True)
     x = torch.randn(5, LARGE[0])
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_pytorchs_counter_sees_the_operations(monkeypatch):
     seen = calls_of(monkeypatch)
-    layer = linear(*LARGE, bias=True)
+    layer = Linear(*LARGE, bias=True)
     x = torch.randn(11, LARGE[0], requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
@@ -122,7 +122,7 @@ def test_pytorchs_counter_sees_the_operations(monkeypatch):
 
 
 def test_initialisation_of_a_stack():
-    layer = linear(64, 3 * 64, bias=True, stacked=3)
+    layer = Linear(64, 3 * 64, bias=True, stacked=3)
     limit = (6 / (64 + 64)) ** 0.5
     for part in layer.weight.chunk(3):
         assert 0.9 * limit < part.abs().max() <= limit
