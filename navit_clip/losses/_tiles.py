@@ -98,10 +98,9 @@ class Tile(NamedTuple):
     """Logits of consecutive image rows and consecutive text rows of the visiting block.
 
     Attributes:
-        rows: Which images.
-        columns: Which texts.
-        row_span: The same rows in a vector from `Tiler.vector`, up to the side of the tile.
-        column_span: The same for the columns.
+        rows: Which images, up to the side of the tile: in a tensor of one number per image a slice
+            ends with the last of them, in a vector from `Tiler.vector` it takes in the padding.
+        columns: Which texts, likewise.
         image: [rows, D] operands of the products.
         text: [columns, D].
         raw: Valid until the next tile.
@@ -110,8 +109,6 @@ class Tile(NamedTuple):
 
     rows: slice
     columns: slice
-    row_span: slice
-    column_span: slice
     image: Tensor
     text: Tensor
     raw: Raw
@@ -154,16 +151,15 @@ class Tiler:
 
     def vector(self, length: int, value: float) -> Tensor:
         """`length` numbers, and in fused tiles as many more as the last tile is padded by."""
-        return self.scale.new_full((self._padded(length),), value)
+        return self.padded(self.scale.new_full((length,), value))
 
     def padded(self, values: Tensor) -> Tensor:
         """`values` as long as a `vector`."""
-        return F.pad(values, (0, self._padded(len(values)) - len(values)))
+        return F.pad(values, (0, -len(values) % self._side if self.fused else 0))
 
-    def slices(self, length: int) -> Iterator[slice]:
-        """Consecutive slices of at most one side."""
-        for start in range(0, length, self._side):
-            yield slice(start, min(start + self._side, length))
+    def slices(self, length: int) -> list[slice]:
+        """Consecutive slices of one side; the last may end later."""
+        return [slice(start, start + self._side) for start in range(0, length, self._side)]
 
     def tiles(self, text_MD: Tensor, is_own: bool) -> Iterator[Tile]:
         """Yields every tile of this rank's images and `text_MD`, each valid until the next."""
@@ -174,16 +170,8 @@ class Tiler:
                 scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
             for columns in self.slices(len(text_MD)):
                 text = text_MD[columns].to(self._operand)
-                yield Tile(
-                    rows,
-                    columns,
-                    self._span(rows),
-                    self._span(columns),
-                    image,
-                    text,
-                    self._multiplied(scaled, text),
-                    has_matches=is_own and rows == columns,
-                )
+                raw = self._multiplied(scaled, text)
+                yield Tile(rows, columns, image, text, raw, is_own and rows == columns)
 
     def run(self, step: Callable[..., Any], tile: Tile, *args: Any) -> Any:
         """Calls one of the steps below, compiled where that is worth it."""
@@ -204,42 +192,6 @@ class Tiler:
 
     def _padding(self, length: int) -> Tensor:
         return self._edge[self._side - length : 2 * self._side - length]
-
-    def _padded(self, length: int) -> int:
-        return -(-length // self._side) * self._side if self.fused else length
-
-    def _span(self, part: slice) -> slice:
-        return slice(part.start, part.start + self._side) if self.fused else part
-
-
-class Gradients:
-    """Gradients of image and text features and of the scale, from ∂(N·loss)/∂logits per tile."""
-
-    def __init__(self, tiler: Tiler) -> None:
-        self._tiler = tiler
-        # Σ_j w_ij text_j: the image gradient but for the scale.
-        self._image_ED = torch.zeros_like(tiler.image_ED, dtype=tiler.scale.dtype)
-
-    def add(self, tile: Tile, weights: Tensor, text_gradient_MD: Tensor) -> None:
-        """Adds a tile's contribution; `weights` may be padded."""
-        weights = weights[: len(tile.image), : len(tile.text)]
-        accumulate(self._image_ED[tile.rows], weights, tile.text)
-        accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
-
-    def finish(self, text_gradient_ED: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales by `factor` and returns the gradients of image, text and scale."""
-        image_ED = self._tiler.image_ED
-        scale_gradient = factor.new_zeros(())
-        for rows in self._tiler.slices(len(image_ED)):
-            # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
-            scale_gradient += (image_ED[rows] * self._image_ED[rows]).sum()
-        self._image_ED *= factor * self._tiler.scale
-        text_gradient_ED *= factor * self._tiler.scale
-        return (
-            self._image_ED.to(image_ED.dtype),
-            text_gradient_ED.to(image_ED.dtype),
-            scale_gradient * factor,
-        )
 
 
 @cache

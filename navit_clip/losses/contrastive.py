@@ -15,7 +15,8 @@ loss by the world size before `backward`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,14 +63,8 @@ def softmax_contrastive_loss(
         ValueError: Shapes, dtypes or devices that do not fit, chunk_size < 1, no pair on any
             rank, or a caller outside `group`.
     """
-    pairs = _Pairs.of(image_features_ED, text_features_ED, chunk_size, group)
-    with _full_precision(image_features_ED):
-        return _SoftmaxLoss.apply(
-            *pairs.features,
-            pairs.scalar(logit_scale, "logit_scale"),
-            pairs.ring,
-            pairs.chunk_size,
-        )
+    scalars = {"logit_scale": logit_scale}
+    return _apply(_SoftmaxLoss, image_features_ED, text_features_ED, scalars, chunk_size, group)
 
 
 def sigmoid_contrastive_loss(
@@ -100,68 +95,101 @@ def sigmoid_contrastive_loss(
     Raises:
         ValueError: As for `softmax_contrastive_loss`.
     """
-    pairs = _Pairs.of(image_features_ED, text_features_ED, chunk_size, group)
-    with _full_precision(image_features_ED):
-        return _SigmoidLoss.apply(
-            *pairs.features,
-            pairs.scalar(logit_scale, "logit_scale"),
-            pairs.scalar(logit_bias, "logit_bias"),
-            pairs.ring,
-            pairs.chunk_size,
+    scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    return _apply(_SigmoidLoss, image_features_ED, text_features_ED, scalars, chunk_size, group)
+
+
+def _apply(
+    function: type[torch.autograd.Function],
+    image_ED: Tensor,
+    text_ED: Tensor,
+    scalars: dict[str, Tensor],
+    chunk_size: int | None,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The loss, once all that it takes is checked and the features have one dtype."""
+    if image_ED.ndim != 2 or image_ED.shape != text_ED.shape:
+        raise ValueError(
+            "image_features_ED and text_features_ED must both be [pairs, width], got "
+            f"{list(image_ED.shape)} and {list(text_ED.shape)}"
         )
-
-
-class _Pairs(NamedTuple):
-    """Checked features of this rank's pairs in one dtype, and the ring they belong to."""
-
-    features: tuple[Tensor, Tensor]
-    ring: Ring
-    chunk_size: int
-
-    @classmethod
-    def of(
-        cls,
-        image_ED: Tensor,
-        text_ED: Tensor,
-        chunk_size: int | None,
-        group: dist.ProcessGroup | None,
-    ) -> _Pairs:
-        if image_ED.ndim != 2 or image_ED.shape != text_ED.shape:
-            raise ValueError(
-                "image_features_ED and text_features_ED must both be [pairs, width], got "
-                f"{list(image_ED.shape)} and {list(text_ED.shape)}"
-            )
-        if image_ED.device != text_ED.device:
-            raise ValueError(
-                "image_features_ED and text_features_ED must be on one device, got "
-                f"{image_ED.device} and {text_ED.device}"
-            )
-        if image_ED.dtype not in DTYPES or text_ED.dtype not in DTYPES:
-            raise ValueError(
-                "image_features_ED and text_features_ED must be floating point of 16, 32 or 64 "
-                f"bits, got {image_ED.dtype} and {text_ED.dtype}"
-            )
-        if chunk_size is None:
-            chunk_size = tiles.default_chunk_size(image_ED)
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        dtype = torch.promote_types(image_ED.dtype, text_ED.dtype)
-        features = (image_ED.to(dtype).contiguous(), text_ED.to(dtype).contiguous())
-        ring = Ring.join(features[1].detach(), group)
-        if ring.total == 0:
-            raise ValueError("a contrastive loss needs at least one pair, got none on any rank")
-        return cls(features, ring, chunk_size)
-
-    def scalar(self, value: Tensor, name: str) -> Tensor:
-        """`value` as a 0-d tensor beside the features, in the precision of the logits."""
+    if image_ED.device != text_ED.device:
+        raise ValueError(
+            "image_features_ED and text_features_ED must be on one device, got "
+            f"{image_ED.device} and {text_ED.device}"
+        )
+    if image_ED.dtype not in DTYPES or text_ED.dtype not in DTYPES:
+        raise ValueError(
+            "image_features_ED and text_features_ED must be floating point of 16, 32 or 64 "
+            f"bits, got {image_ED.dtype} and {text_ED.dtype}"
+        )
+    if chunk_size is None:
+        chunk_size = tiles.default_chunk_size(image_ED)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    for name, value in scalars.items():
         if value.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
-        return value.reshape(()).to(self.features[0].device, tiles.logit_dtype(self.features[0]))
+    dtype = torch.promote_types(image_ED.dtype, text_ED.dtype)
+    features = image_ED.to(dtype).contiguous(), text_ED.to(dtype).contiguous()
+    ring = Ring.join(features[1].detach(), group)
+    if ring.total == 0:
+        raise ValueError("a contrastive loss needs at least one pair, got none on any rank")
+    device, logits = image_ED.device, tiles.logit_dtype(features[0])
+    zero_d = (value.reshape(()).to(device, logits) for value in scalars.values())
+    with _full_precision(image_ED):
+        loss: Tensor = function.apply(*features, *zero_d, ring, chunk_size)
+    return loss
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
     """Autocast would turn the tiles' float32 products into half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _feature_gradients(
+    tiler: tiles.Tiler,
+    ring: Ring,
+    blocks: tuple[Tensor, ...],
+    weigh: Callable[..., Tensor],
+    factor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image and text features and of the scale, from those of each tile's logits.
+
+    Args:
+        tiler: Of this rank's images.
+        ring: The ranks.
+        blocks: This rank's texts, and vectors that `weigh` takes, one number per text.
+        weigh: (tile, vectors of the visited block, padded) to ∂(N·loss)/∂logits, perhaps padded.
+        factor: What the gradients are multiplied by.
+    """
+    image_ED, scale = tiler.image_ED, tiler.scale
+    # Σ_j w_ij text_j: the image gradient but for the scale.
+    image_gradient_ED = torch.zeros_like(image_ED, dtype=scale.dtype)
+
+    def visit(is_own: bool, visited: tuple[Tensor, ...]) -> Tensor:
+        text_MD, *vectors = visited
+        vectors = [tiler.padded(vector) for vector in vectors]
+        text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
+        for tile in tiler.tiles(text_MD, is_own):
+            weights = weigh(tile, *vectors)[: len(tile.image), : len(tile.text)]
+            tiles.accumulate(image_gradient_ED[tile.rows], weights, tile.text)
+            tiles.accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
+        return text_gradient_MD
+
+    with _full_precision(image_ED):
+        text_gradient_ED = ring.circulate(blocks, visit, merge=Tensor.add_)
+    scale_gradient = factor.new_zeros(())
+    for rows in tiler.slices(len(image_ED)):
+        # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
+        scale_gradient += (image_ED[rows] * image_gradient_ED[rows]).sum()
+    image_gradient_ED *= factor * scale
+    text_gradient_ED *= factor * scale
+    return (
+        image_gradient_ED.to(image_ED.dtype),
+        text_gradient_ED.to(image_ED.dtype),
+        scale_gradient * factor,
+    )
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -179,11 +207,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             for tile in tiler.tiles(text_MD, is_own):
                 if tile.has_matches:
                     matching_E[tile.rows] = tile.matching()
-                row_lse[tile.row_span], column_lse[tile.column_span] = tiler.run(
-                    tiles.softmax_statistics,
-                    tile,
-                    row_lse[tile.row_span],
-                    column_lse[tile.column_span],
+                row_lse[tile.rows], column_lse[tile.columns] = tiler.run(
+                    tiles.softmax_statistics, tile, row_lse[tile.rows], column_lse[tile.columns]
                 )
             return column_lse[: len(text_MD)]
 
@@ -199,30 +224,22 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         image_ED, text_ED, scale, row_lse_E, column_lse_E = ctx.saved_tensors
-        with _full_precision(image_ED):
-            tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
-            gradients = tiles.Gradients(tiler)
-            row_lse = tiler.padded(row_lse_E)
+        tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+        row_lse = tiler.padded(row_lse_E)
 
-            def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
-                text_MD, column_lse_M = blocks
-                column_lse = tiler.padded(column_lse_M)
-                text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
-                for tile in tiler.tiles(text_MD, is_own):
-                    weights = tiler.run(
-                        tiles.softmax_weights,
-                        tile,
-                        row_lse[tile.row_span],
-                        column_lse[tile.column_span],
-                        tile.has_matches,
-                        tile.image.dtype,
-                    )
-                    gradients.add(tile, weights, text_gradient_MD)
-                return text_gradient_MD
+        def weigh(tile: tiles.Tile, column_lse: Tensor) -> Tensor:
+            return tiler.run(
+                tiles.softmax_weights,
+                tile,
+                row_lse[tile.rows],
+                column_lse[tile.columns],
+                tile.has_matches,
+                tile.image.dtype,
+            )
 
-            text_gradient_ED = ctx.ring.circulate((text_ED, column_lse_E), visit, merge=Tensor.add_)
-            factor = loss_gradient / (2 * ctx.ring.total)
-            return (*gradients.finish(text_gradient_ED, factor), None, None)
+        factor = loss_gradient / (2 * ctx.ring.total)
+        gradients = _feature_gradients(tiler, ctx.ring, (text_ED, column_lse_E), weigh, factor)
+        return (*gradients, None, None)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -242,7 +259,7 @@ class _SigmoidLoss(torch.autograd.Function):
             (text_MD,) = blocks
             column_loss = tiler.vector(len(text_MD), 0.0)
             for tile in tiler.tiles(text_MD, is_own):
-                column_loss[tile.column_span] += tiler.run(
+                column_loss[tile.columns] += tiler.run(
                     tiles.sigmoid_losses, tile, bias, tile.has_matches
                 )
             return column_loss[: len(text_MD)]
@@ -256,23 +273,16 @@ class _SigmoidLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         image_ED, text_ED, scale, bias = ctx.saved_tensors
-        with _full_precision(image_ED):
-            tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
-            gradients = tiles.Gradients(tiler)
-            bias_gradient = torch.zeros_like(bias)
+        tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+        bias_gradient = torch.zeros_like(bias)
 
-            def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
-                (text_MD,) = blocks
-                text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
-                for tile in tiler.tiles(text_MD, is_own):
-                    weights, column_sums = tiler.run(
-                        tiles.sigmoid_weights, tile, bias, tile.has_matches, tile.image.dtype
-                    )
-                    bias_gradient.add_(column_sums[: len(tile.text)].sum())
-                    gradients.add(tile, weights, text_gradient_MD)
-                return text_gradient_MD
+        def weigh(tile: tiles.Tile) -> Tensor:
+            weights, column_sums = tiler.run(
+                tiles.sigmoid_weights, tile, bias, tile.has_matches, tile.image.dtype
+            )
+            bias_gradient.add_(column_sums[: len(tile.text)].sum())
+            return weights
 
-            text_gradient_ED = ctx.ring.circulate((text_ED,), visit, merge=Tensor.add_)
-            factor = loss_gradient / ctx.ring.total
-            image, text, scale_gradient = gradients.finish(text_gradient_ED, factor)
-            return image, text, scale_gradient, bias_gradient * factor, None, None
+        factor = loss_gradient / ctx.ring.total
+        gradients = _feature_gradients(tiler, ctx.ring, (text_ED,), weigh, factor)
+        return (*gradients, bias_gradient * factor, None, None)
