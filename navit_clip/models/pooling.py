@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from navit_clip.models.attention import segment_attention
 from navit_clip.models.linear import Linear
-from navit_clip.models.transformer import EncoderConfig, Mlp, layer_norm
+from navit_clip.models.transformer import EncoderConfig, LayerNorm, Mlp
 from navit_clip.packed.segments import Segments
 
 Pooling = Literal["map", "mean", "cls", "last"]
@@ -43,7 +43,7 @@ class MapPooling(nn.Module):
         self.q = Linear(width, width, bias=True)
         self.kv = Linear(width, 2 * width, bias=True, stacked=2)
         self.out = Linear(width, width, bias=True)
-        self.norm = layer_norm(width, config)
+        self.norm = LayerNorm(width, config)
         self.mlp = Mlp(config)
 
     def forward(self, x_TC: Tensor, segments: Segments) -> Tensor:

@@ -111,16 +111,14 @@ class LayerNorm(nn.LayerNorm):
     CUDA raises them itself; the CPU's kernel refuses the mixture.
     """
 
+    def __init__(self, width: int, config: EncoderConfig) -> None:
+        super().__init__(width, eps=config.norm_eps, bias=config.norm_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
         dtype = torch.promote_types(self.weight.dtype, x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias, self.eps)
-
-
-def layer_norm(width: int, config: EncoderConfig) -> nn.LayerNorm:
-    """A LayerNorm over `width`, its bias and epsilon as the encoder has them."""
-    return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
 class SegmentAttention(nn.Module):
@@ -135,7 +133,7 @@ class SegmentAttention(nn.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
         self.out = Linear(config.width, config.width, bias=config.mlp_bias)
         norm: Callable[[], nn.Module] = (
-            partial(layer_norm, head_width, config) if config.qk_norm else nn.Identity
+            partial(LayerNorm, head_width, config) if config.qk_norm else nn.Identity
         )
         self.q_norm = norm()
         self.k_norm = norm()
@@ -173,9 +171,9 @@ class Block(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.attention_norm = layer_norm(config.width, config)
+        self.attention_norm = LayerNorm(config.width, config)
         self.attention = SegmentAttention(config)
-        self.mlp_norm = layer_norm(config.width, config)
+        self.mlp_norm = LayerNorm(config.width, config)
         self.mlp = Mlp(config)
 
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
@@ -200,9 +198,9 @@ class Encoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.chunked = True
-        self.pre_norm = layer_norm(config.width, config) if config.pre_norm else nn.Identity()
+        self.pre_norm = LayerNorm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = layer_norm(config.width, config) if config.final_norm else nn.Identity()
+        self.norm = LayerNorm(config.width, config) if config.final_norm else nn.Identity()
 
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """Encodes a packed stream.
