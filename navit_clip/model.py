@@ -146,10 +146,7 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
         """
         from navit_clip.interop.open_clip import load
 
-        parts = load(name, pretrained)
-        model = cls(parts.config, parts.tokenizer, parts.preprocess)
-        model.load_state_dict(parts.state)
-        return model.eval()
+        return load(name, pretrained, cls).eval()
 
     def to_open_clip(self) -> dict[str, Tensor]:
         """The parameters under open_clip's names, which its model of the same architecture loads.

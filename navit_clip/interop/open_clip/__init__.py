@@ -6,13 +6,12 @@ towers give open_clip's embeddings; at any other they interpolate its positions.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from navit_clip.errors import UserError
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.interop.open_clip.architecture import (
     check_family,
@@ -20,58 +19,52 @@ from navit_clip.interop.open_clip.architecture import (
     model_config,
     supported_models,
 )
-from navit_clip.interop.open_clip.checkpoint import (
-    download,
+from navit_clip.interop.open_clip.assets import (
+    Weights,
+    find_checkpoint,
     fit_checkpoint,
-    initial_state,
+    own_tokenizer,
     read_checkpoint,
     tag_config,
 )
 from navit_clip.interop.open_clip.names import model_pairs, to_ours, to_theirs
-from navit_clip.interop.open_clip.tokenizer import own_tokenizer
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.tokenizers.base import Tokenizer
 
-__all__ = ["Parts", "config_of", "load", "state_for_open_clip", "supported_models"]
+__all__ = ["config_of", "load", "state_for_open_clip", "supported_models"]
 
-Weights = str | Path | None
+Model = TypeVar("Model", bound=CLIP)
 
 
-class Parts(NamedTuple):
-    """What a packed model is assembled of.
+def load(
+    name: str,
+    pretrained: Weights,
+    build: Callable[[CLIPConfig, Tokenizer | None, Preprocess], Model],
+) -> Model:
+    """An open_clip model as a packed one; see `NaViTCLIP.from_open_clip`.
 
-    Attributes:
-        config: The architecture.
-        state: Its weights under our names.
-        tokenizer: Its own; None where that is not on this machine and no tag was named.
-        preprocess: Images at the model's own square size, in patches.
+    Args:
+        name: open_clip's.
+        pretrained: Likewise.
+        build: Makes the model that the weights are loaded into; gets None for a tokenizer that is
+            not on this machine where no tag was named.
     """
+    import open_clip
 
-    config: CLIPConfig
-    state: dict[str, Tensor]
-    tokenizer: Tokenizer | None
-    preprocess: Preprocess
-
-
-def load(name: str, pretrained: Weights = None) -> Parts:
-    """An open_clip model as the parts of a packed one; see `NaViTCLIP.from_open_clip`."""
-    values = model_config(name)
-    tag = tag_config(name, str(pretrained)) if pretrained is not None else None
-    config = config_of(name, pretrained)
-    path = None
-    if pretrained is not None:
-        path = download(name, str(pretrained), tag) if tag else _local(name, pretrained)
+    config, tag = config_of(name, pretrained), tag_config(name, pretrained)
+    path = find_checkpoint(name, pretrained, tag)
     # Before our model draws anything, so that a seed gives the weights that it gives in open_clip.
-    state = initial_state(name) if path is None else read_checkpoint(path)
+    if path is None:
+        state = open_clip.create_model(name, load_weights=False).state_dict()
+    else:
+        state = read_checkpoint(path)
     with torch.device("meta"):  # shapes alone
         expected = state_for_open_clip(CLIP(config))
     state = fit_checkpoint(str(path or "open_clip"), name, state, expected)
-    return Parts(
-        config,
-        to_ours(model_pairs(config), state),
-        own_tokenizer(values["text_cfg"], path, download=tag is not None),
-        Preprocess(config.image.position.table_side**2),
-    )
+    tokenizer = own_tokenizer(model_config(name)["text_cfg"], path, download=tag is not None)
+    model = build(config, tokenizer, Preprocess(config.image.position.table_side**2))
+    model.load_state_dict(to_ours(model_pairs(config), state))
+    return model
 
 
 def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
@@ -85,8 +78,7 @@ def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
         UserError: If the model is not supported.
     """
     values = model_config(name)
-    tag = tag_config(name, str(pretrained)) if pretrained is not None else None
-    return clip_config(values, *_pixel_statistics(name, tag))
+    return clip_config(values, *_pixel_statistics(name, tag_config(name, pretrained)))
 
 
 def state_for_open_clip(model: CLIP) -> dict[str, Tensor]:
@@ -94,18 +86,6 @@ def state_for_open_clip(model: CLIP) -> dict[str, Tensor]:
     check_family(model.config)
     ours = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     return to_theirs(model_pairs(model.config), ours)
-
-
-def _local(name: str, pretrained: str | Path) -> Path:
-    import open_clip
-
-    path = Path(pretrained)
-    if not path.is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(
-            f"no weights {pretrained} for {name}: neither a file nor an open_clip tag ({tags})"
-        )
-    return path
 
 
 def _pixel_statistics(

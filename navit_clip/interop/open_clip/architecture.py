@@ -9,55 +9,57 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
+from navit_clip.interop.timm_vit import encoder_config
 from navit_clip.models.clip import CLIPConfig
 
 OPEN_CLIP_EPS = 1e-5  # of its LayerNorms, where norm_kwargs name no other
 # big_vision leaves the scale of its sigmoid loss free, and released ones are past CLIP's 100.
 SIGMOID_MAX_SCALE = 1000.0
 
-_ENCODER = {
-    "qk_norm": False,
-    "qkv_bias": True,
-    "norm_bias": True,
-    "mlp_bias": True,
-    "final_norm": True,
+_BOTH = {
+    "image.position.kind": "learned_1d",
+    "image.registers": 0,
+    "image.pooled_norm": False,
+    "image.encoder.qk_norm": False,
+    "image.encoder.qkv_bias": True,
+    "image.encoder.norm_bias": True,
+    "image.encoder.mlp_bias": True,
+    "image.encoder.final_norm": True,
+    "text.pooling": "last",
+    "text.encoder.qk_norm": False,
+    "text.encoder.qkv_bias": True,
+    "text.encoder.norm_bias": True,
+    "text.encoder.mlp_bias": True,
+    "text.encoder.final_norm": True,
+    "text.encoder.pre_norm": False,
 }
-_IMAGE = {"position": {"kind": "learned_1d"}, "registers": 0, "pooled_norm": False}
-_CLIP: dict[str, Any] = {
-    "image": {
-        **_IMAGE,
-        "pooling": "cls",
-        "class_position": True,
-        "patch_bias": False,
-        "encoder": {**_ENCODER, "pre_norm": True},
-    },
-    "text": {
-        "pooling": "last",
-        "fill_context": False,
-        "encoder": {**_ENCODER, "pre_norm": False, "causal": True},
-    },
+_CLIP = {
+    **_BOTH,
+    "image.pooling": "cls",
+    "image.class_position": True,
+    "image.patch_bias": False,
+    "image.encoder.pre_norm": True,
+    "text.fill_context": False,
+    "text.encoder.causal": True,
     "image_projection": "linear",
     "text_projection": "linear",
 }
-_SIGLIP: dict[str, Any] = {
-    "image": {
-        **_IMAGE,
-        "pooling": "map",
-        "class_position": False,
-        "patch_bias": True,
-        "encoder": {**_ENCODER, "pre_norm": False},
-    },
-    "text": {
-        "pooling": "last",
-        "fill_context": True,
-        "encoder": {**_ENCODER, "pre_norm": False, "causal": False},
-    },
+_SIGLIP = {
+    **_BOTH,
+    "image.pooling": "map",
+    "image.class_position": False,
+    "image.patch_bias": True,
+    "image.encoder.pre_norm": False,
+    "text.fill_context": True,
+    "text.encoder.causal": False,
     "image_projection": "none",
 }
 
@@ -164,28 +166,26 @@ def clip_config(
         mean: Mean of pixels, per channel on [0, 1].
         std: Standard deviation, likewise.
     """
-    siglip = is_siglip(values)
-    image = _timm_image(values["vision_cfg"]) if siglip else _clip_image(values)
-    image |= {"pixel_mean": mean, "pixel_std": std}
-    image["position"] |= {"interpolation": "bicubic", "antialias": True}
-    sizes: dict[str, Any] = {
+    switches: dict[str, Any] = {
+        **(_SIGLIP if is_siglip(values) else _CLIP),
+        **(_timm_image(values["vision_cfg"]) if is_siglip(values) else _clip_image(values)),
+        **_text(values),
         "embed_dim": values["embed_dim"],
-        "image": image,
-        "text": _text(values),
+        "image.pixel_mean": mean,
+        "image.pixel_std": std,
+        "image.position.interpolation": "bicubic",
+        "image.position.antialias": True,
     }
-    if siglip:
-        sizes["text_projection"] = _text_projection(values["text_cfg"])
     if "init_logit_bias" in values:
-        sizes["init_bias"] = float(values["init_logit_bias"])
-        sizes["max_scale"] = SIGMOID_MAX_SCALE
-    return config_from_dict(CLIPConfig, _merged(_SIGLIP if siglip else _CLIP, sizes))
-
-
-def _merged(fixed: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**fixed, **sizes}
-    for key in fixed.keys() & sizes.keys():
-        merged[key] = _merged(fixed[key], sizes[key])
-    return merged
+        switches |= {"init_bias": float(values["init_logit_bias"]), "max_scale": SIGMOID_MAX_SCALE}
+    nested: dict[str, Any] = {}
+    for path, value in switches.items():
+        *parts, field = path.split(".")
+        config = nested
+        for part in parts:
+            config = config.setdefault(part, {})
+        config[field] = value
+    return config_from_dict(CLIPConfig, nested)
 
 
 def _clip_image(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,21 +193,19 @@ def _clip_image(values: Mapping[str, Any]) -> dict[str, Any]:
 
     image = CLIPVisionCfg(**values["vision_cfg"])
     return {
-        "patch_size": image.patch_size,
-        "position": {"table_side": image.image_size // image.patch_size},
-        "encoder": {
-            "width": image.width,
-            "depth": image.layers,
-            "heads": image.width // image.head_width,
-            "mlp_ratio": float(image.mlp_ratio),
-            "activation": "quick_gelu" if values.get("quick_gelu") else "gelu",
-            "norm_eps": OPEN_CLIP_EPS,
-        },
+        "image.patch_size": image.patch_size,
+        "image.position.table_side": image.image_size // image.patch_size,
+        "image.encoder.width": image.width,
+        "image.encoder.depth": image.layers,
+        "image.encoder.heads": image.width // image.head_width,
+        "image.encoder.mlp_ratio": float(image.mlp_ratio),
+        "image.encoder.activation": "quick_gelu" if values.get("quick_gelu") else "gelu",
+        "image.encoder.norm_eps": OPEN_CLIP_EPS,
     }
 
 
 def _timm_image(image: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes read off timm's own model, built without memory: its name alone says nothing."""
+    """What timm's own model has, built without memory."""
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
@@ -216,33 +214,16 @@ def _timm_image(image: Mapping[str, Any]) -> dict[str, Any]:
         trunk = timm.create_model(name, num_classes=0, global_pool="map", weight_init="skip")
     if not isinstance(trunk, VisionTransformer):
         raise UserError(f"cannot load {name} of timm: it is no plain ViT")
-    block: Any = trunk.blocks[0]
     rows, columns = trunk.patch_embed.grid_size
     patch_rows, patch_columns = trunk.patch_embed.patch_size
     if rows != columns or patch_rows != patch_columns:
         raise UserError(f"cannot load {name} of timm: its images or patches are not square")
+    encoder = asdict(encoder_config(trunk))
     return {
-        "patch_size": patch_rows,
-        "position": {"table_side": rows},
-        "encoder": {
-            "width": trunk.embed_dim,
-            "depth": len(trunk.blocks),
-            "heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc1.out_features / trunk.embed_dim,
-            "activation": _timm_activation(block.mlp.act),
-            "norm_eps": trunk.norm.eps,
-        },
+        "image.patch_size": patch_rows,
+        "image.position.table_side": rows,
+        **{f"image.encoder.{field}": value for field, value in encoder.items()},
     }
-
-
-def _timm_activation(module: torch.nn.Module) -> str:
-    from timm.layers.activations import GELU, GELUTanh
-
-    if isinstance(module, GELUTanh):
-        return "gelu_tanh"
-    if isinstance(module, (GELU, torch.nn.GELU)):
-        return "gelu"
-    raise UserError(f"the packed towers have no activation {type(module).__name__}")
 
 
 def _text(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,26 +231,18 @@ def _text(values: Mapping[str, Any]) -> dict[str, Any]:
 
     text = CLIPTextCfg(**values["text_cfg"])
     activation = "quick_gelu" if values.get("quick_gelu") else "gelu"
-    if text.act_kwargs == _TANH:
-        activation = "gelu_tanh"
+    projection = "affine" if text.proj_bias else "linear"
     return {
-        "vocab_size": text.vocab_size,
-        "context_length": text.context_length,
-        "encoder": {
-            "width": text.width,
-            "depth": text.layers,
-            "heads": text.heads,
-            "mlp_ratio": float(text.mlp_ratio),
-            "activation": activation,
-            "norm_eps": (text.norm_kwargs or {}).get("eps", OPEN_CLIP_EPS),
-        },
+        "text.vocab_size": text.vocab_size,
+        "text.context_length": text.context_length,
+        "text.encoder.width": text.width,
+        "text.encoder.depth": text.layers,
+        "text.encoder.heads": text.heads,
+        "text.encoder.mlp_ratio": float(text.mlp_ratio),
+        "text.encoder.activation": "gelu_tanh" if text.act_kwargs == _TANH else activation,
+        "text.encoder.norm_eps": (text.norm_kwargs or {}).get("eps", OPEN_CLIP_EPS),
+        "text_projection": "none" if text.proj_type == "none" else projection,
     }
-
-
-def _text_projection(text: Mapping[str, Any]) -> str:
-    if text.get("proj_type") == "none":
-        return "none"
-    return "affine" if text.get("proj_bias") else "linear"
 
 
 def check_family(config: CLIPConfig) -> None:
@@ -279,16 +252,10 @@ def check_family(config: CLIPConfig) -> None:
         UserError: Naming the first switch that stands in the way.
     """
     family, fixed = ("CLIP", _CLIP) if config.image.pooling == "cls" else ("SigLIP", _SIGLIP)
-    _check(config, fixed, f"open_clip's {family} models", "")
-
-
-def _check(config: Any, fixed: Mapping[str, Any], whose: str, path: str) -> None:
-    for name, expected in fixed.items():
-        value = getattr(config, name)
-        if isinstance(expected, Mapping):
-            _check(value, expected, whose, f"{path}{name}.")
-        elif value != expected:
+    for path, expected in fixed.items():
+        value = attrgetter(path)(config)
+        if value != expected:
             raise UserError(
-                f"{whose} have {path}{name}={json.dumps(expected)}, this model has "
+                f"open_clip's {family} models have {path}={json.dumps(expected)}, this model has "
                 f"{json.dumps(value)}: it cannot be exported to open_clip"
             )
