@@ -1,32 +1,44 @@
 """NaViTCLIP, the model as users know it: images and sentences in, vectors out.
 
 The towers are `navit_clip.models.clip.CLIP`'s, which the trainer trains; here stands what a user
-needs around them. The work is done by `navit_clip.inference`, `navit_clip.export` and
-`navit_clip.interop`.
+needs around them. Images and texts of any form are checked and sized here; packing and the towers'
+forward passes are `navit_clip.inference.embed`'s, which the evaluation uses too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
+from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.in_memory import ImageInput
-from navit_clip.errors import UserError
+from navit_clip.data.in_memory import ImageInput, open_image
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.export.card import LIBRARY, TAGS, TASK
-from navit_clip.export.hub import find_directory
-from navit_clip.export.pretrained import load_pretrained, save_pretrained
-from navit_clip.inference.encode import encode_images, encode_labels, encode_texts
+from navit_clip.export.pretrained import find_directory, load_pretrained, save_pretrained
+from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.packed.images import ImagePatches
 from navit_clip.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+PLAIN_TEMPLATE = "a photo of a {}."
+
+_WINDOW = 256  # images that are sized and wait for the towers; bounds memory
+_THREADS = 8  # Pillow decodes and resizes without the interpreter's lock
+_PROMPTS = 4096  # whose vectors are held at once
 
 
 class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS)):
@@ -180,7 +192,36 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        return encode_images(self, self.preprocess, images, max_tokens, normalize=normalize)
+        if isinstance(images, str | bytes | os.PathLike | Image.Image) or (
+            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+        ):
+            raise ValueError(f"images must be a list, got one {type(images).__name__}")
+        if max_tokens is None:
+            if self.preprocess is None:
+                raise UserError(
+                    "this model has no preprocess to say how large images may be: give max_tokens"
+                )
+            max_tokens = self.preprocess.max_tokens
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        square = self.preprocess is not None and self.preprocess.square
+
+        def size(numbered: tuple[int, ImageInput]) -> ImagePatches:
+            index, image = numbered
+            try:
+                return size_image(open_image(image), self.config.image, max_tokens, square=square)
+            except SkipSampleError as error:
+                raise ValueError(f"images[{index}]: {error.detail}") from error
+            except ValueError as error:
+                raise ValueError(f"images[{index}]: {error}") from error
+
+        def sized() -> Iterator[ImagePatches]:
+            waiting = enumerate(images)
+            with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+                while window := list(islice(waiting, _WINDOW)):
+                    yield from threads.map(size, window)
+
+        return image_vectors(self, sized(), normalize=normalize)
 
     def encode_text(self, texts: Iterable[str], normalize: bool = True) -> Tensor:
         """Embeds texts, cut at the model's context.
@@ -196,7 +237,13 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
             ValueError: If something is no string; names its index.
             UserError: If the model has no tokenizer.
         """
-        return encode_texts(self, self.tokenizer, texts, normalize=normalize)
+        if self.tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer: load it with NaViTCLIP.from_pretrained, or set "
+                "model.tokenizer"
+            )
+        strings = _checked_strings(texts, "texts")
+        return text_vectors(self, self.tokenizer, strings, normalize=normalize)
 
     def similarity(
         self, images: Iterable[ImageInput], texts: Iterable[str], max_tokens: int | None = None
@@ -238,6 +285,33 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
         Raises:
             ValueError: If there is no label or template, or a template without ``{}``.
         """
-        labels_CD = encode_labels(self, self.tokenizer, labels, templates)
+        labels = list(_checked_strings(labels, "labels"))
+        if templates is None:
+            templates = [PLAIN_TEMPLATE]
+        templates = list(_checked_strings(templates, "templates"))
+        for name, given in (("labels", labels), ("templates", templates)):
+            if not given:
+                raise ValueError(f"{name} is empty: nothing to choose from")
+        for index, template in enumerate(templates):
+            if "{}" not in template:
+                raise ValueError(f"templates[{index}] has no {{}} for the label: {template!r}")
+        size = max(1, _PROMPTS // len(templates))
+        vectors = []
+        for start in range(0, len(labels), size):
+            group = labels[start : start + size]
+            prompts = [template.replace("{}", label) for label in group for template in templates]
+            prompts_LTD = self.encode_text(prompts).unflatten(0, (len(group), -1))
+            vectors.append(F.normalize(prompts_LTD.mean(1), dim=-1))
+        labels_CD = torch.cat(vectors)
         scale = self.log_scale.detach().float().exp().cpu()
         return (scale * self.encode_image(images, max_tokens) @ labels_CD.T).softmax(-1)
+
+
+def _checked_strings(texts: Iterable[Any], name: str) -> Iterator[str]:
+    """The same, each checked when its turn comes."""
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"{name} must be a list of strings, got one {type(texts).__name__}")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{index}]: {type(text).__name__} is no string")
+        yield text

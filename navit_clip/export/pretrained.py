@@ -3,13 +3,16 @@
 ``config.json`` (architecture, preprocessing, checksum of the weights), ``model.safetensors``
 (weights), the tokenizer's own files, and a model card. Written by the trainer at its end and by
 `NaViTCLIP.save_pretrained`, read by `NaViTCLIP.from_pretrained`, the evaluation and the trainer.
+A repository of the Hugging Face Hub holds the same files: pushing is
+`huggingface_hub.ModelHubMixin.push_to_hub`, which uploads what `save_pretrained` writes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
 from navit_clip.export.description import CONFIG_FILE, Description
-from navit_clip.files import reading, sha256_of, writing
+from navit_clip.files import one_line, reading, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
@@ -26,7 +29,30 @@ from navit_clip.tokenizers.load import load_tokenizer
 # All that loading reads, and the card for whoever finds it.
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, CARD_FILE)
 
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 Model = TypeVar("Model", bound=CLIP)
+
+
+def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
+    """The directory of a model's files: the one named, or a repository's in the Hub's cache.
+
+    Only a name that is no directory is looked for on the Hub; a directory never asks the network.
+
+    Args:
+        directory_or_repo: As `NaViTCLIP.from_pretrained` takes it.
+        download: Options of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        UserError: If a repository cannot be downloaded.
+    """
+    directory, repository = Path(directory_or_repo), str(directory_or_repo)
+    if directory.is_dir() or not _REPOSITORY.fullmatch(repository):
+        return directory
+    from huggingface_hub import snapshot_download
+
+    with one_line(f"no directory {repository}, and cannot download it from the Hub"):
+        return Path(snapshot_download(repository, allow_patterns=list(MODEL_FILES), **download))
 
 
 def save_pretrained(

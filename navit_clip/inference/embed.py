@@ -1,7 +1,7 @@
 """Embedding images and captions with a trained model, packed by token budget.
 
-What the evaluation and `navit_clip.inference.encode` stand on: any number of images of any size in,
-vectors in the same order out, no token of padding computed.
+What the evaluation and `navit_clip.model` stand on: any number of images of any size in, vectors
+in the same order out, no token of padding computed.
 """
 
 from __future__ import annotations

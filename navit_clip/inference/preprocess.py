@@ -1,7 +1,7 @@
 """How images are sized for a model, as far as its architecture leaves that open.
 
-Written beside the weights by `navit_clip.export`, applied by `navit_clip.inference.encode` and by
-the evaluation.
+Written beside the weights by `navit_clip.export`, applied by `navit_clip.model` and by the
+evaluation.
 """
 
 from __future__ import annotations
