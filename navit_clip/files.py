@@ -73,10 +73,6 @@ def one_line(problem: str, *, hint: str = "") -> AbstractContextManager[None]:
     """A context that turns every error into a `UserError` "PROBLEM: REASON".
 
     For downloads: huggingface_hub, open_clip and HTTP clients raise from a dozen families.
-
-    Args:
-        problem: What failed.
-        hint: Put behind the reason: what to do about it.
     """
     return _user_errors(problem, (Exception,), hint)
 
