@@ -31,8 +31,7 @@ from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
 from navit_clip.tools.inspect.__main__ import main
 from navit_clip.tools.inspect.describe import packing_to_json
-from navit_clip.tools.inspect.draw_batch import draw_batch
-from navit_clip.tools.inspect.draw_patches import draw_on_grid
+from navit_clip.tools.inspect.draw_batch import draw_batch, draw_on_grid
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
 from navit_clip.tools.inspect.statistics import collect_statistics
 

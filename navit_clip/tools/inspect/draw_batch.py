@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from navit_clip.evaluation.gallery import wrap_text
 from navit_clip.files import write_output
-from navit_clip.tools.inspect.draw_patches import colour_of, draw_on_grid, draw_stream, patch_side
+from navit_clip.packed.images import ImagePatches
 from navit_clip.tools.inspect.packing_efficiency import DrawnPair, PackingEfficiency
 
+_COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#8250df", "#bf3989", "#9a6700")
 _WIDTH, _MARGIN = 1460, 30
 _INNER = _WIDTH - 2 * _MARGIN
 _COLUMNS, _ROWS = 6, 3
@@ -56,6 +59,25 @@ def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:
     count = min(_COLUMNS * _ROWS, len(pairs))
     step = (len(pairs) - 1) / max(1, count - 1)
     return [pairs[round(i * step)] for i in range(count)]
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _side(image: ImagePatches) -> int:
+    """P, in pixels."""
+    return math.isqrt(image.patches.shape[1] // 3)
+
+
+def draw_on_grid(image: ImagePatches, blank: int) -> Image.Image:
+    """An image's kept patches on their own grid, dropped ones left in a grey of 0 to 255."""
+    (rows, columns), side = image.grid, _side(image)
+    canvas = np.full((rows * side, columns * side, 3), blank, np.uint8)
+    for patch, (y, x) in zip(image.patches, image.coords, strict=True):
+        window = canvas[y * side : (y + 1) * side, x * side : (x + 1) * side]
+        window[:] = patch.reshape(side, side, 3)
+    return Image.fromarray(canvas)
 
 
 def _write(
@@ -100,7 +122,7 @@ def _draw_bar(
     for segment, length in enumerate(lengths):
         left, end = end, end + length
         number = numbers.get(segment)
-        colour = _OTHERS[segment % 2] if number is None else colour_of(number)
+        colour = _OTHERS[segment % 2] if number is None else _colour(number)
         x = _MARGIN + left * _INNER // budget
         # Even a segment of less than a pixel is seen if it is one of those shown below.
         right = max(_MARGIN + end * _INNER // budget - 1, x)
@@ -109,7 +131,7 @@ def _draw_bar(
 
 
 def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
-    sides = [max(pair.image.grid) * patch_side(pair.image) for pair in shown]
+    sides = [max(pair.image.grid) * _side(pair.image) for pair in shown]
     zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
@@ -128,7 +150,7 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
             top = y + tallest - picture.height
             canvas.paste(picture, (left + 3, top))
             box = (left, top - 3, left + picture.width + 5, top + picture.height + 2)
-            draw.rectangle(box, outline=colour_of(number), width=3)
+            draw.rectangle(box, outline=_colour(number), width=3)
             _draw_caption(canvas, shown[number], number, left, y + tallest + 10)
         y += tallest + 10 + (_LINES + 1) * _LINE + 22
     return y
@@ -137,7 +159,7 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
 def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
     """The image on its grid, with thin lines between the patches."""
     rows, columns = pair.image.grid
-    side = patch_side(pair.image) * zoom
+    side = _side(pair.image) * zoom
     size = (max(1, round(columns * side)), max(1, round(rows * side)))
     picture = draw_on_grid(pair.image, _BLANK).resize(size, Image.Resampling.LANCZOS)
     if side < _LEAST_CELL:
@@ -154,7 +176,7 @@ def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, 
     whole = pair.image.tokens_before_drop
     kept = len(pair.image.patches)
     patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
-    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, colour_of(number))
+    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, _colour(number))
     wrapped = wrap_text(pair.caption, ImageFont.load_default(14), _CELL - 24, _LINES)
     for line, text in enumerate(wrapped, start=1):
         _write(canvas, (left, y + line * _LINE), text, 14)
@@ -172,4 +194,16 @@ def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
     which = "all" if fitting == len(images) else f"the first {fitting}"
     title = f"Their patches as the image tower reads them: {which} end to end, underlined by colour"
     _write(canvas, (_MARGIN, y), title, 17)
-    return draw_stream(canvas, images[:fitting], (_MARGIN, y + 32), columns, tile, line)
+    y += 32
+    draw, position = ImageDraw.Draw(canvas), 0
+    for number, image in enumerate(images[:fitting]):
+        side = _side(image)
+        for patch in image.patches:
+            left = _MARGIN + position % columns * (tile + 2)
+            top = y + position // columns * line
+            picture = Image.fromarray(patch.reshape(side, side, 3)).resize((tile, tile))
+            canvas.paste(picture, (left, top))
+            box = (left, top + tile + 1, left + tile + 1, top + tile + 3)
+            draw.rectangle(box, fill=_colour(number))
+            position += 1
+    return y + -(-position // columns) * line
