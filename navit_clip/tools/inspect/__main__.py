@@ -61,8 +61,8 @@ def _inspect(args: argparse.Namespace) -> int:
     packing = None
     if statistics.usable and (args.config or args.picture):
         packing = measure_packing(mixture, build, data, statistics.usable)
-    tokenised = bool(args.config or args.tokenizer)
-    found = to_json(statistics, build.context_length, packing, tokenised)
+    tokenised = args.config or args.tokenizer
+    found = to_json(statistics, packing, build.context_length if tokenised else None)
     print(to_text(found))
     if packing and statistics.usable < packing.batches[0].examples:
         print("\nOne batch holds more pairs than were read: some are in it several times.")

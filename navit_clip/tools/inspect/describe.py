@@ -41,23 +41,17 @@ def summarise(values: np.ndarray) -> dict[str, float]:
 
 
 def to_json(
-    statistics: Statistics,
-    context_length: int,
-    packing: PackingEfficiency | None,
-    tokenised: bool,
+    statistics: Statistics, packing: PackingEfficiency | None, context_length: int | None
 ) -> dict[str, Any]:
     """All of it as plain JSON values.
 
     Args:
         statistics: Of the samples.
-        context_length: Most text tokens, at which captions are cut.
         packing: How full batches are, None if no configuration was given.
-        tokenised: Whether a tokenizer was given, so that tokens mean something.
+        context_length: Most text tokens, at which captions are cut; None if no tokenizer was given
+            and tokens mean nothing.
     """
-    columns = dict(statistics.columns)
-    if "image_bytes" in columns:
-        columns["image_kb"] = columns.pop("image_bytes") / 1000
-    left_out = set() if tokenised else {"text_tokens"}
+    left_out = set() if context_length else {"text_tokens"}
     left_out |= set() if packing else {"tokens", "kept_tokens"}
     found: dict[str, Any] = {
         "shards": statistics.shards,
@@ -69,12 +63,13 @@ def to_json(
         "skip_log": statistics.skip_log,
         "distributions": {
             name: summarise(column)
-            for name, column in columns.items()
+            for name, column in statistics.columns.items()
             if len(column) and name not in left_out
         },
     }
-    if tokenised and len(columns.get("text_tokens", ())):
-        found["captions_cut"] = float((columns["text_tokens"] > context_length).mean())
+    if context_length and "text_tokens" in found["distributions"]:
+        cut = statistics.columns["text_tokens"] > context_length
+        found["captions_cut"] = float(cut.mean())
         found["context_length"] = context_length
     if packing:
         found["packing"] = packing_to_json(packing.batches)
@@ -102,13 +97,17 @@ def packing_to_json(batches: Sequence[BatchCounts]) -> dict[str, Any]:
 
 def to_text(found: dict[str, Any]) -> str:
     """The same as lines of aligned columns, see `to_json`."""
-    lines = [_heading("samples"), *_counts(found)]
+    lines = _counts(found)
     distributions = found["distributions"]
     for title, rows in _SECTIONS.items():
         present = [row for row in rows if row[0] in distributions]
         if present:
-            lines += ["", _heading(title, list(_HEADER.values()))]
-            lines += [_row(label, distributions[name], digits) for name, label, digits in present]
+            lines += ["", _line(title.upper(), *_HEADER.values())]
+        for name, label, digits in present:
+            # A mean of whole numbers is not one.
+            decimals = {"mean": max(1, digits)}
+            cells = (f"{distributions[name][c]:,.{decimals.get(c, digits)}f}" for c in _HEADER)
+            lines.append(_line(label, *cells))
         if title == "captions" and "captions_cut" in found:
             cut = f"cut at {found['context_length']} tokens"
             lines.append(_line(cut, f"{found['captions_cut']:.1%}"))
@@ -118,62 +117,41 @@ def to_text(found: dict[str, Any]) -> str:
 
 
 def _counts(found: dict[str, Any]) -> list[str]:
-    samples, usable = found["samples"], found["usable"]
+    usable, skipped = found["usable"], found["skipped"]
+    note = f"{usable / max(1, found['samples']):.1%}"
+    if found["formats"]:
+        counts = ", ".join(f"{name} {count:,}" for name, count in found["formats"].items())
+        note += f"  ({counts})"
     lines = [
-        _line("shards", f"{found['shards']:,}", f"{found['bytes'] / 1e6:,.1f} MB in files"),
-        _line("samples", f"{samples:,}"),
-        _line("usable", f"{usable:,}", f"{usable / max(1, samples):.1%}"),
+        "SAMPLES",
+        _line("shards", f"{found['shards']:,}", note=f"{found['bytes'] / 1e6:,.1f} MB in files"),
+        _line("samples", f"{found['samples']:,}"),
+        _line("usable", f"{usable:,}", note=note),
+        _line("skipped", f"{sum(skipped.values()):,}"),
+        *(_line(f"  {reason}", f"{count:,}") for reason, count in skipped.items()),
+        *(f"    {line}" for line in found["skip_log"][:5]),
     ]
-    formats = ", ".join(f"{name} {count:,}" for name, count in found["formats"].items())
-    if formats:
-        lines[-1] += f"  ({formats})"
-    skipped = found["skipped"]
-    lines.append(_line("skipped", f"{sum(skipped.values()):,}"))
-    lines += [_line(f"  {reason}", f"{count:,}") for reason, count in skipped.items()]
-    shown = found["skip_log"][:5]
-    lines += [f"    {line}" for line in shown]
-    more = sum(skipped.values()) - len(shown)
+    more = sum(skipped.values()) - len(found["skip_log"][:5])
     return [*lines, f"    … {more:,} more"] if more else lines
 
 
 def _packing_lines(packing: dict[str, Any]) -> list[str]:
-    pairs = packing["pairs"]
-    before, after = packing["image_tokens_before_drop"], packing["image_tokens"]
-    return [
-        _heading(f"packing, mean of {packing['batches']} batches"),
-        _line(
-            "pairs per batch",
-            f"{pairs['mean']:,.1f}",
-            f"{pairs['min']:,} to {pairs['max']:,}, coefficient of variation "
-            f"{packing['pairs_cv']:.3f}",
-        ),
+    pairs, cv = packing["pairs"], packing["pairs_cv"]
+    spread = f"{pairs['min']:,} to {pairs['max']:,}, coefficient of variation {cv:.3f}"
+    before = packing["image_tokens_before_drop"]
+    lines = [
+        f"PACKING, MEAN OF {packing['batches']} BATCHES",
+        _line("pairs per batch", f"{pairs['mean']:,.1f}", note=spread),
         _line("image tokens before drop", f"{before:,.0f}"),
-        _line(
-            "image tokens",
-            f"{after:,.0f}",
-            f"of {packing['image_budget']:,}, {packing['image_padding']:.2%} padding, "
-            f"{1 - after / before:.1%} dropped",
-        ),
-        _line(
-            "text tokens",
-            f"{packing['text_tokens']:,.0f}",
-            f"of {packing['text_budget']:,}, {packing['text_padding']:.2%} padding",
-        ),
     ]
+    for name in ("image", "text"):
+        tokens = packing[f"{name}_tokens"]
+        note = f"of {packing[f'{name}_budget']:,}, {packing[f'{name}_padding']:.2%} padding"
+        if name == "image":
+            note += f", {1 - tokens / before:.1%} dropped"
+        lines.append(_line(f"{name} tokens", f"{tokens:,.0f}", note=note))
+    return lines
 
 
-def _heading(title: str, columns: Sequence[str] = ()) -> str:
-    return (f"{title.upper():<26}" + "".join(f"{column:>10}" for column in columns)).rstrip()
-
-
-def _line(label: str, value: str, note: str = "") -> str:
-    return f"{label:<26}{value:>10}  {note}".rstrip()
-
-
-def _row(label: str, values: dict[str, float], digits: int) -> str:
-    line = f"{label:<26}"
-    for name in _HEADER:
-        # A mean of whole numbers is not one.
-        decimals = 1 if name == "mean" and digits == 0 else digits
-        line += f"{values[name]:>10,.{decimals}f}"
-    return line
+def _line(label: str, *cells: str, note: str = "") -> str:
+    return (f"{label:<26}" + "".join(f"{cell:>10}" for cell in cells) + f"  {note}").rstrip()

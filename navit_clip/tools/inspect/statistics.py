@@ -26,16 +26,7 @@ _WHOLE_CAPTION = 1 << 20  # tokens; no caption is cut at it
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """One shard to be read.
-
-    Attributes:
-        shard: Its number.
-        path: Its path or address.
-        name: Its short name, prefix of the ids of its samples.
-        captions: Caption weights of its dataset.
-        build: Makes pairs.
-        limit: Most samples to read, None for all.
-    """
+    """A shard with its number and its short name; None as `limit` reads all of its samples."""
 
     shard: int
     path: str
@@ -56,7 +47,7 @@ class Statistics:
         bytes: Size of all their files.
         formats: Usable samples by the image's extension.
         columns: Values by name, float64 or int64 [n], of usable samples (``width``, ``height``,
-            ``side``, ``aspect``, ``image_bytes``, ``captions``, ``tokens``, ``kept_tokens``) or of
+            ``side``, ``aspect``, ``image_kb``, ``captions``, ``tokens``, ``kept_tokens``) or of
             all their captions (``characters``, ``words``, ``text_tokens``).
         skipped: Samples that training would skip, and shards that end early, by reason.
         skip_log: A line for each of the first few of them.
@@ -84,22 +75,13 @@ def collect_statistics(
         workers: Number of processes; the statistics do not depend on it.
     """
     shards = mixture.shards
-    limits: list[int | None] = [None] * len(shards)
-    if max_samples is not None:
-        each, rest = divmod(max_samples, len(shards))
-        limits = [each + (number < rest) for number in range(len(shards))]
-    tasks = [
-        _ShardTask(
-            number,
-            path,
-            mixture.names[number],
-            mixture.dataset_of(number).captions or build.captions,
-            build,
-            limits[number],
-        )
-        for number, path in enumerate(shards)
-        if limits[number] != 0
-    ]
+    each, rest = divmod(max_samples or 0, len(shards))
+    tasks = []
+    for number, path in enumerate(shards):
+        captions = mixture.dataset_of(number).captions or build.captions
+        limit = None if max_samples is None else each + (number < rest)
+        if limit != 0:
+            tasks.append(_ShardTask(number, path, mixture.names[number], captions, build, limit))
     found: dict[int, Statistics] = {}
     with tqdm(total=len(tasks), desc="reading", unit="shard") as bar:
         for number, statistics in run_unordered(_shard_statistics, tasks, workers):
@@ -151,7 +133,7 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
         "height": [image.height],
         "side": [(image.width * image.height) ** 0.5],
         "aspect": [image.width / image.height],
-        "image_bytes": [len(data)],
+        "image_kb": [len(data) / 1000],
         "captions": [len(texts)],
         "tokens": [pair.image.tokens_before_drop],
         "kept_tokens": [len(pair.image.patches)],
