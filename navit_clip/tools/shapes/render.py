@@ -35,15 +35,7 @@ JPEG_QUALITY = 90
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draws the scene.
-
-    Args:
-        scene: What to draw.
-        rng: Source of shading, tilt and texture phase; the same state gives the same pixels.
-
-    Returns:
-        An RGB image of `scene.width` × `scene.height`.
-    """
+    """Draws a scene in RGB at its size; shading, tilt and phase of textures are random."""
     image = _background(scene, rng)
     for placed in scene.objects:
         side = max(2, round(placed.side))
@@ -54,11 +46,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def encode(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
-    """Encodes as JPEG or, with probability `PNG_SHARE`, as PNG.
-
-    Returns:
-        The file's bytes and its extension, "jpg" or "png".
-    """
+    """The bytes and the extension of a JPEG or, with probability `PNG_SHARE`, of a PNG."""
     buffer = io.BytesIO()
     if rng.random() < PNG_SHARE:
         image.save(buffer, "PNG", compress_level=1)

@@ -122,11 +122,7 @@ class Scene:
 
 
 def relation(a: PlacedObject, b: PlacedObject) -> str | None:
-    """Where `a` is as seen from `b`.
-
-    Returns:
-        "left", "right", "above" or "below", or None if the pair lies too diagonally to say.
-    """
+    """Where `a` is as seen from `b`: left, right, above, below, or None if that is not clear."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= DOMINANCE * abs(dy):
         return "left" if dx < 0 else "right"
@@ -153,15 +149,7 @@ def describe_classes(rng: np.random.Generator, classes: Iterable[int]) -> Descri
 
 
 def lay_out(description: Description, rng: np.random.Generator) -> Scene:
-    """Chooses an image size that holds the objects and places them.
-
-    Args:
-        description: What the scene shows.
-        rng: Source of size and position; the same state gives the same scene.
-
-    Returns:
-        A scene whose object boxes lie inside the image and do not overlap.
-    """
+    """Draws an image size that holds the objects, and places them inside and apart."""
     while True:
         width, height = _sample_size(rng)
         unit = math.sqrt(width * height)
@@ -231,13 +219,12 @@ def _two_rows(
 ) -> np.ndarray | None:
     """Two of three objects in one row, the third in the other; centres [3, 2] as (long, short)."""
     row_sides = np.array([sides[:2].max(), sides[2]])
-    order = np.array([0, 1]) if rng.random() < 0.5 else np.array([1, 0])
+    order = [0, 1] if rng.random() < 0.5 else [1, 0]
     rows = _spread(row_sides[order], short, gap, rng)
     pair, third = _spread(sides[:2], long, gap, rng), _spread(sides[2:], long, gap, rng)
     if rows is None or pair is None or third is None:
         return None
-    across = rows[order]
-    return np.array([[pair[0], across[0]], [pair[1], across[0]], [third[0], across[1]]])
+    return np.stack([np.concatenate([pair, third]), rows[order][[0, 0, 1]]], axis=1)
 
 
 def _spread(

@@ -30,16 +30,7 @@ RELATION_PHRASES = {
 
 
 def training_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Several different captions for one picture.
-
-    Args:
-        scene: The picture.
-        rng: Source of wording; the same state gives the same captions.
-
-    Returns:
-        `FULL_CAPTIONS` different full captions; then a short one of colours and shapes alone, and
-        another short one.
-    """
+    """`FULL_CAPTIONS` different full captions, one of colours and shapes alone, one other short."""
     # A dict as an ordered set.
     captions: dict[str, None] = {}
     while len(captions) < FULL_CAPTIONS:
