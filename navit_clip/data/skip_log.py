@@ -45,7 +45,7 @@ class SkipLog:
         if self._bad_samples >= self.max_bad_samples:
             raise UserError(
                 f"{self._bad_samples} unusable samples in a row, the last one {name}: {error}; "
-                "check the fields that the task reads (task.captions) and the shards"
+                "check that the shards hold the fields that the task reads"
             ) from error
 
     def skip_shard(self, error: ShardError) -> None:
