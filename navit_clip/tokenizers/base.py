@@ -28,10 +28,12 @@ class Tokenizer(ABC):
         kind: As in `TokenizerConfig`.
         pad_id: Of the token that every caption is filled up with to the context; None if captions
             stay as long as they are.
+        model: Content of the file that it was read from, None if it comes from none.
     """
 
     kind: str
     pad_id: int | None = None
+    model: bytes | None = None
 
     @property
     @abstractmethod
@@ -44,4 +46,8 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""
-        atomic_write(directory / DESCRIPTION_FILE, json.dumps({"kind": self.kind}) + "\n")
+        padding = {} if self.pad_id is None else {"pad_id": self.pad_id}
+        description = json.dumps({"kind": self.kind, **padding})
+        atomic_write(directory / DESCRIPTION_FILE, description + "\n")
+        if self.model is not None:
+            atomic_write(directory / MODEL_FILE, self.model)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write
-from navit_clip.tokenizers.base import MODEL_FILE, Tokenizer
+from navit_clip.tokenizers.base import Tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -14,6 +13,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         path: The model file.
+        expected: What the file may be, for messages.
 
     Raises:
         UserError: If the file is missing or no SentencePiece model.
@@ -21,19 +21,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: str = "a SentencePiece model") -> None:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = path.read_bytes()
-            self._processor = SentencePieceProcessor(model_proto=self._model)
+            self.model = path.read_bytes()
+            self._processor = SentencePieceProcessor(model_proto=self.model)
         except OSError as error:
             raise UserError(
                 f"no tokenizer at {path}: {error.strerror}; train one with "
                 "python -m navit_clip.tools.train_tokenizer"
             ) from error
         except RuntimeError as error:
-            raise UserError(f"{path} is not a SentencePiece model") from error
+            raise UserError(f"{path} is not {expected}") from error
         self._end = self._processor.eos_id()
         if self._end < 0:
             raise UserError(f"{path} has no end-of-sentence piece; train it with one")
@@ -47,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Pieces of the caption, cut to leave room for the end piece."""
         return [*self._processor.encode(text)[: context_length - 1], self._end]
 
-    def save(self, directory: Path) -> None:
-        """Writes the SentencePiece model beside the kind."""
-        super().save(directory)
-        atomic_write(directory / MODEL_FILE, self._model)
+    def id_of(self, token: str) -> int | None:
+        """Id of a piece, None if there is no such piece."""
+        index = self._processor.piece_to_id(token)
+        return index if self._processor.id_to_piece(index) == token else None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write, reading
-from navit_clip.tokenizers.base import DESCRIPTION_FILE, MODEL_FILE, PLAIN, Tokenizer
+from navit_clip.files import reading
+from navit_clip.tokenizers.base import PLAIN, Tokenizer
+from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 class SiglipTokenizer(Tokenizer):
@@ -35,38 +36,32 @@ class SiglipTokenizer(Tokenizer):
 
     def __init__(self, path: Path, pad: int | str) -> None:
         try:
-            self._model = path.read_bytes()
+            self.model = path.read_bytes()
         except OSError as error:
             raise UserError(f"no tokenizer at {path}: {error.strerror}") from error
-        vocabulary: _Json | _SentencePiece
-        if self._model.lstrip().startswith(b"{"):
-            vocabulary = _Json(path, self._model)
+        vocabulary: _Json | SentencePieceTokenizer
+        if self.model.lstrip().startswith(b"{"):
+            vocabulary = _Json(path, self.model)
         else:
-            vocabulary = _SentencePiece(path, self._model)
+            expected = "a tokenizer.json or a SentencePiece model"
+            vocabulary = SentencePieceTokenizer(path, expected)
         self._vocabulary = vocabulary
         pad_id = vocabulary.id_of(pad) if isinstance(pad, str) else pad
-        if pad_id is None or not 0 <= pad_id < vocabulary.size:
+        if pad_id is None or not 0 <= pad_id < self.vocab_size:
             raise UserError(
-                f"{path} has no padding token {pad!r} among its {vocabulary.size} ids: set pad_id"
+                f"{path} has no padding token {pad!r} among its {self.vocab_size} ids: set pad_id"
             )
         self.pad_id = pad_id
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special ones included."""
-        return self._vocabulary.size
+        return self._vocabulary.vocab_size
 
     def encode(self, text: str, context_length: int) -> list[int]:
         """Exactly `context_length` ids: tokens, cut to leave room for the end, end, padding."""
-        ids = [*self._vocabulary.tokens(self._clean(text))[: context_length - 1]]
-        ids.append(self._vocabulary.end_id)
+        ids = self._vocabulary.encode(self._clean(text), context_length)
         return ids + [self.pad_id] * (context_length - len(ids))
-
-    def save(self, directory: Path) -> None:
-        """Writes the vocabulary's file beside the kind and the padding."""
-        description = {"kind": self.kind, "pad_id": self.pad_id}
-        atomic_write(directory / DESCRIPTION_FILE, json.dumps(description) + "\n")
-        atomic_write(directory / MODEL_FILE, self._model)
 
     def _clean(self, text: str) -> str:
         fix, canonicalize = self._cleaners
@@ -79,31 +74,6 @@ class SiglipTokenizer(Tokenizer):
         from open_clip.tokenizer import basic_clean, canonicalize_text
 
         return basic_clean, canonicalize_text
-
-
-class _SentencePiece:
-    """A SentencePiece model, as the repositories of SigLIP 1 have it."""
-
-    def __init__(self, path: Path, model: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._processor = SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"{path} is neither a tokenizer.json nor a SentencePiece model") from (
-                error
-            )
-        self.size: int = self._processor.vocab_size()
-        self.end_id: int = self._processor.eos_id()
-        if self.end_id < 0:
-            raise UserError(f"{path} has no end-of-sentence piece")
-
-    def tokens(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def id_of(self, token: str) -> int | None:
-        index = self._processor.piece_to_id(token)
-        return index if self._processor.id_to_piece(index) == token else None
 
 
 class _Json:
@@ -125,14 +95,14 @@ class _Json:
         # Captions are cut and padded here, whatever the file asks for.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.size: int = self._tokenizer.get_vocab_size()
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
         empty, word = self._tokenizer.encode("").ids, self._tokenizer.encode("a").ids
         if not empty or empty[-1] != word[-1]:
             raise UserError(f"{path} puts no end token behind a caption: it is not SigLIP's")
-        self.end_id: int = empty[-1]
+        self._end: int = empty[-1]
 
-    def tokens(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids[:-1]
+    def encode(self, text: str, context_length: int) -> list[int]:
+        return [*self._tokenizer.encode(text).ids[:-1][: context_length - 1], self._end]
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
