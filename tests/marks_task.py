@@ -28,6 +28,7 @@ from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
 from navit_clip.models.pooling import MeanPooling
 from navit_clip.models.transformer import Encoder, EncoderConfig
+from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.ragged import Ragged
 from navit_clip.tasks.base import Loss, Task, TaskConfig
@@ -69,17 +70,11 @@ class Marked:
 
 
 @dataclass(frozen=True)
-class MarkInputs:
+class MarkInputs(Inputs):
     """Packed images, and the marks of each in the order in which the images came."""
 
     images: PackedImages
     marks: Ragged
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> MarkInputs:
-        return MarkInputs(self.images.to(device, non_blocking), self.marks.to(device, non_blocking))
-
-    def pin_memory(self) -> MarkInputs:
-        return MarkInputs(self.images.pin_memory(), self.marks.pin_memory())
 
 
 @dataclass(frozen=True)

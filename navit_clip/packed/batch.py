@@ -7,22 +7,16 @@ that the task's sample builder gives it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-import torch
+from navit_clip.packed.movable import Movable
 
 AnyInputs = TypeVar("AnyInputs", bound="Inputs")
 
 
-class Inputs(Protocol):
+class Inputs(Movable):
     """What a model's forward pass takes; tensors, packed streams, ragged targets."""
-
-    def to(self: AnyInputs, device: torch.device | str, non_blocking: bool = False) -> AnyInputs:
-        """The same inputs on another device."""
-
-    def pin_memory(self: AnyInputs) -> AnyInputs:
-        """The same inputs in page-locked memory."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class BatchCounts:
 
 
 @dataclass(frozen=True)
-class Batch(Generic[AnyInputs]):
+class Batch(Movable, Generic[AnyInputs]):
     """One training batch of one rank.
 
     Attributes:
@@ -76,11 +70,3 @@ class Batch(Generic[AnyInputs]):
     ids: tuple[str, ...]
     counts: BatchCounts
     state: dict[int, Any] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch[AnyInputs]:
-        """The same batch with its inputs on another device."""
-        return replace(self, inputs=self.inputs.to(device, non_blocking))
-
-    def pin_memory(self) -> Batch[AnyInputs]:
-        """The same batch in page-locked memory; called by `torch.utils.data.DataLoader`."""
-        return replace(self, inputs=self.inputs.pin_memory())

@@ -80,28 +80,26 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
         ValueError: If there is no image, more tokens than `budget`, or targets for some images.
     """
     lengths = [len(image.patches) for image in images]
-    sort, padding = order_by_length("image", lengths, budget)
-    rows = [images[i] for i in sort]
-    patches = _concatenate([image.patches for image in rows], padding)
-    coords = _concatenate([image.coords for image in rows], padding)
+    sort, segments, order = order_by_length("image", lengths, budget)
+    rows, padding = [images[i] for i in sort], segments.padding
     targets = [image.targets for image in rows if image.targets is not None]
     if targets and len(targets) < len(rows):
         raise ValueError(f"{len(targets)} of {len(rows)} images have targets: give all or none")
     grids = np.array([image.grid for image in rows] + [(1, 1)] * bool(padding), dtype=np.int32)
     return PackedImages(
-        torch.from_numpy(patches),
-        torch.from_numpy(coords),
+        _concatenate([image.patches for image in rows], padding),
+        _concatenate([image.coords for image in rows], padding),
         torch.from_numpy(grids),
-        Segments.from_lengths([lengths[i] for i in sort], padding=padding),
-        torch.from_numpy(np.argsort(sort)),
-        torch.from_numpy(_concatenate(targets, padding)) if targets else None,
+        segments,
+        order,
+        _concatenate(targets, padding) if targets else None,
     )
 
 
-def _concatenate(parts: Sequence[np.ndarray], padding: int) -> np.ndarray:
+def _concatenate(parts: Sequence[np.ndarray], padding: int) -> Tensor:
     """Joins along the first axis and adds rows of zeros, in one copy of what may be 12 MB."""
     total = sum(map(len, parts))
     joined = np.empty((total + padding, *parts[0].shape[1:]), parts[0].dtype)
     np.concatenate(parts, out=joined[:total])
     joined[total:] = 0
-    return joined
+    return torch.from_numpy(joined)

@@ -118,11 +118,19 @@ class Segments(Movable):
 
 def order_by_length(
     tower: str, lengths: Sequence[int], budget: int | None
-) -> tuple[np.ndarray, int]:
-    """The stable order by length, and the tokens left unused."""
+) -> tuple[np.ndarray, Segments, Tensor]:
+    """Lays out examples in the stable order of their lengths.
+
+    Returns:
+        int64 [E], the example in each segment; the segments, padded to the budget if there is one;
+        and int64 [E], the segment of each example.
+    """
     if not lengths:
         raise ValueError(f"nothing to pack: a batch needs at least one {tower}")
     total = sum(lengths)
     if budget is not None and total > budget:
         raise ValueError(f"{total} {tower} tokens do not fit a budget of {budget}")
-    return np.argsort(lengths, kind="stable"), 0 if budget is None else budget - total
+    sort = np.argsort(lengths, kind="stable")
+    padding = 0 if budget is None else budget - total
+    segments = Segments.from_lengths([lengths[i] for i in sort], padding=padding)
+    return sort, segments, torch.from_numpy(np.argsort(sort))

@@ -38,11 +38,6 @@ def pack_texts(token_ids: Sequence[Sequence[int]], *, budget: int | None = None)
     Raises:
         ValueError: If there is no caption, or more tokens than `budget`.
     """
-    lengths = [len(ids) for ids in token_ids]
-    sort, padding = order_by_length("text", lengths, budget)
+    sort, segments, order = order_by_length("text", [len(ids) for ids in token_ids], budget)
     stream = np.concatenate([np.asarray(token_ids[i], dtype=np.int32) for i in sort])
-    return PackedTexts(
-        torch.from_numpy(np.pad(stream, (0, padding))),
-        Segments.from_lengths([lengths[i] for i in sort], padding=padding),
-        torch.from_numpy(np.argsort(sort)),
-    )
+    return PackedTexts(torch.from_numpy(np.pad(stream, (0, segments.padding))), segments, order)

@@ -19,8 +19,8 @@ from navit_clip.data.patches import cut_patches
 from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
+from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
-from navit_clip.packed.movable import Movable
 from navit_clip.packed.texts import PackedTexts, pack_texts
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -72,7 +72,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairInputs(Movable):
+class PairInputs(Inputs):
     """Many images and their captions, packed; the i-th image belongs to the i-th caption.
 
     Attributes:
