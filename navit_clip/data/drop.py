@@ -118,25 +118,20 @@ def sample_rate(
     """
     if config.kind == "none":
         return 0.0
-    return _full_rate(config, tokens, images_seen, rng) * ramp(images_seen, config.ramp_images)
-
-
-def _full_rate(
-    config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
-) -> float:
     if config.kind == "resolution":
         # Normal with deviation 0.02 around a mean linear in the length, cut at two deviations.
         span = config.high_tokens - config.low_tokens
         t = min(max((tokens - config.low_tokens) / span, 0.0), 1.0)
         mean = config.low_rate + (config.high_rate - config.low_rate) * t
         rate = truncated_normal(rng, mean, 0.02, mean - 0.04, mean + 0.04)
-        return min(max(rate, 0.0), 1.0)
-    mean = mean_rate(config, images_seen)
-    if config.kind == "fixed":
-        return mean
-    # Mean u and variance 0.3·u(1 - u) of a Beta give α = 7u/3, β = 7(1 - u)/3.
-    u = mean / config.max_rate
-    return config.max_rate * rng.beta(7 / 3 * u, 7 / 3 * (1 - u))
+        rate = min(max(rate, 0.0), 1.0)
+    else:
+        rate = mean_rate(config, images_seen)
+        if config.kind == "beta":
+            # Mean u and variance 0.3·u(1 - u) of a Beta give α = 7u/3, β = 7(1 - u)/3.
+            u = rate / config.max_rate
+            rate = config.max_rate * rng.beta(7 / 3 * u, 7 / 3 * (1 - u))
+    return rate * ramp(images_seen, config.ramp_images)
 
 
 def keep_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarray:

@@ -180,15 +180,8 @@ def sample_grid(
         return side, side
     max_side, max_tokens = limits(config, images_seen)
     side_px = sample_side(config, max_side, rng) if config.mode == "sampled" else math.inf
-    return fit_grid(
-        height,
-        width,
-        patch_size,
-        max_tokens,
-        max_grid_side,
-        side_px,
-        upscale=config.upscale,
-    )
+    upscale = config.upscale
+    return fit_grid(height, width, patch_size, max_tokens, max_grid_side, side_px, upscale=upscale)
 
 
 def fit_grid(
@@ -231,12 +224,10 @@ def fit_grid(
     rows, columns = max(rows / shrink, 1.0), max(columns / shrink, 1.0)
     # A strip one patch wide cannot become thinner, only shorter.
     rows, columns = min(rows, max_tokens), min(columns, max_tokens)
-    native = (max(1, height // patch_size), max(1, width // patch_size))
-    limit_rows, limit_columns = (
-        (max_grid_side, max_grid_side)
-        if upscale
-        else (min(native[0], max_grid_side), min(native[1], max_grid_side))
-    )
+    most_rows = most_columns = max_grid_side
+    if not upscale:
+        most_rows = min(most_rows, max(1, height // patch_size))
+        most_columns = min(most_columns, max(1, width // patch_size))
 
     def distortion(grid: tuple[int, int]) -> float:
         aspect = math.log(grid[0] / grid[1]) - math.log(rows / columns)
@@ -246,18 +237,15 @@ def fit_grid(
     near_rows = (math.floor(rows), math.ceil(rows))
     near_columns = (math.floor(columns), math.ceil(columns))
     # Long strips: 1.9×20.1 in 39 tokens is better as 2×19, the most that go with 2 rows, than 1×20.
-    grids = itertools.chain(
-        itertools.product(near_rows, near_columns),
-        ((row, max_tokens // row) for row in near_rows),
-        ((max_tokens // column, column) for column in near_columns),
-    )
+    grids = [
+        *itertools.product(near_rows, near_columns),
+        *((row, max_tokens // row) for row in near_rows),
+        *((max_tokens // column, column) for column in near_columns),
+    ]
     candidates = [
-        grid
-        for grid in grids
-        if min(grid) >= 1
-        and grid[0] * grid[1] <= max_tokens
-        and grid[0] <= limit_rows
-        and grid[1] <= limit_columns
+        (row, column)
+        for row, column in grids
+        if 1 <= row <= most_rows and 1 <= column <= most_columns and row * column <= max_tokens
     ]
     # Rounding down always fits: rows and columns are at least 1 and within every limit.
     return min(candidates, key=distortion)
