@@ -143,7 +143,11 @@ class HttpStream(ForwardStream):
             self._ranges = True
         else:
             self._ranges = not self._reached and response.headers.get("Accept-Ranges") == "bytes"
-        self._discard(response, self._reached - start)
+        while start < self._reached:  # without ranges, from the beginning
+            chunk = response.read1(min(self._reached - start, CHUNK))
+            if not chunk:
+                raise _TryAgainError("the connection was closed early")
+            start += len(chunk)
 
     def _check_version(self, response: urllib3.BaseHTTPResponse, total: int | None) -> None:
         version = (response.headers.get("ETag"), response.headers.get("Last-Modified"))
@@ -156,14 +160,6 @@ class HttpStream(ForwardStream):
             raise RemoteError(_REPLACED)
         if self._total is None:
             self._total = total
-
-    @staticmethod
-    def _discard(response: urllib3.BaseHTTPResponse, count: int) -> None:
-        while count:
-            chunk = response.read1(min(count, CHUNK))
-            if not chunk:
-                raise _TryAgainError("the connection was closed early")
-            count -= len(chunk)
 
     def _end_body(self, response: urllib3.BaseHTTPResponse) -> None:
         """Decides whether a body that just ended was all of the file."""
@@ -213,14 +209,10 @@ def _extent(response: urllib3.BaseHTTPResponse) -> tuple[int, int | None]:
     return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
-def _reason(error: urllib3.exceptions.HTTPError) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong, without the names of the objects in which it did."""
     if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        return _reason_text(error.reason)
-    return _reason_text(error)
-
-
-def _reason_text(error: Exception) -> str:
+        error = error.reason
     # A ProtocolError is printed as a tuple of its text and its cause.
     protocol = isinstance(error, urllib3.exceptions.ProtocolError) and error.args
     text = str(error.args[0] if protocol else error)
