@@ -13,7 +13,7 @@ from pathlib import Path
 from navit_clip.checkpoints.rank_state import SavedDataStates
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import read_shard
-from navit_clip.data.state import DataState, initial_state
+from navit_clip.data.state import DataState
 from navit_clip.training.config import parse_config
 
 
@@ -33,8 +33,7 @@ def pairs_taken(
         reader: Its number.
         ids: Of all samples of each shard.
     """
-    (order,) = data.orders(mixture, seed, reader)
-    state = data.readers.get(reader) or initial_state([order])
+    (order,), state = data.of_reader(mixture, seed, reader)
     (cursor,) = state.cursors
     ahead = {(o.epoch, o.shard, o.sample) for o in (*state.buffer, *state.pending)}
     return Counter(

@@ -6,7 +6,7 @@ that cannot be read are skipped here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.mixture import Mixture
@@ -49,7 +49,8 @@ class DatasetReader:
             found = first > 0 or sample > 0 or epoch < order.leftover.epoch
             for number in range(first, len(slices)):
                 own = slices[number]
-                for raw in self._read(own, self.cursor.sample):
+                rest = own.after(self.cursor.sample)
+                for raw in _read(self.mixture, rest, self.skips) if rest else ():
                     self.cursor = Cursor(epoch, number, raw.index + 1)
                     found = True
                     yield raw, Origin(own.epoch, own.shard, raw.index, 0)
@@ -63,26 +64,17 @@ class DatasetReader:
                 )
             self.cursor = Cursor(epoch + 1)
 
-    def _read(self, own: ShardSlice, start: int) -> Iterator[RawSample]:
-        """The samples of one slice from index `start` on."""
-        rest = own.after(start)
-        if rest is None:
-            return
-        try:
-            for raw in read_samples(self.mixture, own.shard, rest):
-                self.skips.used_shard()
-                yield raw
-                if raw.index == rest.last:
-                    return
-        except ShardError as error:
-            self.skips.skip_shard(error)
 
-
-def read_samples(mixture: Mixture, shard: int, wanted: Container[int]) -> Iterator[RawSample]:
-    """The wanted samples of a shard, by their indices."""
-    for raw in read_shard(mixture.shards[shard], wanted, mixture.names[shard]):
-        if raw.index in wanted:
+def _read(mixture: Mixture, own: ShardSlice, skips: SkipLog) -> Iterator[RawSample]:
+    """The samples of one slice, as far as its shard can be read."""
+    try:
+        for raw in read_shard(mixture.shards[own.shard], own, mixture.names[own.shard]):
+            skips.used_shard()
             yield raw
+            if raw.index == own.last:
+                return
+    except ShardError as error:
+        skips.skip_shard(error)
 
 
 def read_again(
@@ -95,14 +87,9 @@ def read_again(
     """
     found: dict[tuple[int, int], RawSample] = {}
     for shard in sorted({origin.shard for origin in origins}):
-        wanted = {origin.sample for origin in origins if origin.shard == shard}
-        try:
-            for raw in read_samples(mixture, shard, wanted):
-                found[shard, raw.index] = raw
-                if raw.index == max(wanted):
-                    break
-        except ShardError as error:
-            skips.skip_shard(error)
+        wanted = tuple(origin.sample for origin in origins if origin.shard == shard)
+        for raw in _read(mixture, ShardSlice(0, shard, stride=0, extra=wanted), skips):
+            found[shard, raw.index] = raw
     try:
         return {origin: found[origin.shard, origin.sample] for origin in origins}
     except KeyError as error:

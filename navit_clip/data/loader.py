@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,23 +29,13 @@ from navit_clip.packed.batch import Batch, Inputs
 AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake found in a worker, carried to the training process.
-
-    Raised there it would arrive inside a worker's traceback, as text.
-    """
-
-    message: str
-
-
-class _Readers(IterableDataset[Batch[Any] | SharedBatch | _Failure]):
+class _Readers(IterableDataset[Batch[Any] | SharedBatch | UserError]):
     """The readers of one rank; each worker process runs one of them."""
 
     def __init__(self, readers: Sequence[Reader[Any, Any]], state: DataState) -> None:
         self.readers, self.state = readers, state
 
-    def __iter__(self) -> Iterator[Batch[Any] | SharedBatch | _Failure]:
+    def __iter__(self) -> Iterator[Batch[Any] | SharedBatch | UserError]:
         info = get_worker_info()
         worker = info.id if info else 0
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
@@ -54,7 +44,7 @@ class _Readers(IterableDataset[Batch[Any] | SharedBatch | _Failure]):
             for batch in reader.batches(self.state):
                 yield SharedBatch(batch) if info else batch
         except UserError as error:
-            yield _Failure(str(error))
+            yield error  # raised here it would arrive inside a worker's traceback, as text
 
 
 def _leave_signals_to_trainer(worker: int) -> None:
@@ -107,7 +97,7 @@ def load_batches(
         Reader(mixture, build, config, seed, reader)
         for reader in range(rank * per_rank, (rank + 1) * per_rank)
     ]
-    loader: DataLoader[Batch[Any] | SharedBatch | _Failure] = DataLoader(
+    loader: DataLoader[Batch[Any] | SharedBatch | UserError] = DataLoader(
         _Readers(readers, state),
         batch_size=None,
         num_workers=config.workers,
@@ -119,7 +109,7 @@ def load_batches(
         generator=torch.Generator(),
     )
     for batch in batches_of(loader):
-        if isinstance(batch, _Failure):
-            raise UserError(batch.message)
+        if isinstance(batch, UserError):
+            raise batch
         assert isinstance(batch, Batch)  # a shared one arrives as it was
         yield batch

@@ -22,7 +22,7 @@ from navit_clip.data.packer import Packer
 from navit_clip.data.seeding import draw_index
 from navit_clip.data.shards import RawSample
 from navit_clip.data.skip_log import SkipLog
-from navit_clip.data.state import DataState, ReaderState, initial_state
+from navit_clip.data.state import DataState, ReaderState
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 
@@ -65,8 +65,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
                 a row are unusable.
         """
         config, skips = self.config, SkipLog(self.config.max_bad_samples)
-        orders = data.orders(self.mixture, self.seed, self.reader)
-        state = data.readers.get(self.reader) or initial_state(orders)
+        orders, state = data.of_reader(self.mixture, self.seed, self.reader)
         read_ahead = read_again(self.mixture, [*state.buffer, *state.pending], skips)
         buffer = [(read_ahead[origin], origin) for origin in state.buffer]
         packer: Packer[AnySample] = Packer(self.budget, config.look_ahead, config.packing)

@@ -66,8 +66,10 @@ class DataState:
         self.batches += 1
         self.readers.update(batch.state)
 
-    def orders(self, mixture: Mixture, seed: int, reader: int) -> list[ShardOrder]:
-        """The order in which a reader takes the samples of each dataset.
+    def of_reader(
+        self, mixture: Mixture, seed: int, reader: int
+    ) -> tuple[list[ShardOrder], ReaderState]:
+        """The order in which a reader takes the samples of each dataset, and where it stands.
 
         Args:
             mixture: The run's shards.
@@ -75,15 +77,12 @@ class DataState:
             reader: Which of the rank's readers.
         """
         leftovers = self.leftovers.get(reader) or [Leftover()] * len(mixture.datasets)
-        return [
+        orders = [
             ShardOrder(dataset, seed, reader, self.total, leftover)
             for dataset, leftover in zip(mixture.datasets, leftovers, strict=True)
         ]
-
-
-def initial_state(orders: Sequence[ShardOrder]) -> ReaderState:
-    """The state of a reader before its first sample."""
-    return ReaderState([order.begin for order in orders], [0] * len(orders))
+        begin = ReaderState([order.begin for order in orders], [0] * len(orders))
+        return orders, self.readers.get(reader, begin)
 
 
 def open_state(
@@ -139,28 +138,22 @@ def reshard(
     Returns:
         Samples taken so far, and what each reader finishes first in each dataset.
     """
-    total = saved[0].total
-    per_rank = total // len(saved)
-    orders = [
-        data.orders(mixture, seed, rank * per_rank + reader)
+    per_rank = saved[0].total // len(saved)
+    old = [
+        data.of_reader(mixture, seed, rank * per_rank + reader)
         for rank, data in enumerate(saved)
         for reader in range(per_rank)
-    ]
-    states = [
-        saved[reader // per_rank].readers.get(reader) or initial_state(orders[reader])
-        for reader in range(total)
     ]
     leftovers: list[list[Leftover]] = [[] for _ in range(readers)]
     for number, dataset in enumerate(mixture.datasets):
         # Epochs before this one were begun by some reader; this one every reader begins.
-        end = max(state.cursors[number].epoch for state in states) + 1
+        end = max(state.cursors[number].epoch for _, state in old) + 1
         left = chain.from_iterable(
-            own[number].remaining(state.cursors[number], end)
-            for own, state in zip(orders, states, strict=True)
+            orders[number].remaining(state.cursors[number], end) for orders, state in old
         )
         ahead = (
             origin
-            for state in states
+            for _, state in old
             for origin in chain(state.buffer, state.pending)
             if origin.shard in dataset.shards
         )
@@ -168,7 +161,7 @@ def reshard(
         for reader in range(readers):
             leftovers[reader].append(Leftover(end, tuple(slices[reader::readers])))
     # Samples that wait to be packed were drawn, and will be once more.
-    drawn = sum(state.drawn - len(state.pending) for state in states)
+    drawn = sum(state.drawn - len(state.pending) for _, state in old)
     return saved[0].images + drawn, leftovers
 
 
