@@ -7,11 +7,11 @@ are read by `tables`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from navit_clip.data.annotations.rows import Row
+from navit_clip.data.annotations.rows import Row, merge_rows
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 
@@ -19,8 +19,7 @@ from navit_clip.files import reading
 def read_caption_file(path: Path) -> list[Row]:
     """All images of a JSON of captions, in the file's order; captions are stripped.
 
-    An image that is listed twice in one split becomes one with all its captions: twice, each would
-    be the other's negative.
+    An image that is listed twice in one split becomes one with all its captions.
 
     Args:
         path: In COCO's or Karpathy's format, recognised by content.
@@ -36,11 +35,10 @@ def read_caption_file(path: Path) -> list[Row]:
         content = json.loads(text)
     try:
         images = _coco(content, path) if "annotations" in content else _karpathy(content)
-        return _merged(images)
+        return merge_rows(images)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is neither COCO's captions format nor Karpathy's: {error!r}"
-        ) from error
+        problem = f"{path} is neither COCO's captions format nor Karpathy's: {error!r}"
+        raise UserError(problem) from error
 
 
 def of_splits(rows: Sequence[Row], splits: Sequence[str], path: Path) -> list[Row]:
@@ -65,12 +63,11 @@ def _coco(content: Any, path: Path) -> list[Row]:
     names = {image["id"]: str(Path(image["file_name"])) for image in content["images"]}
     found: dict[Any, list[str]] = {identity: [] for identity in names}
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in names:
-            raise UserError(
-                f"{path}: a caption names image {annotation['image_id']}, which is not listed"
-            )
-        found[annotation["image_id"]].append(annotation["caption"].strip())
-    return [Row(names[i], tuple(captions)) for i, captions in found.items()]
+        identity = annotation["image_id"]
+        if identity not in names:
+            raise UserError(f"{path}: a caption names image {identity}, which is not listed")
+        found[identity].append(annotation["caption"].strip())
+    return [Row(names[identity], tuple(captions)) for identity, captions in found.items()]
 
 
 def _karpathy(content: Any) -> list[Row]:
@@ -82,11 +79,3 @@ def _karpathy(content: Any) -> list[Row]:
         )
         for image in content["images"]
     ]
-
-
-def _merged(images: Iterable[Row]) -> list[Row]:
-    found: dict[tuple[str, str | None], tuple[str, ...]] = {}
-    for image in images:
-        key = image.name, image.split
-        found[key] = found.get(key, ()) + image.captions
-    return [Row(name, captions, split=split) for (name, split), captions in found.items()]

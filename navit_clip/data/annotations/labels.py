@@ -97,10 +97,8 @@ def load_class_map(name: str) -> ClassMap:
         return ClassMap(name)
     text = read_text(name, "class map", ", ".join(_BUILT_IN))
     if text.lstrip().startswith(("{", "[")):
-        try:
+        with reading(f"class map {name}", ValueError, RecursionError, hint="; it is not JSON"):
             indices = _from_json(name, json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"cannot read class map {name}: not JSON ({error})") from error
     else:
         indices = _from_lines(name, [line.strip() for line in text.splitlines() if line.strip()])
     if not indices:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +48,14 @@ class ImageList:
         for row in self.rows:
             found.update(json.dumps([row.name, row.captions, row.label]).encode() + b"\n")
         return found.hexdigest()
+
+
+def merge_rows(rows: Iterable[Row]) -> list[Row]:
+    """Captioned rows, those of the same image and split made one with all their captions.
+
+    An image that stood there once per caption would be its own negative.
+    """
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for row in rows:
+        found.setdefault((row.name, row.split), []).extend(row.captions)
+    return [Row(name, tuple(captions), split=split) for (name, split), captions in found.items()]

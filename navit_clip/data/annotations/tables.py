@@ -1,7 +1,6 @@
 """Reads a CSV, TSV or Parquet table of image paths and captions.
 
-Rows that name the same image become one sample with all their captions: many tables have one line
-per caption, and an image that stood in the shards once per caption would be its own negative.
+Rows that name the same image become one sample: many tables have one line per caption.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from navit_clip.data.annotations.rows import ImageList, Row
+from navit_clip.data.annotations.rows import ImageList, Row, merge_rows
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 1 << 24  # the csv module gives up at 128 kB, and alternative texts can be longer
@@ -43,31 +43,27 @@ def open_table(
         lines = _parquet(path, columns)
     else:
         raise UserError(f"{path}: expected a name that ends in .csv, .tsv or .parquet")
-    found: dict[str, list[str]] = {}
-    count = nameless = 0
+    rows, nameless = [], 0
     try:
-        for name, *values in lines:
-            count += 1
-            captions = [text for value in values for text in _texts(value)]
-            if not (name and str(name).strip()):
-                nameless += 1
-                continue
-            found.setdefault(os.path.normpath(str(name).strip()), []).extend(captions)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        with reading(path):
+            for name, *values in lines:
+                if name and str(name).strip():
+                    captions = tuple(text for value in values for text in _texts(value))
+                    rows.append(Row(os.path.normpath(str(name).strip()), captions))
+                else:
+                    nameless += 1
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    if not count:
+    if not rows and not nameless:
         raise UserError(f"{path} has no row below its columns' names")
-    rows = [Row(name, tuple(captions)) for name, captions in found.items()]
-    notes = []
-    if count - nameless > len(rows):
+    merged, notes = merge_rows(rows), []
+    if len(merged) < len(rows):
         notes.append(
-            f"{count - nameless:,} rows name {len(rows):,} images: "
+            f"{len(rows):,} rows name {len(merged):,} images: "
             "the captions of an image were put together"
         )
     # They become samples that are skipped, so that they are counted like all the others.
-    return ImageList(images, rows + [Row("", ())] * nameless, notes=notes)
+    return ImageList(images, merged + [Row("", ())] * nameless, notes=notes)
 
 
 def _texts(value: Any) -> list[str]:
@@ -116,12 +112,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
         arrow = importlib.import_module("pyarrow")
     except ImportError as error:
         raise UserError("reading Parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        with parquet.ParquetFile(path) as table:
-            _check_columns(path, table.schema_arrow.names, columns)
-            for batch in table.iter_batches(columns=list(columns)):
-                # By name: the file's own order of columns may differ.
-                values = [batch.column(column).to_pylist() for column in columns]
-                yield from map(list, zip(*values, strict=True))
-    except arrow.ArrowException as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with reading(path, arrow.ArrowException), parquet.ParquetFile(path) as table:
+        _check_columns(path, table.schema_arrow.names, columns)
+        for batch in table.iter_batches(columns=list(columns)):
+            # By name: the file's own order of columns may differ.
+            values = [batch.column(column).to_pylist() for column in columns]
+            yield from map(list, zip(*values, strict=True))
