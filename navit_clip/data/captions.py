@@ -46,12 +46,7 @@ def find_captions(members: Mapping[str, bytes], field: str) -> list[str]:
 def choose_caption(
     members: Mapping[str, bytes], weights: Mapping[str, float], rng: np.random.Generator
 ) -> str:
-    """Draws a field by weight among those present, then one of its captions uniformly.
-
-    Args:
-        members: Content by extension.
-        weights: Field to weight, see `find_captions`.
-        rng: The sample's generator.
+    """Draws one of the fields that have captions, by weight, then one of its captions uniformly.
 
     Raises:
         SkipSampleError: If no field has a caption, or one cannot be read.

@@ -7,6 +7,7 @@ that cannot be read are skipped here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.mixture import Mixture
@@ -16,21 +17,21 @@ from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import UserError
 
 
+@dataclass
 class DatasetReader:
     """Reads what a reader takes of one dataset, without end.
 
-    Args:
+    Attributes:
         mixture: All shards of the run.
         order: In which order the reader takes those of the dataset.
-        cursor: Where to begin.
+        cursor: Where to begin; then after the sample that was read last.
         skips: Counts shards that cannot be read.
-
-    Attributes:
-        cursor: After the sample that was read last.
     """
 
-    def __init__(self, mixture: Mixture, order: ShardOrder, cursor: Cursor, skips: SkipLog) -> None:
-        self.mixture, self.order, self.cursor, self.skips = mixture, order, cursor, skips
+    mixture: Mixture
+    order: ShardOrder
+    cursor: Cursor
+    skips: SkipLog
 
     def __iter__(self) -> Iterator[tuple[RawSample, Origin]]:
         """Yields samples from the cursor on, and where each was read.
@@ -69,7 +70,7 @@ def _read(mixture: Mixture, own: ShardSlice, skips: SkipLog) -> Iterator[RawSamp
     """The samples of one slice, as far as its shard can be read."""
     try:
         for raw in read_shard(mixture.shards[own.shard], own, mixture.names[own.shard]):
-            skips.used_shard()
+            skips.bad_shards = 0
             yield raw
             if raw.index == own.last:
                 return

@@ -140,10 +140,7 @@ def _may_have_exif(data: bytes) -> bool:
 def _read_jpeg(data: bytes, stored: tuple[int, int], wanted: tuple[int, int]) -> np.ndarray | None:
     """Pixels not yet upright, decoded at reduced scale; None if Pillow has to try instead.
 
-    Args:
-        data: The file.
-        stored: Height and width in the file.
-        wanted: Height and width to return.
+    Sizes are height and width, `stored` in the file and `wanted` of the result.
     """
     shrink = min(stored[0] / wanted[0], stored[1] / wanted[1])
     scale = next((k for k in _DCT_SCALES if shrink >= k * _DCT_MARGIN), 1)
@@ -211,15 +208,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_rgb(rgb: Image.Image, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialiasing, by Pillow.
+    """uint8 [height, width, 3] of an image in mode RGB: Pillow's bicubic with antialiasing.
 
-    Args:
-        rgb: In mode RGB.
-        height: Rows wanted.
-        width: Columns wanted.
-
-    Returns:
-        uint8 [height, width, 3], perhaps read-only.
+    The array may be read-only.
     """
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)

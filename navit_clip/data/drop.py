@@ -108,14 +108,7 @@ def mean_rate(config: DropConfig, images_seen: float) -> float:
 def sample_rate(
     config: DropConfig, tokens: int, images_seen: float, rng: np.random.Generator
 ) -> float:
-    """Draws the fraction of one image's patches to drop, less of it during the ramp.
-
-    Args:
-        config: How it is drawn.
-        tokens: Patches of the image's grid.
-        images_seen: Images that all readers together have taken so far.
-        rng: The sample's generator.
-    """
+    """Draws the fraction to drop of an image of so many patches, less of it during the ramp."""
     if config.kind == "none":
         return 0.0
     if config.kind == "resolution":
@@ -135,15 +128,10 @@ def sample_rate(
 
 
 def keep_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Which patches stay: a uniform subset in rising order, never empty.
-
-    Args:
-        tokens: Patches of the grid.
-        rate: Fraction to drop, in [0, 1].
-        rng: The sample's generator.
+    """Which of a grid's patches stay where a fraction `rate` is dropped.
 
     Returns:
-        int64 [n] indices.
+        int64 [n], at least one index, a uniform subset in rising order.
     """
     kept = max(1, round(tokens * (1 - rate)))
     if kept == tokens:

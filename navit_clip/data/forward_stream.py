@@ -42,10 +42,9 @@ class ForwardStream(ABC):
         behind = self._reached - self._position
         parts = [self._last[len(self._last) - behind :][:size]]
         missing = size - len(parts[0])
-        while missing and (chunk := self._receive(missing)):
+        while missing and (chunk := self._take(missing)):
             parts.append(chunk)
             missing -= len(chunk)
-            self._passed(chunk)
         self._position += size - missing
         return b"".join(parts)
 
@@ -67,10 +66,11 @@ class ForwardStream(ABC):
         return True
 
     def _advance(self, count: int) -> None:
-        while count and (chunk := self._receive(count)):
+        while count and (chunk := self._take(count)):
             count -= len(chunk)
-            self._passed(chunk)
 
-    def _passed(self, chunk: bytes) -> None:
+    def _take(self, size: int) -> bytes:
+        chunk = self._receive(size)
         self._reached += len(chunk)
         self._last = (self._last + chunk[-BLOCKSIZE:])[-BLOCKSIZE:]
+        return chunk

@@ -46,16 +46,7 @@ class OpenedImage:
         self.height, self.width = self._rgb.height, self._rgb.width
 
     def pixels(self, height: int, width: int, *, reduced: bool = False) -> np.ndarray:
-        """Resizes with antialiasing (bicubic).
-
-        Args:
-            height: Rows wanted.
-            width: Columns wanted.
-            reduced: For `EncodedImage`; there is nothing left to decode here.
-
-        Returns:
-            uint8 [height, width, 3], perhaps read-only.
-        """
+        """As of an `EncodedImage`, but there is nothing left to decode, reduced or not."""
         return resize_rgb(self._rgb, height, width)
 
 

@@ -68,17 +68,16 @@ class Mixture:
         names = dict(zip(unique, shard_names(unique), strict=True))
         return cls(tuple(shards), tuple(names[shard] for shard in shards), tuple(datasets))
 
-    @cached_property
-    def _dataset_of_shard(self) -> tuple[int, ...]:
-        return tuple(i for i, dataset in enumerate(self.datasets) for _ in dataset.shards)
-
     def dataset_of(self, shard: int) -> Dataset:
         """The dataset that a shard belongs to."""
-        return self.datasets[self._dataset_of_shard[shard]]
+        return next(dataset for dataset in self.datasets if shard in dataset.shards)
 
     @cached_property
     def digest(self) -> str:
         """A checksum of the shards' names, wherever they lie and whatever their weights."""
-        pairs = zip(self.names, self._dataset_of_shard, strict=True)
-        lines = [f"{name} {dataset}" for name, dataset in pairs]
+        lines = [
+            f"{self.names[shard]} {number}"
+            for number, dataset in enumerate(self.datasets)
+            for shard in dataset.shards
+        ]
         return f"{len(lines)} shards {hashlib.sha256('|'.join(lines).encode()).hexdigest()[:12]}"

@@ -138,10 +138,8 @@ class ShardOrder:
     def remaining(self, cursor: Cursor, end: int) -> Iterator[ShardSlice]:
         """What is left from a cursor on, up to and without epoch `end`."""
         for epoch in range(cursor.epoch, end):
-            slices = self.slices(epoch)
-            if epoch == cursor.epoch:
-                slices = slices[cursor.slice :]
-                if slices and cursor.sample:
-                    rest = slices[0].after(cursor.sample)
-                    slices = [*([rest] if rest else []), *slices[1:]]
-            yield from slices
+            for number, own in enumerate(self.slices(epoch)):
+                if (epoch, number) > cursor[:2]:
+                    yield own
+                elif (epoch, number) == cursor[:2] and (rest := own.after(cursor.sample)):
+                    yield rest

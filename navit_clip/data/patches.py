@@ -33,12 +33,7 @@ def cut_patches(
 
 
 def patchify(pixels_HWK: np.ndarray, patch_size: int, keep: np.ndarray | None = None) -> np.ndarray:
-    """Cuts an image into patches, row by row.
-
-    Args:
-        pixels_HWK: uint8 [rows·P, columns·P, 3].
-        patch_size: P.
-        keep: int64 [n] indices of the patches wanted; the others are not copied. None wants all.
+    """The pixels of the patches that `cut_patches` cuts; those not wanted are not copied.
 
     Returns:
         uint8 [rows·columns or n, P·P·3], each patch row by row with channels last.

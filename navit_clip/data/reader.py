@@ -98,7 +98,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
             drawn += 1
             try:
                 packer.offer(self._build(raw, origin))
-                skips.used_sample()
+                skips.bad_samples = 0
             except SkipSampleError as error:
                 skips.skip_sample(raw.id, error)
 
@@ -124,14 +124,10 @@ class Reader(Generic[AnySample, AnyInputs_co]):
 
 
 def _mixed(datasets: list[DatasetReader], taken: list[int]) -> Iterator[tuple[RawSample, Origin]]:
-    """Samples of all datasets in proportion to their weights.
+    """Samples of all datasets in proportion to their weights, counted up in `taken`.
 
     The next sample comes from the dataset that is furthest behind its weight, so the proportions
     hold to one sample at any time and need no generator.
-
-    Args:
-        datasets: Where samples come from.
-        taken: Samples taken from each, counted up in place.
     """
     streams = [iter(dataset) for dataset in datasets]
     weights = [dataset.order.dataset.weight for dataset in datasets]

@@ -163,17 +163,10 @@ def sample_grid(
     rng: np.random.Generator,
     images_seen: float = math.inf,
 ) -> tuple[int, int]:
-    """Rows and columns of patches for an image in training.
+    """Rows and columns of patches for an image in training; measures as in `fit_grid`.
 
-    Args:
-        config: How sizes are drawn.
-        height: Native rows of pixels.
-        width: Native columns of pixels.
-        patch_size: P.
-        max_grid_side: Most rows or columns that the model's positions know.
-        rng: The sample's generator.
-        images_seen: Images that all readers together have taken so far; by default all of the
-            curriculum's.
+    The curriculum goes by `images_seen`, those that all readers together have taken so far; by
+    default it is over.
     """
     if config.mode == "square":
         side = max(1, config.max_side // patch_size)

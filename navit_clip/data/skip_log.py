@@ -18,21 +18,17 @@ class SkipLog:
 
     Args:
         max_bad_samples: Unusable samples in a row after which the reader gives up.
+
+    Attributes:
+        bad_samples: In a row; 0 again after a usable one.
+        bad_shards: In a row; 0 again after a sample that could be read.
     """
 
     def __init__(self, max_bad_samples: int) -> None:
         self.max_bad_samples = max_bad_samples
         self._counts: Counter[str] = Counter()
         self._lines: list[str] = []
-        self._bad_samples = self._bad_shards = 0  # in a row
-
-    def used_sample(self) -> None:
-        """Notes a usable sample."""
-        self._bad_samples = 0
-
-    def used_shard(self) -> None:
-        """Notes a sample that could be read."""
-        self._bad_shards = 0
+        self.bad_samples = self.bad_shards = 0
 
     def skip_sample(self, name: str, error: SkipSampleError) -> None:
         """Counts an unusable sample.
@@ -41,10 +37,10 @@ class SkipLog:
             UserError: If it is one too many in a row.
         """
         self._add(error.reason, f"{name}: {error}")
-        self._bad_samples += 1
-        if self._bad_samples >= self.max_bad_samples:
+        self.bad_samples += 1
+        if self.bad_samples >= self.max_bad_samples:
             raise UserError(
-                f"{self._bad_samples} unusable samples in a row, the last one {name}: {error}; "
+                f"{self.bad_samples} unusable samples in a row, the last one {name}: {error}; "
                 "check that the shards hold the fields that the task reads"
             ) from error
 
@@ -55,8 +51,8 @@ class SkipLog:
             UserError: If it is one too many in a row.
         """
         self._add("bad_shard", str(error))
-        self._bad_shards += 1
-        if self._bad_shards >= _MAX_BAD_SHARDS:
+        self.bad_shards += 1
+        if self.bad_shards >= _MAX_BAD_SHARDS:
             raise UserError(
                 f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
             ) from error

@@ -69,13 +69,7 @@ class DataState:
     def of_reader(
         self, mixture: Mixture, seed: int, reader: int
     ) -> tuple[list[ShardOrder], ReaderState]:
-        """The order in which a reader takes the samples of each dataset, and where it stands.
-
-        Args:
-            mixture: The run's shards.
-            seed: Of the run.
-            reader: Which of the rank's readers.
-        """
+        """The order in which a reader takes the samples of each dataset, and where it stands."""
         leftovers = self.leftovers.get(reader) or [Leftover()] * len(mixture.datasets)
         orders = [
             ShardOrder(dataset, seed, reader, self.total, leftover)
@@ -128,12 +122,6 @@ def reshard(
     saved: Sequence[DataState], mixture: Mixture, seed: int, readers: int
 ) -> tuple[int, list[list[Leftover]]]:
     """Deals what is left of all epochs begun to readers of another number.
-
-    Args:
-        saved: What all ranks of the stopped run had consumed.
-        mixture: The run's shards.
-        seed: Of the run.
-        readers: How many will go on.
 
     Returns:
         Samples taken so far, and what each reader finishes first in each dataset.

@@ -35,11 +35,7 @@ class ImagePatches:
         return self.grid[0] * self.grid[1]
 
     def kept(self, keep: np.ndarray) -> ImagePatches:
-        """The image with only some of its patches and their targets.
-
-        Args:
-            keep: int64 [m] indices among the kept patches.
-        """
+        """The image with only some of its patches and their targets, by int64 [m] indices."""
         targets = None if self.targets is None else self.targets[keep]
         return ImagePatches(self.patches[keep], self.coords[keep], self.grid, targets)
 

@@ -109,10 +109,7 @@ class _Json:
 
 
 def released_pad(path: Path) -> str:
-    """The padding token that a released tokenizer's ``tokenizer_config.json`` names.
-
-    Args:
-        path: The tokenizer's file, beside which it lies.
+    """The padding token named by the ``tokenizer_config.json`` beside a released tokenizer's file.
 
     Raises:
         UserError: If it is missing, damaged, or names none.

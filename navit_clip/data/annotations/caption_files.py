@@ -42,12 +42,7 @@ def read_caption_file(path: Path) -> list[Row]:
 
 
 def of_splits(rows: Sequence[Row], splits: Sequence[str], path: Path) -> list[Row]:
-    """Rows of some splits.
-
-    Args:
-        rows: See `read_caption_file`.
-        splits: Their names; none takes all rows.
-        path: Of the file, for messages.
+    """Rows of some splits, or of all if none is named; `path` is for messages.
 
     Raises:
         UserError: If a split does not occur.

@@ -192,10 +192,10 @@ def _split_line(line: str) -> list[str]:
 
 
 def read_text(path: str, what: str, names: str = "") -> str:
-    """A text file's content.
+    """The content of a text file in UTF-8.
 
     Args:
-        path: The file, in UTF-8.
+        path: The file.
         what: It is, for messages.
         names: What could have been given instead of a file, for messages.
 

@@ -62,9 +62,6 @@ class Pair:
         """The pair with a random subset of its patches, in their order.
 
         A function of (seed, epoch, id) and `tokens`, as every choice about a sample is.
-
-        Args:
-            tokens: Patches to keep, at least 1.
         """
         rng = generator(self.seed, self.origin.epoch, "trim", self.id)
         keep = np.sort(rng.permutation(len(self.image.patches))[:tokens])
@@ -116,12 +113,7 @@ class PairBuilder:
     def __call__(
         self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
     ) -> Pair:
-        """Builds one pair.
-
-        Args:
-            raw: As the shard has it.
-            origin: Where it was read.
-            fields: Weights of the caption fields of its dataset; None takes `captions`.
+        """Builds one pair, with a caption of the fields given or of `captions`.
 
         Raises:
             SkipSampleError: If the sample has no usable image or caption.
@@ -146,12 +138,7 @@ class PairBuilder:
         return Pair(raw.id, origin, patches, token_ids, self.seed)
 
     def collate(self, samples: Sequence[Pair], pad_to: tuple[int, ...] | None) -> PairInputs:
-        """Packs pairs into an image stream and a text stream.
-
-        Args:
-            samples: At least one.
-            pad_to: Tokens that the streams are padded to; None pads none.
-        """
+        """Packs pairs into an image stream and a text stream."""
         image_budget, text_budget = pad_to or (None, None)
         return PairInputs(
             pack_images([pair.image for pair in samples], budget=image_budget),
