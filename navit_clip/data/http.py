@@ -139,10 +139,9 @@ class HttpStream(ForwardStream):
         self._check_version(response, total)
         if start > self._reached or (response.status == 206 and start != self._reached):
             raise RemoteError(f"the server sent byte {start} when asked for {self._reached}")
-        if response.status == 206:
-            self._ranges = True
-        else:
-            self._ranges = not self._reached and response.headers.get("Accept-Ranges") == "bytes"
+        self._ranges = response.status == 206 or (
+            not self._reached and response.headers.get("Accept-Ranges") == "bytes"
+        )
         while start < self._reached:  # without ranges, from the beginning
             chunk = response.read1(min(self._reached - start, CHUNK))
             if not chunk:
@@ -151,8 +150,7 @@ class HttpStream(ForwardStream):
 
     def _check_version(self, response: urllib3.BaseHTTPResponse, total: int | None) -> None:
         version = (response.headers.get("ETag"), response.headers.get("Last-Modified"))
-        if self._version is None:
-            self._version = version
+        self._version = self._version or version
         first, now = next(
             (pair for pair in zip(self._version, version, strict=True) if all(pair)), (None, None)
         )

@@ -165,10 +165,8 @@ def _with_extra(left: Iterable[ShardSlice], ahead: Iterable[Origin]) -> list[Sha
     # The last one of a shard, if several readers had slices of it.
     of_shard = {(own.epoch, own.shard): i for i, own in enumerate(slices)}
     for (epoch, shard), indices in extra.items():
-        i = of_shard.get((epoch, shard))
-        if i is None:
-            slices.append(ShardSlice(epoch, shard, stride=0, extra=tuple(sorted(indices))))
-        else:
-            both = sorted([*slices[i].extra, *indices])
-            slices[i] = replace(slices[i], extra=tuple(both))
+        i = of_shard.get((epoch, shard), len(slices))
+        if i == len(slices):
+            slices.append(ShardSlice(epoch, shard, stride=0))
+        slices[i] = replace(slices[i], extra=tuple(sorted([*slices[i].extra, *indices])))
     return sorted(slices, key=lambda own: own.epoch)

@@ -8,8 +8,6 @@ part of the input here and not the packer's. Ids are those of open_clip's `HFTok
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +58,16 @@ class SiglipTokenizer(Tokenizer):
 
     def encode(self, text: str, context_length: int) -> list[int]:
         """Exactly `context_length` ids: tokens, cut to leave room for the end, end, padding."""
-        ids = self._vocabulary.encode(self._clean(text), context_length)
+        ids = self._vocabulary.encode(_clean(text), context_length)
         return ids + [self.pad_id] * (context_length - len(ids))
 
-    def _clean(self, text: str) -> str:
-        fix, canonicalize = self._cleaners
-        # There is nothing to fix in these, which would take most of the time.
-        return canonicalize(text if PLAIN.fullmatch(text) else fix(text))
 
-    @cached_property
-    def _cleaners(self) -> tuple[Callable[[str], str], Callable[[str], str]]:
-        # Imported on first use: open_clip takes seconds.
-        from open_clip.tokenizer import basic_clean, canonicalize_text
+def _clean(text: str) -> str:
+    # Imported on first use: open_clip takes seconds.
+    from open_clip.tokenizer import basic_clean, canonicalize_text
 
-        return basic_clean, canonicalize_text
+    # There is nothing to fix in these, which would take most of the time.
+    return canonicalize_text(text if PLAIN.fullmatch(text) else basic_clean(text))
 
 
 class _Json:
