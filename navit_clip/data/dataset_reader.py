@@ -58,11 +58,11 @@ class DatasetReader:
                 self.cursor = Cursor(epoch, number + 1)
             empty = 0 if found else empty + 1
             if empty == patience:
-                raise UserError(
+                problem = (
                     f"no sample in {len(slices)} shard(s) of dataset {order.dataset.name}, the "
                     f"first one {self.mixture.shards[slices[0].shard]}"
-                    + (f"; {self.skips.last}" if self.skips.last else "")
                 )
+                raise UserError("; ".join([problem, *self.skips.lines[-1:]]))
             self.cursor = Cursor(epoch + 1)
 
 

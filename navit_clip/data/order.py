@@ -110,11 +110,6 @@ class ShardOrder:
     leftover: Leftover = field(default_factory=Leftover)
 
     @property
-    def begin(self) -> Cursor:
-        """The cursor before the first sample."""
-        return Cursor(self.leftover.epoch - bool(self.leftover.slices))
-
-    @property
     def by_sample(self) -> bool:
         """Whether readers share shards sample by sample, since there are too few."""
         return len(self.dataset.shards) < self.readers

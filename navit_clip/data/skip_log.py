@@ -20,6 +20,7 @@ class SkipLog:
         max_bad_samples: Unusable samples in a row after which the reader gives up.
 
     Attributes:
+        lines: Name the first few since the last batch.
         bad_samples: In a row; 0 again after a usable one.
         bad_shards: In a row; 0 again after a sample that could be read.
     """
@@ -27,7 +28,7 @@ class SkipLog:
     def __init__(self, max_bad_samples: int) -> None:
         self.max_bad_samples = max_bad_samples
         self._counts: Counter[str] = Counter()
-        self._lines: list[str] = []
+        self.lines: list[str] = []
         self.bad_samples = self.bad_shards = 0
 
     def skip_sample(self, name: str, error: SkipSampleError) -> None:
@@ -57,18 +58,13 @@ class SkipLog:
                 f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
             ) from error
 
-    @property
-    def last(self) -> str:
-        """The line of the last one named, empty without any."""
-        return self._lines[-1] if self._lines else ""
-
     def take(self) -> tuple[Counter[str], tuple[str, ...]]:
         """Counts by reason and lines of what was skipped since the last call."""
-        counts, lines = self._counts, tuple(self._lines)
-        self._counts, self._lines = Counter(), []
+        counts, lines = self._counts, tuple(self.lines)
+        self._counts, self.lines = Counter(), []
         return counts, lines
 
     def _add(self, reason: str, line: str) -> None:
         self._counts[reason] += 1
-        if len(self._lines) < _NAMED:
-            self._lines.append(line)
+        if len(self.lines) < _NAMED:
+            self.lines.append(line)

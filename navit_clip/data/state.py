@@ -75,8 +75,9 @@ class DataState:
             ShardOrder(dataset, seed, reader, self.total, leftover)
             for dataset, leftover in zip(mixture.datasets, leftovers, strict=True)
         ]
-        begin = ReaderState([order.begin for order in orders], [0] * len(orders))
-        return orders, self.readers.get(reader, begin)
+        # What is left over counts as the epoch before the first whole one.
+        begin = [Cursor(left.epoch - bool(left.slices)) for left in leftovers]
+        return orders, self.readers.get(reader, ReaderState(begin, [0] * len(begin)))
 
 
 def open_state(

@@ -72,14 +72,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / DESCRIPTION_FILE
     with reading(path, ValueError, KeyError, TypeError, hint="; export the model again"):
         values = json.loads(path.read_text())
-        kind = values["kind"]
-    if kind == OpenClipTokenizer.kind:
-        return OpenClipTokenizer()
-    if kind == SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(directory / MODEL_FILE)
-    if kind == "huggingface":
-        pad_id = values.get("pad_id")
-        if not isinstance(pad_id, int):
-            raise UserError(f"{path} needs a whole number as pad_id, got {pad_id!r}")
-        return SiglipTokenizer(directory / MODEL_FILE, pad_id)
-    raise UserError(f"{path} names an unknown tokenizer: {kind!r}")
+        config = TokenizerConfig(values["kind"], str(directory / MODEL_FILE), values.get("pad_id"))
+    if config.kind == "huggingface" and not isinstance(config.pad_id, int):
+        raise UserError(f"{path} needs a whole number as pad_id, got {config.pad_id!r}")
+    return build_tokenizer(config)
