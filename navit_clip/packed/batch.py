@@ -16,7 +16,7 @@ AnyInputs = TypeVar("AnyInputs", bound="Inputs")
 
 
 class Inputs(Movable):
-    """What a model's forward pass takes; tensors, packed streams, ragged targets."""
+    """What a model's forward pass takes: a dataclass of tensors, packed streams, ragged targets."""
 
 
 @dataclass(frozen=True)
