@@ -69,7 +69,7 @@ class OpenClipModel(Model):
     ) -> None:
         self.name = f"open_clip:{architecture}"
         self._device = device
-        self.embed_dim = int(_config(architecture)["embed_dim"])
+        self._embed_dim = int(_config(architecture)["embed_dim"])
         if weights is None and seed is None:
             raise UserError(
                 f"{self.name} needs its weights: give --weights FILE for --model or "
@@ -116,7 +116,7 @@ class OpenClipModel(Model):
     @torch.inference_mode()
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """In batches of squares, which need no padding."""
-        parts = [torch.zeros(0, self.embed_dim)]
+        parts = [torch.zeros(0, self._embed_dim)]
         for start in range(0, len(images), _IMAGES):
             batch = torch.from_numpy(np.stack(images[start : start + _IMAGES])).to(self._device)
             model = self._models[batch.shape[-1]]
@@ -127,7 +127,7 @@ class OpenClipModel(Model):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Padded to the model's context."""
         if not texts:
-            return torch.zeros(0, self.embed_dim)
+            return torch.zeros(0, self._embed_dim)
         ids = self._tokenizer(list(texts)).to(self._device)
         return self._own.encode_text(ids, normalize=True).float().cpu()
 

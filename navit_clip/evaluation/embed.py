@@ -294,7 +294,7 @@ def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache |
             progress.update(len(block))
     parts = [part for _, part in sorted(ranks.gather(embedded), key=lambda pair: pair[0])]
     row = {text: index for index, text in enumerate(texts)}
-    return torch.cat(parts or [torch.zeros(0, model.embed_dim)])[[row[text] for text in texts]]
+    return torch.cat(parts or [model.embed_texts([])])[[row[text] for text in texts]]
 
 
 @contextmanager

@@ -37,14 +37,12 @@ class Model(ABC):
         own_setting: The setting that it is meant for, of its headline metrics.
         sizer: Makes of an image at a setting what `embed_images` takes; light and picklable, for
             worker processes. Raises `SkipSampleError` if the pixels cannot be decoded.
-        embed_dim: D, width of the shared space.
         padding_tokens: Tokens of padding that `embed_images` has computed so far.
     """
 
     name: str
     own_setting: EvalSetting
     sizer: Sizer
-    embed_dim: int
     padding_tokens: int = 0
 
     @abstractmethod
@@ -116,7 +114,6 @@ class PackedModel(Model):
         self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
         self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
         self.sizer = partial(_size, model.config.image, self.preprocess.square)
-        self.embed_dim = model.config.embed_dim
 
     def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches within the position table."""

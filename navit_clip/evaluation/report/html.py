@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -83,8 +84,6 @@ def _breakdowns(
 def _versions() -> str:
     versions = [f"Python {platform.python_version()}"]
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
     return ", ".join(versions)
