@@ -126,7 +126,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
             )
 
     def samples(self) -> ReportSamples:
-        """Sample images, the most confident mistakes, mistakes of the worst classes, calibration."""
+        """Sample images, the most confident mistakes, the worst classes, and calibration."""
         classes = self._classes(self.data)
         return classification_samples(
             self.dataset,
