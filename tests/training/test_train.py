@@ -160,6 +160,8 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     assert losses(stopped)[:both] == losses(whole)[:both]
 
 
+# torch tells of a killed worker by a signal, whose error may be raised in a destructor as well.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
     take_step = Stepper.step
 
@@ -174,7 +176,7 @@ def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
     options = {"data__workers": 1, "data__prefetch": 2, "checkpoint__every_steps": 4}
     assert run(monkeypatch, tiny_flags(data, run_dir, 100, **options)) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("train: error: DataLoader worker (pid")
+    assert line.startswith("train: error: DataLoader worker ")  # its pid, or how it ended
     assert "lower data.workers" in line
     assert (run_dir / "checkpoints/step-00000004/run.json").is_file()
     assert multiprocessing.active_children() == []
