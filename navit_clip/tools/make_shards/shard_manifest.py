@@ -54,13 +54,10 @@ class Manifest:
 
     def is_whole(self, shard: str) -> bool:
         """Whether a shard is recorded and its file there at its full size."""
-        record = self.records.get(shard)
+        record, path = self.records.get(shard), self.folder / shard
         if record is None or not record.samples:
             return record is not None
-        try:
-            return (self.folder / shard).stat().st_size == record.bytes
-        except OSError:
-            return False
+        return path.is_file() and path.stat().st_size == record.bytes
 
 
 def read_manifest(folder: Path) -> Manifest | None:

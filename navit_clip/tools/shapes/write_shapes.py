@@ -144,10 +144,10 @@ def write_shapes(
         False if `output` was complete with the same arguments, True if it was written now.
 
     Raises:
-        UserError: `output` is a file, holds something else or was made with other arguments.
+        UserError: `output` holds something else or was made with other arguments.
         OSError: `output` cannot be written.
     """
-    record = {
+    arguments = {
         "version": VERSION,
         "seed": seed,
         "train": train,
@@ -155,10 +155,11 @@ def write_shapes(
         "zeroshot_per_class": zeroshot_per_class,
         "retrieval": retrieval,
     }
+    record = json.dumps(arguments, indent=2) + "\n"
     if _is_complete(output, record):
         return False
     output.mkdir(parents=True, exist_ok=True)
-    (output / PARTIAL_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    (output / PARTIAL_FILE).write_text(record)
     for split in SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
         (output / split).mkdir()
@@ -200,26 +201,18 @@ def _run(task: Callable[[], _Written]) -> _Written:
     return task()
 
 
-def _is_complete(output: Path, record: dict[str, int]) -> bool:
-    if not output.exists():
-        return False
-    if not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
+def _is_complete(output: Path, record: str) -> bool:
     done = output / DONE_FILE
-    if not done.exists():
-        if any(output.iterdir()) and not (output / PARTIAL_FILE).exists():
-            raise UserError(f"--output {output} holds other files; name a new or empty folder")
-        return False
-    try:
-        same = json.loads(done.read_text()) == record
-    except ValueError:
-        same = False
-    if not same:
-        raise UserError(
-            f"--output {output} was made with other arguments, see {done}: "
-            "name another folder or delete this one"
-        )
-    return True
+    if done.exists():
+        if done.read_bytes() != record.encode():
+            raise UserError(
+                f"--output {output} was made with other arguments, see {done}: "
+                "name another folder or delete this one"
+            )
+        return True
+    if output.is_dir() and any(output.iterdir()) and not (output / PARTIAL_FILE).exists():
+        raise UserError(f"--output {output} holds other files; name a new or empty folder")
+    return False
 
 
 def _write_shard(seed: int, first: int, last: int, path: Path) -> _Written:
