@@ -52,10 +52,6 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
         config: The architecture.
         tokenizer: For texts; None for a model that will get none.
         preprocess: How the model wants its images; None likewise.
-
-    Attributes:
-        tokenizer: As given.
-        preprocess: As given.
     """
 
     def __init__(

@@ -38,10 +38,7 @@ def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
     """The directory of a model's files: the one named, or a repository's in the Hub's cache.
 
     Only a name that is no directory is looked for on the Hub; a directory never asks the network.
-
-    Args:
-        directory_or_repo: As `NaViTCLIP.from_pretrained` takes it.
-        download: Options of `huggingface_hub.snapshot_download`.
+    `download` are options of `huggingface_hub.snapshot_download`.
 
     Raises:
         UserError: If a repository cannot be downloaded.
@@ -83,14 +80,7 @@ def save_pretrained(
 def load_pretrained(
     directory: Path, build: Callable[[CLIPConfig, Tokenizer, Preprocess], Model]
 ) -> Model:
-    """Reads a model's directory.
-
-    Args:
-        directory: As `save_pretrained` wrote it.
-        build: Makes the model that the weights are loaded into: `navit_clip.model.NaViTCLIP`.
-
-    Returns:
-        What `build` made, with its weights, on the host.
+    """Reads a model's directory into what `build` makes, such as a `NaViTCLIP`, on the host.
 
     Raises:
         UserError: If a file is missing, damaged, or does not fit the others.

@@ -79,17 +79,7 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
 def text_vectors(
     model: CLIP, tokenizer: Tokenizer, texts: Iterable[str], *, normalize: bool = True
 ) -> Tensor:
-    """Embeds captions, as many per forward pass as `STREAM_TOKENS` hold.
-
-    Args:
-        model: On any device.
-        tokenizer: The one that the model was trained with.
-        texts: Captions of any length; cut at the model's context.
-        normalize: Unit vectors; else the projections as they are.
-
-    Returns:
-        float32 [E, D] on the host, in order.
-    """
+    """Embeds captions of any length, cut at the model's context, as `image_vectors` does images."""
     context = model.config.text.context_length
 
     def embed(batch: Sequence[list[int]]) -> Tensor:

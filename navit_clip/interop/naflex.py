@@ -118,11 +118,7 @@ def naflex_image_tower(
 
 
 def _naflex_module() -> Any:
-    """Timm's module of NaFlex ViTs.
-
-    Raises:
-        UserError: If timm is missing or has none.
-    """
+    """Timm's module of NaFlex ViTs; a `UserError` if timm is missing or has none."""
     try:
         from timm.models import naflexvit
     except ImportError as error:

@@ -79,21 +79,8 @@ def sigmoid_contrastive_loss(
     """Pairwise sigmoid loss over the pairs of all ranks (SigLIP, arXiv 2303.15343).
 
     With logits l_ij = logit_scale · image_i · text_j + logit_bias over all N pairs, the loss is
-    1/N · Σ_ij softplus(-z_ij · l_ij), where z_ij is +1 for i = j and -1 otherwise.
-
-    Args:
-        image_features_ED: As for `softmax_contrastive_loss`.
-        text_features_ED: As for `softmax_contrastive_loss`.
-        logit_scale: One element, multiplies the similarities (already exponentiated).
-        logit_bias: One element, added to the scaled similarities.
-        group: As for `softmax_contrastive_loss`.
-        chunk_size: As for `softmax_contrastive_loss`.
-
-    Returns:
-        As for `softmax_contrastive_loss`.
-
-    Raises:
-        ValueError: As for `softmax_contrastive_loss`.
+    1/N · Σ_ij softplus(-z_ij · l_ij), where z_ij is +1 for i = j and -1 otherwise. `logit_bias` has
+    one element; all else is as for `softmax_contrastive_loss`.
     """
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     return _apply(_SigmoidLoss, image_features_ED, text_features_ED, scalars, chunk_size, group)

@@ -140,14 +140,7 @@ class ImageTower(nn.Module):
         self.norm = LayerNorm(width, config.encoder) if config.pooled_norm else nn.Identity()
 
     def forward(self, images: PackedImages) -> Tensor:
-        """Encodes and pools packed images.
-
-        Args:
-            images: Patches on the tower's device.
-
-        Returns:
-            [E, C] one vector per image, in the order in which the images were packed.
-        """
+        """[E, C]: one vector per image, in the order in which the images were packed."""
         if self.class_token is None:
             x_TC, segments, _ = self.tokens(images)
         else:  # which pooling reads
@@ -155,11 +148,7 @@ class ImageTower(nn.Module):
         return self.norm(self.pool(x_TC, segments))[images.order]
 
     def tokens(self, images: PackedImages) -> ImageTokens:
-        """Encodes packed images without pooling them.
-
-        Args:
-            images: Patches on the tower's device.
-        """
+        """Encodes packed images without pooling them."""
         x_TC, _, places_T = self._encode(images)
         if places_T is not None:
             x_TC = x_TC.index_select(0, places_T)

@@ -24,14 +24,9 @@ _MIN_WEIGHT = 1 << 18
 class Linear(nn.Linear):
     """A linear layer [T, C] to [T, D]; results differ from `nn.Linear`'s by rounding alone.
 
-    Its weights start Xavier-uniform and its bias at zero, as big_vision's ViT has them.
-
-    Args:
-        in_width: Input features.
-        out_width: Output features.
-        bias: Whether there is a bias.
-        stacked: How many matrices the layer holds on top of each other (3 for QKV); each is
-            initialised alone, since the fan-out of the stack would make them too small.
+    Its weights start Xavier-uniform and its bias at zero, as big_vision's ViT has them. Of matrices
+    `stacked` on top of each other (3 for QKV) each is initialised alone, since the fan-out of the
+    stack would make them too small.
     """
 
     def __init__(self, in_width: int, out_width: int, *, bias: bool, stacked: int = 1) -> None:

@@ -103,15 +103,7 @@ class Factorised(nn.Module):
         self.row, self.column = axis(config, axis_width), axis(config, axis_width)
 
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
-        """Embeds patch coordinates.
-
-        Args:
-            coords_T2: Integer [T, 2] row and column of each patch.
-            sides_T2: Integer [T, 2] rows and columns of its image's grid.
-
-        Returns:
-            [T, C] float.
-        """
+        """Integer [T, 2] row and column of each patch, and sides of its image's grid, to [T, C]."""
         if self.keep_aspect:
             sides_T2 = _longer_sides(sides_T2)
         row = self.row(coords_T2[:, 0], sides_T2[:, 0])

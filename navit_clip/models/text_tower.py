@@ -63,13 +63,7 @@ class TextTower(nn.Module):
         self.pool = build_pooling(config.pooling, config.encoder)
 
     def forward(self, texts: PackedTexts) -> Tensor:
-        """Encodes packed captions.
-
-        Args:
-            texts: Token ids on the tower's device.
-
-        Returns:
-            [E, C] one vector per caption, in the order in which the captions were packed.
+        """[E, C]: one vector per caption, in the order in which the captions were packed.
 
         Raises:
             ValueError: If a caption is longer than the context, or shorter and must fill it.

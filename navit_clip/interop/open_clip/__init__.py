@@ -43,11 +43,8 @@ def load(
 ) -> Model:
     """An open_clip model as a packed one; see `NaViTCLIP.from_open_clip`.
 
-    Args:
-        name: open_clip's.
-        pretrained: Likewise.
-        build: Makes the model that the weights are loaded into; gets None for a tokenizer that is
-            not on this machine where no tag was named.
+    `build` makes the model that the weights are loaded into. It gets None for a tokenizer that is
+    not on this machine where no tag was named.
     """
     import open_clip
 

@@ -159,13 +159,7 @@ def is_siglip(values: Mapping[str, Any]) -> bool:
 def clip_config(
     values: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> CLIPConfig:
-    """Our configuration of a model that `model_config` accepted.
-
-    Args:
-        values: open_clip's configuration.
-        mean: Mean of pixels, per channel on [0, 1].
-        std: Standard deviation, likewise.
-    """
+    """Our configuration of a model that `model_config` accepted, with these pixel statistics."""
     switches: dict[str, Any] = {
         **(_SIGLIP if is_siglip(values) else _CLIP),
         **(_timm_image(values["vision_cfg"]) if is_siglip(values) else _clip_image(values)),

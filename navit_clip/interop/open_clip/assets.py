@@ -94,13 +94,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def fit_checkpoint(
     source: str, name: str, state: dict[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Checks that weights are this model's, down to the last one.
-
-    Args:
-        source: Where it was read, for messages.
-        name: The model's, for messages.
-        state: The checkpoint's tensors.
-        expected: The model's tensors, whatever their values.
+    """Checks that weights have the names and shapes of the model's, down to the last one.
 
     Returns:
         `state`, with every tensor shaped as the model has it.
