@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -83,12 +84,11 @@ def compare(
 
     Returns:
         The ratios, and by variant: ``seconds`` a step, the median of the rounds, and ``rounds``,
-        those of each; ``pairs_per_s``, ``real_tokens_per_s`` (patches and caption tokens of the
-        pairs as this project's loader makes them; of a tower alone its own), ``flops_per_pair``
-        (matrix products and attention, forward and backward; a compiled variant's are those of the
-        same one uncompiled, whose kernels can be counted), ``peak_share``, the median of the
-        rounds' fractions of what a large matrix product reached in them; ``peak_mb`` above what the
-        process held before its first step.
+        those of each; ``pairs_per_s``; ``real_tokens_per_s``, patches and caption tokens, of a
+        tower alone its own; ``flops_per_pair``, matrix products and attention, forward and backward
+        (a compiled variant's are those of the same one uncompiled, whose kernels can be counted);
+        ``peak_share``, the median of the rounds' fractions of what a large matrix product reached
+        in them; ``peak_mb`` above what the process held before its first step.
 
     Raises:
         UserError: If there are no photos, or a variant cannot run.
@@ -200,22 +200,18 @@ def run_trial(
         optimizer.zero_grad()
         synchronize()
 
-    def warm_up(batch: Any) -> float:
-        """A step's operations; of a compiled variant NaN, nothing compiles under the counter."""
-        if variant.compiled:
-            step(batch)
-            return math.nan
-        with flop_counter() as counter:
-            step(batch)
-        return counter.get_total_flops()
-
     # Kept: freed pairs would be room within the highest memory before the first step, and the
     # step's own would seem smaller.
     with file.open("rb") as pickled:
         drawn: list[list[RealPair]] = pickle.load(pickled)
     batches = [towers.prepare(pairs, device) for pairs in drawn]
     held_mb = _peak_mb(device)
-    flops = [warm_up(batch) for batch in batches]
+    flops = []
+    for batch in batches:
+        # Nothing compiles under the counter.
+        with nullcontext() if variant.compiled else flop_counter() as counter:
+            step(batch)
+        flops.append(counter.get_total_flops() if counter else math.nan)
     found = []
     for pairs, batch, operations in zip(drawn, batches, flops, strict=True):
         begin = time.perf_counter()

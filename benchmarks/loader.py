@@ -6,10 +6,7 @@ does not count. open_clip's loader is the one its trainer uses, with its trainin
 224 px. The plain path is this pipeline with the decoder exchanged: Pillow's full decode and its
 bicubic resize to the same sampled sizes; reading, drawing, tokenising and packing are the same.
 
-open_clip's loader works with webdataset up to 0.2.86 only, so give it an environment of its own:
-
-    python -m venv peer && peer/bin/pip install "open_clip_torch[training]"
-    python -m benchmarks.loader --shards SHARDS --peer-python peer/bin/python --output out.json
+open_clip's loader has an environment of its own, see `benchmarks.end_to_end`.
 """
 
 from __future__ import annotations

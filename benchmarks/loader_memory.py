@@ -27,6 +27,7 @@ from navit_clip.data.budgets import Budgets
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
+from navit_clip.data.shards import add_member
 from navit_clip.data.sizing import ResolutionConfig
 
 SHARDS, PER_SHARD = 10, 500
@@ -49,9 +50,7 @@ def write_shards(root: Path) -> None:
                 if rng.random() < BAD_FRACTION:
                     members["jpg"] = members["jpg"][:200]
                 for extension, content in members.items():
-                    info = tarfile.TarInfo(f"{key:05d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                    add_member(tar, f"{key:05d}.{extension}", content)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
