@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
-from navit_clip.data.annotations.rows import ImageList
+from navit_clip.data.annotations.labels import read_text
+from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.annotations.tables import open_table
+from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
-from navit_clip.tools.make_shards.class_folders import open_classes
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
@@ -113,7 +114,7 @@ def _open(args: argparse.Namespace) -> ImageList:
             args.caption_column or ["caption"],
         )
     if args.classes is not None:
-        return open_classes(args.classes, args.classnames)
+        return _open_classes(args.classes, args.classnames)
     if args.images is None:
         raise UserError("--images is missing: name the folder of the images")
     rows = read_caption_file(args.coco)
@@ -126,6 +127,31 @@ def _open(args: argparse.Namespace) -> ImageList:
     if not rows:
         raise UserError(f"no image in {args.coco}")
     return ImageList(args.images, rows)
+
+
+def _open_classes(folder: Path, names: Path | None) -> ImageList:
+    """Rows of class folders: the label is the folder's index in sorted order."""
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}: check --classes")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    classnames = [path.name.replace("_", " ") for path in folders]
+    if names is not None:
+        lines = read_text(str(names), "--classnames").splitlines()
+        classnames = [line.strip() for line in lines if line.strip()]
+        if len(classnames) != len(folders):
+            raise UserError(
+                f"{len(classnames)} names in {names} for {len(folders)} class folders: give one "
+                "per folder, in the folders' sorted order"
+            )
+    rows = [
+        Row(f"{path.name}/{image.name}", (name,), label)
+        for label, (path, name) in enumerate(zip(folders, classnames, strict=True))
+        for image in sorted(path.iterdir())
+        if image.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+    ]
+    if not rows:
+        raise UserError(f"no image in class folders under {folder}: expected {folder}/CLASS/*.jpg")
+    return ImageList(folder, rows, classnames)
 
 
 def _verify(args: argparse.Namespace) -> int:
