@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from navit_clip.data.builders.pairs import PairBuilder
@@ -72,15 +73,8 @@ def read_settings(
         raise UserError(f"task.kind is {found.task.kind}, only contrastive is inspected")
     if found.tokenizer is None:
         raise UserError(f"--config {config} names no tokenizer: give --tokenizer")
-    image, text = found.task.model.image, found.task.model.text
-    build = PairBuilder(
-        found.task.captions,
-        found.data.resolution,
-        found.data.drop,
-        WordCounter() if count_words else build_tokenizer(found.tokenizer),
-        text.context_length,
-        image.patch_size,
-        image.position.max_grid_side,
-        found.seed,
-    )
+    # Built with few ids, since a tokenizer of more than the model has embeddings for will do here.
+    build = found.task.build(found.data).build_samples(WordCounter(), found.seed)
+    if not count_words:
+        build = replace(build, tokenizer=build_tokenizer(found.tokenizer))
     return found.data, build
