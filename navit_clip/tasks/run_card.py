@@ -42,7 +42,8 @@ def _training(run_dir: Path) -> list[str]:
     """What config.yaml and metrics.jsonl of a run say."""
     config = _values(_text(run_dir / "config.yaml"), yaml.safe_load)
     lines = _text(run_dir / "metrics.jsonl").splitlines()
-    metrics = [values for line in lines if (values := _values(line, json.loads))]
+    # Lines of evaluations have no loss.
+    metrics = [values for line in lines if "loss" in (values := _values(line, json.loads))]
     last = metrics[-1] if metrics else {}
     data, optim, task = (_group(config, name) for name in ("data", "optim", "task"))
     resolution, drop = _group(data, "resolution"), _group(data, "drop")

@@ -53,6 +53,7 @@ def write_run(run_dir: Path, captions: str = '{"txt": 1.0}', **data: object) -> 
     lines = [
         {"step": 10 * i, "loss": 3.0 / i, "examples": 1000, "logit_scale": 14.3} for i in (1, 2)
     ]
+    lines.append({"step": 20, "eval/held-out/top1": 0.5})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "metrics.jsonl").write_text(text + '{"step": 30, "lo')  # cut by a kill
 
