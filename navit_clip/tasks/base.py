@@ -156,7 +156,7 @@ class Task(ABC):
         Raises:
             UserError: If the model cannot be read, or is of another architecture.
         """
-        raise NotImplementedError(f"{type(self).__name__} starts from random weights only")
+        raise UserError(f"init.model: {type(self).__name__} starts from random weights only")
 
 
 class TaskConfig(ABC):
