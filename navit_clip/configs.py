@@ -6,7 +6,7 @@ check a pooling or position misspelt would silently become another.
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # What JSON may hold for a field of each type; any other leaves the class to check.
@@ -40,8 +40,7 @@ def config_from_dict(kind: type[Config], values: Any) -> Config:
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} needs keys and values, got {values!r}")
     hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := values.keys() - known:
+    if unknown := values.keys() - hints.keys():
         raise TypeError(f"unknown key {sorted(unknown)[0]!r} for {kind.__name__}")
     built = {}
     for name, value in values.items():

@@ -268,6 +268,5 @@ class SkipReport:
             return []
         self._next = max(2 * self._next, total + 1)
         summary = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common())
-        return [f"skipped {line}" for line in batch.counts.skip_log] + [
-            f"skipped so far: {summary}"
-        ]
+        skipped = [f"skipped {line}" for line in batch.counts.skip_log]
+        return [*skipped, f"skipped so far: {summary}"]

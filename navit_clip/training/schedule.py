@@ -28,10 +28,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "cooldown_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"optim.schedule.{name} must not be negative, got {getattr(self, name)}"
-                )
+            steps = getattr(self, name)
+            if steps < 0:
+                raise ValueError(f"optim.schedule.{name} must not be negative, got {steps}")
         if self.timescale < 1:
             raise ValueError(f"optim.schedule.timescale must be at least 1, got {self.timescale}")
         if not 0 <= self.final_share <= 1:
