@@ -43,12 +43,8 @@ class LockConfig:
     @property
     def unlocked_blocks(self) -> dict[str, int]:
         """How many of its last blocks learn, of each tower that is locked."""
-        blocks = {}
-        if self.image:
-            blocks["image"] = self.image_unlocked_blocks
-        if self.text:
-            blocks["text"] = self.text_unlocked_blocks
-        return blocks
+        blocks = {"image": self.image_unlocked_blocks, "text": self.text_unlocked_blocks}
+        return {tower: count for tower, count in blocks.items() if getattr(self, tower)}
 
     def check(self, model: CLIPConfig) -> None:
         """Compares with the depth of the towers.
