@@ -174,11 +174,7 @@ class TaskConfig(ABC):
 
     @abstractmethod
     def check(self, data: DataConfig) -> None:
-        """Compares the task with what it reads.
-
-        Raises:
-            ValueError: If they do not fit; names the fields.
-        """
+        """Raises a `ValueError` that names the fields if the task does not fit what it reads."""
 
     @abstractmethod
     def build(self, data: DataConfig) -> Task:
@@ -188,9 +184,7 @@ class TaskConfig(ABC):
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
         """Values of fields that `init` gives, as `asdict` has them; others are refused.
 
-        Args:
-            init: What the run starts from.
-            run_dir: Of the run, which may have begun.
+        The run of `run_dir` may have begun.
 
         Raises:
             UserError: If there is no such model.

@@ -64,11 +64,7 @@ class EvalConfig:
         self.plans()
 
     def plans(self) -> dict[str, Plan]:
-        """The evaluators, typed.
-
-        Raises:
-            ValueError: As above.
-        """
+        """The evaluators, typed."""
         return {name: _plan(name, dict(values)) for name, values in self.evaluators.items()}
 
 
