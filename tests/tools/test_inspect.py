@@ -210,8 +210,9 @@ def test_packing_is_what_training_packs(tmp_path, pipeline):
     }
     assert [pair.caption for pair in packing.pairs] == [captions[pair.id] for pair in packing.pairs]
     for pair in packing.pairs:
-        assert len(pair.image.patches) == images.segments.lengths[pair.segments["image"]]
-        assert pair.text_tokens == texts.segments.lengths[pair.segments["text"]]
+        assert len(pair.image.patches) == pair.tokens["image"]
+        assert pair.tokens["image"] == images.segments.lengths[pair.segments["image"]]
+        assert pair.tokens["text"] == texts.segments.lengths[pair.segments["text"]]
 
 
 def test_captions_of_drawn_pairs_are_those_that_were_tokenised(tmp_path, pipeline):

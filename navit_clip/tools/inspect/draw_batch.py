@@ -97,8 +97,7 @@ def _draw_head(
         note = f"Every pair is a segment of both streams; coloured are the {len(shown)} below"
         _write(canvas, (_MARGIN, y), note, 15, _FAINT)
         y += 30
-    for name, lengths in packing.lengths.items():
-        counts = batch.streams[name]
+    for name, counts in batch.streams.items():
         dropped = counts.tokens_before_drop - counts.tokens
         line = (
             f"{name.capitalize()} stream: {counts.tokens:,} of {counts.budget:,} tokens used, "
@@ -108,6 +107,8 @@ def _draw_head(
             line += f" ({dropped:,} of {counts.tokens_before_drop:,} patches were dropped)"
         _write(canvas, (_MARGIN, y), line, 17)
         numbers = {pair.segments[name]: number for number, pair in enumerate(shown)}
+        in_order = sorted(packing.pairs, key=lambda pair: pair.segments[name])
+        lengths = [pair.tokens[name] for pair in in_order]
         _draw_bar(canvas, y + 26, lengths, counts.budget, numbers)
         y += 26 + _BAR + 16
     return y
@@ -136,7 +137,7 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
     title = "Images from few patches to many" + (", at one scale" if len(set(zooms)) == 1 else "")
-    if any(len(pair.image.patches) < pair.image.tokens_before_drop for pair in shown):
+    if any(pair.tokens["image"] < pair.image.tokens_before_drop for pair in shown):
         title += "; empty cells are dropped patches"
     _write(canvas, (_MARGIN, y), title, 17)
     y += 34
@@ -174,9 +175,9 @@ def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
 
 def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, y: int) -> None:
     whole = pair.image.tokens_before_drop
-    kept = len(pair.image.patches)
+    kept = pair.tokens["image"]
     patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
-    _write(canvas, (left, y), f"{patches} + {pair.text_tokens} tokens", 14, _colour(number))
+    _write(canvas, (left, y), f"{patches} + {pair.tokens['text']} tokens", 14, _colour(number))
     wrapped = wrap_text(pair.caption, ImageFont.load_default(14), _CELL - 24, _LINES)
     for line, text in enumerate(wrapped, start=1):
         _write(canvas, (left, y + line * _LINE), text, 14)

@@ -30,14 +30,14 @@ class DrawnPair(NamedTuple):
         id: ``shard/key``.
         image: Kept patches and the grid.
         caption: The text that was tokenised.
-        text_tokens: Tokens it became.
+        tokens: Number of its tokens in each packed stream.
         segments: Number of its segment in each packed stream.
     """
 
     id: str
     image: ImagePatches
     caption: str
-    text_tokens: int
+    tokens: dict[str, int]
     segments: dict[str, int]
 
 
@@ -46,12 +46,10 @@ class PackingEfficiency(NamedTuple):
 
     Attributes:
         batches: Counts of each batch.
-        lengths: Tokens of the first batch's segments in each stream, in the stream's order.
         pairs: The first batch's pairs, in the order of the image stream.
     """
 
     batches: list[BatchCounts]
-    lengths: dict[str, tuple[int, ...]]
     pairs: list[DrawnPair]
 
 
@@ -76,9 +74,9 @@ class _Recorder(PairBuilder):
             orders = packed.images.order.tolist(), packed.texts.order.tolist()
             for pair, image, text in zip(samples, *orders, strict=True):
                 caption, segments = self.captions_of[pair.origin], {"image": image, "text": text}
-                self.first_batch.append(
-                    DrawnPair(pair.id, pair.image, caption, len(pair.token_ids), segments)
-                )
+                tokens = dict(zip(self.streams, pair.lengths, strict=True))
+                drawn = DrawnPair(pair.id, pair.image, caption, tokens, segments)
+                self.first_batch.append(drawn)
             self.first_batch.sort(key=lambda pair: pair.segments["image"])
         return packed
 
@@ -101,12 +99,8 @@ def measure_packing(
     # Efficiency does not depend on who reads, and one process keeps one record.
     stream = load_batches(recorder, replace(config, workers=0), build.seed, mixture=mixture)
     counts: list[BatchCounts] = []
-    lengths: dict[str, tuple[int, ...]] = {}
     for batch in tqdm(itertools.islice(stream, MAX_BATCHES), desc="packing", unit="batch"):
-        if not counts:
-            packed = {"image": batch.inputs.images.segments, "text": batch.inputs.texts.segments}
-            lengths = {name: part.lengths[: part.num_examples] for name, part in packed.items()}
         counts.append(batch.counts)
         if sum(batch.examples for batch in counts) >= pairs:
             break
-    return PackingEfficiency(counts, lengths, recorder.first_batch)
+    return PackingEfficiency(counts, recorder.first_batch)
