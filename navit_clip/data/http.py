@@ -34,7 +34,7 @@ _REDIRECTS_ONLY = urllib3.Retry(
 )
 
 
-class _TryAgainError(Exception):
+class _TryAgainError(urllib3.exceptions.HTTPError):
     """A failure that may pass; `wait_s` is what the server asked for."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
@@ -94,12 +94,10 @@ class HttpStream(ForwardStream):
                     self._failures = 0
                     return chunk
                 self._end_body(self._response)
-            except _TryAgainError as error:
-                self._back_off(str(error), error.wait_s)
             except urllib3.exceptions.LocationValueError as error:
                 raise RemoteError(str(error)) from error
             except urllib3.exceptions.HTTPError as error:
-                self._back_off(_reason(error))
+                self._back_off(error)
         return b""
 
     def _advance(self, count: int) -> None:
@@ -170,16 +168,17 @@ class HttpStream(ForwardStream):
         self._ended_at = self._reached
         raise _TryAgainError(f"the connection was closed at byte {self._reached}")
 
-    def _back_off(self, reason: str, wait_s: float = 0.0) -> None:
+    def _back_off(self, error: urllib3.exceptions.HTTPError) -> None:
         self._disconnect()
         self._failures += 1
         if self._failures >= ATTEMPTS:
-            raise RemoteError(f"{reason}, after {ATTEMPTS} attempts")
+            raise RemoteError(f"{_reason(error)}, after {ATTEMPTS} attempts")
         wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
         # Hundreds of workers that a server turned away at once must not come back at once. A
         # generator of its own: the global one belongs to the caller, seed and state.
         wait *= random.Random().uniform(0.5, 1.0)
-        sleep(max(wait, min(wait_s, BACK_OFF_LIMIT_S)))
+        asked = error.wait_s if isinstance(error, _TryAgainError) else 0.0
+        sleep(max(wait, min(asked, BACK_OFF_LIMIT_S)))
 
 
 def _check_status(response: urllib3.BaseHTTPResponse) -> None:
