@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,9 +48,8 @@ class ClassMap:
     def find(self, name: str) -> tuple[int, ...] | None:
         """Class indices that are right for a name, None if the map does not know it."""
         found = self.indices.get(name)
-        if found is None and is_index(name) and not self._has_numbers:
-            index = int(name)
-            found = (index,) if not self.indices or index <= self._last else None
+        if found is None and is_index(name) and int(name) <= self._last:
+            found = (int(name),)
         return found
 
     @property
@@ -58,12 +58,12 @@ class ClassMap:
         return self.name in _BUILT_IN
 
     @cached_property
-    def _has_numbers(self) -> bool:
-        return any(is_index(name) for name in self.indices)
-
-    @cached_property
-    def _last(self) -> int:
-        return max((index for found in self.indices.values() for index in found), default=-1)
+    def _last(self) -> float:
+        """The last number that means the class of that index."""
+        if any(map(is_index, self.indices)):
+            return -1
+        indices = [index for found in self.indices.values() for index in found]
+        return max(indices, default=-1) if self.indices else math.inf
 
 
 def is_index(text: str) -> bool:
