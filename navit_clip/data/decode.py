@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -54,7 +56,7 @@ class EncodedImage:
         if len(data) > MAX_BYTES:
             raise SkipSampleError("too_large", f"{len(data):,} bytes exceed {MAX_BYTES:,}")
         self._data = data
-        try:
+        with self._skipped_if_unreadable():
             jpeg = _jpeg_size(data)
             height, width = jpeg or self._image.size[::-1]
             if width * height > MAX_PIXELS:
@@ -64,18 +66,6 @@ class EncodedImage:
             # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
             if jpeg is None or _may_have_exif(data):
                 self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
-        except SkipSampleError:
-            raise
-        except UnidentifiedImageError as error:
-            # Pillow's message names the address of the buffer.
-            raise SkipSampleError(
-                "unreadable_image", f"no known format begins with {data[:12]!r}"
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise SkipSampleError("too_large", str(error)) from error
-        # Decoders of damaged files raise whatever they stumble over.
-        except Exception as error:
-            raise SkipSampleError("unreadable_image", str(error)) from error
         if self._orientation in _SIDEWAYS:
             width, height = height, width
         self.height, self.width = height, width
@@ -95,16 +85,28 @@ class EncodedImage:
         Raises:
             SkipSampleError: ``unreadable_image`` if the pixels cannot be decoded.
         """
-        try:
+        with self._skipped_if_unreadable():
             if reduced and self._jpeg:
                 sideways = self._orientation in _SIDEWAYS
                 wanted = (width, height) if sideways else (height, width)
                 stored = _read_jpeg(self._data, self._jpeg, wanted)
                 if stored is not None:
                     return _upright(stored, self._orientation)
-            return resize_rgb(to_rgb(ImageOps.exif_transpose(self._image)), height, width)
+            return OpenedImage(self._image).pixels(height, width)
+
+    @contextmanager
+    def _skipped_if_unreadable(self) -> Iterator[None]:
+        try:
+            yield
         except SkipSampleError:
             raise
+        except UnidentifiedImageError as error:
+            # Pillow's message names the address of the buffer.
+            problem = f"no known format begins with {self._data[:12]!r}"
+            raise SkipSampleError("unreadable_image", problem) from error
+        except Image.DecompressionBombError as error:
+            raise SkipSampleError("too_large", str(error)) from error
+        # Decoders of damaged files raise whatever they stumble over.
         except Exception as error:
             raise SkipSampleError("unreadable_image", str(error)) from error
 
@@ -114,6 +116,33 @@ class EncodedImage:
             # Pillow warns of large images at a limit of its own; ours is the cap.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(self._data), formats=_FORMATS)
+
+
+class OpenedImage:
+    """An image in memory; sized like an `EncodedImage`.
+
+    Args:
+        image: A Pillow image of any mode with a defined range, turned upright here if its EXIF
+            data says so.
+
+    Raises:
+        ValueError: If it has no pixels, or a mode without a defined range.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        if image.mode == "F":
+            raise ValueError("mode F has no range that says what is white: convert it to RGB")
+        if 0 in image.size:
+            raise ValueError(f"it has no pixels: {image.width}×{image.height}")
+        self._rgb = _to_rgb(ImageOps.exif_transpose(image))
+        self.height, self.width = self._rgb.height, self._rgb.width
+
+    def pixels(self, height: int, width: int, *, reduced: bool = False) -> np.ndarray:
+        """As of an `EncodedImage`, but there is nothing left to decode, reduced or not."""
+        rgb = self._rgb
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(rgb)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -194,9 +223,9 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels.swapaxes(0, 1) if orientation in _SIDEWAYS else pixels
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode: 16-bit scaled to 8, transparency laid on white."""
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.float32)
         image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))
@@ -205,16 +234,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image.convert("RGB")
-
-
-def resize_rgb(rgb: Image.Image, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3] of an image in mode RGB: Pillow's bicubic with antialiasing.
-
-    The array may be read-only.
-    """
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
 
 
 def find_image(members: dict[str, bytes]) -> bytes:

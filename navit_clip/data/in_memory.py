@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.decode import EncodedImage, resize_rgb, to_rgb
+from navit_clip.data.decode import EncodedImage, OpenedImage
 from navit_clip.errors import SkipSampleError
 
 ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
@@ -24,30 +24,6 @@ WANTED = (
     "encoded file's bytes, or its path"
 )
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
-
-
-class OpenedImage:
-    """An image in memory; sized like an `EncodedImage`.
-
-    Args:
-        image: A Pillow image of any mode with a defined range, turned upright here if its EXIF
-            data says so.
-
-    Raises:
-        ValueError: If it has no pixels, or a mode without a defined range.
-    """
-
-    def __init__(self, image: Image.Image) -> None:
-        if image.mode == "F":
-            raise ValueError("mode F has no range that says what is white: convert it to RGB")
-        if 0 in image.size:
-            raise ValueError(f"it has no pixels: {image.width}×{image.height}")
-        self._rgb = to_rgb(ImageOps.exif_transpose(image))
-        self.height, self.width = self._rgb.height, self._rgb.width
-
-    def pixels(self, height: int, width: int, *, reduced: bool = False) -> np.ndarray:
-        """As of an `EncodedImage`, but there is nothing left to decode, reduced or not."""
-        return resize_rgb(self._rgb, height, width)
 
 
 def open_image(image: ImageInput) -> EncodedImage | OpenedImage:

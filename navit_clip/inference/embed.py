@@ -12,8 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from navit_clip.data.decode import EncodedImage
-from navit_clip.data.in_memory import OpenedImage
+from navit_clip.data.decode import EncodedImage, OpenedImage
 from navit_clip.data.patches import cut_patches
 from navit_clip.data.sizing import fit_grid
 from navit_clip.models.clip import CLIP
