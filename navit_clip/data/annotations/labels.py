@@ -117,19 +117,18 @@ def _by_place(name: str, folders: Sequence[str]) -> dict[str, tuple[int, ...]]:
 def _from_json(name: str, content: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(content, list) and all(isinstance(folder, str) for folder in content):
         return _by_place(name, content)
+    problem = 'is neither a class index nor a list of them: expected {"folder": 3, "other": [5, 7]}'
+    if not isinstance(content, dict):
+        raise UserError(f"class map {name}: it {problem}")
     found: dict[str, tuple[int, ...]] = {}
-    for key, value in content.items() if isinstance(content, dict) else [("it", content)]:
+    for key, value in content.items():
         values = value if isinstance(value, list) else [value]
         if key.isdigit() and values and isinstance(values[0], str):
             found[values[0]] = (int(key),)
-        elif isinstance(content, dict) and all(type(v) is int and v >= 0 for v in values):
+        elif all(type(v) is int and v >= 0 for v in values):
             found[key] = tuple(sorted(set(values)))
         else:
-            what = repr(key) if isinstance(content, dict) else "it"
-            raise UserError(
-                f"class map {name}: {what} is neither a class index nor a list of them: expected "
-                '{"folder": 3, "other": [5, 7]}'
-            )
+            raise UserError(f"class map {name}: {key!r} {problem}")
     return found
 
 
