@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
-from navit_clip.models.linear import Linear
+from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
 from navit_clip.models.transformer import Encoder, EncoderConfig, LayerNorm
@@ -87,26 +87,6 @@ class ImageTokens(NamedTuple):
     coords_T2: Tensor
 
 
-class PatchEmbed(Linear):
-    """Normalises pixels, uint8 as the data pipeline left them, and maps each patch to a token."""
-
-    pixel_scale: Tensor
-    pixel_shift: Tensor
-
-    def __init__(self, config: ImageTowerConfig) -> None:
-        pixels = config.patch_size**2
-        super().__init__(3 * pixels, config.encoder.width, bias=config.patch_bias)
-        std, mean = torch.tensor(config.pixel_std), torch.tensor(config.pixel_mean)
-        # (x/255 - mean) / std as one multiply and one add over a whole patch.
-        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
-
-    def forward(self, patches_TK: Tensor) -> Tensor:
-        """uint8 [T, P·P·3], each patch row by row with channels last, to [T, C]."""
-        pixels_TK = patches_TK.to(self.pixel_scale.dtype)
-        return super().forward(torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale))
-
-
 class ImageTower(nn.Module):
     """Encodes packed images to one vector of the encoder's width each, or to their tokens.
 
@@ -121,7 +101,9 @@ class ImageTower(nn.Module):
         super().__init__()
         self.config = config
         width = config.encoder.width
-        self.embed = PatchEmbed(config)
+        self.embed = PatchEmbed(
+            config.patch_size, width, config.pixel_mean, config.pixel_std, bias=config.patch_bias
+        )
         self.position = build_position(config.position, width)
         self.class_token: nn.Parameter | None = None
         if config.pooling == "cls":
