@@ -12,8 +12,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -56,7 +54,7 @@ class EncodedImage:
         if len(data) > MAX_BYTES:
             raise SkipSampleError("too_large", f"{len(data):,} bytes exceed {MAX_BYTES:,}")
         self._data = data
-        with self._skipped_if_unreadable():
+        try:
             jpeg = _jpeg_size(data)
             height, width = jpeg or self._image.size[::-1]
             if width * height > MAX_PIXELS:
@@ -66,6 +64,10 @@ class EncodedImage:
             # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
             if jpeg is None or _may_have_exif(data):
                 self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except SkipSampleError:
+            raise
+        except Exception as error:
+            raise _unreadable(error, data) from error
         if self._orientation in _SIDEWAYS:
             width, height = height, width
         self.height, self.width = height, width
@@ -85,7 +87,7 @@ class EncodedImage:
         Raises:
             SkipSampleError: ``unreadable_image`` if the pixels cannot be decoded.
         """
-        with self._skipped_if_unreadable():
+        try:
             if reduced and self._jpeg:
                 sideways = self._orientation in _SIDEWAYS
                 wanted = (width, height) if sideways else (height, width)
@@ -93,22 +95,10 @@ class EncodedImage:
                 if stored is not None:
                     return _upright(stored, self._orientation)
             return OpenedImage(self._image).pixels(height, width)
-
-    @contextmanager
-    def _skipped_if_unreadable(self) -> Iterator[None]:
-        try:
-            yield
         except SkipSampleError:
             raise
-        except UnidentifiedImageError as error:
-            # Pillow's message names the address of the buffer.
-            problem = f"no known format begins with {self._data[:12]!r}"
-            raise SkipSampleError("unreadable_image", problem) from error
-        except Image.DecompressionBombError as error:
-            raise SkipSampleError("too_large", str(error)) from error
-        # Decoders of damaged files raise whatever they stumble over.
         except Exception as error:
-            raise SkipSampleError("unreadable_image", str(error)) from error
+            raise _unreadable(error, self._data) from error
 
     @cached_property
     def _image(self) -> Image.Image:
@@ -143,6 +133,15 @@ class OpenedImage:
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
+
+
+def _unreadable(error: Exception, data: bytes) -> SkipSampleError:
+    """Why an image is skipped: decoders of damaged files raise whatever they stumble over."""
+    if isinstance(error, UnidentifiedImageError):
+        # Pillow's message names the address of the buffer.
+        return SkipSampleError("unreadable_image", f"no known format begins with {data[:12]!r}")
+    bomb = isinstance(error, Image.DecompressionBombError)
+    return SkipSampleError("too_large" if bomb else "unreadable_image", str(error))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -222,10 +222,11 @@ def fit_grid(
         most_rows = min(most_rows, max(1, height // patch_size))
         most_columns = min(most_columns, max(1, width // patch_size))
 
+    aspect, area = math.log(rows / columns), math.log(rows * columns)
+
     def distortion(grid: tuple[int, int]) -> float:
-        aspect = math.log(grid[0] / grid[1]) - math.log(rows / columns)
-        area = math.log(grid[0] * grid[1]) - math.log(rows * columns)
-        return abs(aspect) + abs(area)
+        row, column = grid
+        return abs(math.log(row / column) - aspect) + abs(math.log(row * column) - area)
 
     near_rows = (math.floor(rows), math.ceil(rows))
     near_columns = (math.floor(columns), math.ceil(columns))
