@@ -13,7 +13,7 @@ def make_entry(kind, setting, size, rng, own=False):
     label = {"capped": str(size), "native": "native", "square": f"{size}²"}[setting]
     tokens = {"capped": size, "native": 700, "square": (size or 0) ** 2 // 256}[setting]
 
-    def figures():
+    def metrics():
         top = rng.random()
         if kind == "zeroshot":
             return {"top1": top, "top5": min(1.0, 1.5 * top)}
@@ -29,9 +29,9 @@ def make_entry(kind, setting, size, rng, own=False):
         "mean_tokens": tokens * 0.97,
         "padding": 0.01,
         "flops_per_image": tokens * 9e7,
-        **figures(),
-        "by_aspect": [{"label": x, "images": 7, **figures()} for x in ("1-1.1", ">2")],
-        "by_size": [{"label": x, "images": 9, **figures()} for x in ("<128", ">=640")],
+        **metrics(),
+        "by_aspect": [{"label": x, "images": 7, **metrics()} for x in ("1-1.1", ">2")],
+        "by_size": [{"label": x, "images": 9, **metrics()} for x in ("<128", ">=640")],
     }
     if kind == "zeroshot":
         taken = [{"class": "lake", "share": 0.25}]
@@ -77,7 +77,7 @@ def make_result(kind, *, settings=tuple(SETTINGS), baselines=2, seed=0):
 KINDS = pytest.mark.parametrize("kind", ["zeroshot", "retrieval"])
 
 
-def figures_of(entry, kind):
+def metrics_of(entry, kind):
     if kind == "zeroshot":
         return [entry[key] for key in ("top1", "top5", "mean_per_class", "ece")]
     ways = ("image_to_text", "text_to_image")

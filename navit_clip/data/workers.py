@@ -104,7 +104,7 @@ class _DoneEvent:
             self._event.set()
 
     def is_set(self) -> bool:
-        """Whether the workers were told to end."""
+        """Whether the workers were asked to end."""
         return self._is_set
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from report_cases import KINDS, SETTINGS, figures_of, make_result
+from report_cases import KINDS, SETTINGS, make_result, metrics_of
 from shard_factory import encode, photo, write_shard
 
 from navit_clip.errors import UserError
@@ -364,7 +364,7 @@ def test_hostile_text_stays_text(kind, tmp_path):
 
 
 @KINDS
-def test_a_report_says_the_figures(kind, tmp_path):
+def test_a_report_shows_the_metrics(kind, tmp_path):
     result = make_result(kind)
     result["skipped"] = {}
     write_report(
@@ -372,7 +372,7 @@ def test_a_report_says_the_figures(kind, tmp_path):
     )
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     for entry in (*result["views"], *(e for b in result["baselines"] for e in b["views"])):
-        for value in figures_of(entry, kind):
+        for value in metrics_of(entry, kind):
             assert f"{value:.1%}" in page.words
         for group in (*entry["by_aspect"], *entry["by_size"]):
             first = group["top1"] if kind == "zeroshot" else group["text_to_image"]["R@1"]

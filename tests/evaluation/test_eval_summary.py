@@ -11,7 +11,7 @@ import pytest
 from eval_cases import run
 from matplotlib.figure import Figure
 from PIL import Image
-from report_cases import KINDS, SETTINGS, figures_of, make_result
+from report_cases import KINDS, SETTINGS, make_result, metrics_of
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import read_result
@@ -201,7 +201,7 @@ def test_a_curve_is_a_picture_written_whole(kind, options, tmp_path):
     assert (orange in colours) == bool(result["baselines"])
 
 
-def test_a_curve_without_costs_or_figures(tmp_path):
+def test_a_curve_without_costs_or_metrics(tmp_path):
     result = make_result("zeroshot", baselines=0)
     for entry in result["views"]:
         entry["flops_per_image"] = None
@@ -232,7 +232,7 @@ def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
     for line, entry in zip(body, [*result["views"], *entries], strict=True):
         assert entry["label"] + (" *" if entry["own"] else "") in line
         words = line.split()
-        for value in figures_of(entry, kind):
+        for value in metrics_of(entry, kind):
             assert f"{value:.1%}" in words
         assert ("3.5" in words) == (kind == "retrieval")
     assert ("ViT-B-32" in printed or "weights" in printed) == bool(baselines)

@@ -52,7 +52,7 @@ def read_settings(
     Raises:
         UserError: If training would refuse the configuration, or a tokenizer cannot be read.
     """
-    # What training needs to be told and an inspection does not; the configuration's own comes next.
+    # What training requires and an inspection does not; the configuration's own comes next.
     words = ["--run_dir=.", "--steps=1"]
     if config is not None:
         words.append(f"--config={config}")
