@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
+import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from navit_clip.errors import UserError
@@ -19,9 +20,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: If the disk does not take it; `path` is then as it was.
     """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`, whose file takes its place at the end, or goes if that fails."""
+    # A name of its own, or two writers of one file would write into each other's.
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_output(path: Path, content: str | bytes, what: object = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write, reading, sha256_of, write_output, writing
+from navit_clip.files import atomic_write, reading, replacing, sha256_of, write_output, writing
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
@@ -26,6 +26,19 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     write_output(path, "é")
     assert path.read_bytes() == "é".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with replacing(path) as one, replacing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
 
 

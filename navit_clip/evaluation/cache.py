@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +22,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.files import writing
+from navit_clip.files import atomic_write, writing
 
-FORMAT = 1  # raised whenever the same inputs would give other embeddings
+# Raised whenever the same inputs would give other embeddings, or blocks are written otherwise.
+FORMAT = 2
 _HINT = "; check --cache"
 
 
@@ -123,10 +122,10 @@ class Cache:
         try:
             tensors = load(content)
             plain = json.loads(tensors.pop("plain").numpy().tobytes())
-            if plain["digest"] != tensors_digest(tensors):
-                raise ValueError("contents differ from what was written")
+            if plain.pop("digest") != _digest(key, tensors, plain):
+                raise ValueError("contents differ from what was written under this name")
             return parse(tensors, plain)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
             self.report(f"cached {path} is damaged ({error}); embedding again")
             return None
 
@@ -137,21 +136,13 @@ class Cache:
             UserError: If the disk does not take it.
         """
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        line = json.dumps({**plain, "digest": tensors_digest(tensors)}).encode()
+        line = json.dumps({**plain, "digest": _digest(key, tensors, plain)}).encode()
         # safetensors' own metadata has no fixed order, and equal blocks should be equal files.
         tensors["plain"] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
         path = self._path(key)
-        # Under a name of its own: two evaluations may write the same block at the same time.
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         with writing(path, hint=_HINT):
-            try:
-                path.parent.mkdir(exist_ok=True)
-                partial.write_bytes(save(tensors))
-                partial.replace(path)
-            except OSError:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
+            path.parent.mkdir(exist_ok=True)
+            atomic_write(path, save(tensors))
 
     def _path(self, key: str) -> Path:
         # By first digits: some file systems are slow with a hundred thousand files in one place.
@@ -168,6 +159,11 @@ def tensors_digest(tensors: Mapping[str, Tensor], *more: str) -> str:
     for word in more:
         _add(digest, word.encode())
     return digest.hexdigest()
+
+
+def _digest(key: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> str:
+    """Of all that a block holds and of its name, under which another's file may come to lie."""
+    return tensors_digest(tensors, key, json.dumps(plain, sort_keys=True))
 
 
 def bytes_digest(data: bytes) -> bytes:

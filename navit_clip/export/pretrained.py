@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
 from navit_clip.export.description import CONFIG_FILE, Description
-from navit_clip.files import one_line, reading, sha256_of, writing
+from navit_clip.files import one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
@@ -68,10 +68,9 @@ def save_pretrained(
     with writing(f"the model to {directory}", SafetensorError):
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(directory)
-        partial = directory / (WEIGHTS_FILE + ".partial")
-        save_file(weights, partial)
-        description = Description(model.config, preprocess, sha256_of(partial))
-        partial.replace(directory / WEIGHTS_FILE)
+        with replacing(directory / WEIGHTS_FILE) as partial:
+            save_file(weights, partial)
+            description = Description(model.config, preprocess, sha256_of(partial))
         description.write(directory / CONFIG_FILE)
         if not (directory / CARD_FILE).exists():
             write_card(directory)

@@ -114,6 +114,12 @@ def files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
+def others(path: Path) -> list[bytes]:
+    """Contents of the blocks beside one, under whose name they do not belong."""
+    found = [other for other in files(path.parents[1]) if other != path]
+    return [other.read_bytes() for other in found]
+
+
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -129,6 +135,8 @@ def flip(path: Path, place: int) -> None:
         lambda path: flip(path, -5),
         lambda path: flip(path, 0),
         lambda path: flip(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(others(path)[0]),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"padding": 0', b'"padding": 1')),
     ],
 )
 def test_a_damaged_file_is_named_and_made_again(damage, model_dir, data, tmp_path):
