@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write
+from navit_clip.files import atomic_write, reading, write_output, writing
 from navit_clip.packed.batch import Batch
+
+_CONTINUES = "; once it can be written, the same command continues from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -123,26 +125,37 @@ class StepLog:
 
     def __init__(self, path: Path, step: int) -> None:
         kept, self.resumed = [], set[str]()
-        for line in path.read_text().splitlines() if path.exists() else []:
+        with reading(path):
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        for line in lines:
             try:
                 values = json.loads(line)
                 if values["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line + b"\n")
                 if values["step"] == step:
                     self.resumed.update(values)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        atomic_write(path, "".join(kept))
-        self._file = path.open("a")
+        self._path = path
+        with writing(path):
+            atomic_write(path, b"".join(kept))
+            self._file = path.open("ab")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Appends one line; visible at once to whoever follows the file."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Appends one line; visible at once to whoever follows the file.
+
+        Raises:
+            UserError: If the disk does not take it. What is there of the line then is removed when
+                the run goes on.
+        """
+        with writing(self._path, hint=_CONTINUES):
+            self._file.write(json.dumps(values).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with suppress(OSError):  # of a line that `write` has reported
+            self._file.close()
 
 
 class MetricsLog(StepLog):
@@ -182,8 +195,9 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
 
     # The same id after a restart continues the same curve.
     id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
-    id_file.write_text(run_id + "\n")
+    with reading(id_file, ValueError):
+        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
+    write_output(id_file, run_id + "\n")
     try:
         return wandb.init(
             project=config.wandb_project,

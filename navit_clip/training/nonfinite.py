@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from navit_clip.distributed import Ranks
+from navit_clip.files import writing
 from navit_clip.packed.batch import Batch
 
 NONFINITE_FILE = "nonfinite.jsonl"
@@ -52,10 +53,15 @@ class NonFinite:
         )
 
     def record(self, run_dir: Path) -> None:
-        """Appends everything as one line to nonfinite.jsonl."""
+        """Appends everything as one line to nonfinite.jsonl.
+
+        Raises:
+            UserError: If the disk does not take it.
+        """
         # JSON has no NaN.
         line = vars(self) | {"loss": str(self.loss), "grad_norm": str(self.grad_norm)}
-        with (run_dir / NONFINITE_FILE).open("a") as file:
+        path = run_dir / NONFINITE_FILE
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 

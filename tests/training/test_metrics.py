@@ -19,6 +19,7 @@ from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
@@ -26,7 +27,7 @@ from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training import mfu
 from navit_clip.training.config import parse_config
-from navit_clip.training.metrics import Interval
+from navit_clip.training.metrics import Interval, StepLog
 from navit_clip.training.mfu import FlopsMeter, cpu_peak, gpu_peak, memory_bytes
 
 TASK = tiny_config().task.build(DataConfig())
@@ -194,3 +195,39 @@ def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
     unlocked = replace(config.task, lock=LockConfig()).build(config.data)
     free = sum(unlocked.flops(batch.inputs) for batch in batches[:6])
     assert free > lines[0]["model_flops_per_s"] * 3 * lines[0]["step_s"]
+
+
+def test_a_disk_that_does_not_take_a_line_is_one_line_and_the_next_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = StepLog(path, 0)
+    log.write({"step": 1})
+    log.close()
+    lines = path.read_bytes()
+    # A kill and a disk's damage may leave anything behind the last whole line.
+    path.write_bytes(lines + b"\xff\xfe\n[1]\n" + b"[" * 100_000 + b'\n{"step": 2, "lo')
+    log = StepLog(path, 1)
+    assert (path.read_bytes(), log.resumed) == (lines, {"step"})
+    log._file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"^cannot write .*/metrics.jsonl: No space left"):
+        log.write({"step": 2})
+    log.close()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"^cannot read .*metrics.jsonl: Is a directory"):
+        StepLog(path, 0)
+
+
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    write_tiny_data(tmp_path)
+    before = StepLog.__init__
+
+    def onto_a_full_disk(self, path, step):
+        before(self, path, step)
+        self._file = open("/dev/full", "ab")  # noqa: SIM115
+
+    monkeypatch.setattr(StepLog, "__init__", onto_a_full_disk)
+    for samples in (False, True):
+        flags = tiny_flags(tmp_path, tmp_path / f"run-{samples}", 3, log__samples=samples)
+        assert run(monkeypatch, flags) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "No space left on device" in line
