@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit_clip import __version__
+from navit_clip import __version__, before_torch  # noqa: F401
 
 _HELP = """\
 usage: {prog} COMMAND …

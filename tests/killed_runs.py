@@ -1,8 +1,9 @@
 """Runs under torchrun that are killed and started again, and what they must agree in.
 
 Two ranks with two data workers each train a tiny model; a run killed by SIGKILL at random moments
-(while ranks start, in steps, while a checkpoint is written; a rank or one of its data workers) must
-end with the weights and logged losses of an undisturbed run, bit for bit.
+(while ranks start, in steps, while a checkpoint, an evaluation or the export is under way; a rank,
+one of its data workers, or torchrun alone, whose orphans are left to themselves) must end with the
+weights and logged losses of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from launch import Launch, launch, run_to_end, torchrun
 from tiny_run import tiny_flags, write_tiny_data
 
 RANKS, WORKERS = 2, 2
+EVALUATED = 8  # steps between evaluations
 _SEED = 0  # of victims and moments
-_MOMENTS = ("step", "checkpoint", "worker", "checkpoint", "start", "step")
+_MOMENTS = (
+    "step", "checkpoint", "worker", "checkpoint", "start", "torchrun", "evaluation", "export",
+)  # fmt: skip
 
 
 def write_run(root: Path, *, train: int, steps: int) -> list[str]:
@@ -38,6 +42,13 @@ def write_run(root: Path, *, train: int, steps: int) -> list[str]:
         Flags of ``python -m train``, to which that of the run directory is to be added.
     """
     write_tiny_data(root, train=train, shard_size=train // 16)
+    held_out = root / "shapes/retrieval"
+    evaluator = {
+        "kind": "retrieval",
+        "every_steps": EVALUATED,
+        "images": str(held_out / "images"),
+        "captions": str(held_out / "captions.json"),
+    }
     return tiny_flags(
         root,
         root / "unused",
@@ -49,6 +60,8 @@ def write_run(root: Path, *, train: int, steps: int) -> list[str]:
         checkpoint__every_steps=3,
         checkpoint__keep=2,
         log__samples=True,
+        eval__evaluators=json.dumps({"shapes": evaluator}),
+        eval__workers=0,
     )
 
 
@@ -68,13 +81,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def read_losses(run_dir: Path) -> list[tuple[float, ...]]:
     """What must not depend on how often a run was restarted, for each step."""
     names = ("step", "loss", "grad_norm", "lr", "logit_scale", "examples")
-    return [tuple(line[name] for name in names) for line in read_metrics(run_dir)]
+    lines = [line for line in read_metrics(run_dir) if "loss" in line]  # others are evaluations
+    return [tuple(line[name] for name in names) for line in lines]
 
 
 def last_step(run_dir: Path) -> int:
     """The last logged step."""
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
 def _half_written(run_dir: Path) -> list[str]:
@@ -88,10 +102,12 @@ class Killer:
     Attributes:
         run_dir: Of the run.
         rng: Draws victims and moments.
+        steps: Of the run.
     """
 
     run_dir: Path
     rng: random.Random
+    steps: int
 
     def strike(self, running: Launch, moment: str, rank: int, step: int) -> dict[str, Any]:
         """Waits for the moment and kills.
@@ -100,7 +116,8 @@ class Killer:
             running: Whose process.
             moment: ``start``: while the ranks start. ``step``: at any time after step `step`.
             ``checkpoint``: while the next one after it is written. ``worker``: as ``step``, but a
-            data worker.
+            data worker. ``torchrun``: as ``step``, but torchrun. ``evaluation``: in the next one.
+            ``export``: while the model is written, or soon after the last step.
             rank: Of which rank.
             step: Not before this step is logged.
 
@@ -110,6 +127,13 @@ class Killer:
         running.until(lambda: rank in running.ranks(), f"the start of rank {rank}")
         if moment == "start":
             time.sleep(self.rng.uniform(0, 4))
+        elif moment == "export":
+            running.until(lambda: last_step(self.run_dir) >= self.steps, "the last step")
+            time.sleep(self.rng.uniform(0, 0.05))
+        elif moment == "evaluation":
+            running.until(lambda: last_step(self.run_dir) >= step, f"step {step}")
+            running.until(lambda: last_step(self.run_dir) % EVALUATED == 0, "an evaluation")
+            time.sleep(self.rng.uniform(0, 0.2))
         else:
             running.until(lambda: last_step(self.run_dir) >= step, f"step {step}")
             if moment == "checkpoint":
@@ -118,6 +142,8 @@ class Killer:
             else:
                 time.sleep(self.rng.uniform(0, 0.3))
         victims = running.workers(rank) if moment == "worker" else [running.ranks()[rank]]
+        if moment == "torchrun":
+            victims = [running.process.pid]
         os.kill(self.rng.choice(victims), signal.SIGKILL)
         return {
             "moment": moment,
@@ -138,10 +164,12 @@ def run_killed(flags: Sequence[str], run_dir: Path, kills: int, steps: int) -> l
         RuntimeError: If a run ends otherwise than it should.
     """
     rng = random.Random(_SEED)
-    killer, hits = Killer(run_dir, rng), []
+    killer, hits = Killer(run_dir, rng, steps), []
     command, output = two_ranks([*flags, "--run_dir", str(run_dir)]), run_dir.with_suffix(".txt")
     moments = [_MOMENTS[i % len(_MOMENTS)] for i in range(kills)]
     rng.shuffle(moments)
+    # Nothing is left to train after the last step.
+    moments.sort(key=lambda moment: moment == "export")
     for kill, moment in enumerate(moments):
         # Not in the last steps: the run would end before it is hit.
         step = 1 + (steps - 10) * kill // kills

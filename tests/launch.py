@@ -137,6 +137,14 @@ class Launch:
         return below
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended, whoever is to collect it."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _command_line(pid: int) -> bytes:
     """Of a process; empty if it has ended."""
     try:

@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 
 from tqdm import tqdm
 
+from navit_clip import before_torch  # noqa: F401
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.errors import UserError, one_line_errors
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator

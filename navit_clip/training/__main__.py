@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from navit_clip import before_torch  # noqa: F401
 from navit_clip.distributed import join_ranks
 from navit_clip.errors import one_line_errors
 from navit_clip.training.config import parse_config

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from killed_runs import (
     two_ranks,
     write_run,
 )
-from launch import launch, run_to_end
+from launch import is_running, launch, run_to_end
 from pairs_seen import count_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,27 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     assert read_losses(run_dir) == read_losses(whole)
     assert same_weights(run_dir, whole)
     assert count_pairs(flags, run_dir, RANKS) == count_pairs(flags, whole, RANKS)
+
+
+@pytest.mark.parametrize("moment", ["start", "step"])
+def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment):
+    flags, whole = run
+    run_dir = tmp_path / "run"
+    command = two_ranks([*flags, "--run_dir", str(run_dir)])
+    with launch(command, tmp_path / "output.txt") as running:
+        running.until(lambda: len(running.ranks()) == RANKS, "both ranks")
+        orphans = [*running.ranks().values()]
+        if moment == "step":
+            running.until(lambda: last_step(run_dir) >= STEPS // 2, "the middle of the run")
+            orphans += running.workers(0) + running.workers(1)
+        running.process.kill()
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in orphans if is_running(pid)]:
+            assert time.monotonic() < deadline, f"{left} outlive torchrun:\n{running.tail()}"
+            time.sleep(0.05)
+    run_to_end(command, tmp_path / "output.txt")
+    assert read_losses(run_dir) == read_losses(whole)
+    assert same_weights(run_dir, whole)
 
 
 def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):
