@@ -6,7 +6,9 @@ check a pooling or position misspelt would silently become another.
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # What JSON may hold for a field of each type; any other leaves the class to check.
@@ -30,6 +32,29 @@ def check_choices(config: object) -> None:
             )
 
 
+def check_finite(value: Any, name: str = "") -> None:
+    """Checks that no number in a tree of configs, mappings and lists is NaN or infinite.
+
+    Comparisons with NaN are false, so that limits like ``value <= 0`` let it pass.
+
+    Args:
+        value: The tree.
+        name: Its own name, before those of its fields.
+
+    Raises:
+        ValueError: Naming the first such number by its full path.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_finite(item, f"{name}.{key}" if name else str(key))
+
+
 def config_from_dict(kind: type[Config], values: Any) -> Config:
     """Builds a tree of config dataclasses from plain values, as `asdict` and JSON leave them.
 
@@ -49,5 +74,6 @@ def config_from_dict(kind: type[Config], values: Any) -> Config:
             value = config_from_dict(hint, value)  # type: ignore[arg-type]
         elif hint in _PLAIN and not isinstance(value, _PLAIN[hint]):
             raise TypeError(f"{name} of {kind.__name__} must be {hint.__name__}, got {value!r}")
+        check_finite(value, f"{name} of {kind.__name__}")
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ def check_captions(name: str, captions: Mapping[str, float]) -> None:
     Raises:
         ValueError: If there is none, one is not positive or names no field; begins with `name`.
     """
-    if not captions or any(weight <= 0 for weight in captions.values()):
+    if not captions or not all(0 < weight < math.inf for weight in captions.values()):
         raise ValueError(f"{name} must name fields with positive weights: {captions}")
     for caption_field in captions:
         extension, _, json_field = caption_field.partition(".")
@@ -47,8 +48,8 @@ class DatasetConfig:
         return [self.shards] if isinstance(self.shards, str) else self.shards
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight must be positive, got {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be a positive number, got {self.weight}")
         if self.captions is not None:
             check_captions("captions", self.captions)
 

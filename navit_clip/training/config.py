@@ -18,9 +18,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from navit_clip.checkpoints.checkpoint import CheckpointConfig
-from navit_clip.configs import check_choices
+from navit_clip.configs import check_choices, check_finite
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
+from navit_clip.files import reading
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.registry import task_config
@@ -33,6 +34,7 @@ from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 
 _DEFAULT_TASK = "contrastive"
+_MOST_VALUES = 100_000  # in a configuration; shards are listed in files of their own
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_finite(self)
         for name in ("steps", "accumulate", "max_skipped_in_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -164,8 +167,25 @@ def _task_kind(argv: Sequence[str]) -> str:
 
 
 def _kind_in(path: str) -> str | None:
-    try:
-        kind: Any = yaml.safe_load(Path(path).read_text())["task"]["kind"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return None  # not named; the parser says what else is wrong with the file
+    with reading(f"--config {path}", ValueError, RecursionError, yaml.YAMLError):
+        values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        _check_size(values, {})
+    task = values.get("task") if isinstance(values, dict) else None
+    kind = task.get("kind") if isinstance(task, dict) else None
     return kind if isinstance(kind, str) else None
+
+
+def _check_size(value: Any, known: dict[int, int]) -> int:
+    """Number of values in what YAML gave, each alias counted as often as it is used.
+
+    A few lines of aliases of aliases stand for more values than the parser would ever get through.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES  # of a list that holds itself
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_check_size(item, known) for item in items)
+    if known[id(value)] >= _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+    return known[id(value)]

@@ -1,0 +1,86 @@
+"""Configurations that cannot be meant are refused in one line, before anything runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from navit_clip.configs import check_finite, config_from_dict
+from navit_clip.data.config import DataConfig, DatasetConfig
+from navit_clip.errors import UserError
+from navit_clip.models.clip import CLIPConfig
+from navit_clip.training.config import parse_config
+
+FLAGS = ["--run_dir", "x", "--steps", "10", "--tokenizer.path", "t"]
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf", "1e999"])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("optim.lr", "{}"),
+        ("optim.betas", "[0.9, {}]"),
+        ("ema.decay", "{}"),
+        ("stall_timeout_s", "{}"),
+        ("task.captions", "{{txt: {}}}"),
+        ("data.drop.rate", "{}"),
+        ("data.mix", "{{a: {{shards: x, weight: {}}}}}"),
+    ],
+)
+def test_no_number_of_a_run_may_be_nan_or_infinite(flag, value, number, tmp_path):
+    for words in (
+        [f"--{flag}={value.format(number)}"],
+        ["--config", str(tmp_path / "run.yaml")],
+    ):
+        group, _, field = flag.rpartition(".")
+        inner = f"{field}: {value.format(number)}"
+        (tmp_path / "run.yaml").write_text(f"{group}: {{{inner}}}" if group else inner)
+        with pytest.raises(UserError) as caught:
+            parse_config([*FLAGS, *words])
+        assert flag.rpartition(".")[2] in str(caught.value) or "weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_nor_one_in_python_or_json(number):
+    with pytest.raises(ValueError, match="weight must be a positive number"):
+        DatasetConfig("x", weight=number)
+    with pytest.raises(ValueError, match="positive weights"):
+        DatasetConfig("x", captions={"txt": number})
+    with pytest.raises(ValueError, match="init_scale of CLIPConfig must be a finite number"):
+        config_from_dict(CLIPConfig, {"init_scale": number})
+    with pytest.raises(ValueError, match=r"^data.drop.rate must be a finite number"):
+        check_finite({"data": {"drop": {"rate": number}}})
+    check_finite(DataConfig(), "data")
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB.encode(), "more than 100,000 values"),
+        (b"optim: &a {schedule: *a}", "more than 100,000 values"),
+        (b"[" * 10_000, "recursion"),
+        (b"a: [b", "expected ',' or ']'"),
+        (b"\xff\xfe: 1", "codec can't decode"),
+        (b"a: \x00", "special characters"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_line(text, reason, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=rf"^cannot read --config {path}: ") as caught:
+        parse_config([*FLAGS, "--config", str(path)])
+    assert reason in str(caught.value)
+
+
+def test_aliases_may_be_used(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {mix: {a: &a {shards: [x, y]}, b: *a}}")
+    config, _ = parse_config([*FLAGS, "--config", str(path)])
+    assert config.data.mix["a"] == config.data.mix["b"]
