@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,24 @@ def test_training_takes_recipes():
     assert by_name == by_path
     assert resolved == same
     assert by_name.steps == 7000
+
+
+WAITING = """
+import os, runpy, sys
+sys.argv = ["x", "--no-such-flag"]
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit:
+    print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("module", ["train", "eval", "navit_clip.training", "navit_clip"])
+def test_threads_wait_passively_unless_the_user_chose_otherwise(module):
+    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        plain = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        command = [sys.executable, "-c", WAITING.format(module=module)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=plain | given
+        )
+        assert done.stdout.split()[0] == wanted
