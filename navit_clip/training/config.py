@@ -9,10 +9,10 @@ Each part stands beside the class that it configures and is handed down to it; n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -170,9 +170,21 @@ def _kind_in(path: str) -> str | None:
     with reading(f"--config {path}", ValueError, RecursionError, yaml.YAMLError):
         values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         _check_size(values, {})
-    task = values.get("task") if isinstance(values, dict) else None
-    kind = task.get("kind") if isinstance(task, dict) else None
+        if not isinstance(values, dict):
+            return None  # the parser says so
+        _check_groups(TrainConfig, values)
+    kind = (values.get("task") or {}).get("kind")
     return kind if isinstance(kind, str) else None
+
+
+def _check_groups(group: type, values: dict[str, Any], name: str = "") -> None:
+    """Checks that where a group of fields is expected there is one: the parser drops the rest."""
+    for key, hint in get_type_hints(group).items():
+        value = values.get(key)
+        if (is_dataclass(hint) or hint is TaskConfig) and value is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}{key} must hold fields, got {value!r}")
+            _check_groups(hint, value, f"{name}{key}.")  # type: ignore[arg-type]
 
 
 def _check_size(value: Any, known: dict[int, int]) -> int:

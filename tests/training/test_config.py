@@ -69,6 +69,9 @@ BOMB = "a0: &a0 [x]\n" + "".join(
         (b"a: [b", "expected ',' or ']'"),
         (b"\xff\xfe: 1", "codec can't decode"),
         (b"a: \x00", "special characters"),
+        (b"optim: 3", "optim must hold fields, got 3"),
+        (b"task: [contrastive]", "task must hold fields, got ['contrastive']"),
+        (b"data: {drop: 0.5}", "data.drop must hold fields, got 0.5"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_line(text, reason, tmp_path):
