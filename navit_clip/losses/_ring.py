@@ -8,7 +8,7 @@ Nothing here knows what the rows or the accumulators mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,38 +48,62 @@ class Ring:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def join(cls, block_ED: Tensor, group: dist.ProcessGroup | None = None) -> Ring:
-        """Forms the ring; a collective call, and the only one that waits for the device.
+    def join(
+        cls,
+        block_ED: Tensor,
+        group: dist.ProcessGroup | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Ring:
+        """Forms the ring; a collective call unless the counts are given.
 
         Args:
             block_ED: This rank's block [n, D], n >= 0, of one of DTYPES, on the group's device.
             group: Any group this process belongs to; None is the default group, or this process
                 alone if `torch.distributed` is not initialised.
+            counts: Rows of each rank's block, if known. Then nothing is exchanged, and that the
+                ranks agree on counts, width and dtype is the caller's promise. None asks the other
+                ranks: through the host if the group has a backend for it, which waits for their
+                hosts alone; else through the device, which waits for all that is queued there.
 
         Raises:
-            ValueError: This process is not in `group`, or the ranks' blocks differ in width or
-                dtype (raised on every rank, in place of a transfer that would hang).
+            ValueError: This process is not in `group`, `counts` does not fit it, or the ranks'
+                blocks differ in width or dtype (the last raised on every rank, in place of a
+                transfer that would hang).
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls(rank=0, counts=(len(block_ED),), group=None)
-        group = dist.group.WORLD if group is None else group
-        rank = dist.get_rank(group)
+        rank, size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD if group is None else group
+            rank, size = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ValueError("group: this process is not a member of the process group")
-        size = dist.get_world_size(group)
-        if size == 1:
-            return cls(rank=0, counts=(len(block_ED),), group=None)
+        if counts is not None:
+            if len(counts) != size or counts[rank] != len(block_ED):
+                raise ValueError(
+                    f"counts must be the pairs of {size} ranks, {len(block_ED)} of them on rank "
+                    f"{rank}, got {list(counts)}"
+                )
+        elif size > 1:
+            assert group is not None
+            counts = cls._exchange(block_ED, group, size)
+        else:
+            counts = (len(block_ED),)
+        return cls(rank, tuple(counts), group if size > 1 else None)
 
+    @staticmethod
+    def _exchange(block_ED: Tensor, group: dist.ProcessGroup, size: int) -> list[int]:
+        """Rows of every rank's block, once all are known to fit each other."""
+        on_host = "cpu:" in dist.get_backend_config(group)
+        device = torch.device("cpu") if on_host else block_ED.device
         mine = (*block_ED.shape, DTYPES.index(block_ED.dtype))
-        announced = torch.empty(size * len(mine), dtype=torch.int64, device=block_ED.device)
+        announced = torch.empty(size * len(mine), dtype=torch.int64, device=device)
         dist.all_gather_into_tensor(
-            announced, torch.tensor(mine, dtype=torch.int64, device=block_ED.device), group=group
+            announced, torch.tensor(mine, dtype=torch.int64, device=device), group=group
         )
         shapes: list[list[int]] = announced.view(size, len(mine)).tolist()
         if any(shape[1:] != shapes[0][1:] for shape in shapes):
             listed = ", ".join(f"{DTYPES[dtype]} [{n}, {width}]" for n, width, dtype in shapes)
             raise ValueError(f"features must have one width and dtype on all ranks, got {listed}")
-        return cls(rank=rank, counts=tuple(shape[0] for shape in shapes), group=group)
+        return [shape[0] for shape in shapes]
 
     @property
     def total(self) -> int:

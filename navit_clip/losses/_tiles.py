@@ -48,6 +48,21 @@ def is_fused(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What autocast makes of features: float32 becomes bfloat16 where that is multiplied as it is.
+
+    Unlike a matrix product's, the results stay float32.
+    """
+    if (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and torch.is_autocast_enabled("cuda")
+        and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    ):
+        return torch.bfloat16
+    return dtype
+
+
 def operand_dtype(features: Tensor) -> torch.dtype:
     """What matrices are multiplied in.
 
@@ -72,7 +87,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 class Raw(NamedTuple):

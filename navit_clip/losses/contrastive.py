@@ -15,7 +15,7 @@ loss by the world size before `backward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def softmax_contrastive_loss(
     *,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE loss over the pairs of all ranks (CLIP, arXiv 2103.00020).
 
@@ -46,25 +47,29 @@ def softmax_contrastive_loss(
     Args:
         image_features_ED: Image features of this rank's pairs, [E, D]; E may differ between ranks
             and be 0. float16, bfloat16, float32 or float64, the same on all ranks. Sums are in
-            float32 at least, and so are products, but for bfloat16 on CUDA: there the tensor cores
-            multiply it, with the backward pass's weights rounded to it, and sum up in float32.
+            float32 at least, and so are products, but for bfloat16 on CUDA, and float32 there under
+            autocast to bfloat16, to which it is rounded: the tensor cores multiply it, with the
+            backward pass's weights rounded to it, and sum up in float32.
         text_features_ED: Text features of the same pairs in the same order, [E, D].
         logit_scale: One element, multiplies the similarities (already exponentiated).
         group: Ranks whose pairs make up the batch; None is the default group, or this process
             alone if `torch.distributed` is not initialised.
         chunk_size: Side of the largest tile of logits that exists at any time; None takes 4096
             on CUDA and on the CPU 1024 to 4096, more for more pairs.
+        counts: Pairs of each rank of the group, where the caller knows them. The ranks then need
+            not ask each other, and features of one width and dtype are the caller's promise.
 
     Returns:
         Scalar, the same on every rank; float64 for float64 features, else float32. For the
         gradients' scaling see the module docstring.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit, chunk_size < 1, no pair on any
-            rank, or a caller outside `group`.
+        ValueError: Shapes, dtypes, devices or counts that do not fit, chunk_size < 1, no pair on
+            any rank, or a caller outside `group`.
     """
     scalars = {"logit_scale": logit_scale}
-    return _apply(_SoftmaxLoss, image_features_ED, text_features_ED, scalars, chunk_size, group)
+    features = image_features_ED, text_features_ED
+    return _apply(_SoftmaxLoss, *features, scalars, chunk_size, group, counts)
 
 
 def sigmoid_contrastive_loss(
@@ -75,6 +80,7 @@ def sigmoid_contrastive_loss(
     *,
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss over the pairs of all ranks (SigLIP, arXiv 2303.15343).
 
@@ -83,7 +89,8 @@ def sigmoid_contrastive_loss(
     one element; all else is as for `softmax_contrastive_loss`.
     """
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-    return _apply(_SigmoidLoss, image_features_ED, text_features_ED, scalars, chunk_size, group)
+    features = image_features_ED, text_features_ED
+    return _apply(_SigmoidLoss, *features, scalars, chunk_size, group, counts)
 
 
 def _apply(
@@ -93,6 +100,7 @@ def _apply(
     scalars: dict[str, Tensor],
     chunk_size: int | None,
     group: dist.ProcessGroup | None,
+    counts: Sequence[int] | None,
 ) -> Tensor:
     """The loss, once all that it takes is checked and the features have one dtype."""
     if image_ED.ndim != 2 or image_ED.shape != text_ED.shape:
@@ -117,9 +125,11 @@ def _apply(
     for name, value in scalars.items():
         if value.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {list(value.shape)}")
-    dtype = torch.promote_types(image_ED.dtype, text_ED.dtype)
+    dtype = tiles.autocast_dtype(
+        image_ED.device, torch.promote_types(image_ED.dtype, text_ED.dtype)
+    )
     features = image_ED.to(dtype).contiguous(), text_ED.to(dtype).contiguous()
-    ring = Ring.join(features[1].detach(), group)
+    ring = Ring.join(features[1].detach(), group, counts)
     if ring.total == 0:
         raise ValueError("a contrastive loss needs at least one pair, got none on any rank")
     device, logits = image_ED.device, tiles.logit_dtype(features[0])

@@ -84,6 +84,8 @@ class Task(ABC):
     def loss(self, outputs: Any, inputs: Sequence[Inputs], count: float) -> Loss:
         """The loss of one micro-batch, or of all together where examples are coupled.
 
+        Called under the same autocast as the model's forward pass.
+
         Args:
             outputs: As the model returned them; of several micro-batches concatenated.
             inputs: Of those micro-batches, in order.

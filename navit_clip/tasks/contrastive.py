@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,10 +43,13 @@ class ContrastiveLossConfig:
         kind: ``softmax`` (CLIP), or ``sigmoid`` (SigLIP), which needs model.init_bias.
         chunk_size: Side of the largest block of logits that ever exists; null takes what suits
             the device.
+        precision: ``auto`` multiplies as the towers do, under `precision` bf16 on CUDA in bfloat16;
+            ``fp32`` in float32. Sums are float32 in any case, and so is all of it on the CPU.
     """
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     chunk_size: int | None = None
+    precision: Literal["auto", "fp32"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -165,13 +169,18 @@ class ContrastiveTask(Task):
 
     def loss(self, outputs: CLIPOutput, inputs: Sequence[Inputs] = (), count: float = 0.0) -> Loss:
         """The loss over the pairs of all ranks; a collective call."""
-        chunk_size = self.config.loss.chunk_size
+        config = self.config.loss
         features = outputs.image_ED, outputs.text_ED, outputs.logit_scale
-        if self.config.loss.kind == "softmax":
-            total = softmax_contrastive_loss(*features, chunk_size=chunk_size)
-        else:
-            assert outputs.logit_bias is not None  # checked by ContrastiveConfig
-            total = sigmoid_contrastive_loss(*features, outputs.logit_bias, chunk_size=chunk_size)
+        device = outputs.image_ED.device.type
+        follow = config.precision == "auto"
+        with nullcontext() if follow else torch.autocast(device, enabled=False):
+            if config.kind == "softmax":
+                total = softmax_contrastive_loss(*features, chunk_size=config.chunk_size)
+            else:
+                assert outputs.logit_bias is not None  # checked by ContrastiveConfig
+                total = sigmoid_contrastive_loss(
+                    *features, outputs.logit_bias, chunk_size=config.chunk_size
+                )
         return Loss(total, {"logit_scale": outputs.logit_scale.detach()})
 
     def after_step(self, model: nn.Module) -> None:

@@ -193,6 +193,10 @@ class Stepper:
         with self.autocast():
             return self._parallel(inputs)
 
+    def _loss(self, output: Any, inputs: Sequence[Inputs], count: float) -> Loss:
+        with self.autocast():
+            return self.task.loss(output, inputs, count)
+
     def _backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
         """Leaves the gradient, summed over the ranks, in the parameters."""
         if not self.task.couples_examples:
@@ -205,7 +209,7 @@ class Stepper:
                 inputs,
                 self._parallel,
                 self._forward,
-                lambda whole: self.task.loss(whole, inputs, 0.0),
+                lambda whole: self._loss(whole, inputs, 0.0),
                 self.ranks.device,
             )
             outputs = [output]
@@ -217,7 +221,7 @@ class Stepper:
     ) -> tuple[Loss, Any]:
         with self._parallel.reducing(last=last):
             output = self._forward(inputs[0])
-            loss = self.task.loss(output, inputs, count)
+            loss = self._loss(output, inputs, count)
             (loss.total * self._parallel.gradient_factor).backward()
         return loss, output
 

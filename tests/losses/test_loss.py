@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from contrastive_reference import KINDS, assert_agree, chunked, random_features, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,6 +218,49 @@ def test_autocast_changes_nothing(kind):
         assert torch.equal(a, e)
 
 
+class RecordProducts(TorchDispatchMode):
+    """Dtypes of (first operand, result) of each matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes.add((args[-2 if "dtype" in func._overloadname else -1].dtype, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "multiplied"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float32, None, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float64),
+        (torch.bfloat16, None, torch.bfloat16),
+    ],
+)
+def test_cuda_multiplies_bfloat16_under_autocast(kind, dtype, autocast, multiplied, monkeypatch):
+    monkeypatch.setattr(tiles, "is_fused", lambda device: False)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    loss = softmax_contrastive_loss if kind == "softmax" else sigmoid_contrastive_loss
+    with FakeTensorMode(), RecordProducts() as products:
+        image, text = torch.empty(2, 10, 4, dtype=dtype, device="cuda")
+        scalars = torch.empty(1 if kind == "softmax" else 2, device="cuda")
+        torch.set_autocast_enabled("cuda", autocast is not None)
+        torch.set_autocast_dtype("cuda", autocast or before[1])
+        try:
+            result = loss(image, text, *scalars.unbind())
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])
+    wide = torch.promote_types(dtype, torch.float32)
+    assert products.dtypes == {(multiplied, wide)}
+    assert result.dtype == wide
+
+
 def test_gradients_scale_with_the_loss(kind):
     image, text = random_features(9, 5, seed=7)
     expected = reference(kind, image, text, 10.0, -5.0)
@@ -290,14 +334,16 @@ def test_default_tiles_take_no_more_memory_than_many_features(kind):
         ({"image": torch.zeros(0, 5), "text": torch.zeros(0, 5)}, "at least one pair"),
         ({"scale": torch.ones(2)}, "logit_scale"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"counts": (3, 3)}, "counts must be the pairs of 1 ranks"),
+        ({"counts": (2,)}, "3 of them on rank 0"),
     ],
 )
 def test_mistakes_are_named(kind, change, message):
     arguments = {"image": torch.zeros(3, 5), "text": torch.zeros(3, 5), "scale": torch.tensor(1.0)}
-    arguments |= {"chunk_size": 8} | change
+    arguments |= {"chunk_size": 8, "counts": None} | change
     tensors = [arguments[k] for k in ("image", "text", "scale")]
     if kind == "sigmoid":
         tensors.append(torch.tensor(0.0))
     loss = softmax_contrastive_loss if kind == "softmax" else sigmoid_contrastive_loss
     with pytest.raises(ValueError, match=message):
-        loss(*tensors, chunk_size=arguments["chunk_size"])
+        loss(*tensors, chunk_size=arguments["chunk_size"], counts=arguments["counts"])

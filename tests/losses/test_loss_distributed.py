@@ -37,6 +37,7 @@ class Case(NamedTuple):
     scale: float = 15.0
     bias: float = -8.0
     seed: int = 0
+    known: bool = False  # whether the ranks know each other's counts
 
     def features(self):
         return random_features(
@@ -57,6 +58,8 @@ class Case(NamedTuple):
             return None
         group = groups[self.members]
         options = {"chunk_size": self.chunk_size, "group": group}
+        if self.known:
+            options["counts"] = self.counts
         return chunked(self.kind, *self.local(), self.scale, self.bias, **options)
 
     def check(self, results):
@@ -94,7 +97,8 @@ def fixed_cases():
         (WORLD, (6, 1, 3, 0)),
     ):
         for kind, chunk_size in itertools.product(KINDS, (1, 2, 1024)):
-            made.append(Case(kind, members, counts, chunk_size, torch.float64))
+            known = chunk_size == 2
+            made.append(Case(kind, members, counts, chunk_size, torch.float64, known=known))
         for kind, dtype in itertools.product(KINDS, (torch.float32, torch.bfloat16)):
             made.append(Case(kind, members, counts, 3, dtype))
         made.append(Case("softmax", members, counts, 3, torch.float32, normalise=False))
@@ -116,6 +120,7 @@ def drawn_cases(draw, dtype):
         scale=draw(st.floats(-5, 100) if exact else st.floats(0, 30)),
         bias=draw(st.floats(-20, 20)),
         seed=draw(st.integers(0, 2**31)),
+        known=draw(st.booleans()),
     )
 
 
@@ -128,6 +133,7 @@ class Seen(NamedTuple):
     gradient: torch.Tensor
     visits: torch.Tensor
     sent_bytes: int
+    gathers: list[int]
 
 
 def run_everything():
@@ -141,6 +147,7 @@ def run_everything():
         gradient=gradient_under_ddp(),
         visits=visits_that_wait_for_each_other(signals),
         sent_bytes=count_sent_bytes(groups),
+        gathers=[count_gathers(groups, known) for known in (False, True)],
     )
 
 
@@ -262,6 +269,23 @@ def count_sent_bytes(groups):
     return sent
 
 
+def count_gathers(groups, known):
+    gathers = 0
+    gather = dist.all_gather_into_tensor
+
+    def count(*args, **kwargs):
+        nonlocal gathers
+        gathers += 1
+        return gather(*args, **kwargs)
+
+    dist.all_gather_into_tensor = count
+    try:
+        EVEN_CASE._replace(known=known).run(groups)
+    finally:
+        dist.all_gather_into_tensor = gather
+    return gathers
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[Seen]:
     return run_ranks(run_everything, len(WORLD), timeout=240)
@@ -310,6 +334,10 @@ def test_sent_bytes_are_as_documented(ranks):
     log_sum_exps = (2 * len(WORLD) - 1) * pairs * 4
     for seen in ranks:
         assert seen.sent_bytes == texts + text_gradients + log_sum_exps
+
+
+def test_ranks_that_know_the_counts_do_not_ask(ranks):
+    assert all(seen.gathers == [1, 0] for seen in ranks)
 
 
 def fail_on_rank_one():

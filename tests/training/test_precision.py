@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
-from step_cases import ALONE, micro_batches, new_stepper, tiny_config
+import torch
+from step_cases import ALONE, micro_batches, new_stepper, tiny_config, with_task
 
+from navit_clip.tasks import contrastive
+from navit_clip.tasks.contrastive import ContrastiveLossConfig
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.schedule import ScheduleConfig
 
@@ -40,3 +43,24 @@ def test_both_learn_as_much(curves):
         assert curve[-5:].mean() < 0.5 * curve[0], (precision, seed)
         learned = curves["fp32", seed][0] - curves["fp32", seed][-5:].mean()
         assert curve[0] - curve[-5:].mean() == pytest.approx(learned, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_follows_autocast_unless_it_has_a_precision_of_its_own(
+    precision, parts, monkeypatch
+):
+    seen = []
+    loss = contrastive.softmax_contrastive_loss
+
+    def watch(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(contrastive, "softmax_contrastive_loss", watch)
+    for own in ("auto", "fp32"):
+        config = with_task(
+            tiny_config(precision=precision), loss=ContrastiveLossConfig(precision=own)
+        )
+        new_stepper(config).step(micro_batches(0, ALONE, parts), 0)
+    assert seen == [precision == "bf16", False]
