@@ -11,13 +11,35 @@ in each run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 CLASSES = (16, 32, 64, 128, 256)
 """Longest segment of each class; a segment belongs to the first class that holds it."""
 MAX_LENGTH = CLASSES[-1]
+
+
+class Tile(NamedTuple):
+    """How a class is launched.
+
+    Attributes:
+        keys: Keys in one block.
+        warps: Warps of one program.
+        stages: Blocks of keys in flight.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+
+
+# By class.
+FORWARD = (Tile(16, 1, 1), Tile(32, 1, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1))
+BACKWARD = (Tile(16, 1, 1), Tile(32, 1, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(32, 8, 1))
 
 
 def short_attention_forward(
@@ -43,7 +65,13 @@ def short_attention_forward(
         causal: Each token sees itself and what stands before it in its segment.
         out_THD: [T, H, D] in the precision of `qkv_T3HD`, contiguous.
     """
-    raise NotImplementedError
+    # Imported here: a PyTorch without CUDA comes without Triton.
+    from navit_clip.kernels._short_attention import forward_kernel
+
+    for i, count, options in _launches(forward_kernel, FORWARD, qkv_T3HD, bounds, q_weight, causal):
+        forward_kernel[(count,)](
+            qkv_T3HD, offsets, q_weight, k_weight, out_THD, bounds[i], eps, **options
+        )
 
 
 def short_attention_backward(
@@ -73,4 +101,63 @@ def short_attention_backward(
     Returns:
         [D] gradients of `q_weight` and `k_weight` in their precision, None without a norm.
     """
-    raise NotImplementedError
+    from navit_clip.kernels._short_attention import backward_kernel
+
+    _, _, heads, width = qkv_T3HD.shape
+    segments = bounds[-1] - bounds[0]
+    parts = None
+    if q_weight is not None:
+        parts = qkv_T3HD.new_empty(segments, heads, 2, width, dtype=torch.float32)
+    launches = _launches(backward_kernel, BACKWARD, qkv_T3HD, bounds, q_weight, causal)
+    for i, count, options in launches:
+        backward_kernel[(count,)](
+            grad_THD,
+            qkv_T3HD,
+            offsets,
+            q_weight,
+            k_weight,
+            dqkv_T3HD,
+            None if parts is None else parts[bounds[i] - bounds[0] :],
+            bounds[i],
+            eps,
+            **options,
+        )
+    if parts is None or q_weight is None or k_weight is None:
+        return None
+    dq_weight, dk_weight = parts.sum((0, 1))
+    return dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
+
+
+def _launches(
+    kernel: object,
+    tiles: Sequence[Tile],
+    qkv_T3HD: Tensor,
+    bounds: Sequence[int],
+    q_weight: Tensor | None,
+    causal: bool,
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Index, number of programs and options of each class that holds segments."""
+    import triton
+    import triton.language as tl
+
+    _, _, heads, width = qkv_T3HD.shape
+    compiled = isinstance(kernel, triton.JITFunction)
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    for i, (first, last) in enumerate(pairwise(bounds)):
+        if first == last:
+            continue
+        keys, warps, stages = tiles[i]
+        options = {
+            "scale": width**-0.5,
+            "H": heads,
+            "D": width,
+            "WIDTH": triton.next_power_of_2(width),
+            "LENGTH": CLASSES[i],
+            "BLOCK_N": keys,
+            "CAUSAL": causal,
+            "NORM": q_weight is not None,
+            "DOT": dot[qkv_T3HD.dtype] if compiled else tl.float32,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        yield i, (last - first) * heads, options
