@@ -49,6 +49,11 @@ def write_output(path: Path, content: str | bytes, what: object = None) -> None:
         atomic_write(path, content)
 
 
+def printable(path: object) -> str:
+    r"""A path as text that can be printed and stored; bytes that are not UTF-8 as ``\udce9``."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; takes a core about a second per gigabyte.
 

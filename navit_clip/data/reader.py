@@ -103,6 +103,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
                 skips.skip_sample(raw.id, error)
 
     def _build(self, raw: RawSample, origin: Origin) -> AnySample:
+        raw.check()
         return self.build(raw, origin, self.mixture.dataset_of(origin.shard).captions)
 
     def _batch(

@@ -1,9 +1,8 @@
 """Webdataset shards to raw samples.
 
 A shard is a tar whose neighbouring members ``key.jpg``, ``key.txt``, ``key.json`` form one sample,
-as img2dataset writes them; it lies in a file, on a web server, or comes out of a command. Read with
-the standard library, member by member, so that samples before a resume point cost a header each
-and no payload.
+as img2dataset writes them; it lies in a file, on a web server, or comes out of a command. Read
+member by member, so that samples before a resume point cost a header each and no payload.
 """
 
 from __future__ import annotations
@@ -14,21 +13,28 @@ import tarfile
 from collections.abc import Container, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO
 
 from navit_clip.data.command import CommandStream
 from navit_clip.data.forward_stream import ForwardStream
 from navit_clip.data.http import HttpStream
 from navit_clip.data.patterns import COMMAND, is_url, shard_names
+from navit_clip.data.tar import TarReader, parse_header
+from navit_clip.errors import SkipSampleError
+from navit_clip.files import printable
 
 # Directory names may have dots, so the key ends at the first dot of the last component.
-_MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$")
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
+
+
+# Of a sample's members together. Images have a cap of their own (`navit_clip.data.decode`).
+MAX_SAMPLE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,22 @@ class RawSample:
         id: ``shard/key``, stable across runs and machines.
         index: How many samples of the shard stand before it.
         members: Content by lower-case extension.
+        problem: Why its members were not read, None if they were.
     """
 
     id: str
     index: int
     members: dict[str, bytes]
+    problem: SkipSampleError | None = None
+
+    def check(self) -> None:
+        """Raises `SkipSampleError` if the members could not be read."""
+        if self.problem is not None:
+            raise self.problem
 
 
 class ShardError(Exception):
-    """A shard cannot be read, or not to its end; what came before remains good."""
+    """A shard cannot be read, or not all of it; the samples that it gave are good."""
 
 
 def read_shard(
@@ -56,7 +69,8 @@ def read_shard(
     """Yields the samples of one shard in order.
 
     A sample ends where the key changes, and where an extension comes again: two neighbours with
-    the same key are two samples with the same id.
+    the same key are two samples with the same id. Of a damaged shard all samples are read but
+    those beside the damage, which may lack members.
 
     Args:
         path: A tar file, as `expand_shards` gives it: a path, a URL or ``pipe:COMMAND``.
@@ -64,61 +78,61 @@ def read_shard(
         name: What ids begin with; the file's name without ``.tar`` if not given.
 
     Raises:
-        ShardError: If the tar cannot be opened or ends early, after what could be read.
+        ShardError: If the tar cannot be opened or is damaged, after what could be read.
     """
     shard = shard_names([path])[0] if name is None else name
-    index = -1
-    key: str | None = None
-    extensions: set[str] = set()
-    members: dict[str, bytes] = {}
     try:
-        with closing(_open(path)) as source, _open_tar(source) as tar:
-            for member in tar:
-                match = _MEMBER.match(member.name)
-                if not member.isreg() or match is None:
-                    continue
-                extension = match[2].lower()
-                if match[1] != key or extension in extensions:
-                    if members:
-                        yield RawSample(f"{shard}/{key}", index, members)
-                    key, extensions, members, index = match[1], set(), {}, index + 1
-                extensions.add(extension)
-                if wanted is None or index in wanted:
-                    source.seek(member.offset_data)
-                    content = source.read(member.size)
-                    if len(content) < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    members[extension] = content
-                # tarfile keeps every header it has seen; a long shard would grow without bound.
-                tar.members = []  # type: ignore[attr-defined]
-            # tarfile takes a damaged header for the archive's end, which is a block of zeros.
-            source.seek(tar.offset)
-            if source.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
-            if members:
-                yield RawSample(f"{shard}/{key}", index, members)
+        with closing(_open(path)) as source:
+            _check_start(source)
+            tar = TarReader(source)
+            yield from _samples(tar, shard, wanted)
             if isinstance(source, ForwardStream):
                 source.finish()
-    except (tarfile.TarError, OSError, EOFError) as error:
+            if tar.damage:
+                more = len(tar.damage) - 1
+                raise ShardError(
+                    f"{_without_query(path)}: {tar.damage[0]}" + (f", and {more} more" * bool(more))
+                )
+    except OSError as error:
         raise ShardError(f"{_without_query(path)}: {error}") from error
 
 
-class _QuickHeader(tarfile.TarInfo):
-    """Reads the headers of ordinary files in a fifth of the time; tarfile reads all others."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _QuickHeader:
-        """A header of 512 bytes, as `tarfile.TarInfo.frombuf`."""
-        try:
-            ordinary = buf[156:157] == tarfile.REGTYPE and not buf[345]
-            size, checksum = int(buf[124:135], 8), int(buf[148:154], 8)
-        except (IndexError, ValueError):
-            ordinary = False
-        if not ordinary or sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != checksum:
-            return super().frombuf(buf, encoding, errors)
-        header = cls(buf[:100].partition(b"\0")[0].decode(encoding, errors))
-        header.size = size
-        return header
+def _samples(tar: TarReader, shard: str, wanted: Container[int] | None) -> Iterator[RawSample]:
+    index = -1
+    key: str | None = None
+    extensions: set[str] = set()
+    members: dict[str, bytes] | None = None  # of a sample that is wanted
+    problem: SkipSampleError | None = None
+    size, damaged = 0, False
+    for member in tar:
+        if member is None:
+            key, members, damaged = None, None, True
+            continue
+        match = _MEMBER.fullmatch(member.name)
+        if match is None:
+            continue
+        extension = match[2].lower()
+        if match[1] != key or extension in extensions:
+            if members is not None:
+                yield RawSample(f"{shard}/{key}", index, members, problem)
+            key, extensions, index, size, problem = match[1], set(), index + 1, 0, None
+            members = {} if not damaged and (wanted is None or index in wanted) else None
+            damaged = False
+        extensions.add(extension)
+        if members is None:
+            continue
+        size += member.size
+        if member.problem:
+            problem = SkipSampleError("unreadable_member", f"{extension} is {member.problem}")
+        elif size > MAX_SAMPLE_BYTES:
+            found = f"members of {size:,} bytes exceed {MAX_SAMPLE_BYTES:,}"
+            problem = SkipSampleError("too_large", found)
+        if problem is None:
+            members[extension] = tar.read()
+        else:
+            members.clear()
+    if members is not None:
+        yield RawSample(f"{shard}/{key}", index, members, problem)
 
 
 def _open(path: str) -> IO[bytes] | ForwardStream:
@@ -129,21 +143,21 @@ def _open(path: str) -> IO[bytes] | ForwardStream:
     return open(path, "rb")
 
 
-def _open_tar(source: IO[bytes] | ForwardStream) -> tarfile.TarFile:
+def _check_start(source: IO[bytes] | ForwardStream) -> None:
+    """Raises an `OSError` for what is no tar at all, which is not searched for members."""
     start = source.read(tarfile.BLOCKSIZE)
-    source.seek(0)
     for magic, method in _COMPRESSED.items():
         if start.startswith(magic):
-            raise tarfile.ReadError(f"compressed with {method}; shards must be plain .tar files")
-    try:
-        return tarfile.open(fileobj=cast(IO[bytes], source), mode="r:", tarinfo=_QuickHeader)
-    except tarfile.ReadError as error:
-        raise tarfile.ReadError(f"not a tar file: {error}") from error
+            raise OSError(f"compressed with {method}; shards must be plain .tar files")
+    short = len(start) < tarfile.BLOCKSIZE
+    damaged = start.strip(b"\0") and start[257:262] != b"ustar"
+    if short or (damaged and parse_header(start) is None):
+        raise OSError("not a tar file" if start else "not a tar file: it is empty")
 
 
 def _without_query(path: str) -> str:
     """A shard for messages; a URL's query may hold a signature that opens it."""
-    return path.partition("?")[0] if is_url(path) else path
+    return printable(path.partition("?")[0] if is_url(path) else path)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -151,6 +151,7 @@ class ShardDataset(EvalDataset):
 
     def _item(self, key: Key, sample: RawSample) -> Item:
         try:
+            sample.check()
             data = find_image(sample.members)
             if not self.captions:
                 return Item(key, sample.id, data, self._classes(sample))

@@ -280,12 +280,12 @@ def test_several_captions_are_several_members(tmp_path):
     assert sample.members == {"jpg": b"", "0.txt": b"a", "alt.txt": b"b", "txt": b"c"}
 
 
-def test_folders_and_links_are_no_members(tmp_path):
+def test_folders_and_devices_are_no_members(tmp_path):
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("d.0", tarfile.DIRTYPE), ("1.jpg", tarfile.SYMTYPE)):
+        for name, kind in (("d.0", tarfile.DIRTYPE), ("1.jpg", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/hostname"
+            info.type = kind
             tar.addfile(info)
     assert read(path) == ([], None)
 
@@ -318,7 +318,8 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     data[header : header + 512] = b"\x55" * 512
     shard.write_bytes(data)
     samples, error = read(shard)
-    assert samples == everything[:1]  # the second one may have gone on behind the damage
+    # The second one may have gone on behind the damage, the third lacks a member.
+    assert samples == [everything[0], everything[3]]
     assert "damaged header" in error
 
 

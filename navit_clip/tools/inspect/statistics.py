@@ -122,6 +122,7 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
     Raises:
         SkipSampleError: If training would skip it.
     """
+    sample.check()
     pair = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
     data = find_image(sample.members)
     image = EncodedImage(data)
