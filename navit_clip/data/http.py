@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from time import sleep
+from time import monotonic, sleep
 
 import urllib3
 
@@ -18,6 +18,10 @@ from navit_clip.data.forward_stream import CHUNK, ForwardStream, RemoteError
 CONNECT_TIMEOUT_S = 10.0
 # Between two packets, not for the whole shard: long enough for a store with cold disks.
 READ_TIMEOUT_S = 60.0
+# Slower than any line that one could train over: so many bytes a second, for so many periods of
+# `READ_TIMEOUT_S` in a row.
+SLOWEST = 1024
+SLOW_PERIODS = 3
 # Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
 # a server's restart and most rate limits. After progress the count starts again.
 ATTEMPTS = 10
@@ -69,6 +73,7 @@ class HttpStream(ForwardStream):
         self._ranges = False
         self._ended_at: int | None = None
         self._failures = 0
+        self._waited_s, self._came, self._slow = 0.0, 0, 0
 
     def close(self) -> None:
         """Closes the connection."""
@@ -89,7 +94,7 @@ class HttpStream(ForwardStream):
                     continue
                 # read() loses what came before a connection broke; the next attempt could lose
                 # as much again, and never get on.
-                chunk = self._response.read1(min(size, CHUNK))
+                chunk = self._read1(self._response, size)
                 if chunk:
                     self._failures = 0
                     return chunk
@@ -98,6 +103,8 @@ class HttpStream(ForwardStream):
                 raise RemoteError(str(error)) from error
             except urllib3.exceptions.HTTPError as error:
                 self._back_off(error)
+            except ValueError as error:  # a redirect to no address, a length of 5000 digits
+                raise RemoteError(f"a malformed answer: {error}") from error
         return b""
 
     def _advance(self, count: int) -> None:
@@ -141,10 +148,23 @@ class HttpStream(ForwardStream):
             not self._reached and response.headers.get("Accept-Ranges") == "bytes"
         )
         while start < self._reached:  # without ranges, from the beginning
-            chunk = response.read1(min(self._reached - start, CHUNK))
+            chunk = self._read1(response, self._reached - start)
             if not chunk:
                 raise _TryAgainError("the connection was closed early")
             start += len(chunk)
+
+    def _read1(self, response: urllib3.BaseHTTPResponse, size: int) -> bytes:
+        """The next bytes; a server that drips for minutes is given up."""
+        asked = monotonic()
+        chunk = response.read1(min(size, CHUNK))
+        self._waited_s += monotonic() - asked  # for the server, not for whoever reads
+        self._came += len(chunk)
+        if self._waited_s > READ_TIMEOUT_S:
+            slow = self._came < SLOWEST * self._waited_s
+            self._slow, self._waited_s, self._came = self._slow + 1 if slow else 0, 0.0, 0
+            if self._slow >= SLOW_PERIODS:
+                raise RemoteError(f"the server sends less than {SLOWEST:,} bytes a second")
+        return chunk
 
     def _check_version(self, response: urllib3.BaseHTTPResponse, total: int | None) -> None:
         version = (response.headers.get("ETag"), response.headers.get("Last-Modified"))

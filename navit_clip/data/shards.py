@@ -152,7 +152,7 @@ def _check_start(source: IO[bytes] | ForwardStream) -> None:
     short = len(start) < tarfile.BLOCKSIZE
     damaged = start.strip(b"\0") and start[257:262] != b"ustar"
     if short or (damaged and parse_header(start) is None):
-        raise OSError("not a tar file" if start else "not a tar file: it is empty")
+        raise OSError("not a tar file" if start else "not a tar file: empty file")
 
 
 def _without_query(path: str) -> str:

@@ -378,7 +378,8 @@ def test_one_flipped_bit_loses_no_sample_unreported(seed, read):
         # In the first header's magic it makes the file no tar at all.
         data[offset + rng.choice((*range(257), *range(263, 512)))] ^= 1 << rng.randrange(8)
         samples, error = read(bytes(data))
-        assert error is not None
+        # The fill of a checksum's field means nothing.
+        assert error is not None or samples == everything
         assert contents(samples) <= contents(everything)
         assert len(samples) >= 9
 
