@@ -25,13 +25,17 @@ from navit_clip.errors import SkipSampleError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
 MAX_BYTES = 64 << 20
+_MAX_SIDE = 65_535  # resizing takes tables as long as a side
+_MAX_SCANNED = 2_000_000_000  # pixels times scans of a progressive JPEG: some seconds
 
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 _JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
+_JPEG = b"\xff\xd8"
 _APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: of EXIF and XMP, and of where pixels begin
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _DCT_SCALES = (4, 2)
 # A decode at DCT scale cuts frequencies off sharply where a full decode and a resize fade them
 # out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
@@ -59,6 +63,11 @@ class EncodedImage:
             height, width = jpeg or self._image.size[::-1]
             if width * height > MAX_PIXELS:
                 raise SkipSampleError("too_large", f"{width}×{height} pixels exceed {MAX_PIXELS:,}")
+            if max(width, height) > _MAX_SIDE:
+                raise SkipSampleError("too_large", f"{width}×{height}: a side exceeds {_MAX_SIDE}")
+            if data.startswith(_JPEG) and width * height * _scans(data) > _MAX_SCANNED:
+                found = f"{_scans(data)} scans of {width}×{height} pixels"
+                raise SkipSampleError("too_large", f"{found} exceed {_MAX_SCANNED:,} in all")
             self._jpeg = jpeg
             self._orientation = 1
             # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
@@ -94,11 +103,28 @@ class EncodedImage:
                 stored = _read_jpeg(self._data, self._jpeg, wanted)
                 if stored is not None:
                     return _upright(stored, self._orientation)
+            if self._data.startswith(_JPEG):
+                self._whole_jpeg  # noqa: B018  raises if it is not
             return OpenedImage(self._image).pixels(height, width)
         except SkipSampleError:
             raise
         except Exception as error:
             raise _unreadable(error, self._data) from error
+
+    @cached_property
+    def _whole_jpeg(self) -> bool:
+        """Decodes an eighth of the size: Pillow would fill what is missing with grey."""
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(self._data)
+            simplejpeg.decode_jpeg(
+                self._data,
+                colorspace="CMYK" if colours in ("CMYK", "YCCK") else "RGB",
+                min_height=math.ceil(height / 8),
+                min_width=math.ceil(width / 8),
+            )
+        except (ValueError, KeyError) as error:  # as in `_jpeg_size`
+            _refuse_cut(error)
+        return True
 
     @cached_property
     def _image(self) -> Image.Image:
@@ -178,11 +204,25 @@ def _read_jpeg(data: bytes, stored: tuple[int, int], wanted: tuple[int, int]) ->
             data, min_height=math.ceil(true_size[0]), min_width=math.ceil(true_size[1])
         )
     except ValueError as error:
-        # What follows is grey, and Pillow does not mind.
-        if "premature end of data segment" in str(error):
-            raise SkipSampleError("unreadable_image", str(error)) from error
+        _refuse_cut(error)
         return None
     return _resize(pixels_HWK, true_size, wanted)
+
+
+def _refuse_cut(error: Exception) -> None:
+    # What follows is grey, and Pillow does not mind.
+    if "premature end" in str(error).lower():
+        raise SkipSampleError("unreadable_image", str(error)) from error
+
+
+def _scans(data: bytes) -> int:
+    """About how many scans a progressive JPEG has; 1 for others, which the size bounds."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data) and data[at + 1] != _SCAN:
+        if data[at + 1] in _PROGRESSIVE:
+            return data.count(bytes((0xFF, _SCAN)), at)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 1
 
 
 def _resize(

@@ -281,6 +281,33 @@ def test_a_jpeg_that_ends_in_grey_is_unreadable(fraction):
     assert reason_of(data[: int(fraction * len(data))] + b"\xff\xd9") == "unreadable_image"
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_half_jpeg_is_unreadable_whoever_decodes_it(mode, progressive, reduced):
+    whole = encode(textured(64, 64).convert(mode), "JPEG", progressive=progressive)
+    assert EncodedImage(whole).pixels(32, 32, reduced=reduced).shape == (32, 32, 3)
+    half = whole[: len(whole) // 2] + b"\xff\xd9"
+    with pytest.raises(SkipSampleError, match="unreadable_image"):
+        EncodedImage(half).pixels(32, 32, reduced=reduced)
+
+
+def test_a_side_past_all_photos_is_refused_from_the_header():
+    for size in ((1, 64_000_000), (64_000_000, 1)):
+        with pytest.raises(SkipSampleError, match="too_large"):
+            EncodedImage(png_of_size(*size))
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(monkeypatch):
+    data = encode(textured(64, 64), "JPEG", progressive=True)
+    start, end = data.index(b"\xff\xda"), data.index(b"\xff", data.index(b"\xff\xda") + 2)
+    many = data[:start] + data[start:end] * 300 + data[start:]
+    monkeypatch.setattr(decode, "_MAX_SCANNED", 64 * 64 * 100)
+    assert pixels_of(data).shape == (64, 64, 3)
+    with pytest.raises(SkipSampleError, match=r"too_large: 3\d\d scans of 64×64 pixels"):
+        EncodedImage(many)
+
+
 def test_a_jpeg_whose_faults_pillow_overlooks_is_pillows():
     data = encode(textured(64, 64), "JPEG", restart_marker_blocks=1)
     data = data.replace(b"\xff\xd2", b"\xff\xd3", 1)
