@@ -30,6 +30,7 @@ def iterate_captions(shards: Sequence[str], fields: Sequence[str]) -> Iterator[s
             for sample in read_shard(path):
                 for field in fields:
                     try:
+                        sample.check()
                         yield from find_captions(sample.members, field)
                     except SkipSampleError:
                         continue
