@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from navit_clip.errors import UserError
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes beside the file and renames: readers see the old content or all of the new one.
 
-    Text is written as UTF-8; the folder must exist.
+    Text is written as UTF-8, halves of characters as `printable` does; the folder must exist.
 
     Raises:
         OSError: If the disk does not take it; `path` is then as it was.
     """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
 
 
 @contextmanager
@@ -52,6 +54,13 @@ def write_output(path: Path, content: str | bytes, what: object = None) -> None:
 def printable(path: object) -> str:
     r"""A path as text that can be printed and stored; bytes that are not UTF-8 as ``\udce9``."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Raises a `UserError` for the first name of a file that is not UTF-8 and so is no text."""
+    for name in names:
+        if printable(name) != name:
+            raise UserError(f"{what} {printable(name)}: its name is not UTF-8, rename it")
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
+from navit_clip.files import check_names
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def _class_folders(root: Path, class_map: ClassMap | None) -> Labelled:
             raise UserError(f"{root} holds images but no class folders: give --labels FILE as well")
         raise UserError(f"no image in class folders under {root}: expected {root}/CLASS/*.jpg")
     # An empty class still has its name and its place.
+    check_names("class folder", [folder.name for folder in folders])
     return _labelled(images, class_map, "class folder", [folder.name for folder in folders])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from shard_factory import CAPTIONS, write_tar
 
 from navit_clip.data import shards
 from navit_clip.data.shards import MAX_SAMPLE_BYTES, ShardError, read_shard
-from navit_clip.errors import SkipSampleError
+from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.files import check_names
 
 RECORD = tarfile.RECORDSIZE
 
@@ -390,3 +392,17 @@ def test_fast_enough_for_a_shard_that_is_damaged_throughout(tmp_path):
         file.write(b"\x55" * (20 << 20))
     with pytest.raises(ShardError, match="damaged header"):
         list(read_shard(str(tmp_path / "0.tar")))
+
+
+def test_files_whose_names_are_not_utf8(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.tar")
+    with open(path, "wb") as file:
+        file.write(WHOLE[:CONTENT_ENDS])
+    samples = []
+    with pytest.raises(ShardError, match=r"udce9\.tar: cut off") as caught:
+        samples += itertools.islice(read_shard(os.fsdecode(path)), 3)
+        list(read_shard(os.fsdecode(path)))
+    f"{samples[0].id}{caught.value}".encode()
+    check_names("class folder", ["dog", "日本"])
+    with pytest.raises(UserError, match=r"class folder caf\\udce9: its name is not UTF-8"):
+        check_names("class folder", ["dog", os.fsdecode(b"caf\xe9")])

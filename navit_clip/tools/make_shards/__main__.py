@@ -18,6 +18,7 @@ from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
+from navit_clip.files import check_names
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
@@ -134,6 +135,7 @@ def _open_classes(folder: Path, names: Path | None) -> ImageList:
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: check --classes")
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    check_names("class folder", [path.name for path in folders])
     classnames = [path.name.replace("_", " ") for path in folders]
     if names is not None:
         lines = read_text(str(names), "--classnames").splitlines()
