@@ -398,11 +398,10 @@ def test_files_whose_names_are_not_utf8(tmp_path):
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.tar")
     with open(path, "wb") as file:
         file.write(WHOLE[:CONTENT_ENDS])
-    samples = []
+    next(read_shard(os.fsdecode(path))).id.encode()
     with pytest.raises(ShardError, match=r"udce9\.tar: cut off") as caught:
-        samples += itertools.islice(read_shard(os.fsdecode(path)), 3)
         list(read_shard(os.fsdecode(path)))
-    f"{samples[0].id}{caught.value}".encode()
+    str(caught.value).encode()
     check_names("class folder", ["dog", "日本"])
     with pytest.raises(UserError, match=r"class folder caf\\udce9: its name is not UTF-8"):
         check_names("class folder", ["dog", os.fsdecode(b"caf\xe9")])
