@@ -64,7 +64,7 @@ def command(
         with one_line_errors(f"benchmarks.{Path(sys.argv[0]).stem}"):
             found = measure(args)
             facts = {name: getattr(args, name) for name in _FACTS if hasattr(args, name)}
-            text = json.dumps({**found, **facts, "made": _made()}, indent=2)
+            text = json.dumps({**found, **facts, "made": describe_run()}, indent=2)
             print(text)
             if args.output is not None:
                 write_output(args.output, text + "\n")
@@ -111,16 +111,21 @@ def read_results(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]
     return found
 
 
-def _made() -> dict[str, Any]:
-    """What a result depends on: command, commit, machine and libraries."""
-    typed = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+def describe_run(name: str | None = None) -> dict[str, Any]:
+    """What a result depends on: command, commit, machine and libraries.
+
+    Args:
+        name: Of the benchmark; None takes that of the running module.
+    """
+    name = name or Path(sys.argv[0]).stem
+    typed = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             versions[library] = metadata.version(library)
     return {
-        # Without where the result goes and whose interpreter runs the peer.
-        "command": re.sub(r" --(output|peer-python)[= ]('[^']*'|\S+)", "", typed),
+        # Without where the result goes, its commit, and whose interpreter runs the peer.
+        "command": re.sub(r" --(output|out|commit|peer-python)[= ]('[^']*'|\S+)", "", typed),
         "commit": _commit(),
         "machine": _machine(),
         "threads": torch.get_num_threads(),

@@ -31,6 +31,7 @@ TITLES = {
     "loader": "Loader",
     "loader_memory": "Memory of the loader",
     "packing": "Packing",
+    "device": "One GPU",
 }
 
 
@@ -41,7 +42,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         UserError: If the result lacks what its benchmark writes.
     """
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["number"] = format
+    environment.filters |= {"number": format, "compact": compact}
     template = environment.from_string(TEMPLATE.read_text())
     try:
         body, made = getattr(template.module, name)(result), result["made"]
@@ -53,6 +54,17 @@ def section(name: str, result: dict[str, Any]) -> str:
     except (KeyError, TypeError, ValueError, TemplateError) as error:
         raise UserError(f"{name}'s result lacks {error}: run the benchmark again") from error
     return f"## {TITLES[name]}\n\n{body.strip()}\n\n{source}\n"
+
+
+def compact(value: Any) -> str:
+    """A value, or many, with three digits of each fraction."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {compact(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(compact, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def rewrite(page: str, results: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,106 @@
+"""The checks in the order of what they decide, each with its limit of seconds, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.device.attention import check_attention, check_short_attention
+from benchmarks.device.kernels import check_kernels
+from benchmarks.device.loss import check_loss
+from benchmarks.device.machine import (
+    check_ceilings,
+    check_environment,
+    check_group,
+    check_kernel_tests,
+    check_tests,
+)
+from benchmarks.device.peer import check_ours, check_peer_compiled, check_peer_eager
+from benchmarks.device.setting import Setting
+from benchmarks.device.steps import (
+    check_step_64k,
+    check_step_compiled,
+    check_step_eager,
+    check_step_large,
+)
+from benchmarks.device.trainer import check_trainer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check, which runs in a process of its own.
+
+    Attributes:
+        name: On the command line and in the result.
+        limit_s: Seconds after which its process is killed.
+        run: Gives what it finds as it finds it, to be printed, and under ``details`` what is only
+            written.
+    """
+
+    name: str
+    limit_s: float
+    run: Callable[[Setting], Iterator[dict[str, Any]]]
+
+
+CHECKS = (
+    Check("environment", 60, check_environment),
+    Check("short_attention", 70, check_short_attention),
+    Check("step", 90, check_step_compiled),
+    Check("tests", 60, check_tests),
+    Check("loss", 60, check_loss),
+    Check("attention", 40, check_attention),
+    Check("step_eager", 40, check_step_eager),
+    Check("ours", 60, check_ours),
+    Check("peer_eager", 40, check_peer_eager),
+    Check("trainer", 90, check_trainer),
+    Check("step_64k", 60, check_step_64k),
+    Check("step_large", 70, check_step_large),
+    Check("kernel_tests", 60, check_kernel_tests),
+    Check("peer_compiled", 120, check_peer_compiled),
+    Check("ceilings", 30, check_ceilings),
+    Check("kernels", 30, check_kernels),
+    Check("group", 30, check_group),
+)
+
+# From a roofline of an H100: 600 TFLOP/s on the towers' products, 2.8 TB/s.
+PREDICTED: dict[str, float] = {
+    "attention.varlen_image_fwd_us": 73,
+    "attention.varlen_image_bwd_us": 476,
+    "attention.varlen_text_fwd_us": 65,
+    "attention.varlen_text_bwd_us": 395,
+    "short_attention.short_image_fwd_us": 51,
+    "short_attention.short_image_bwd_us": 98,
+    "short_attention.short_text_fwd_us": 18,
+    "short_attention.short_text_bwd_us": 31,
+    "step.ms": 52,
+    "step.tflops": 210,
+    "step.pairs_per_s": 6000,
+    "step_eager.ms": 71,
+    "step_eager.tflops": 153,
+    "step_64k.ms": 117,
+    "step_large.ms": 142,
+    "loss.32k_fp32.ms": 95,
+    "loss.32k_tf32.ms": 23,
+    "loss.32k_bf16.ms": 17,
+    "loss.256k_bf16.ms": 1100,
+    "loss.32k_open_clip_bf16.ms": 22,
+    "loss.32k_open_clip_amp.ms": 34,
+    "kernels.clip_ms": 0.6,
+    "kernels.adamw_ms": 3.3,
+    "ceilings.bf16": 790,
+    "ratios.times_peer_eager_all": 2.4,
+    "ratios.times_peer_eager_half": 4.0,
+}
+
+
+def compare(checks: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Predicted, measured and their quotient for what has been measured."""
+    compared = {}
+    for path, predicted in PREDICTED.items():
+        value: Any = checks
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            compared[path] = [predicted, value, value / predicted]
+    return compared
