@@ -111,7 +111,7 @@ def forward_kernel(
     highest = tl.full([LENGTH], _MASKED, tl.float32)
     total = tl.zeros([LENGTH], tl.float32)
     out = tl.zeros([LENGTH, WIDTH], tl.float32)
-    for first_key in range(0, length, BLOCK_N):
+    for first_key in range(0, LENGTH if LENGTH == BLOCK_N else length, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = _load(k_base, keys, columns, 3 * H * D, length, D)
         v = _load(v_base, keys, columns, 3 * H * D, length, D)
@@ -179,41 +179,50 @@ def backward_kernel(
     grad_base = grad_ptr + start * (H * D) + head * D
     grad = _load(grad_base, rows, columns, H * D, length, D).to(DOT)
 
+    WHOLE: tl.constexpr = LENGTH == BLOCK_N
     highest = tl.full([LENGTH], _MASKED, tl.float32)
     total = tl.zeros([LENGTH], tl.float32)
     delta = tl.zeros([LENGTH], tl.float32)
-    for first_key in range(0, length, BLOCK_N):
+    if not WHOLE:
+        for first_key in range(0, length, BLOCK_N):
+            keys = first_key + tl.arange(0, BLOCK_N)
+            k = _load(k_base, keys, columns, 3 * H * D, length, D)
+            v = _load(v_base, keys, columns, 3 * H * D, length, D).to(DOT)
+            k = _normed(k, k_weight, columns, eps, NORM, DOT, D)
+            s = _scores(q, k, rows, keys, length, scale, CAUSAL)
+            dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+            higher = tl.maximum(highest, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(p, 1)
+            delta = delta * shrink + tl.sum(p * dp, 1)
+            highest = higher
+        delta = delta / total
+
+    dq = tl.zeros([LENGTH, WIDTH], tl.float32)
+    dk_weight = tl.zeros([WIDTH], tl.float32)
+    for first_key in range(0, LENGTH if WHOLE else length, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = _load(k_base, keys, columns, 3 * H * D, length, D)
         v = _load(v_base, keys, columns, 3 * H * D, length, D).to(DOT)
         k = _normed(k, k_weight, columns, eps, NORM, DOT, D)
         s = _scores(q, k, rows, keys, length, scale, CAUSAL)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        higher = tl.maximum(highest, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(p, 1)
-        delta = delta * shrink + tl.sum(p * dp, 1)
-        highest = higher
-    normaliser = highest + tl.log2(total)
-    delta = delta / total
-
-    dq = tl.zeros([LENGTH, WIDTH], tl.float32)
-    dk_weight = tl.zeros([WIDTH], tl.float32)
-    for first_key in range(0, length, BLOCK_N):
-        keys = first_key + tl.arange(0, BLOCK_N)
-        raw = _load(k_base, keys, columns, 3 * H * D, length, D)
-        v = _load(v_base, keys, columns, 3 * H * D, length, D)
-        k = _normed(raw, k_weight, columns, eps, NORM, DOT, D)
-        p = tl.exp2(_scores(q, k, rows, keys, length, scale, CAUSAL) - normaliser[:, None])
-        dp = tl.dot(grad, tl.trans(v.to(DOT)), input_precision="ieee")
-        ds = (p * (dp - delta[:, None]) * scale).to(v.dtype).to(DOT)
-        p = p.to(v.dtype).to(DOT)
+        if WHOLE:
+            highest = tl.max(s, 1)
+        p = tl.exp2(s - highest[:, None])
+        if WHOLE:
+            total = tl.sum(p, 1)
+            delta = tl.sum(p * dp, 1) / total
+        p = p / total[:, None]
+        ds = (p * (dp - delta[:, None]) * scale).to(dqkv_ptr.dtype.element_ty).to(DOT)
+        p = p.to(dqkv_ptr.dtype.element_ty).to(DOT)
         dv = tl.dot(tl.trans(p), grad, input_precision="ieee")
         _store(dv_base, keys, columns, 3 * H * D, length, dv, D)
         dq += tl.dot(ds, k, input_precision="ieee")
         dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
         if NORM:
+            raw = _load(k_base, keys, columns, 3 * H * D, length, D)
             dk, dw = _norm_backward(raw, dk, k_weight, columns, eps, D)
             dk_weight += dw
         _store(dk_base, keys, columns, 3 * H * D, length, dk, D)

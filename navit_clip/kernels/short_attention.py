@@ -38,8 +38,8 @@ class Tile(NamedTuple):
 
 
 # By class.
-FORWARD = (Tile(16, 1, 1), Tile(32, 1, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 8, 1))
-BACKWARD = (Tile(16, 1, 1), Tile(32, 1, 1), Tile(64, 4, 1), Tile(64, 4, 1), Tile(32, 8, 1))
+FORWARD = (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(64, 8, 1))
+BACKWARD = (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(32, 8, 1))
 
 
 def short_attention_forward(
