@@ -71,7 +71,7 @@ def _scores(q, k, rows, keys, length, scale, CAUSAL: tl.constexpr):
     return tl.where(allowed, s, _MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])  # else compiled again for a 1 or a multiple of 16
 def forward_kernel(
     qkv_ptr,
     offsets_ptr,
@@ -128,7 +128,7 @@ def forward_kernel(
     _store(out_base, rows, columns, H * D, length, out / total[:, None], D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment"])  # else compiled again for a 1 or a multiple of 16
 def backward_kernel(
     grad_ptr,
     qkv_ptr,
