@@ -1,19 +1,19 @@
 """Attention within segments: one function, one backend per device.
 
 Called by the encoder (self-attention) and by attention pooling (one query per example). Tokens
-of different examples never see each other, and no mask is built: CUDA in half precision uses
-PyTorch's variable-length flash attention; everywhere else each group of equally long neighbours is
-one batched `scaled_dot_product_attention`, of views alone, without a copy of q, k or v.
+of different examples never see each other, and no mask is built: CUDA in half precision and
+compiled code use the operator of `attention_op`; everywhere else each group of equally long
+neighbours is one batched `scaled_dot_product_attention`, of views alone, without a copy of q, k
+or v.
 """
 
 from __future__ import annotations
-
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from navit_clip.models.attention_op import attend, equal_groups, takes_flash
 from navit_clip.packed.segments import Segments
 
 
@@ -60,23 +60,37 @@ def segment_attention(
     if causal and segments_q.lengths != segments_k.lengths:
         # The backends would align the triangle at different corners.
         raise ValueError("causal attention needs the same segments for queries and keys")
-    half = v_SHD.dtype in (torch.bfloat16, torch.float16)
-    if half and q_THD.is_cuda:
-        # Imported here: the module asks for a flash-attention build, which a CPU wheel may lack.
-        from torch.nn.attention.varlen import varlen_attn
+    return _attend(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
 
-        out_THD = varlen_attn(
+
+def self_attention(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool = False
+) -> Tensor:
+    """`segment_attention` within the same segments, of which the compiler sees tensors alone."""
+    return _attend(q_THD, k_THD, v_THD, segments, segments, causal)
+
+
+def _attend(
+    q_THD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
+    segments_q: Segments,
+    segments_k: Segments,
+    causal: bool,
+) -> Tensor:
+    if takes_flash(v_SHD) or torch.compiler.is_compiling():
+        out_THD: Tensor = attend(
             q_THD,
             k_SHD,
             v_SHD,
             segments_q.offsets,
             segments_k.offsets,
-            segments_q.max_length,
-            segments_k.max_length,
-            window_size=(-1, 0) if causal else (-1, -1),
-        )
-        assert isinstance(out_THD, Tensor)  # a tuple only if auxiliary outputs are asked for
+            segments_q.layout,
+            segments_k.layout,
+            causal,
+        )[0]
         return out_THD
+    half = v_SHD.dtype in (torch.bfloat16, torch.float16)
     if half and q_THD.device.type == "cpu":
         # The CPU kernel takes twice as long backward in half precision, although its matrix
         # products are faster (benchmarks/LOG.md).
@@ -97,11 +111,9 @@ def _by_groups(
     causal: bool,
 ) -> Tensor:
     examples = segments_q.num_examples
-    lengths = zip(segments_q.lengths[:examples], segments_k.lengths[:examples], strict=True)
-    # Neighbours equally long on both sides: query length, key length, count.
-    groups = [(*pair, len(list(same))) for pair, same in groupby(lengths)]
-    sizes_q = [count * length for length, _, count in groups] + [segments_q.padding]
-    sizes_k = [count * length for _, length, count in groups] + [segments_k.padding]
+    groups = equal_groups(segments_q.lengths[:examples], segments_k.lengths[:examples])
+    sizes_q = [group.segments * group.queries for group in groups] + [segments_q.padding]
+    sizes_k = [group.segments * group.keys for group in groups] + [segments_k.padding]
     # split, not slicing: the backward of a slice writes a gradient of the full size each.
     blocks_q = q_THD.split(sizes_q)
     blocks_k = k_SHD.split(sizes_k)

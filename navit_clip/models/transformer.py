@@ -8,9 +8,10 @@ paper's encoder; with others it is a plain ViT, or either tower of CLIP or SigLI
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from navit_clip.configs import check_choices
-from navit_clip.models.attention import segment_attention
+from navit_clip.models.attention import self_attention
 from navit_clip.models.linear import Linear
 from navit_clip.models.rope import Rotary
 from navit_clip.packed.segments import Segments
@@ -128,7 +129,6 @@ class SegmentAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
-        self.attend = segment_attention
         head_width = config.width // config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
         self.out = Linear(config.width, config.width, bias=config.mlp_bias)
@@ -148,7 +148,7 @@ class SegmentAttention(nn.Module):
             # Under autocast a LayerNorm returns float32, which kernels would not accept beside
             # half-precision values. A CPU attends in float32 anyway.
             q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
-        y_THD = self.attend(q_THD, k_THD, v_THD, segments, segments, causal=self.causal)
+        y_THD = self_attention(q_THD, k_THD, v_THD, segments, causal=self.causal)
         return self.out(y_THD.flatten(-2))
 
 
@@ -167,10 +167,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+        compiled: Run as one compiled graph, which all blocks of one shape share.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self.compiled = False
         self.attention_norm = LayerNorm(config.width, config)
         self.attention = SegmentAttention(config)
         self.mlp_norm = LayerNorm(config.width, config)
@@ -178,8 +183,32 @@ class Block(nn.Module):
 
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """[T, C] to [T, C]."""
+        if self.compiled:
+            try:
+                return compiled_block()(self, x_TC, segments, rotary)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                warnings.warn(
+                    "blocks run uncompiled from now on, and slower: the limit of compilations "
+                    f"({torch._dynamo.config.recompile_limit}) is reached; TORCH_LOGS=recompiles "
+                    "tells what differs from call to call",
+                    stacklevel=2,
+                )
+                self.compiled = False
+        return self._run(x_TC, segments, rotary)
+
+    def _run(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments, rotary)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
+
+
+@cache
+def compiled_block() -> Callable[..., Tensor]:
+    """`Block._run` as one graph, for all encoders: the compiler is set up at the first call.
+
+    A call of the module instead would trace what wrappers hook to it.
+    """
+    # Streams of one length, which they are if padded to a budget, are worth code of their own.
+    return torch.compile(Block._run, fullgraph=True, dynamic=False)
 
 
 class Encoder(nn.Module):
@@ -188,6 +217,7 @@ class Encoder(nn.Module):
     Attributes:
         activation_checkpointing: Keep only the blocks' inputs for the backward pass, which
             computes each block again; changes memory and time, not results.
+        compiled: Run each block as one compiled graph; see `compile_blocks`.
         chunked: On a CPU, run all blocks on one chunk of a long stream, then on the next, which is
             faster than block by block. To be switched off where a block is gathered or compiled
             for each call.
@@ -198,6 +228,8 @@ class Encoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.chunked = True
+        self.compiled = False
+        self._first_tokens = 0
         self.pre_norm = LayerNorm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, config) if config.final_norm else nn.Identity()
@@ -215,6 +247,8 @@ class Encoder(nn.Module):
             [T, C] outputs, normalised by default.
         """
         x_TC = self.pre_norm(x_TC)
+        if self.compiled:
+            self._mark_dynamic(x_TC, segments, rotary)
         if (
             x_TC.device.type != "cpu"
             or x_TC.numel() <= _UNCHUNKED_ELEMENTS
@@ -235,12 +269,22 @@ class Encoder(nn.Module):
                 x_TC = block(x_TC, segments, rotary)
         return x_TC
 
+    def _mark_dynamic(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> None:
+        """Tells the compiler which sizes differ from batch to batch, to compile once for all."""
+        varying = [segments.offsets, segments.layout]
+        self._first_tokens = self._first_tokens or len(x_TC)
+        if len(x_TC) != self._first_tokens:
+            varying += [x_TC, *(rotary or ())]
+        for tensor in varying:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
     def compile_blocks(self) -> None:
-        """Compiles each block in place at its next call; names of parameters stay."""
-        self.chunked = False
+        """Compiles the blocks at their next call, all blocks of one shape at once."""
+        # Each tower, with and without a graph, with and without autocast, is compiled apart.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        # It would split a block where DDP's buckets end, though its own graph is as small.
+        torch._dynamo.config.optimize_ddp = False
+        self.chunked, self.compiled = False, True
         for block in self.blocks:
             assert isinstance(block, Block)
-            # Its segments' lengths are host numbers, other ones in every batch: traced, each
-            # batch would be compiled again.
-            block.attention.attend = torch.compiler.disable(segment_attention)
-            block.compile()
+            block.compiled = True

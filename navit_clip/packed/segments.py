@@ -65,25 +65,36 @@ class Segments(Movable):
         """`count` examples of one token each, made on the device without a host sync."""
         return cls((1,) * count, torch.arange(count + 1, dtype=torch.int32, device=device), count)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """T, padding included."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def num_real_tokens(self) -> int:
         """Tokens that belong to an example."""
         return sum(self.lengths[: self.num_examples])
 
-    @property
+    @cached_property
     def padding(self) -> int:
         """Unused tokens at the end of the stream."""
         return self.num_tokens - self.num_real_tokens
 
-    @property
+    @cached_property
     def max_length(self) -> int:
-        """Tokens of the longest segment, 0 without any."""
-        return max(self.lengths, default=0)
+        """Tokens of the longest example, 0 without any."""
+        return max(self.lengths[: self.num_examples], default=0)
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """int32 [3 + E], always on the host, for operators that take tensors alone.
+
+        The number of examples, their tokens in all, those of the longest, and those of each. Never
+        as long as `offsets`: a compiler would take two sizes for one that are the same at first.
+        """
+        sums = (self.num_examples, self.num_real_tokens, self.max_length)
+        lengths = self.lengths[: self.num_examples]
+        return torch.tensor((*sums, *lengths), dtype=torch.int32, device="cpu")
 
     @cached_property
     def ids(self) -> Tensor:

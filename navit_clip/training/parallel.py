@@ -39,8 +39,8 @@ class ParallelConfig:
             takes more memory and less communication.
         activation_checkpointing: Keep only each block's input in the forward pass and compute the
             block again in the backward pass: less memory, about a third more arithmetic.
-        compile: Compile each block with `torch.compile`; attention itself stays as it is. Worth
-            most with data.pad_to_budget, which keeps shapes fixed.
+        compile: Run each block of the encoders as one graph of `torch.compile`; by default on
+            CUDA alone. Worth most with data.pad_to_budget, which keeps shapes fixed.
 
     Raises:
         ValueError: If `kind` is unknown.
@@ -49,7 +49,7 @@ class ParallelConfig:
     kind: Literal["ddp", "fsdp"] = "ddp"
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -86,7 +86,7 @@ class ParallelModel:
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
-                if config.compile:
+                if ranks.device.type == "cuda" if config.compile is None else config.compile:
                     module.compile_blocks()
         if ranks.world_size == 1:
             return

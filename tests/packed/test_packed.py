@@ -30,7 +30,8 @@ class TestSegments:
         assert segments.num_tokens == len(expected)
         assert segments.num_real_tokens == sum(lengths)
         assert segments.padding == padding
-        assert segments.max_length == max(*lengths, padding)
+        assert segments.max_length == max(lengths)
+        assert segments.layout.tolist() == [len(lengths), sum(lengths), max(lengths), *lengths]
 
     @pytest.mark.parametrize("padding", [0, 2])
     def test_offsets_are_what_attention_kernels_take(self, padding):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -9,14 +10,13 @@ import pytest
 import torch
 from packed_examples import random_caption, random_image
 from step_cases import new_stepper, tiny_config, with_task
-from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.shared_batch import SharedBatch
-from navit_clip.models.transformer import Encoder, EncoderConfig
+from navit_clip.models.transformer import Encoder, EncoderConfig, compiled_block
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.segments import CHUNK_TOKENS, Segments
@@ -48,14 +48,15 @@ def nothing_compiled_before():
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Traces and guards as always, but generates no code, which takes most of the time."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager")
-    )
+    backend = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("navit_clip.models.transformer.torch.compile", backend)
+    compiled_block.cache_clear()
+    yield
+    compiled_block.cache_clear()
 
 
-def compilations() -> tuple[int, int]:
-    return counters["stats"]["unique_graphs"], counters["frames"]["total"]
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
 
 
 def varied_batch(seed: int) -> Batch[PairInputs]:
@@ -81,16 +82,15 @@ def varied_batch(seed: int) -> Batch[PairInputs]:
     return received
 
 
-def compiled_late(step: Callable[[int], object]) -> tuple[int, int]:
-    """Graphs and frames compiled after the first steps."""
+def compiled_late(step: Callable[[int], object]) -> int:
+    """Graphs compiled after the first steps."""
     for number in range(WARM_UP):
         step(number)
-    early = compilations()
-    assert min(early) > 0, "nothing was compiled at all"
+    early = graphs()
+    assert early > 0, "nothing was compiled at all"
     for number in range(WARM_UP, STEPS):
         step(number)
-    graphs, frames = compilations()
-    return graphs - early[0], frames - early[1]
+    return graphs() - early
 
 
 MODEL = tiny_config().task.model
@@ -120,7 +120,40 @@ def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
         seeds = range(number * config.accumulate, (number + 1) * config.accumulate)
         stepper.step([varied_batch(seed) for seed in seeds], number)
 
-    assert compiled_late(step) == (0, 0)
+    assert compiled_late(step) == 0
+
+
+def test_all_blocks_of_a_tower_are_one_graph_for_any_content(without_kernels):
+    rng = np.random.default_rng(0)
+    encoder = Encoder(EncoderConfig(width=16, depth=3, heads=2))
+    encoder.compile_blocks()
+    for _ in range(200):
+        lengths = sorted(rng.integers(1, 20, rng.integers(1, 9)).tolist())
+        segments = Segments.from_lengths(lengths, padding=160 - sum(lengths))
+        x_TC = torch.randn(160, 16, requires_grad=True)
+        encoder(x_TC, segments).sum().backward()
+    assert graphs() == 1
+
+
+def test_streams_of_any_length_are_one_graph_more(without_kernels):
+    encoder = Encoder(EncoderConfig(width=16, depth=2, heads=2))
+    encoder.compile_blocks()
+    for tokens in (40, 39, 17, 40, 100, 63, 40):
+        segments = Segments.from_lengths([3] * (tokens // 3), padding=tokens % 3)
+        encoder(torch.randn(tokens, 16, requires_grad=True), segments).sum().backward()
+    assert graphs() == 2
+
+
+def test_a_run_past_the_limit_of_compilations_says_so_and_goes_on(without_kernels):
+    plain, encoder = (Encoder(EncoderConfig(width=16, depth=1, heads=2)) for _ in range(2))
+    encoder.load_state_dict(plain.state_dict())
+    encoder.compile_blocks()
+    segments, x_TC = Segments.from_lengths([3, 5]), torch.randn(8, 16)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        encoder(x_TC, segments)
+        with torch.no_grad(), pytest.warns(UserWarning, match="uncompiled from now on"):
+            found = encoder(x_TC, segments)
+    torch.testing.assert_close(found, plain(x_TC, segments))
 
 
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler here")
@@ -140,7 +173,7 @@ def test_compiled_kernels_agree_and_are_built_once():
         found, expected = (encoder(x_TC, segments)[:real] for encoder in (compiled, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
-    assert compiled_late(step) == (0, 0)
+    assert compiled_late(step) == 0
 
 
 def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels, monkeypatch):

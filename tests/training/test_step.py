@@ -4,6 +4,7 @@ import json
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from torch import nn
 from navit_clip.models.clip import CLIPOutput
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
-from navit_clip.models.transformer import EncoderConfig
+from navit_clip.models.transformer import Block, EncoderConfig
 from navit_clip.tasks.locking import LockConfig
 from navit_clip.training.__main__ import main
 from navit_clip.training.config import TrainConfig
@@ -116,8 +117,10 @@ def test_compiled_blocks_compute_the_same_and_compile_a_few_times_only(monkeypat
         graphs.append(graph)
         return graph.forward
 
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+    monkeypatch.setattr(
+        "navit_clip.models.transformer.compiled_block",
+        cache(lambda: torch.compile(Block._run, fullgraph=True, dynamic=False, backend=backend)),
+    )
     torch._dynamo.reset()
     compiled = new_stepper(tiny_config(parallel=ParallelConfig(compile=True)))
     plain = new_stepper(tiny_config())
