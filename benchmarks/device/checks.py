@@ -56,7 +56,7 @@ CHECKS = (
     Check("trainer", 90, check_trainer),
     Check("step_64k", 60, check_step_64k),
     Check("step_large", 70, check_step_large),
-    Check("kernel_tests", 60, check_kernel_tests),
+    Check("kernel_tests", 90, check_kernel_tests),
     Check("peer_compiled", 120, check_peer_compiled),
     Check("ceilings", 30, check_ceilings),
     Check("kernels", 30, check_kernels),
