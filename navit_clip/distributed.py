@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,25 @@ T = TypeVar("T")
 # Long enough for one rank to compile while the others wait; `navit_clip.training.watchdog` reports
 # a hang earlier.
 _TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Numbers of every rank, on their way while the ranks do something else.
+
+    Args:
+        gathered_RN: Where those of each rank arrive, on the host.
+        work: What brings them; None if they are there.
+    """
+
+    gathered_RN: torch.Tensor
+    work: dist.Work | None
+
+    def wait(self) -> list[list[float]]:
+        """The numbers, rank by rank; may be asked for again."""
+        if self.work is not None:
+            self.work.wait()
+        return self.gathered_RN.tolist()
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,14 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def announce(self, values: Sequence[float]) -> Announcement:
+        """Begins to tell every rank this one's numbers; every rank calls it with as many."""
+        own = torch.tensor([values], dtype=torch.float64)
+        if self.world_size == 1:
+            return Announcement(own, None)
+        gathered = own.new_empty(self.world_size, len(values))
+        return Announcement(gathered, dist.all_gather_into_tensor(gathered, own, async_op=True))
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of all ranks, rank after rank, on every rank."""

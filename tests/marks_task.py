@@ -181,8 +181,10 @@ class MarksTask(Task):
     def count(self, inputs: MarkInputs) -> float:
         return sum(inputs.marks.lengths) + inputs.images.segments.num_real_tokens
 
-    def loss(self, outputs: MarkOutputs, inputs: Sequence[MarkInputs], count: float) -> Loss:
-        (part,) = inputs
+    def loss(
+        self, outputs: MarkOutputs, inputs: Sequence[MarkInputs], counts: Sequence[float]
+    ) -> Loss:
+        (part,), count = inputs, sum(counts)
         predicted_N = outputs.mark_E[part.marks.ids] + outputs.offset
         of_marks = (predicted_N - part.marks.values).square().sum()
         real = part.images.segments.num_real_tokens

@@ -81,7 +81,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, outputs: Any, inputs: Sequence[Inputs], count: float) -> Loss:
+    def loss(self, outputs: Any, inputs: Sequence[Inputs], counts: Sequence[float]) -> Loss:
         """The loss of one micro-batch, or of all together where examples are coupled.
 
         Called under the same autocast as the model's forward pass.
@@ -89,18 +89,23 @@ class Task(ABC):
         Args:
             outputs: As the model returned them; of several micro-batches concatenated.
             inputs: Of those micro-batches, in order.
-            count: Sum of `count` over all micro-batches of the step and all ranks.
+            counts: Sum of `count` over all micro-batches of the step, rank by rank.
         """
 
+    @abstractmethod
     def count(self, inputs: Inputs) -> float:
         """What the loss is a mean over, of one micro-batch: examples, boxes, masked tokens.
 
-        Read on the host before the first backward pass; a task that couples examples needs none.
+        The ranks tell each other before the forward pass, from inputs that are still on the host. A
+        task that couples examples counts examples.
         """
-        return 0.0
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027  most tasks have nothing to do
-        """Called after each optimiser step, to keep parameters within their limits."""
+        """Called after each step, to keep parameters within their limits.
+
+        Also after one that was skipped, of which the host does not know yet: it must change nothing
+        that is within them.
+        """
 
     def freeze(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
         """Takes parameters out of the training, in place; before ranks share the model."""

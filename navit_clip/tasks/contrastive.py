@@ -167,20 +167,33 @@ class ContrastiveTask(Task):
             seed,
         )
 
-    def loss(self, outputs: CLIPOutput, inputs: Sequence[Inputs] = (), count: float = 0.0) -> Loss:
+    def count(self, inputs: Inputs) -> float:
+        """Pairs."""
+        assert isinstance(inputs, PairInputs)
+        return inputs.images.segments.num_examples
+
+    def loss(
+        self,
+        outputs: CLIPOutput,
+        inputs: Sequence[Inputs] = (),
+        counts: Sequence[float] = (),
+    ) -> Loss:
         """The loss over the pairs of all ranks; a collective call."""
         config = self.config.loss
         features = outputs.image_ED, outputs.text_ED, outputs.logit_scale
         device = outputs.image_ED.device.type
         follow = config.precision == "auto"
+        # With them the ranks need not ask each other on the device.
+        ring: dict[str, Any] = {
+            "chunk_size": config.chunk_size,
+            "counts": [int(count) for count in counts] or None,
+        }
         with nullcontext() if follow else torch.autocast(device, enabled=False):
             if config.kind == "softmax":
-                total = softmax_contrastive_loss(*features, chunk_size=config.chunk_size)
+                total = softmax_contrastive_loss(*features, **ring)
             else:
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
-                total = sigmoid_contrastive_loss(
-                    *features, outputs.logit_bias, chunk_size=config.chunk_size
-                )
+                total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
         return Loss(total, {"logit_scale": outputs.logit_scale.detach()})
 
     def after_step(self, model: nn.Module) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from navit_clip.training.parallel import local_tensor
 
@@ -55,14 +55,23 @@ class EMA:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        self._average = get_ema_multi_avg_fn(decay)
+        self._rate = 1 - decay
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Goes on from saved averages, sharded as these are."""
         for name, average in self.weights.items():
             local_tensor(average).copy_(local_tensor(weights[name]))
 
-    def update(self, model: nn.Module) -> None:
-        """Updates the averages with the weights after a step."""
+    def update(self, model: nn.Module, found_inf: Tensor) -> None:
+        """Updates the averages with the weights after a step.
+
+        Args:
+            model: After the step.
+            found_inf: Scalar on the weights' device, 1 if the step was not finite, which leaves the
+                averages as they are; else 0.
+        """
         current = [local_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
-        self._average([local_tensor(average) for average in self.weights.values()], current, 0)
+        averages = [local_tensor(average) for average in self.weights.values()]
+        kinds = {average.dtype for average in averages}
+        rates = {dtype: (1 - found_inf).to(dtype) * self._rate for dtype in kinds}
+        torch._foreach_lerp_(averages, current, [rates[average.dtype] for average in averages])

@@ -1,7 +1,7 @@
 """What happens when a loss or a gradient is no longer a number.
 
-`step` asks here after each backward pass, before the optimiser may spread it to
-every weight: the run stops, or the step is skipped, and either way the examples are named.
+`step` keeps the optimiser from spreading it to every weight, on the device, and asks here once the
+host knows of it: the run stops, or the step was skipped, and either way the examples are named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from navit_clip.distributed import Ranks
 from navit_clip.files import writing
-from navit_clip.packed.batch import Batch
 
 NONFINITE_FILE = "nonfinite.jsonl"
 _NAMED = 8
@@ -79,16 +78,15 @@ class NonFiniteError(Exception):
 
 
 def find_examples(
-    batches: Sequence[Batch], outputs: Sequence[Any], ranks: Ranks
+    ids: Sequence[str], outputs: Sequence[Any], ranks: Ranks
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ids of the suspects of a failed step, and of all its examples; every rank calls it.
 
-    `outputs` are the model's for all examples of `batches`, in order; one or several NamedTuples.
+    `outputs` are the model's for all of this rank's examples, in order; one or several sequences.
     """
-    ids = [name for batch in batches for name in batch.ids]
     finite = [flag for output in outputs for flag in _finite_rows(output).tolist()]
     suspects = [name for name, is_finite in zip(ids, finite, strict=True) if not is_finite]
-    return tuple(ranks.gather(suspects)), tuple(ranks.gather(ids))
+    return tuple(ranks.gather(suspects)), tuple(ranks.gather(list(ids)))
 
 
 def _finite_rows(output: Sequence[object]) -> Tensor:

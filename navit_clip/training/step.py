@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from navit_clip.distributed import Ranks
+from navit_clip.distributed import Announcement, Ranks
 from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.tasks.base import Loss, Task
 from navit_clip.training.ema import EMA, EMAConfig
 from navit_clip.training.gradcache import cached_backward
+from navit_clip.training.late import LateScalars
 from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_examples
 from navit_clip.training.optim import OptimConfig, build_optimizer
 from navit_clip.training.parallel import (
@@ -35,6 +36,7 @@ from navit_clip.training.parallel import (
 from navit_clip.training.schedule import lr_multiplier
 
 Precision = Literal["fp32", "bf16"]
+_LOSS, _GRAD_NORM = "loss", "grad_norm"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,27 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     nonfinite: NonFinite | None = None
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that the device may still be working on, see `Stepper.begin`.
+
+    Attributes:
+        number: Of the step, from 1.
+        lr: Its learning rate, where no layer has a lower one.
+        scalars: Loss, gradient norm, and the task's metrics.
+        measured: Norms, if the step is measured.
+        ids: Of this rank's examples.
+        outputs: The model's for these.
+    """
+
+    number: int
+    lr: float
+    scalars: LateScalars
+    measured: LateScalars | None
+    ids: tuple[str, ...]
+    outputs: list[Any]
 
 
 class Stepper:
@@ -101,41 +124,94 @@ class Stepper:
         self.optimizer, self._lr_factors = build_optimizer(model, optim, task.layers_above)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
+        self._found_inf = torch.zeros((), device=ranks.device)
+
+    def announce(self, inputs: Sequence[Inputs], flags: Sequence[bool] = ()) -> Announcement:
+        """Begins to tell the ranks what this one brings to the next step; every rank calls it.
+
+        Args:
+            inputs: Of the micro-batches of that step, best on the host still.
+            flags: Whatever else the ranks should know, as many on all.
+
+        Returns:
+            Of each rank the task's count, then its flags.
+        """
+        count = sum(self.task.count(part) for part in inputs)
+        return self.ranks.announce([count, *map(float, flags)])
 
     def step(self, batches: Sequence[Batch], step: int, *, measure: bool = False) -> StepResult:
-        """Takes one step; every rank calls it with as many micro-batches.
+        """`begin` and `finish` in one."""
+        announced = self.announce([batch.inputs for batch in batches])
+        return self.finish(self.begin(batches, step, announced, measure=measure))
+
+    def begin(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        announced: Announcement,
+        *,
+        measure: bool = False,
+    ) -> PendingStep:
+        """Begins one step; every rank calls it with as many micro-batches.
+
+        Nothing waits for the device. Whether the step was finite is decided there: if not, weights,
+        moments, step counters and averages stay as they are.
 
         Args:
             batches: This rank's micro-batches, on its device; their examples and those of all ranks
                 are one batch to the loss.
             step: Number of the step, from 0.
+            announced: From `announce`.
             measure: Also measure weights and update, for a pass and a copy of the weights more.
+
+        Returns:
+            The step, for `finish`; before a state is taken, and at the latest after `begin` of the
+            next step.
+        """
+        lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, self.steps)
+        for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = lr * factor
+        loss, outputs = self._backward([batch.inputs for batch in batches], announced)
+        norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
+        finite = torch.isfinite(loss.total.detach()) & torch.isfinite(norm)
+        found_inf = 1 - finite.float()
+        if self.guard.policy == "stop":
+            # Nor does what is begun before the host knows change the weights.
+            found_inf = self._found_inf = torch.maximum(found_inf, self._found_inf)
+        before = [p.detach().clone() for p in self.model.parameters()] if measure else []
+        # Not in the constructor of the fused AdamW, which looks for it in each step.
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.optimizer.zero_grad()
+        self.task.after_step(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model, found_inf)
+        return PendingStep(
+            number=step + 1,
+            lr=lr,
+            scalars=LateScalars({_LOSS: loss.total, _GRAD_NORM: norm, **loss.metrics}),
+            measured=LateScalars(self._measure(before)) if measure else None,
+            ids=tuple(name for batch in batches for name in batch.ids),
+            outputs=outputs,
+        )
+
+    def finish(self, pending: PendingStep) -> StepResult:
+        """Waits for a step and returns its metrics; every rank calls it, step after step.
 
         Raises:
             NonFiniteError: If loss or gradient is not finite and the run must stop, the same on
                 all ranks; the weights are as they were.
         """
-        lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, self.steps)
-        for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
-            group["lr"] = lr * factor
-        loss, outputs = self._backward([batch.inputs for batch in batches])
-        norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
-        metrics = {name: value.item() for name, value in loss.metrics.items()}
-        result = StepResult(loss.total.item(), norm.item(), lr, metrics)
+        metrics = pending.scalars.read()
+        result = StepResult(metrics.pop(_LOSS), metrics.pop(_GRAD_NORM), pending.lr, metrics)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            self.optimizer.zero_grad()
-            ids = find_examples(batches, outputs, self.ranks)
-            found = NonFinite(step + 1, result.loss, result.grad_norm, *ids)
+            ids = find_examples(pending.ids, pending.outputs, self.ranks)
+            found = NonFinite(pending.number, result.loss, result.grad_norm, *ids)
             self.guard.failed(found)
             return replace(result, nonfinite=found)
         self.guard.in_row = 0
-        before = [p.detach().clone() for p in self.model.parameters()] if measure else []
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.task.after_step(self.model)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return replace(result, measured=self._measure(before)) if measure else result
+        return replace(result, measured=pending.measured.read() if pending.measured else {})
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep of the training; a collective call.
@@ -193,46 +269,51 @@ class Stepper:
         with self.autocast():
             return self._parallel(inputs)
 
-    def _loss(self, output: Any, inputs: Sequence[Inputs], count: float) -> Loss:
-        with self.autocast():
-            return self.task.loss(output, inputs, count)
-
-    def _backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
+    def _backward(
+        self, inputs: Sequence[Inputs], announced: Announcement
+    ) -> tuple[Loss, list[Any]]:
         """Leaves the gradient, summed over the ranks, in the parameters."""
         if not self.task.couples_examples:
-            loss, outputs = self._uncoupled_backward(inputs)
+            loss, outputs = self._uncoupled_backward(inputs, announced)
         elif len(inputs) == 1:
-            loss, output = self._one_backward(inputs, 0.0, last=True)
+            loss, output = self._one_backward(inputs, announced, last=True)
             outputs = [output]
         else:
             loss, output = cached_backward(
                 inputs,
                 self._parallel,
                 self._forward,
-                lambda whole: self._loss(whole, inputs, 0.0),
+                lambda whole: self._loss(whole, inputs, announced),
                 self.ranks.device,
             )
-            outputs = [output]
+            outputs = [_detached(output)]
         self._parallel.finish_gradients()
         return loss, outputs
 
+    def _loss(self, output: Any, inputs: Sequence[Inputs], announced: Announcement) -> Loss:
+        # Only here: the ranks' counts travel while the forward pass runs.
+        counts = [count for count, *_ in announced.wait()]
+        with self.autocast():
+            return self.task.loss(output, inputs, counts)
+
     def _one_backward(
-        self, inputs: Sequence[Inputs], count: float, *, last: bool
-    ) -> tuple[Loss, Any]:
+        self, inputs: Sequence[Inputs], announced: Announcement, *, last: bool
+    ) -> tuple[Loss, list[Tensor]]:
         with self._parallel.reducing(last=last):
             output = self._forward(inputs[0])
-            loss = self._loss(output, inputs, count)
+            loss = self._loss(output, inputs, announced)
             (loss.total * self._parallel.gradient_factor).backward()
-        return loss, output
+        return loss, _detached(output)
 
-    def _uncoupled_backward(self, inputs: Sequence[Inputs]) -> tuple[Loss, list[Any]]:
+    def _uncoupled_backward(
+        self, inputs: Sequence[Inputs], announced: Announcement
+    ) -> tuple[Loss, list[Any]]:
         """Adds up the gradients of micro-batches, each a share of one mean over all ranks."""
-        count = self.ranks.sum([sum(self.task.count(part) for part in inputs)])[0]
         losses, outputs = [], []
         for number, part in enumerate(inputs, 1):
-            loss, output = self._one_backward([part], count, last=number == len(inputs))
+            loss, output = self._one_backward([part], announced, last=number == len(inputs))
             losses.append(loss)
-            outputs.append([v.detach() for v in output if isinstance(v, Tensor)])
+            outputs.append(output)
         names = list(losses[0].metrics)
         shares = [
             torch.stack([loss.total.detach(), *(loss.metrics[name].detach() for name in names)])
@@ -244,11 +325,13 @@ class Stepper:
         total, *metrics = sums
         return Loss(total, dict(zip(names, metrics, strict=True))), outputs
 
-    def _measure(self, before: list[Tensor]) -> dict[str, float]:
+    def _measure(self, before: list[Tensor]) -> dict[str, Tensor]:
         weights = [p.detach() for p in self.model.parameters()]
         for old, new in zip(before, weights, strict=True):
             old.sub_(new)  # in place: no third copy of the weights
-        return {
-            "param_norm": global_norm(weights).item(),
-            "update_norm": global_norm(before).item(),
-        }
+        return {"param_norm": global_norm(weights), "update_norm": global_norm(before)}
+
+
+def _detached(output: Sequence[object]) -> list[Tensor]:
+    """The tensors of a model's output, without their graph."""
+    return [value.detach() for value in output if isinstance(value, Tensor)]

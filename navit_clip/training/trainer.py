@@ -28,12 +28,13 @@ from navit_clip.packed.batch import Batch
 from navit_clip.tasks.base import Task
 from navit_clip.training.config import TrainConfig
 from navit_clip.training.evaluation import Evaluations
+from navit_clip.training.late import reads_late
 from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
 from navit_clip.training.signals import stop_signals
 from navit_clip.training.starting_weights import keep_tokenizer, starting_point
-from navit_clip.training.step import Stepper, StepResult
+from navit_clip.training.step import PendingStep, Stepper, StepResult
 from navit_clip.training.watchdog import Watchdog
 
 _KILLED_WORKERS = (
@@ -99,6 +100,7 @@ class _Run:
         model, self.tokenizer = starting_point(
             self.task, config.init, config.tokenizer, self.directory, begun=self.start > 0
         )
+        self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
         self.evaluations = Evaluations(
             config.eval, self.directory, config.steps, self.task, self.tokenizer, ranks
@@ -182,7 +184,11 @@ class _Run:
                 taken = self._take(batches, interval)
                 done = step + 1
                 logged = done % config.log.every_steps == 0 or done == config.steps
-                result = self._step(taken, step, measure=logged)
+                asked = bool(signals) or self.checkpoints.failed
+                announced = self.stepper.announce([batch.inputs for batch in taken], [asked])
+                on_device = [batch.to(ranks.device, non_blocking=True) for batch in taken]
+                begun = self.stepper.begin(on_device, step, announced, measure=logged)
+                self._settle()  # the step before, while the device works on this one
                 for batch in taken:
                     self.data_state.advance(batch)
                     for line in skips.lines(batch):
@@ -191,12 +197,19 @@ class _Run:
                         reader = next(iter(batch.state))
                         self.samples.write({"step": done, "reader": reader, "ids": batch.ids})
                 progress.advance()
-                if logged:
-                    self._log(done, result, interval.rates(ranks))
-                    interval = Interval(self.build.streams, datasets)
                 # A checkpoint that failed stops the run now, not at the next one: saving says why.
-                stopping = ranks.any(bool(signals) or self.checkpoints.failed)
-                if done % config.checkpoint.every_steps == 0 or done == config.steps or stopping:
+                if ranks.world_size == 1:  # needs no one's consent: also what came since
+                    stopping = bool(signals) or self.checkpoints.failed
+                else:
+                    stopping = any(flag for _, flag in announced.wait())
+                due = self.evaluations.due(done)
+                saving = done % config.checkpoint.every_steps == 0 or done == config.steps
+                self._pending = begun, interval.rates(ranks) if logged else None
+                if logged:
+                    interval = Interval(self.build.streams, datasets)
+                if saving or stopping or due or not reads_late(ranks.device):
+                    self._settle()
+                if saving or stopping:
                     self.watchdog.heartbeat(f"the checkpoint of step {done}", slow=True)
                     self.checkpoints.save(done, self.stepper.state(), self.data_state)
                 if stopping and done < config.steps:
@@ -205,7 +218,7 @@ class _Run:
                     raise SystemExit(0)
                 # After the checkpoint, which is written meanwhile and is there if anything fails.
                 with interval.paused():
-                    self._evaluate(self.evaluations.due(done), done)
+                    self._evaluate(due, done)
             self.checkpoints.wait()
 
     def _take(self, batches: Iterator[Batch[Any]], interval: Interval) -> list[Batch[Any]]:
@@ -220,11 +233,16 @@ class _Run:
         interval.steps += 1
         return taken
 
-    def _step(self, batches: Sequence[Batch[Any]], step: int, *, measure: bool) -> StepResult:
-        """One step; a non-finite one is recorded, and may end the run in one line."""
-        on_device = [batch.to(self.ranks.device, non_blocking=True) for batch in batches]
+    def _settle(self) -> None:
+        """Waits for the step that was begun last and reports it.
+
+        A non-finite one is recorded, and may end the run in one line.
+        """
+        if self._pending is None:
+            return
+        (begun, rates), self._pending = self._pending, None
         try:
-            result = self.stepper.step(on_device, step, measure=measure)
+            result = self.stepper.finish(begun)
         except NonFiniteError as error:
             if self.ranks.is_first:
                 error.found.record(self.directory)
@@ -237,7 +255,8 @@ class _Run:
             self.progress.log(f"skipped a step: {result.nonfinite}")
             if self.ranks.is_first:
                 result.nonfinite.record(self.directory)
-        return result
+        if rates is not None:
+            self._log(begun.number, result, rates)
 
     def _log(self, step: int, result: StepResult, rates: dict[str, float]) -> None:
         values: dict[str, float] = {

@@ -155,7 +155,8 @@ def loss_slowly(model, step):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate):
     stepper, plain = new_stepper(), new_stepper().model
-    loss, _ = stepper._backward([b.inputs for b in micro_batches(0, ALONE, accumulate)])
+    inputs = [batch.inputs for batch in micro_batches(0, ALONE, accumulate)]
+    loss, _ = stepper._backward(inputs, stepper.announce(inputs))
     expected = loss_slowly(plain, 0)
     expected.backward()
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)

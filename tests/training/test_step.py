@@ -78,7 +78,7 @@ def test_micro_batches_replay_what_is_random():
             output = CLIPOutput(images, texts, outputs[0].logit_scale, None)
             stepper.task.loss(output).total.backward()
         else:
-            stepper._backward(inputs)
+            stepper._backward(inputs, stepper.announce(inputs))
         gradients.append({n: p.grad for n, p in stepper.model.named_parameters()})
         ends.append(torch.rand(3))
     for name, gradient in gradients[1].items():
@@ -261,7 +261,8 @@ def test_locked_parameters_stay_and_the_others_get_their_gradient(lock, accumula
     assert 0 < sum(learns.values()) < len(learns)
     gradients = []
     for each in (stepper, free):
-        each._backward([batch.inputs for batch in micro_batches(0, ALONE, accumulate)])
+        inputs = [batch.inputs for batch in micro_batches(0, ALONE, accumulate)]
+        each._backward(inputs, each.announce(inputs))
         gradients.append({name: p.grad for name, p in each.model.named_parameters()})
         each.optimizer.zero_grad()
     for name, gradient in gradients[1].items():

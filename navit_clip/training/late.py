@@ -1,0 +1,47 @@
+"""Scalars of a step, read by the host while the device works on the next step.
+
+A host that reads what a step has computed waits for the device, and the device then waits for the
+host to prepare the next step. `step` hands loss, norms and metrics to `LateScalars`, and `trainer`
+reads them once the next step is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's scalars are read after the next step has begun; on a CPU reading is free."""
+    return device.type == "cuda"
+
+
+class LateScalars:
+    """Scalars on their way from their device to the host.
+
+    Args:
+        values: Tensors of one element by name, on one device, of any floating-point dtype.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._names = list(values)
+        # float64 holds whatever any of them holds.
+        self._host = torch.stack([v.detach().reshape(()).double() for v in values.values()])
+        self._arrived: torch.cuda.Event | None = None
+        if self._host.is_cuda:
+            on_device, self._host = (
+                self._host,
+                torch.empty_like(self._host, device="cpu", pin_memory=True),
+            )
+            self._host.copy_(on_device, non_blocking=True)
+            # Blocking: a thread that spins takes a core from the data workers.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The values; waits until they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return dict(zip(self._names, self._host.tolist(), strict=True))

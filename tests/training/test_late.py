@@ -1,0 +1,179 @@
+"""A step whose results are read late: the same run, and nothing in it waits for the device."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from step_cases import ALONE, micro_batches, new_stepper, tiny_config
+from tiny_run import run, tiny_flags, write_tiny_data
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from navit_clip.model import NaViTCLIP
+from navit_clip.tasks.contrastive import ContrastiveTask
+from navit_clip.training import trainer
+from navit_clip.training.ema import EMAConfig
+from navit_clip.training.nonfinite import NonFiniteError
+from navit_clip.training.optim import OptimConfig
+
+# What a host can only answer once the device has come that far.
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+READS += ("__index__", "__contains__", "__array__", "to")
+LATER_READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
+
+
+class Calls(TorchFunctionMode):
+    """Names of methods in READS that are called on tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        places = (*args[1:], *(kwargs or {}).values())
+        to_device = name == "to" and not any(isinstance(p, str) and p == "cpu" for p in places)
+        if name in READS and not to_device:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Names of operators whose result's value or shape the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        sized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in LATER_READS or sized:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_step_waits_for_the_device_nowhere(kind, accumulate):
+    stepper = new_stepper(tiny_config(kind=kind, accumulate=accumulate, ema=EMAConfig(0.9)))
+    batches = micro_batches(0, ALONE, accumulate)
+    counts = stepper.announce([batch.inputs for batch in batches]).wait()
+    announced = SimpleNamespace(wait=lambda: counts)  # they never were on the device
+    with Calls() as calls, Operators() as operators:
+        # Optimiser state is made at the first step.
+        for step in range(2):
+            pending = stepper.begin(batches, step, announced, measure=True)
+        assert calls.found == operators.found == []
+        stepper.finish(pending)
+        assert calls.found, "and the stub sees what reads"
+    with Calls() as calls, Operators() as operators:
+        bool(torch.ones(()) > 0)
+        torch.ones(3)[torch.ones(3) > 0]
+        assert calls.found
+        assert operators.found
+
+
+def poisoned(monkeypatch, steps):
+    """Makes the loss NaN at these steps, counted from 1 over all that follows."""
+    loss, taken = ContrastiveTask.loss, [0]
+
+    def bad(self, *args):
+        taken[0] += 1
+        found = loss(self, *args)
+        total = found.total * (math.nan if taken[0] in steps else 1)
+        return found._replace(total=total)
+
+    monkeypatch.setattr(ContrastiveTask, "loss", bad)
+
+
+TIMES = {"examples_per_s", "tokens_per_s", "image_tokens_per_s", "text_tokens_per_s", "step_s"}
+TIMES |= {"model_flops_per_s", "data_wait", "mfu", "memory_gb"}
+
+
+def logged(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root)
+    return root
+
+
+def trained(data, run_dir, monkeypatch, capsys, *, late, ends, bad=(), **options):
+    """Runs to each of `ends` in turn; what is logged, printed, recorded and trained."""
+    codes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "reads_late", lambda device: late)
+        poisoned(patch, bad)
+        options = {"optim__schedule__kind": "constant", "ema__decay": 0.5, **options}
+        for end in ends:
+            codes.append(run(patch, tiny_flags(data, run_dir, end, **options)))
+    out, err = (text.replace(str(run_dir), "RUN") for text in capsys.readouterr())
+    lines = [line for line in out.splitlines() if line.startswith(("skipped", "stopped"))]
+    record = run_dir / "nonfinite.jsonl"
+    model = run_dir / "model"
+    weights = NaViTCLIP.from_directory(model).state_dict() if model.exists() else {}
+    return codes, logged(run_dir), lines, err, record.exists() and record.read_text(), weights
+
+
+CASES = {
+    "every step finite": {"ends": [7], "log__every_steps": 2},
+    "micro-batches": {"ends": [4], "accumulate": 2},
+    "a checkpoint and a resume between": {"ends": [3, 6], "checkpoint__every_steps": 2},
+    "skips": {"ends": [7], "bad": (2, 3, 6), "on_nonfinite": "skip"},
+    "skips at a checkpoint and after the resume": {
+        "ends": [3, 6],
+        "bad": (3, 4),
+        "on_nonfinite": "skip",
+        "checkpoint__every_steps": 3,
+    },
+    "stops": {"ends": [7], "bad": (4,), "checkpoint__every_steps": 2},
+    "stops at a checkpoint": {"ends": [7], "bad": (4,), "checkpoint__every_steps": 4},
+    "stops at the last step": {"ends": [4], "bad": (4,)},
+    "stops after three in a row": {
+        "ends": [9],
+        "bad": (2, 4, 5, 6),
+        "on_nonfinite": "skip",
+        "max_skipped_in_row": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_reads_late_is_the_same_run(case, data, tmp_path, monkeypatch, capsys):
+    found, expected = (
+        trained(data, tmp_path / name, monkeypatch, capsys, late=name == "late", **CASES[case])
+        for name in ("late", "at_once")
+    )
+    assert found[:5] == expected[:5]
+    assert bool(found[4]) == ("bad" in CASES[case])
+    assert found[5].keys() == expected[5].keys()
+    assert all(torch.equal(weight, expected[5][name]) for name, weight in found[5].items())
+
+
+def test_what_was_begun_before_a_stop_is_known_changes_nothing(monkeypatch):
+    stepper = new_stepper(tiny_config(ema=EMAConfig(0.9), optim=OptimConfig(lr=0.1)))
+    poisoned(monkeypatch, {3})
+    for step in range(2):
+        stepper.step(micro_batches(step, ALONE, 1), step)
+    before = {
+        name: value.clone()
+        for part in (stepper.model.state_dict(), stepper.ema.weights)
+        for name, value in part.items()
+    }
+    begun = []
+    for step in (2, 3):
+        batches = micro_batches(step, ALONE, 1)
+        begun.append(stepper.begin(batches, step, stepper.announce([batches[0].inputs])))
+    with pytest.raises(NonFiniteError, match=r"loss nan, .* at step 3, examples 2/0"):
+        stepper.finish(begun[0])
+    after = stepper.model.state_dict() | stepper.ema.weights
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    steps = {state["step"].item() for state in stepper.optimizer.state.values()}
+    assert steps == {2}
