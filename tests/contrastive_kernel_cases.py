@@ -1,0 +1,104 @@
+"""Checks of the contrastive kernels, for a GPU or Triton's interpreter (`interpreter`)."""
+
+import contextlib
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from navit_clip.kernels import contrastive as kernels
+
+
+def _features(rows: int, columns: int, width: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random unit vectors in bfloat16; the first of both are pairs that match well."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(n, width, generator=generator) for n in (rows, columns))
+    shared = min(rows, columns)
+    text[:shared] += image[:shared]
+    image, text = (F.normalize(x, dim=1).to(device, torch.bfloat16) for x in (image, text))
+    return image, text
+
+
+def _logits(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    return scale * image.double() @ text.double().T
+
+
+@contextlib.contextmanager
+def _launches_of(side: int):
+    before, kernels.SIDE = kernels.SIDE, side
+    try:
+        yield
+    finally:
+        kernels.SIDE = before
+
+
+def check_statistics(rows, columns, width, scale, seed, side=kernels.SIDE, device="cpu"):
+    """Twice: into log-sum-exps of nothing, and into those of an earlier block."""
+    image, text = _features(rows, columns, width, seed, device)
+    logits = _logits(image, text, scale)
+    row_lse, column_lse = (torch.full((n,), -torch.inf, device=device) for n in (rows, columns))
+    matching = torch.full((rows,), torch.nan, device=device) if rows == columns else None
+    factor = torch.tensor(scale, device=device)
+    for times in (1, 2):
+        with _launches_of(side):
+            kernels.softmax_statistics(image, text, factor, row_lse, column_lse, matching)
+        many = torch.tensor(float(times), dtype=torch.float64).log().to(device)
+        limits = {"rtol": 1e-6, "atol": 1e-5 * max(1.0, abs(scale) / 10), "check_dtype": False}
+        torch.testing.assert_close(row_lse, logits.logsumexp(1) + many, **limits)
+        torch.testing.assert_close(column_lse, logits.logsumexp(0) + many, **limits)
+        if matching is not None:
+            torch.testing.assert_close(matching, logits.diagonal(), **limits)
+
+
+def check_weights(rows, columns, width, scale, seed, device="cpu"):
+    image, text = _features(rows, columns, width, seed, device)
+    logits = _logits(image, text, scale)
+    # As if there were more images and texts than these.
+    row_lse, column_lse = logits.logsumexp(1) + 0.5, logits.logsumexp(0) + 0.25
+    matches = rows == columns
+    expected = (logits - row_lse[:, None]).exp() + (logits - column_lse).exp()
+    expected -= 2 * matches * torch.eye(rows, columns, device=device)
+    factor = torch.tensor(scale, device=device)
+    stride = -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = torch.full((rows + 1, stride), torch.nan, device=device, dtype=dtype)
+        out = whole[:rows, :columns]
+        kernels.softmax_weights(
+            image, text, factor, row_lse.float(), column_lse.float(), matches, out
+        )
+        assert torch.isnan(whole[rows]).all()
+        assert not whole[:rows, columns:].any()
+        error = (out - expected).abs()
+        # The interpreter rounds towards zero, which loses a bit of the eight.
+        rounding = expected.abs() * 2**-7 if dtype == torch.bfloat16 else 0.0
+        assert (error <= 1e-5 * max(1.0, abs(scale) / 10) + rounding).all()
+
+
+def check_sums_of_one_pair_are_its_logit(device="cpu"):
+    image, text = _features(1, 1, 24, 0, device)
+    row_lse, column_lse = torch.full((2, 1), -torch.inf, device=device)
+    matching = torch.empty(1, device=device)
+    scale = torch.tensor(100.0, device=device)
+    kernels.softmax_statistics(image, text, scale, row_lse, column_lse, matching)
+    assert row_lse == column_lse == matching
+
+
+def check_random_shapes(seed, device="cpu"):
+    draw = random.Random(seed)
+    rows, columns = draw.randint(1, 300), draw.randint(1, 300)
+    width, scale = draw.choice((8, 40, 64, 72)), draw.uniform(-5, 100)
+    check_statistics(rows, columns, width, scale, seed, device=device)
+    check_statistics(rows, rows, width, scale, seed, side=128, device=device)
+    check_weights(rows, columns, width, scale, seed, device=device)
+
+
+def check_two_runs_are_the_same_bits(device="cpu"):
+    image, text = _features(200, 200, 64, 0, device)
+    scale = torch.tensor(30.0, device=device)
+    runs = []
+    for _ in range(2):
+        row_lse, column_lse = torch.full((2, 200), -torch.inf, device=device)
+        kernels.softmax_statistics(image, text, scale, row_lse, column_lse, None)
+        runs.append(torch.cat([row_lse, column_lse]))
+    assert torch.equal(*runs)
