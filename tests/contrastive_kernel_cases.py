@@ -1,13 +1,16 @@
 """Checks of the contrastive kernels, for a GPU or Triton's interpreter (`interpreter`)."""
 
-import contextlib
 import random
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from contrastive_reference import assert_agree, chunked, reference
 from torch import Tensor
 
 from navit_clip.kernels import contrastive as kernels
+from navit_clip.losses import _tiles as tiles
 
 
 def _features(rows: int, columns: int, width: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -24,15 +27,6 @@ def _logits(image: Tensor, text: Tensor, scale: float) -> Tensor:
     return scale * image.double() @ text.double().T
 
 
-@contextlib.contextmanager
-def _launches_of(side: int):
-    before, kernels.SIDE = kernels.SIDE, side
-    try:
-        yield
-    finally:
-        kernels.SIDE = before
-
-
 def check_statistics(rows, columns, width, scale, seed, side=kernels.SIDE, device="cpu"):
     """Twice: into log-sum-exps of nothing, and into those of an earlier block."""
     image, text = _features(rows, columns, width, seed, device)
@@ -41,7 +35,7 @@ def check_statistics(rows, columns, width, scale, seed, side=kernels.SIDE, devic
     matching = torch.full((rows,), torch.nan, device=device) if rows == columns else None
     factor = torch.tensor(scale, device=device)
     for times in (1, 2):
-        with _launches_of(side):
+        with mock.patch.object(kernels, "SIDE", side):
             kernels.softmax_statistics(image, text, factor, row_lse, column_lse, matching)
         many = torch.tensor(float(times), dtype=torch.float64).log().to(device)
         limits = {"rtol": 1e-6, "atol": 1e-5 * max(1.0, abs(scale) / 10), "check_dtype": False}
@@ -102,3 +96,20 @@ def check_two_runs_are_the_same_bits(device="cpu"):
         kernels.softmax_statistics(image, text, scale, row_lse, column_lse, None)
         runs.append(torch.cat([row_lse, column_lse]))
     assert torch.equal(*runs)
+
+
+def check_loss(pairs, width, scale, seed, chunk_size, device="cpu"):
+    """The loss with the kernels in place of its tiles; products as CUDA computes them."""
+    image, text = _features(pairs, pairs, width, seed, device)
+    patches = {
+        "has_kernels": lambda features: True,
+        "operand_dtype": lambda features: torch.bfloat16,
+        "accumulate": lambda total, a, b: total.add_(a.float() @ b.float()),
+    }
+    with ExitStack() as stack:
+        for name, patch in patches.items() if device == "cpu" else ():
+            stack.enter_context(mock.patch.object(tiles, name, patch))
+        actual = chunked("softmax", image, text, scale, 0.0, chunk_size=chunk_size)
+    expected = reference("softmax", image.cpu(), text.cpu(), scale, 0.0)
+    assert actual.image.dtype == torch.bfloat16
+    assert_agree(type(actual)(*(x.cpu() for x in actual)), expected, 1e-2)

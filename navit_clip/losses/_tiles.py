@@ -5,19 +5,22 @@ texts (`_ring`). The four steps at the end (`softmax_statistics`, …) are all t
 between its matrix products. The CPU runs them as they stand, in two buffers that every tile
 shares. CUDA runs the same functions compiled, which makes a few kernels of a dozen; there every
 tile is one square buffer, ragged ones filled up with pairs that count for nothing, because ranks
-hold other numbers of pairs at every step and each new shape would be compiled again.
+hold other numbers of pairs at every step and each new shape would be compiled again. The softmax of
+bfloat16 features goes further there: kernels of `navit_clip.kernels` take its logits' place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from navit_clip.kernels.contrastive import ALIGNMENT
 
 
 def default_chunk_size(features: Tensor) -> int:
@@ -90,6 +93,27 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
+def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total`, contiguous, in another dtype, in its own memory if that is narrower.
+
+    At a quarter of a million pairs a copy is a quarter of what the backward pass may take.
+    """
+    if total.dtype.itemsize <= dtype.itemsize:
+        return total.to(dtype)
+    flat, length = total.view(-1), 2**22
+    narrow = flat.view(dtype)[: len(flat)]
+    for start in range(0, len(flat), length):
+        # Ends before the first number that is still to be read.
+        narrow[start : start + length] = flat[start : start + length].to(dtype)
+    return narrow.view(total.shape)
+
+
+def has_kernels(features: Tensor) -> bool:
+    """Whether the softmax runs in kernels that keep logits on the chip (`kernels.contrastive`)."""
+    bfloat16 = features.is_cuda and features.dtype == torch.bfloat16
+    return bfloat16 and find_spec("triton") is not None
+
+
 class Raw(NamedTuple):
     """A tile's products as the steps take them.
 
@@ -108,9 +132,14 @@ class Raw(NamedTuple):
     column_padding: Tensor | None
     scratch: Tensor | None
 
+    def matching(self, rows: int) -> Tensor:
+        """Logits of the matching pairs, [rows]; to be taken before a step."""
+        logits = self.logits.diagonal()[:rows]
+        return logits if self.scale is None else logits * self.scale
+
 
 class Tile(NamedTuple):
-    """Logits of consecutive image rows and consecutive text rows of the visiting block.
+    """Consecutive image rows and consecutive text rows of the visiting block.
 
     Attributes:
         rows: Which images, up to the side of the tile: in a tensor of one number per image a slice
@@ -118,7 +147,7 @@ class Tile(NamedTuple):
         columns: Which texts, likewise.
         image: [rows, D] operands of the products.
         text: [columns, D].
-        raw: Valid until the next tile.
+        scaled: `image` times the scale, where the products of logits take it.
         has_matches: Whether the tile's diagonal holds the matching pairs.
     """
 
@@ -126,13 +155,8 @@ class Tile(NamedTuple):
     columns: slice
     image: Tensor
     text: Tensor
-    raw: Raw
+    scaled: Tensor
     has_matches: bool
-
-    def matching(self) -> Tensor:
-        """Logits of the matching pairs, [rows]; to be taken before a step."""
-        logits = self.raw.logits.diagonal()[: len(self.image)]
-        return logits if self.raw.scale is None else logits * self.raw.scale
 
 
 class Tiler:
@@ -143,26 +167,44 @@ class Tiler:
         scale: 0-d factor of the logits, in their precision.
         largest: Pairs of the rank with the most.
         chunk_size: Side of the largest tile.
+        kernels: Logits are left to kernels, and buffers hold nothing but the weights made of them.
     """
 
-    def __init__(self, image_ED: Tensor, scale: Tensor, largest: int, chunk_size: int) -> None:
-        self.image_ED, self.scale = image_ED, scale
-        self.fused = is_fused(image_ED.device)
+    def __init__(
+        self,
+        image_ED: Tensor,
+        scale: Tensor,
+        largest: int,
+        chunk_size: int,
+        *,
+        kernels: bool = False,
+    ) -> None:
+        self.image_ED, self.scale, self.kernels = image_ED, scale, kernels
+        self.fused = is_fused(image_ED.device) and not kernels
         self._operand = operand_dtype(image_ED)
         # Scaled images save a pass over each tile, but would be rounded in half precision.
         self._scale_after = None if self._operand == scale.dtype else scale
-        self._scaled = scale.new_empty((min(chunk_size, len(image_ED)), image_ED.shape[1]))
         self._side = chunk_size
         if self.fused:
             # Few sizes, so that few are compiled; not one, so that a small batch is not all padding
             while self._side % 2 == 0 and chunk_size < 4 * self._side and largest <= self._side / 2:
                 self._side //= 2
-            self._buffers = scale.new_zeros((1, self._side**2))
             self._edge = scale.new_zeros(2 * self._side)
             self._edge[self._side :] = -torch.inf
-        else:
-            area = min(chunk_size, len(image_ED)) * min(chunk_size, largest)
-            self._buffers = scale.new_empty((2, area))
+        self._rows, self._columns = min(self._side, len(image_ED)), min(self._side, largest)
+
+    @cached_property
+    def _buffers(self) -> Tensor:
+        if self.kernels:
+            stride = -(-self._columns // ALIGNMENT) * ALIGNMENT
+            return self.image_ED.new_empty((1, self._rows * stride), dtype=self._operand)
+        if self.fused:
+            return self.scale.new_zeros((1, self._side**2))
+        return self.scale.new_empty((2, self._rows * self._columns))
+
+    @cached_property
+    def _scaled(self) -> Tensor:
+        return self.scale.new_empty((self._rows, self.image_ED.shape[1]))
 
     def vector(self, length: int, value: float) -> Tensor:
         """`length` numbers, and in fused tiles as many more as the last tile is padded by."""
@@ -176,34 +218,39 @@ class Tiler:
         """Consecutive slices of one side; the last may end later."""
         return [slice(start, start + self._side) for start in range(0, length, self._side)]
 
-    def tiles(self, text_MD: Tensor, is_own: bool) -> Iterator[Tile]:
-        """Yields every tile of this rank's images and `text_MD`, each valid until the next."""
-        for rows in self.slices(len(self.image_ED)):
-            image = self.image_ED[rows].to(self._operand)
-            scaled = image
-            if self._scale_after is None:
-                scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
-            for columns in self.slices(len(text_MD)):
-                text = text_MD[columns].to(self._operand)
-                raw = self._multiplied(scaled, text)
-                yield Tile(rows, columns, image, text, raw, is_own and rows == columns)
+    def strip(self, rows: slice, text_MD: Tensor, is_own: bool) -> Iterator[Tile]:
+        """Yields the tiles of some images and all of `text_MD`."""
+        image = self.image_ED[rows].to(self._operand)
+        scaled = image
+        if self._scale_after is None:
+            scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
+        for columns in self.slices(len(text_MD)):
+            text = text_MD[columns].to(self._operand)
+            yield Tile(rows, columns, image, text, scaled, is_own and rows == columns)
 
-    def run(self, step: Callable[..., Any], tile: Tile, *args: Any) -> Any:
-        """Calls one of the steps below, compiled where that is worth it."""
-        return (_compiled(step) if self.fused else step)(tile.raw, *args)
-
-    def _multiplied(self, image: Tensor, text: Tensor) -> Raw:
-        rows, columns = len(image), len(text)
+    def multiply(self, tile: Tile) -> Raw:
+        """The tile's products, valid until the next tile's."""
+        rows, columns = len(tile.image), len(tile.text)
         if self.fused:
             logits = self._buffers[0].view(self._side, self._side)
-            multiply(image, text.T, logits[:rows, :columns])
+            multiply(tile.scaled, tile.text.T, logits[:rows, :columns])
             # What an earlier tile left beyond is finite, hence -inf once the padding is added.
             paddings = self._padding(rows), self._padding(columns)
             return Raw(logits, self._scale_after, *paddings, None)
         # Cut from a flat buffer, the tile stays contiguous at ragged edges too.
         logits, scratch = (b[: rows * columns].view(rows, columns) for b in self._buffers)
-        multiply(image, text.T, logits)
+        multiply(tile.scaled, tile.text.T, logits)
         return Raw(logits, self._scale_after, None, None, scratch)
+
+    def run(self, step: Callable[..., Any], raw: Raw, *args: Any) -> Any:
+        """Calls one of the steps below, compiled where that is worth it."""
+        return (_compiled(step) if self.fused else step)(raw, *args)
+
+    def weights_buffer(self, tile: Tile) -> Tensor:
+        """Memory of the tile's weights as a kernel wants it, valid until the next tile's."""
+        rows, columns = len(tile.image), len(tile.text)
+        stride = -(-columns // ALIGNMENT) * ALIGNMENT
+        return self._buffers[0, : rows * stride].view(rows, stride)[:, :columns]
 
     def _padding(self, length: int) -> Tensor:
         return self._edge[self._side - length : 2 * self._side - length]

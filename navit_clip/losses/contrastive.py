@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from navit_clip.kernels import contrastive as kernels
 from navit_clip.losses import _tiles as tiles
 from navit_clip.losses._ring import DTYPES, Ring
 
@@ -161,30 +162,44 @@ def _feature_gradients(
         factor: What the gradients are multiplied by.
     """
     image_ED, scale = tiler.image_ED, tiler.scale
-    # Σ_j w_ij text_j: the image gradient but for the scale.
-    image_gradient_ED = torch.zeros_like(image_ED, dtype=scale.dtype)
+    # Sums over the texts of several visits are kept for all images; over those of one, for a strip.
+    once = len(ring.counts) == 1
+    image_gradient_ED = torch.zeros_like(image_ED, dtype=None if once else scale.dtype)
+    scale_gradient = factor.new_zeros(())
+
+    def finish(rows: slice, sum_RD: Tensor) -> None:
+        """Turns Σ_j w_ij text_j into the gradient of these images."""
+        # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
+        scale_gradient.add_((image_ED[rows] * sum_RD).sum())
+        sum_RD *= factor * scale
+        if sum_RD.dtype != image_gradient_ED.dtype:
+            image_gradient_ED[rows] = sum_RD
 
     def visit(is_own: bool, visited: tuple[Tensor, ...]) -> Tensor:
         text_MD, *vectors = visited
         vectors = [tiler.padded(vector) for vector in vectors]
         text_gradient_MD = torch.zeros_like(text_MD, dtype=scale.dtype)
-        for tile in tiler.tiles(text_MD, is_own):
-            weights = weigh(tile, *vectors)[: len(tile.image), : len(tile.text)]
-            tiles.accumulate(image_gradient_ED[tile.rows], weights, tile.text)
-            tiles.accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
+        for rows in tiler.slices(len(image_ED)):
+            sum_RD = image_gradient_ED[rows]
+            if sum_RD.dtype != scale.dtype:
+                sum_RD = torch.zeros_like(sum_RD, dtype=scale.dtype)
+            for tile in tiler.strip(rows, text_MD, is_own):
+                weights = weigh(tile, *vectors)[: len(tile.image), : len(tile.text)]
+                tiles.accumulate(sum_RD, weights, tile.text)
+                tiles.accumulate(text_gradient_MD[tile.columns], weights.T, tile.image)
+            if once:
+                finish(rows, sum_RD)
         return text_gradient_MD
 
     with _full_precision(image_ED):
         text_gradient_ED = ring.circulate(blocks, visit, merge=Tensor.add_)
-    scale_gradient = factor.new_zeros(())
-    for rows in tiler.slices(len(image_ED)):
-        # ∂loss/∂scale = Σ_ij w_ij image_i·text_j, here without the logits and for any scale.
-        scale_gradient += (image_ED[rows] * image_gradient_ED[rows]).sum()
-    image_gradient_ED *= factor * scale
+    if not once:
+        for rows in tiler.slices(len(image_ED)):
+            finish(rows, image_gradient_ED[rows])
     text_gradient_ED *= factor * scale
     return (
-        image_gradient_ED.to(image_ED.dtype),
-        text_gradient_ED.to(image_ED.dtype),
+        tiles.rounded(image_gradient_ED, image_ED.dtype),
+        tiles.rounded(text_gradient_ED, image_ED.dtype),
         scale_gradient * factor,
     )
 
@@ -194,19 +209,25 @@ class _SoftmaxLoss(torch.autograd.Function):
     def forward(
         ctx: Any, image_ED: Tensor, text_ED: Tensor, scale: Tensor, ring: Ring, chunk_size: int
     ) -> Tensor:
-        tiler = tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size)
+        tiler = _SoftmaxLoss.tiler(image_ED, scale, ring, chunk_size)
         row_lse = tiler.vector(len(image_ED), -torch.inf)
         matching_E = scale.new_empty(len(image_ED))
 
         def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
             (text_MD,) = blocks
             column_lse = tiler.vector(len(text_MD), -torch.inf)
-            for tile in tiler.tiles(text_MD, is_own):
-                if tile.has_matches:
-                    matching_E[tile.rows] = tile.matching()
-                row_lse[tile.rows], column_lse[tile.columns] = tiler.run(
-                    tiles.softmax_statistics, tile, row_lse[tile.rows], column_lse[tile.columns]
-                )
+            if tiler.kernels:
+                matching = matching_E if is_own else None
+                kernels.softmax_statistics(image_ED, text_MD, scale, row_lse, column_lse, matching)
+                return column_lse
+            for rows in tiler.slices(len(image_ED)):
+                for tile in tiler.strip(rows, text_MD, is_own):
+                    raw = tiler.multiply(tile)
+                    if tile.has_matches:
+                        matching_E[rows] = raw.matching(len(tile.image))
+                    row_lse[rows], column_lse[tile.columns] = tiler.run(
+                        tiles.softmax_statistics, raw, row_lse[rows], column_lse[tile.columns]
+                    )
             return column_lse[: len(text_MD)]
 
         column_lse_E = ring.circulate((text_ED,), visit, merge=torch.logaddexp)
@@ -221,22 +242,28 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         image_ED, text_ED, scale, row_lse_E, column_lse_E = ctx.saved_tensors
-        tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+        tiler = _SoftmaxLoss.tiler(image_ED, scale, ctx.ring, ctx.chunk_size)
         row_lse = tiler.padded(row_lse_E)
 
         def weigh(tile: tiles.Tile, column_lse: Tensor) -> Tensor:
-            return tiler.run(
-                tiles.softmax_weights,
-                tile,
-                row_lse[tile.rows],
-                column_lse[tile.columns],
-                tile.has_matches,
-                tile.image.dtype,
-            )
+            lses = row_lse[tile.rows], column_lse[tile.columns]
+            if tiler.kernels:
+                weights = tiler.weights_buffer(tile)
+                kernels.softmax_weights(
+                    tile.image, tile.text, scale, *lses, tile.has_matches, weights
+                )
+                return weights
+            raw = tiler.multiply(tile)
+            return tiler.run(tiles.softmax_weights, raw, *lses, tile.has_matches, tile.image.dtype)
 
         factor = loss_gradient / (2 * ctx.ring.total)
         gradients = _feature_gradients(tiler, ctx.ring, (text_ED, column_lse_E), weigh, factor)
         return (*gradients, None, None)
+
+    @staticmethod
+    def tiler(image_ED: Tensor, scale: Tensor, ring: Ring, chunk_size: int) -> tiles.Tiler:
+        kernels = tiles.has_kernels(image_ED)
+        return tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size, kernels=kernels)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -255,10 +282,11 @@ class _SigmoidLoss(torch.autograd.Function):
         def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
             (text_MD,) = blocks
             column_loss = tiler.vector(len(text_MD), 0.0)
-            for tile in tiler.tiles(text_MD, is_own):
-                column_loss[tile.columns] += tiler.run(
-                    tiles.sigmoid_losses, tile, bias, tile.has_matches
-                )
+            for rows in tiler.slices(len(image_ED)):
+                for tile in tiler.strip(rows, text_MD, is_own):
+                    column_loss[tile.columns] += tiler.run(
+                        tiles.sigmoid_losses, tiler.multiply(tile), bias, tile.has_matches
+                    )
             return column_loss[: len(text_MD)]
 
         column_loss_E = ring.circulate((text_ED,), visit, merge=Tensor.add_)
@@ -275,7 +303,11 @@ class _SigmoidLoss(torch.autograd.Function):
 
         def weigh(tile: tiles.Tile) -> Tensor:
             weights, column_sums = tiler.run(
-                tiles.sigmoid_weights, tile, bias, tile.has_matches, tile.image.dtype
+                tiles.sigmoid_weights,
+                tiler.multiply(tile),
+                bias,
+                tile.has_matches,
+                tile.image.dtype,
             )
             bias_gradient.add_(column_sums[: len(tile.text)].sum())
             return weights

@@ -41,5 +41,11 @@ def test_the_log_sum_exp_of_one_pair_is_its_logit_to_the_bit():
     run_kernels(cases.check_sums_of_one_pair_are_its_logit)
 
 
+@pytest.mark.parametrize(("pairs", "chunk_size"), [(1, 128), (150, 128), (150, 4096), (260, 100)])
+def test_the_loss_with_kernels(pairs, chunk_size):
+    for scale in (14.3, 100.0):
+        run_kernels(cases.check_loss, pairs, 64, scale, seed=4, chunk_size=chunk_size)
+
+
 def test_two_runs_are_the_same_bit_by_bit():
     run_kernels(cases.check_two_runs_are_the_same_bits)

@@ -184,11 +184,14 @@ def test_compiled_by_inductor(kind, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 700, 2500])
-def test_cuda_equals_its_eager_path_and_the_full_matrix(kind, dtype, n, monkeypatch):
+def test_every_path_of_cuda_equals_the_full_matrix(kind, dtype, n, monkeypatch):
     image, text = random_features(n, 128, seed=13, dtype=dtype)
     expected = reference(kind, image, text, 30.0, -10.0)
-    for fused in (True, False):
+    for fused, kernels in ((True, True), (True, False), (False, False)):
+        if kernels and dtype != torch.bfloat16:
+            continue
         monkeypatch.setattr(tiles, "is_fused", lambda device, fused=fused: fused)
+        monkeypatch.setattr(tiles, "has_kernels", lambda features, kernels=kernels: kernels)
         on_device = chunked(kind, image.cuda(), text.cuda(), 30.0, -10.0, chunk_size=1024)
         actual = type(on_device)(*(x.cpu() for x in on_device))
         assert_agree(actual, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -244,6 +247,7 @@ class RecordProducts(TorchDispatchMode):
 )
 def test_cuda_multiplies_bfloat16_under_autocast(kind, dtype, autocast, multiplied, monkeypatch):
     monkeypatch.setattr(tiles, "is_fused", lambda device: False)
+    monkeypatch.setattr(tiles, "has_kernels", lambda features: False)
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     loss = softmax_contrastive_loss if kind == "softmax" else sigmoid_contrastive_loss
     with FakeTensorMode(), RecordProducts() as products:
