@@ -121,7 +121,7 @@ def check_neighbours_change_no_bit(*, device: str) -> None:
 
 
 def check_two_runs_are_the_same_bits(*, device: str) -> None:
-    lengths = (1, 9, 14, 16, 33, 100, 200)
+    lengths = (1, 14, 33, 100)
     inputs = random_inputs(sum(lengths), 64, torch.bfloat16, True, device)
     first, second = (run(*inputs[:2], lengths, inputs[2], True) for _ in range(2))
     assert all(map(torch.equal, first, second))

@@ -11,7 +11,7 @@ in each run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,9 +37,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By class.
-FORWARD = (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(64, 8, 1))
-BACKWARD = (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(32, 8, 1))
+# By class, for heads of up to 64 and of more: without register spills where one program can do so.
+FORWARD = {
+    64: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(64, 8, 1)),
+    128: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(32, 8, 1)),
+}
+BACKWARD = {
+    64: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(32, 8, 1)),
+    128: (Tile(16, 2, 1), Tile(32, 4, 1), Tile(64, 8, 1), Tile(32, 8, 1), Tile(16, 8, 1)),
+}
+MAX_WIDTH = max(FORWARD)
+"""Widest head."""
 
 
 def short_attention_forward(
@@ -130,7 +138,7 @@ def short_attention_backward(
 
 def _launches(
     kernel: object,
-    tiles: Sequence[Tile],
+    tiles: Mapping[int, Sequence[Tile]],
     qkv_T3HD: Tensor,
     bounds: Sequence[int],
     q_weight: Tensor | None,
@@ -146,7 +154,7 @@ def _launches(
     for i, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
-        keys, warps, stages = tiles[i]
+        keys, warps, stages = tiles[64 if width <= 64 else MAX_WIDTH][i]
         options = {
             "scale": width**-0.5,
             "H": heads,

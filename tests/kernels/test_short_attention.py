@@ -18,20 +18,22 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_values_and_gradients(dtype, width, causal, norm):
     # On a device each class of each variant is compiled, in float32 for up to a minute.
-    lengths = (1, 5, 16, 19) if dtype == torch.float32 else (1, 14, 16, 17, 40)
+    lengths = (1, 5, 16, 19) if dtype == torch.float32 else (1, 14, 17, 40)
     run_kernels(cases.check, lengths, dtype=dtype, width=width, causal=causal, norm=norm)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("width", [64, 128])
-def test_shortest_and_longest_of_each_class(width, causal):
-    lengths = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256)
-    run_kernels(cases.check, lengths, width=width, causal=causal)
+def test_shortest_and_longest_of_each_class(causal):
+    run_kernels(cases.check, (1, 16, 17, 32, 33, 64, 65, 128, 129, 256), causal=causal)
+
+
+def test_wide_heads_in_each_class():
+    run_kernels(cases.check, (16, 32, 64, 65, 129), width=128)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_lengths(seed):
-    lengths = sorted(random.Random(seed).choices(range(150), k=8))  # empty ones included
+    lengths = sorted(random.Random(seed).choices(range(150), k=5))  # empty ones included
     run_kernels(cases.check, lengths, causal=seed == 2, seed=seed)
 
 
