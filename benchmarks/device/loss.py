@@ -1,6 +1,7 @@
 """The contrastive loss on one GPU: errors against float64, time and memory, and open_clip's.
 
-What decides in which precision features are multiplied, and the side of tiles.
+What decides in which precision features are multiplied, the side of tiles, and the blocks of the
+kernels.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,19 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from benchmarks.device.setting import Setting, extra_memory
+from navit_clip.kernels import contrastive as kernels
+from navit_clip.losses import _tiles as tiles
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 _WIDTH = 512
 _TRAINED_SCALE, _FIRST_SCALE = 100.0, 14.3
+# Other blocks for the kernels of the forward and of the backward pass than those they have.
+_BLOCKS = {
+    "backward_two_per_processor": kernels.Block(128, 128, 64, 8, 3, registers=128),
+    "backward_four_stages": kernels.Block(128, 128, 64, 8, 4),
+    "forward_wide": kernels.Block(128, 256, 64, 8, 3),
+    "forward_short_steps": kernels.Block(128, 128, 32, 8, 4),
+}
 
 
 def check_loss(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -43,9 +54,12 @@ def check_loss(setting: Setting) -> Iterator[dict[str, Any]]:
     torch.backends.cuda.matmul.allow_tf32 = True
     yield {"32k_tf32": _measure(setting, ours, large, fp32)}
     torch.backends.cuda.matmul.allow_tf32 = False
-    for side in (2048, 8192):
-        sided = partial(ours, chunk_size=side)
-        yield {f"32k_bf16_side{side}": _measure(setting, sided, large, bf16)}
+    yield {"32k_bf16_side8192": _measure(setting, partial(ours, chunk_size=8192), large, bf16)}
+    with mock.patch.object(tiles, "has_kernels", return_value=False):
+        yield {"32k_bf16_tiles": _measure(setting, ours, large, bf16)}
+    for name, block in _BLOCKS.items():
+        with mock.patch.object(kernels, name.partition("_")[0].upper(), block):
+            yield {f"32k_bf16_{name}": _measure(setting, ours, large, bf16)}
 
 
 def _name(dtype: torch.dtype) -> str:

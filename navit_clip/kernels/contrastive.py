@@ -30,6 +30,7 @@ class Block(NamedTuple):
         width: Numbers of each feature that are multiplied at a time.
         warps: Warps of the program.
         stages: Steps of `width` in flight.
+        registers: Most that a thread may have, None for as many as it wants.
     """
 
     images: int
@@ -37,6 +38,7 @@ class Block(NamedTuple):
     width: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 FORWARD = Block(128, 128, 64, 8, 3)
@@ -159,4 +161,5 @@ def _options(image: Tensor, block: Block) -> dict[str, Any]:
         "DOT": dot,
         "num_warps": block.warps,
         "num_stages": block.stages,
+        "maxnreg": block.registers,
     }
