@@ -184,21 +184,23 @@ attend.register_autograd(_differentiate, setup_context=_setup_context)
 @register_flop_formula(torch.ops.navit_clip.attend, get_raw=True)
 def _flops(q_THD: Tensor, k_SHD: Tensor, *args: Any, **_: Any) -> int:
     """Two products; causal attention counts whole, as in `navit_clip.models.flops`."""
-    return 4 * _multiply_adds(q_THD, k_SHD, *args[3:5])
+    return 4 * q_THD[0].numel() * scores(len(q_THD) * len(k_SHD), *args[3:5])
 
 
 @register_flop_formula(torch.ops.navit_clip.attend_backward, get_raw=True)
 def _backward_flops(_grad: Tensor, q_THD: Tensor, k_SHD: Tensor, *args: Any, **_: Any) -> int:
     """Five products, that of the scores included, which is computed again."""
-    return 10 * _multiply_adds(q_THD, k_SHD, *args[5:7])
+    return 10 * q_THD[0].numel() * scores(len(q_THD) * len(k_SHD), *args[5:7])
 
 
-def _multiply_adds(q_THD: Tensor, k_SHD: Tensor, layout_q: Tensor, layout_k: Tensor) -> int:
-    """Of one product; as if all examples were equally long, if the tensors have no content."""
-    tokens, heads, width = q_THD.shape
+def scores(dense: int, layout_q: Tensor, layout_k: Tensor) -> int:
+    """Pairs of a query and a key, by layouts, for the count of floating-point operations.
+
+    Where layouts have no content: what equally long examples make of the `dense` pairs of all.
+    """
     if isinstance(layout_q, FakeTensor):
-        return heads * width * tokens * len(k_SHD) // max(1, len(layout_q) - 3)
-    return heads * width * int((layout_q[3:].long() * layout_k[3:]).sum())
+        return dense // max(1, len(layout_q) - 3)
+    return int((layout_q[3:].long() * layout_k[3:]).sum())
 
 
 def _flash(
@@ -241,7 +243,7 @@ def _flash_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = q_THD.shape[-1]
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q_THD.device)  # left unread
     grads = torch.ops.aten._flash_attention_backward(
         *map(_widened, (grad_THD, q_THD, k_SHD, v_SHD, out_THD)),
         lse,
@@ -249,7 +251,7 @@ def _flash_backward(
         0.0,
         causal,
         no_dropout,
-        no_dropout.new_empty(0),
+        torch.empty(0, device=q_THD.device),
         scale=width**-0.5,
         window_size_left=-1,
         window_size_right=0 if causal else -1,

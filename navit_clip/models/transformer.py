@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from navit_clip.configs import check_choices
 from navit_clip.models.attention import self_attention
 from navit_clip.models.linear import Linear
+from navit_clip.models.packed_attention_op import attend_packed
 from navit_clip.models.rope import Rotary
 from navit_clip.packed.segments import Segments
 
@@ -123,12 +124,22 @@ class LayerNorm(nn.LayerNorm):
 
 
 class SegmentAttention(nn.Module):
-    """Multi-head self-attention within each segment, with optional query-key norm."""
+    """Multi-head self-attention within each segment, with optional query-key norm.
+
+    Attributes:
+        packed: Attend by the operator that reads queries, keys and values where their projection
+            wrote them, and has kernels of its own for short segments; see `packed_attention_op`.
+        bare_norm: There is a query-key norm, and it has no biases.
+        norm_eps: Of that norm.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.causal = config.causal
+        self.packed = False
+        self.bare_norm = config.qk_norm and not config.norm_bias
+        self.norm_eps = config.norm_eps
         head_width = config.width // config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
         self.out = Linear(config.width, config.width, bias=config.mlp_bias)
@@ -140,16 +151,39 @@ class SegmentAttention(nn.Module):
 
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """Attends within segments; [T, C] to [T, C]."""
-        q_THD, k_THD, v_THD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        qkv_T3HD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1))
+        attend = self._attend_packed if self.packed else self._attend
+        return self.out(attend(qkv_T3HD, segments, rotary).flatten(-2))
+
+    def _attend(self, qkv_T3HD: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
+        q_THD, k_THD, v_THD = self._normalised(qkv_T3HD, rotary)
+        return self_attention(q_THD, k_THD, v_THD, segments, causal=self.causal)
+
+    def _attend_packed(self, qkv_T3HD: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        # Biases and rotations are not known to the operator.
+        if self.bare_norm and rotary is None:
+            assert isinstance(q_norm, LayerNorm)
+            assert isinstance(k_norm, LayerNorm)
+            weights = (q_norm.weight, k_norm.weight)
+        else:
+            qkv_T3HD = torch.stack(self._normalised(qkv_T3HD, rotary), 1)
+        out_THD: Tensor = attend_packed(
+            qkv_T3HD, *weights, self.norm_eps, segments.offsets, segments.layout, self.causal
+        )[0]
+        return out_THD
+
+    def _normalised(self, qkv_T3HD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(-3)
         q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
         if rotary is not None:
             q_THD, k_THD = rotary.rotate(q_THD), rotary.rotate(k_THD)
-        if v_THD.device.type != "cpu":
+        if v_THD.device.type != "cpu" or self.packed:
             # Under autocast a LayerNorm returns float32, which kernels would not accept beside
             # half-precision values. A CPU attends in float32 anyway.
             q_THD, k_THD = q_THD.to(v_THD.dtype), k_THD.to(v_THD.dtype)
-        y_THD = self_attention(q_THD, k_THD, v_THD, segments, causal=self.causal)
-        return self.out(y_THD.flatten(-2))
+        return q_THD, k_THD, v_THD
 
 
 class Mlp(nn.Module):
@@ -268,6 +302,12 @@ class Encoder(nn.Module):
             else:
                 x_TC = block(x_TC, segments, rotary)
         return x_TC
+
+    def pack_attention(self) -> None:
+        """Sets all blocks' `SegmentAttention.packed`."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.packed = True
 
     def _mark_dynamic(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> None:
         """Tells the compiler which sizes differ from batch to batch, to compile once for all."""

@@ -41,15 +41,19 @@ class ParallelConfig:
             block again in the backward pass: less memory, about a third more arithmetic.
         compile: Run each block of the encoders as one graph of `torch.compile`; by default on
             CUDA alone. Worth most with data.pad_to_budget, which keeps shapes fixed.
+        attention: Which kernels attend on CUDA. ``varlen``: FlashAttention, for segments of any
+            length. ``short``: our own for those of up to 256 tokens, FlashAttention for longer
+            ones. ``auto``: the one that is known to be faster.
 
     Raises:
-        ValueError: If `kind` is unknown.
+        ValueError: If `kind` or `attention` is unknown.
     """
 
     kind: Literal["ddp", "fsdp"] = "ddp"
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     compile: bool | None = None
+    attention: Literal["auto", "varlen", "short"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -86,8 +90,11 @@ class ParallelModel:
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
-                if ranks.device.type == "cuda" if config.compile is None else config.compile:
+                cuda = ranks.device.type == "cuda"
+                if cuda if config.compile is None else config.compile:
                     module.compile_blocks()
+                if cuda and config.attention == "short":  # which auto becomes once it is measured
+                    module.pack_attention()
         if ranks.world_size == 1:
             return
         if config.kind == "ddp":
