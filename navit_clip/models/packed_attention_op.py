@@ -19,8 +19,6 @@ from torch.utils.flop_counter import register_flop_formula
 from navit_clip.kernels import short_attention
 from navit_clip.models.attention_op import attend, attend_backward, scores
 
-_WIDEST = 128  # head of our own kernels
-
 
 @torch.library.custom_op("navit_clip::attend_packed", mutates_args=())
 def attend_packed(
@@ -117,7 +115,7 @@ def attend_packed_backward(
 def _outputs(qkv_T3HD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     tokens, _three, heads, width = qkv_T3HD.shape
     out_THD = qkv_T3HD.new_empty(tokens, heads, width)
-    return out_THD, out_THD.new_empty(heads, tokens, dtype=_precise(qkv_T3HD))
+    return out_THD, out_THD.new_zeros(heads, tokens, dtype=_precise(qkv_T3HD))
 
 
 @attend_packed_backward.register_fake
@@ -184,7 +182,7 @@ def _short(qkv_T3HD: Tensor, layout: Tensor) -> _Short:
 
 def takes_kernels(qkv_T3HD: Tensor) -> bool:
     """Whether our own kernels can take short segments of these."""
-    return qkv_T3HD.is_cuda and qkv_T3HD.shape[-1] <= _WIDEST and _has_triton()
+    return qkv_T3HD.is_cuda and qkv_T3HD.shape[-1] <= short_attention.MAX_WIDTH and _has_triton()
 
 
 @cache
