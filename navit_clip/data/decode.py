@@ -146,8 +146,10 @@ class OpenedImage:
     """
 
     def __init__(self, image: Image.Image) -> None:
-        if image.mode == "F":
-            raise ValueError("mode F has no range that says what is white: convert it to RGB")
+        if image.mode in ("F", "I"):
+            raise ValueError(
+                f"mode {image.mode} has no range that says what is white: convert it to RGB"
+            )
         if 0 in image.size:
             raise ValueError(f"it has no pixels: {image.width}×{image.height}")
         self._rgb = _to_rgb(ImageOps.exif_transpose(image))
@@ -264,7 +266,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode: 16-bit scaled to 8, transparency laid on white."""
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.float32)
         image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from navit_clip.models.linear import Linear
+
+_CONSTANTS = ("pixel_scale", "pixel_shift")
 
 
 class PatchEmbed(Linear):
@@ -40,7 +42,19 @@ class PatchEmbed(Linear):
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchEmbed:
+        """Moves and converts the module; the constants stay in float32 at least."""
+        before = {name: getattr(self, name) for name in _CONSTANTS}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            # Rounded to bfloat16, the scale would make all pixels 0.4% larger.
+            if moved.dtype.itemsize < 4:
+                setattr(self, name, value.to(moved.device, torch.float32))
+        return self
+
     def forward(self, patches_TK: Tensor) -> Tensor:
         """uint8 [T, P·P·3], each patch row by row with channels last, to [T, C]."""
         pixels_TK = patches_TK.to(self.pixel_scale.dtype)
-        return super().forward(torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale))
+        pixels_TK = torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale)
+        return super().forward(pixels_TK.to(self.weight.dtype))
