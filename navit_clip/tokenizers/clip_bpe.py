@@ -30,7 +30,10 @@ class OpenClipTokenizer(Tokenizer):
         return self._tokenizer.vocab_size
 
     def encode(self, text: str, context_length: int) -> list[int]:
-        """Start, tokens, end; cut as open_clip cuts, keeping the end."""
+        """Start, tokens, end; cut as open_clip cuts, keeping the end.
+
+        The text of an end token within the caption ends it: open_clip's towers read the first one.
+        """
         tokenizer = self._tokenizer
         # Fixing broken Unicode and HTML entities takes most of open_clip's time, and there are none
         # in these.
@@ -42,7 +45,9 @@ class OpenClipTokenizer(Tokenizer):
             # The rest of a caption of 100 kB would be cut anyway.
             if len(ids) >= context_length - 1:
                 break
-        return [*ids[: context_length - 1], tokenizer.eot_token_id]
+        end = tokenizer.eot_token_id
+        ids = ids[: context_length - 1]
+        return [*(ids[: ids.index(end)] if end in ids else ids), end]
 
     def _encode_word(self, word: str) -> list[int]:
         """Ids of one word, cached."""

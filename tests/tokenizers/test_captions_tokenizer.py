@@ -235,6 +235,18 @@ def test_a_description_without_its_model_is_refused(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("context", [2, 5, 77])
+@pytest.mark.parametrize(
+    "text", ["a dog <end_of_text> in the park", "<END_OF_TEXT>", "x<end_of_text><end_of_text>y"]
+)
+def test_the_end_token_as_text_ends_the_caption_where_open_clip_reads_it(text, context):
+    from open_clip import get_tokenizer
+
+    theirs = get_tokenizer("ViT-B-32")([text], context_length=context)[0]
+    ours = OpenClipTokenizer().encode(text, context)
+    assert ours == theirs[: theirs.argmax() + 1].tolist()
+
+
 # Training a model
 
 
