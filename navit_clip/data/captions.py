@@ -2,7 +2,8 @@
 
 A sample may carry several: text members (``txt``, ``title.txt``) and JSON fields
 (``json.captions``, a string or a list), each field with a weight, as WebLI has alternative text,
-title and OCR.
+title and OCR. ``all`` is every caption of the image, counted once: `make_shards` and img2dataset
+repeat in ``txt`` what the JSON holds.
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import numpy as np
 
 from navit_clip.errors import SkipSampleError
 
+ALL = "all"
+_ALL_FIELDS = ("json.captions", "json.caption", "txt")
+
 
 def find_captions(members: Mapping[str, bytes], field: str) -> list[str]:
     """All non-empty captions in one field.
 
     Args:
         members: Content by extension.
-        field: Extension of a text member, such as ``txt`` or ``title.txt``; or ``json.FIELD`` for
-            a field of the JSON member.
+        field: Extension of a text member, such as ``txt`` or ``title.txt``; ``json.FIELD`` for
+            a field of the JSON member; or ``all`` for ``json.captions`` and what ``json.caption``
+            and ``txt`` have besides.
 
     Raises:
         SkipSampleError: If the bytes are not UTF-8, or not JSON, or escape half a character.
     """
+    if field == ALL:
+        every: list[str] = []
+        for part in _ALL_FIELDS:
+            texts = find_captions(members, part)
+            # Compared with other fields only: a caption that two people wrote stays twice.
+            every += [text for text in texts if text not in every]
+        return every
     is_json = field.startswith("json.")
     extension = "json" if is_json else field
     if extension not in members:

@@ -39,7 +39,7 @@ class RetrievalSpec(EvalSpec):
             Parquet.
         image_column: Of a table: the image's path.
         caption_columns: Of a table: captions.
-        fields: Caption fields in shards: ``txt``, ``json.FIELD``.
+        fields: Caption fields in shards: ``all``, ``txt``, ``json.FIELD``.
         split: Of a Karpathy file; by default ``test`` if it has one.
 
     Raises:
@@ -54,7 +54,7 @@ class RetrievalSpec(EvalSpec):
     caption_columns: tuple[str, ...] = field(
         default=("caption",), metadata={"flag": "--caption-column"}
     )
-    fields: tuple[str, ...] = ("txt",)
+    fields: tuple[str, ...] = ("all",)
     split: str | None = None
 
     def __post_init__(self) -> None:

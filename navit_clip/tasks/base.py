@@ -8,7 +8,7 @@ and `Task` and name the configuration in `navit_clip.tasks.registry`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.config import DataConfig
+from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import Model
 from navit_clip.packed.batch import Inputs
@@ -79,6 +80,10 @@ class Task(ABC):
         Raises:
             UserError: If the tokenizer does not fit the model.
         """
+
+    def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:
+        """Lines for the start of a run: what it reads of its data, and what it leaves unread."""
+        return iter(())
 
     @abstractmethod
     def loss(self, outputs: Any, inputs: Sequence[Inputs], counts: Sequence[float]) -> Loss:

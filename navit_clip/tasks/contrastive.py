@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.configs import check_choices
 from navit_clip.data.builders.pairs import PairBuilder, PairInputs
 from navit_clip.data.config import DataConfig, check_captions
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.sizing import default_max_tokens
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import PackedModel
@@ -27,6 +28,7 @@ from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
 from navit_clip.packed.batch import Inputs
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
+from navit_clip.tasks.caption_report import report_captions
 from navit_clip.tasks.locking import LockConfig, lock_towers
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
@@ -66,8 +68,9 @@ class ContrastiveConfig(TaskConfig):
         model: Architecture of both towers; that of `init` if it is given.
         loss: The loss over all pairs of all ranks.
         lock: Which towers keep their first weights.
-        captions: Caption field to sampling weight: ``txt``, any text member such as
-            ``title.txt``, or ``json.FIELD``. A dataset of data.mix may have its own.
+        captions: Caption field to sampling weight: ``all`` captions of an image (those of
+            ``json.captions``, ``json.caption`` and ``txt``, each once), ``txt``, any text member
+            such as ``title.txt``, or ``json.FIELD``. A dataset of data.mix may have its own.
 
     Raises:
         ValueError: If fields do not fit each other; names them.
@@ -79,7 +82,7 @@ class ContrastiveConfig(TaskConfig):
     model: CLIPConfig = field(default_factory=CLIPConfig)
     loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
-    captions: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
+    captions: dict[str, float] = field(default_factory=lambda: {"all": 1.0})
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -166,6 +169,12 @@ class ContrastiveTask(Task):
             image.position.max_grid_side,
             seed,
         )
+
+    def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:
+        """Which captions are read, and how much of them the tokenizer knows."""
+        if tokenizer is None:
+            return iter(())
+        return report_captions(mixture, self.config.captions, tokenizer)
 
     def count(self, inputs: Inputs) -> float:
         """Pairs."""

@@ -28,11 +28,14 @@ class Tokenizer(ABC):
         kind: As in `TokenizerConfig`.
         pad_id: Of the token that every caption is filled up with to the context; None if captions
             stay as long as they are.
+        unknown_id: Of the piece that stands for any text the vocabulary lacks; None if it lacks
+            none, as with bytes for pieces.
         model: Content of the file that it was read from, None if it comes from none.
     """
 
     kind: str
     pad_id: int | None = None
+    unknown_id: int | None = None
     model: bytes | None = None
 
     @property

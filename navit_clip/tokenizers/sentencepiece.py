@@ -37,6 +37,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._end = self._processor.eos_id()
         if self._end < 0:
             raise UserError(f"{path} has no end-of-sentence piece; train it with one")
+        # With a piece for each byte nothing is unknown.
+        if not self._processor.is_byte(self._processor.piece_to_id("<0x00>")):
+            self.unknown_id = self._processor.unk_id()
 
     @property
     def vocab_size(self) -> int:

@@ -50,6 +50,7 @@ class SiglipTokenizer(Tokenizer):
                 f"{path} has no padding token {pad!r} among its {self.vocab_size} ids: set pad_id"
             )
         self.pad_id = pad_id
+        self.unknown_id = vocabulary.unknown_id
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +95,7 @@ class _Json:
         if not empty or empty[-1] != word[-1]:
             raise UserError(f"{path} puts no end token behind a caption: it is not SigLIP's")
         self._end: int = empty[-1]
+        self.unknown_id = self.id_of("<unk>")
 
     def encode(self, text: str, context_length: int) -> list[int]:
         return [*self._tokenizer.encode(text).ids[:-1][: context_length - 1], self._end]

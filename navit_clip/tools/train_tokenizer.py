@@ -22,6 +22,8 @@ from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import write_output
 
+_MEASURED = 100_000  # captions, evenly spread, that unknown pieces are counted in
+
 
 def iterate_captions(shards: Sequence[str], fields: Sequence[str]) -> Iterator[str]:
     """Every readable caption of every field, shard by shard, with a progress bar."""
@@ -44,7 +46,10 @@ def train_tokenizer(
     vocab_size: int,
     output: Path,
     model_type: Literal["unigram", "bpe"] = "unigram",
-) -> int:
+    *,
+    coverage: float = 0.9995,
+    byte_fallback: bool = False,
+) -> tuple[int, float]:
     """Trains a model and writes it.
 
     Args:
@@ -54,9 +59,12 @@ def train_tokenizer(
         output: The file to write.
         model_type: ``unigram``, the paper's; ``bpe`` keeps whole words of a small vocabulary, where
             unigram falls apart into letters.
+        coverage: Fraction of all characters that get a piece; the rarest do not, and are unknown.
+        byte_fallback: Spell characters without a piece as bytes, for which 256 pieces are kept:
+            nothing is unknown.
 
     Returns:
-        How many pieces the model has.
+        How many pieces the model has, and the fraction of the captions' pieces that are unknown.
 
     Raises:
         UserError: If there is no caption, SentencePiece refuses the size, or the file cannot be
@@ -74,11 +82,15 @@ def train_tokenizer(
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
+            character_coverage=coverage,
+            byte_fallback=byte_fallback,
             # Few distinct words, as in generated captions, allow fewer pieces than asked for.
             hard_vocab_limit=False,
             # More sentences teach a 32k vocabulary nothing, and cost memory.
             input_sentence_size=2_000_000,
             shuffle_input_sentence=True,
+            # Longer captions than its 4,192 bytes it would leave out, all of them perhaps.
+            max_sentence_length=1 << 20,
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -90,7 +102,9 @@ def train_tokenizer(
         raise UserError(f"SentencePiece cannot train {vocab_size} pieces: {error}") from error
     write_output(output, model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return processor.vocab_size()
+    ids = processor.encode(captions[:: max(1, len(captions) // _MEASURED)])
+    total = sum(map(len, ids))
+    return processor.vocab_size(), sum(row.count(processor.unk_id()) for row in ids) / max(1, total)
 
 
 def main(
@@ -100,19 +114,50 @@ def main(
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--shards", nargs="+", required=True, help="tars, folders or patterns")
     parser.add_argument(
-        "--captions", nargs="+", default=["txt"], help="caption fields, such as txt json.captions"
+        "--captions", nargs="+", default=["all"], help="caption fields, such as txt json.title; all"
     )
     parser.add_argument("--vocab-size", type=number(8), default=32000)
     parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    parser.add_argument(
+        "--coverage",
+        type=_fraction,
+        default=0.9995,
+        help="fraction of all characters that get a piece, others are unknown; 1 for every script",
+    )
+    parser.add_argument(
+        "--byte-fallback",
+        action="store_true",
+        help="spell characters without a piece as bytes (256 pieces): no text is unknown",
+    )
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     return run_command(parser, _train, argv)
 
 
 def _train(args: argparse.Namespace) -> int:
     shards = expand_shards(args.shards)
-    pieces = train_tokenizer(shards, args.captions, args.vocab_size, args.output, args.model_type)
-    print(f"wrote {args.output}: {pieces} pieces")
+    pieces, unknown = train_tokenizer(
+        shards,
+        args.captions,
+        args.vocab_size,
+        args.output,
+        args.model_type,
+        coverage=args.coverage,
+        byte_fallback=args.byte_fallback,
+    )
+    print(f"wrote {args.output}: {pieces} pieces, {unknown:.2%} of those of the captions unknown")
+    if unknown:
+        print("captions that differ in unknown pieces alone get the same ids: --byte-fallback")
     return 0
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction above 0, at most 1, got {text!r}")
+    return value
 
 
 if __name__ == "__main__":

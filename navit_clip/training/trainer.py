@@ -147,6 +147,10 @@ class _Run:
             + (f"continuing from step {self.start}" if self.start else "from step 0")
         )
 
+        if ranks.is_first:
+            for line in self.task.report(self.mixture, self.tokenizer):
+                self.progress.log(line)
+
     def close(self) -> None:
         self.checkpoints.close()
         self.progress.close()

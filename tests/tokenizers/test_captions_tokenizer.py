@@ -16,6 +16,7 @@ from shard_factory import CAPTIONS, write_shard, write_tar
 
 from navit_clip.data.captions import choose_caption, find_captions
 from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.tasks.contrastive import ContrastiveConfig
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -41,6 +42,28 @@ def test_captions_of_a_member_and_of_json_fields():
     assert find_captions(members, "json.title") == ["t"]
     for absent in ("json.width", "json.url", "json.none", "cls", "cls.field"):
         assert find_captions(members, absent) == []
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        # As make_shards writes them: the first one twice, but one caption.
+        ({"txt": b"a", "json": as_json(captions=["a", "b"], title="t")}, ["a", "b"]),
+        ({"txt": b"a", "json": as_json(caption="a", url="u", key="k")}, ["a"]),  # img2dataset
+        ({"txt": b"x", "json": as_json(captions=["a", " b "])}, ["a", "b", "x"]),
+        ({"txt": b"x"}, ["x"]),
+        ({"json": as_json(captions=["a", "b", "a"])}, ["a", "b", "a"]),
+        ({"title.txt": b"x"}, []),
+    ],
+)
+def test_all_captions_of_an_image_are_each_counted_once(members, expected):
+    assert find_captions(members, "all") == expected
+
+
+def test_by_default_every_caption_of_a_sample_is_drawn_alike():
+    members = {"txt": b"0", "json": as_json(captions=list("01234"))}
+    found = frequencies(members, ContrastiveConfig().captions)
+    assert_frequencies(found, dict.fromkeys("01234", 1 / 5))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +307,52 @@ def test_training_reads_every_field_and_skips_bad_captions(captioned, tmp_path, 
     assert unknown in without.encode("zebra", 20)
     assert unknown not in both.encode("zebra", 20)
     assert unknown not in both.encode(CAPTIONS[0], 50)
+
+
+SCRIPTS = ["東京の猫", "大阪の犬", "party 🐈", "party 🚀"]
+
+
+@pytest.fixture
+def rare_scripts(tmp_path):
+    texts = [*CAPTIONS * 400, *SCRIPTS]
+    samples = {str(i): {"txt": text.encode()} for i, text in enumerate(texts)}
+    return write_shard(tmp_path / "scripts.tar", samples)
+
+
+@pytest.mark.parametrize(
+    ("flags", "distinct"),
+    [((), False), (("--coverage", 1), True), (("--byte-fallback",), True)],
+)
+def test_scripts_that_a_tokenizer_does_not_know_are_reported(
+    flags, distinct, rare_scripts, tmp_path, capsys
+):
+    size = 320 if "--byte-fallback" in flags else 64
+    output = tmp_path / "t.model"
+    assert train("--shards", rare_scripts, "--vocab-size", size, "--output", output, *flags) == 0
+    printed = capsys.readouterr().out
+    tokenizer = SentencePieceTokenizer(output)
+    found = {tuple(tokenizer.encode(text, 77)) for text in SCRIPTS}
+    assert (len(found) == len(SCRIPTS)) == distinct
+    assert ("--byte-fallback" in printed) != distinct
+    assert (tokenizer.unknown_id is None) == ("--byte-fallback" in flags)
+    if "--byte-fallback" in flags:
+        # And of no other script either.
+        assert len({tuple(tokenizer.encode(text, 77)) for text in "γδжש😀"}) == 5
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.1", "nan", "all"])
+def test_a_coverage_that_is_no_fraction(fraction, captioned, tmp_path, capsys):
+    assert train("--shards", captioned, "--output", tmp_path / "t", "--coverage", fraction) == 2
+    assert "expected a fraction above 0" in capsys.readouterr().err
+
+
+def test_captions_of_any_length_are_learnt_from(tmp_path):
+    long = {str(i): {"txt": " ".join(CAPTIONS * 90).encode()} for i in range(3)}
+    shard = write_shard(tmp_path / "long.tar", long)
+    output = tmp_path / "t.model"
+    assert train("--shards", shard, "--vocab-size", 64, "--output", output) == 0
+    tokenizer = SentencePieceTokenizer(output)
+    assert tokenizer.unknown_id not in tokenizer.encode(CAPTIONS[0], 50)
 
 
 def test_training_twice_gives_the_same_model(captioned, tmp_path):

@@ -33,7 +33,7 @@ def main(
     parser.add_argument("--config", help="a recipe or a training YAML: also measure its packing")
     parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
     parser.add_argument(
-        "--captions", nargs="+", help="caption fields, such as txt json.captions; the config's"
+        "--captions", nargs="+", help="caption fields, such as txt json.title; the config's, or all"
     )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw one batch")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write what is printed")

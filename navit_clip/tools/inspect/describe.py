@@ -51,7 +51,7 @@ def to_json(
         context_length: Most text tokens, at which captions are cut; None if no tokenizer was given
             and tokens mean nothing.
     """
-    left_out = set() if context_length else {"text_tokens"}
+    left_out = {"unknown"} if context_length else {"unknown", "text_tokens"}
     left_out |= set() if packing else {"tokens", "kept_tokens"}
     found: dict[str, Any] = {
         "shards": statistics.shards,
@@ -71,6 +71,11 @@ def to_json(
         cut = statistics.columns["text_tokens"] > context_length
         found["captions_cut"] = float(cut.mean())
         found["context_length"] = context_length
+        unknown = statistics.columns.get("unknown", np.zeros(0))
+        # Of a tokenizer that knows every text there is nothing to count.
+        if len(unknown):
+            found["unknown"] = float(unknown.sum() / statistics.columns["text_tokens"].sum())
+            found["captions_with_unknown"] = float((unknown > 0).mean())
     if packing:
         found["packing"] = packing_to_json(packing.batches)
     return found
@@ -111,6 +116,11 @@ def to_text(found: dict[str, Any]) -> str:
         if title == "captions" and "captions_cut" in found:
             cut = f"cut at {found['context_length']} tokens"
             lines.append(_line(cut, f"{found['captions_cut']:.1%}"))
+        if title == "captions" and "unknown" in found:
+            note = f"in {found['captions_with_unknown']:.1%} of captions"
+            if found["unknown"]:
+                note += ", alike to the model: train_tokenizer --byte-fallback"
+            lines.append(_line("unknown tokens", f"{found['unknown']:.2%}", note=note))
     if "packing" in found:
         lines += ["", *_packing_lines(found["packing"])]
     return "\n".join(lines)

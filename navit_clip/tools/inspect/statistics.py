@@ -48,7 +48,8 @@ class Statistics:
         formats: Usable samples by the image's extension.
         columns: Values by name, float64 or int64 [n], of usable samples (``width``, ``height``,
             ``side``, ``aspect``, ``image_kb``, ``captions``, ``tokens``, ``kept_tokens``) or of
-            all their captions (``characters``, ``words``, ``text_tokens``).
+            all their captions (``characters``, ``words``, ``text_tokens``, and ``unknown``, how
+            many of the tokens are none that the tokenizer knows).
         skipped: Samples that training would skip, and shards that end early, by reason.
         skip_log: A line for each of the first few of them.
     """
@@ -127,7 +128,8 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
     data = find_image(sample.members)
     image = EncodedImage(data)
     texts = [text for name in task.captions for text in find_captions(sample.members, name)]
-    encode = task.build.tokenizer.encode
+    tokenizer = task.build.tokenizer
+    ids = [tokenizer.encode(text, _WHOLE_CAPTION) for text in texts]
     extension = next(e for e, content in sample.members.items() if content is data)
     return extension, {
         "width": [image.width],
@@ -140,7 +142,10 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
         "kept_tokens": [len(pair.image.patches)],
         "characters": [len(text) for text in texts],
         "words": [len(text.split()) for text in texts],
-        "text_tokens": [len(encode(text, _WHOLE_CAPTION)) for text in texts],
+        "text_tokens": list(map(len, ids)),
+        "unknown": [row.count(tokenizer.unknown_id) for row in ids]
+        if tokenizer.unknown_id is not None
+        else [],
     }
 
 
