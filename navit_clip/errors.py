@@ -7,9 +7,23 @@ that cannot be used are no mistakes: they are skipped and counted (`SkipSampleEr
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_PASSWORD = re.compile(r"(https?://)[^\s/?#]*@", re.IGNORECASE)
+_QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """Text of foreign origin, fit for a terminal, a log or a card.
+
+    Web addresses lose passwords and queries, which may be signatures; control characters, with
+    which a file's name can move the cursor or forge a line, are spelt as escapes.
+    """
+    text = _QUERY.sub(r"\1", _PASSWORD.sub(r"\1", text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(Exception):
@@ -39,5 +53,5 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{command}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)

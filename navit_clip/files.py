@@ -15,7 +15,7 @@ from navit_clip.errors import UserError
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes beside the file and renames: readers see the old content or all of the new one.
 
-    Text is written as UTF-8, halves of characters as `printable` does; the folder must exist.
+    Text is written as UTF-8, halves of characters as `storable` does; the folder must exist.
 
     Raises:
         OSError: If the disk does not take it; `path` is then as it was.
@@ -51,7 +51,7 @@ def write_output(path: Path, content: str | bytes, what: object = None) -> None:
         atomic_write(path, content)
 
 
-def printable(path: object) -> str:
+def storable(path: object) -> str:
     r"""A path as text that can be printed and stored; bytes that are not UTF-8 as ``\udce9``."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
@@ -59,8 +59,8 @@ def printable(path: object) -> str:
 def check_names(what: str, names: Iterable[str]) -> None:
     """Raises a `UserError` for the first name of a file that is not UTF-8 and so is no text."""
     for name in names:
-        if printable(name) != name:
-            raise UserError(f"{what} {printable(name)}: its name is not UTF-8, rename it")
+        if storable(name) != name:
+            raise UserError(f"{what} {storable(name)}: its name is not UTF-8, rename it")
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from navit_clip.errors import UserError
+from navit_clip.errors import UserError, printable
 from navit_clip.files import atomic_write, reading, replacing, sha256_of, write_output, writing
 
 
@@ -67,3 +67,21 @@ def test_errors_of_a_parser_are_one_line():
     # The message of a user's mistake is the more exact one.
     with pytest.raises(UserError, match=r"^the cause$"), writing("x", ValueError):
         raise UserError("the cause")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot read https://me:secret@host/a.tar: gone", "cannot read https://host/a.tar: gone"),
+        ("HTTP://host/a.tar?X-Sig=secret&b=1 is cut", "HTTP://host/a.tar is cut"),
+        ("a?b=c & d@e is no address", "a?b=c & d@e is no address"),
+        ("key \x1b[2J\x1b]0;owned\x07\r\nlike a line", None),
+        ("right to left \u202e, half \ud800", None),
+        ("Grüße 東京 🐈", "Grüße 東京 🐈"),
+    ],
+)
+def test_foreign_text_neither_moves_the_cursor_nor_gives_away_a_password(text, shown):
+    found = printable(text)
+    assert found.isprintable()
+    found.encode()
+    assert shown is None or found == shown

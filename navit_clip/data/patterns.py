@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from braceexpand import braceexpand
 
 from navit_clip.errors import UserError
-from navit_clip.files import printable
+from navit_clip.files import storable
 
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
 
@@ -159,6 +159,6 @@ def _name_parts(shard: str) -> list[str]:
         url = urlsplit(shard)
         path = f"{url.netloc.rpartition('@')[2]}/{unquote(url.path)}"
     else:
-        path = printable(os.path.abspath(shard))
+        path = storable(os.path.abspath(shard))
     parts = [part for part in path.split("/") if part] or ["shard"]
     return [*parts[:-1], parts[-1].removesuffix(".tar")]

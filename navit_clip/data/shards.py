@@ -21,7 +21,7 @@ from navit_clip.data.http import HttpStream
 from navit_clip.data.patterns import COMMAND, is_url, shard_names
 from navit_clip.data.tar import TarReader, parse_header
 from navit_clip.errors import SkipSampleError
-from navit_clip.files import printable
+from navit_clip.files import storable
 
 # Directory names may have dots, so the key ends at the first dot of the last component.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
@@ -157,7 +157,7 @@ def _check_start(source: IO[bytes] | ForwardStream) -> None:
 
 def _without_query(path: str) -> str:
     """A shard for messages; a URL's query may hold a signature that opens it."""
-    return printable(path.partition("?")[0] if is_url(path) else path)
+    return storable(path.partition("?")[0] if is_url(path) else path)
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

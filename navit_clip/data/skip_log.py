@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from navit_clip.data.shards import ShardError
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.errors import SkipSampleError, UserError, printable
 
 _NAMED = 8  # samples named per batch; the rest is only counted
 # A dead server costs minutes of retries per shard; shards are read in random order, so as many in
@@ -67,4 +67,4 @@ class SkipLog:
     def _add(self, reason: str, line: str) -> None:
         self._counts[reason] += 1
         if len(self.lines) < _NAMED:
-            self.lines.append(line)
+            self.lines.append(printable(line))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from navit_clip import before_torch  # noqa: F401
 from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.errors import UserError, one_line_errors
+from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.summary import summarise, table
@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
     if result is None:
         return
     for line in result.skip_examples:
-        print(f"skipped {line}")
+        print(f"skipped {printable(line)}")
     write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
     print(table(result))
     # Imported here: matplotlib takes a second to load, and most evaluations draw nothing.
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
 
 def _log(line: str) -> None:
     """A line on standard error, above a progress bar if there is one."""
-    tqdm.write(f"eval: {line}", file=sys.stderr)
+    tqdm.write(f"eval: {printable(line)}", file=sys.stderr)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import find_image
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
-from navit_clip.files import printable
+from navit_clip.files import storable
 
 Key = tuple[int, int]
 
@@ -118,7 +118,7 @@ class FileDataset(EvalDataset):
                 data = SkipSampleError("missing_image", error.strerror or str(error))
             if self.captions is not None and not captions:
                 data = SkipSampleError("no_caption", "it has no caption")
-            yield Item((0, index), printable(path), data, self.classes[index], captions)
+            yield Item((0, index), storable(path), data, self.classes[index], captions)
 
 
 class ShardDataset(EvalDataset):

@@ -6,12 +6,10 @@ to compare with.
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,9 +162,7 @@ class PackedModel(Model):
     @cached_property
     def fingerprint(self) -> str:
         """Of weights, configuration and tokenizer, and of the device: CUDA rounds otherwise."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save(Path(folder))
-            files = [f"{f.name} {f.read_bytes()!r}" for f in sorted(Path(folder).iterdir())]
+        files = [f"{name} {content!r}" for name, content in sorted(self.tokenizer.files().items())]
         return tensors_digest(
             self.model.state_dict(),
             repr(self.model.config),

@@ -7,12 +7,14 @@ trained. A model's merits are for its evaluation and its author.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from navit_clip.errors import printable
 from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import atomic_write, reading, writing
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -56,7 +58,7 @@ def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str
     header = ModelCardData(library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS))
     parts = [
         f"---\n{header.to_yaml()}\n{_LICENSE}\n---",
-        f"# {name}",
+        f"# {plain_text(name)}",
         _ABOUT,
         "## Use",
         _USE,
@@ -69,13 +71,19 @@ def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of Markdown; line breaks and bars within a cell do no harm."""
+    """A table of Markdown; line breaks, bars, tags and links within a cell do no harm."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
 def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return plain_text(" ".join(str(value).split()))
+
+
+def plain_text(text: str) -> str:
+    """Text without a tag, a link or a picture of its own."""
+    text = printable(text).replace("|", "\\|")
+    return re.sub(r"[<>\[\]!]", lambda found: f"&#{ord(found[0])};", text)
 
 
 def _count_parameters(path: Path) -> int:

@@ -23,7 +23,7 @@ from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
-from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
+from navit_clip.tokenizers.base import DESCRIPTION_FILE, TOKENIZER_FILES, Tokenizer
 from navit_clip.tokenizers.load import load_tokenizer
 
 # All that loading reads, and the card for whoever finds it.
@@ -71,6 +71,8 @@ def save_pretrained(
         with replacing(directory / WEIGHTS_FILE) as partial:
             save_file(weights, partial)
             description = Description(model.config, preprocess, sha256_of(partial))
+            # safetensors gives it to its owner alone; others may read it as they may the rest.
+            partial.chmod((directory / DESCRIPTION_FILE).stat().st_mode & 0o777)
         description.write(directory / CONFIG_FILE)
         if not (directory / CARD_FILE).exists():
             write_card(directory)

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote
 
 import yaml
 
-from navit_clip.export.card import markdown_table, write_card
+from navit_clip.errors import printable
+from navit_clip.export.card import markdown_table, plain_text, write_card
 from navit_clip.files import writing
 
 _METRICS = ("loss", "logit_scale", "examples_per_s")
@@ -92,10 +93,7 @@ def _sources(data: Mapping[str, Any]) -> list[str]:
 def _public(spec: str) -> str:
     if spec.startswith("pipe:"):
         return "the output of a command"
-    if "://" not in spec:
-        return f"`{spec}`"
-    parts = urlsplit(spec)
-    return f"`{urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path, '', ''))}`"
+    return f"`{printable(spec)}`"
 
 
 def _settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -128,8 +126,11 @@ def _evaluation(folder: Path, directory: Path) -> list[str]:
             ),
         ]
     for picture in sorted(folder.glob("*.png")):
+        # A link might lead to any file, which an upload would publish.
+        if picture.is_symlink() or not picture.is_file():
+            continue
         shutil.copyfile(picture, directory / picture.name)
-        parts.append(f"![{picture.stem}]({picture.name})")
+        parts.append(f"![{plain_text(picture.stem)}]({quote(picture.name)})")
     return ["## Evaluation", *parts] if parts else []
 
 

@@ -49,8 +49,12 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""
+        for name, content in self.files().items():
+            atomic_write(directory / name, content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by name."""
         padding = {} if self.pad_id is None else {"pad_id": self.pad_id}
         description = json.dumps({"kind": self.kind, **padding})
-        atomic_write(directory / DESCRIPTION_FILE, description + "\n")
-        if self.model is not None:
-            atomic_write(directory / MODEL_FILE, self.model)
+        model = {} if self.model is None else {MODEL_FILE: self.model}
+        return {DESCRIPTION_FILE: f"{description}\n".encode(), **model}

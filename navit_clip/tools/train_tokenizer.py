@@ -19,7 +19,7 @@ from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.captions import find_captions
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.errors import SkipSampleError, UserError, printable
 from navit_clip.files import write_output
 
 _MEASURED = 100_000  # captions, evenly spread, that unknown pieces are counted in
@@ -37,7 +37,7 @@ def iterate_captions(shards: Sequence[str], fields: Sequence[str]) -> Iterator[s
                     except SkipSampleError:
                         continue
         except ShardError as error:
-            tqdm.write(f"warning: {error}; kept what was readable")
+            tqdm.write(printable(f"warning: {error}; kept what was readable"))
 
 
 def train_tokenizer(

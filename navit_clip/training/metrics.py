@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import UserError, printable
 from navit_clip.files import atomic_write, reading, write_output, writing
 from navit_clip.packed.batch import Batch
 
@@ -256,7 +256,7 @@ class Progress:
     def log(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.visible:
-            tqdm.write(line)
+            tqdm.write("\n".join(map(printable, line.split("\n"))))
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -162,3 +162,20 @@ def test_no_model_no_card(tmp_path):
         write_card(tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         write_run_card(tmp_path, tmp_path)
+
+
+def test_a_cards_names_are_plain_text_and_links_are_not_followed(directory, tmp_path):
+    run = tmp_path / "run <img src=x> [a](b)"
+    (run / "eval").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (run / "eval" / "x.png").symlink_to(tmp_path / "secret")
+    write_run_card(directory, run)
+    card = (directory / "README.md").read_text()
+    assert "<img" not in card
+    assert "[a]" not in card
+    assert not (directory / "x.png").exists()
+
+
+def test_weights_may_be_read_by_whom_the_rest_may(model_dir):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in model_dir.iterdir()}
+    assert len(set(modes.values())) == 1, modes

@@ -19,6 +19,7 @@ from torch import Tensor
 from navit_clip.errors import UserError
 from navit_clip.export.pretrained import save_pretrained
 from navit_clip.interop.open_clip import supported_models
+from navit_clip.interop.open_clip.assets import read_checkpoint
 from navit_clip.model import NaViTCLIP
 
 State = dict[str, Tensor]
@@ -343,3 +344,15 @@ def test_a_tag_of_a_siglip_brings_the_tokenizer(tmp_path, monkeypatch):
     ours = NaViTCLIP.from_open_clip("tiny-siglip", "mine")
     assert ours.tokenizer.encode("red", 4) == [4, 1, 1, 1]
     assert {local_only for _, local_only in hub.asked} == {False}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_compiled_and_wrapped_models_are_read(prefix, tmp_path):
+    torch.save({f"{prefix}visual.proj": torch.ones(2)}, tmp_path / "w.pt")
+    assert list(read_checkpoint(tmp_path / "w.pt")) == ["visual.proj"]
+
+
+def test_names_of_transformers_are_named_as_such(tmp_path):
+    torch.save({"vision_model.embeddings.class_embedding": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt has transformers' names: give open_clip's file"):
+        read_checkpoint(tmp_path / "w.pt")

@@ -13,7 +13,7 @@ from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import SkipSampleError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset
 from navit_clip.evaluation.embed import Embedded
-from navit_clip.files import printable
+from navit_clip.files import storable
 
 _BOX = (240, 180)  # width and height that a report's thumbnail fits in
 
@@ -46,7 +46,7 @@ def read_images(dataset: EvalDataset, names: Collection[str]) -> dict[str, bytes
     """The encoded images of a dataset that have these names; files of others are not touched."""
     wanted = set(names)
     if isinstance(dataset, FileDataset):
-        dataset = FileDataset([path for path in dataset.paths if printable(path) in wanted])
+        dataset = FileDataset([path for path in dataset.paths if storable(path) in wanted])
     found: dict[str, bytes] = {}
     for item in dataset.read(0, 1) if wanted else ():
         if item.name in wanted and isinstance(item.data, bytes):

@@ -8,6 +8,7 @@ has for it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.siglip import SiglipTokenizer, released_pad
 
 TOKENIZER_FILE = "tokenizer.json"
+_TRANSFORMERS = ("vision_model.", "text_model.", "model.vision_model.")
 SETTINGS_FILE = "tokenizer_config.json"  # says how to pad
 
 Weights = str | Path | None  # a tag of open_clip's, a local checkpoint, or neither
@@ -88,7 +90,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"cannot read weights from {path}: {key} is no tensor")
-    return state
+    if any(key.startswith(_TRANSFORMERS) for key in state):
+        raise UserError(
+            f"{path} has transformers' names: give open_clip's file of the same model, such as "
+            "open_clip_model.safetensors of its repository"
+        )
+    # torch.compile and DDP put their names before the model's.
+    return {re.sub(r"^((_orig_mod|module)\.)+", "", key): tensor for key, tensor in state.items()}
 
 
 def fit_checkpoint(

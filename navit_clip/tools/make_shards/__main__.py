@@ -17,7 +17,7 @@ from navit_clip.data.annotations.labels import read_text
 from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.decode import IMAGE_EXTENSIONS
-from navit_clip.errors import UserError
+from navit_clip.errors import UserError, printable
 from navit_clip.files import check_names
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.write_shard import ShardRecord
@@ -84,7 +84,7 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError("--output is missing: name the folder to write")
     images = _open(args)
     for note in images.notes:
-        print(note)
+        print(printable(note))
     records, written = make_shards(
         images,
         args.output,
@@ -159,7 +159,7 @@ def _open_classes(folder: Path, names: Path | None) -> ImageList:
 def _verify(args: argparse.Namespace) -> int:
     records, problems = verify_shards(args.verify, args.workers)
     for problem in problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        print(f"damaged: {printable(str(problem))}", file=sys.stderr)
     if problems:
         print("delete damaged shards and repeat the command that made them", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from navit_clip.data.decode import MAX_BYTES, EncodedImage
 from navit_clip.data.shards import add_member
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import SkipSampleError
-from navit_clip.files import printable, sha256_of
+from navit_clip.files import storable, sha256_of
 
 # Of what an image decoder has accepted.
 _SIGNATURES = {
@@ -83,7 +83,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
                 try:
                     members = make_members(task.images, row)
                 except SkipSampleError as error:
-                    skips.skip_sample(printable(row.name or "a row"), error)
+                    skips.skip_sample(storable(row.name or "a row"), error)
                     continue
                 for extension, content in members.items():
                     add_member(tar, f"{index:09d}.{extension}", content)
@@ -124,7 +124,7 @@ def make_members(images: Path, row: Row) -> dict[str, bytes]:
         "captions": captions,
         "width": image.width,
         "height": image.height,
-        "file_name": printable(row.name),
+        "file_name": storable(row.name),
     }
     # By content, since names lie.
     found = (name for start, name in _SIGNATURES.items() if data.startswith(start))
