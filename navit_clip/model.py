@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PLAIN_TEMPLATE = "a photo of a {}."
 
+_ONE_IMAGE = (str, bytes, os.PathLike, Image.Image)
 _WINDOW = 256  # images that are sized and wait for the towers; bounds memory
 _THREADS = 8  # Pillow decodes and resizes without the interpreter's lock
 _PROMPTS = 4096  # whose vectors are held at once
@@ -188,10 +189,14 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        if isinstance(images, str | bytes | os.PathLike | Image.Image) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+        if (
+            isinstance(images, _ONE_IMAGE)
+            or hasattr(images, "read")
+            or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
         ):
-            raise ValueError(f"images must be a list, got one {type(images).__name__}")
+            raise ValueError(
+                f"images must be a list, got one {type(images).__name__}: give [image]"
+            )
         if max_tokens is None:
             if self.preprocess is None:
                 raise UserError(
@@ -306,8 +311,12 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
 def _checked_strings(texts: Iterable[Any], name: str) -> Iterator[str]:
     """The same, each checked when its turn comes."""
     if isinstance(texts, str | bytes):
-        raise ValueError(f"{name} must be a list of strings, got one {type(texts).__name__}")
+        raise ValueError(
+            f"{name} must be a list of strings, got one {type(texts).__name__}: give [text]"
+        )
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}[{index}]: {type(text).__name__} is no string")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{name}[{index}]: half a character (a lone surrogate): {text[:40]!r}")
         yield text

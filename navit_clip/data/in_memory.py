@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from navit_clip.data.decode import EncodedImage, OpenedImage
 from navit_clip.errors import SkipSampleError
 
-ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
+ImageInput = Image.Image | np.ndarray | Tensor | bytes | IO[bytes] | str | os.PathLike[str]
 
 WANTED = (
     "a PIL image, a uint8 array [H, W, 3], a tensor [3, H, W] (uint8, or float in [0, 1]), an "
@@ -31,8 +32,9 @@ def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
 
     Args:
         image: A Pillow image; a uint8 array [H, W, C] or [H, W]; a tensor [C, H, W] or [H, W] on
-            any device, uint8 or floating point in [0, 1] (rounded to 8 bits, as files have them);
-            bytes of an encoded file, or its path. C is 1 (grey), 3 (RGB) or 4 (RGB and opacity).
+            any device; both uint8 or floating point in [0, 1] (rounded to 8 bits, as files have
+            them); an encoded file as bytes, opened in binary mode, or its path. C is 1 (grey), 3
+            (RGB) or 4 (RGB and opacity).
 
     Raises:
         ValueError: If it is none of these, or cannot be read; names the mistake.
@@ -46,20 +48,36 @@ def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
             return OpenedImage(_from_array(_to_array(image)))
         if isinstance(image, bytes):
             return EncodedImage(image)
+        if hasattr(image, "read"):
+            data = image.read()
+            if not isinstance(data, bytes):
+                raise ValueError("a file opened as text: open it with mode 'rb'")
+            return EncodedImage(data)
+        if isinstance(image, str) and image.lower().startswith(("http://", "https://", "data:")):
+            raise ValueError("a web address: download it, and give its bytes or its path")
         if isinstance(image, str | os.PathLike):
             return EncodedImage(Path(image).read_bytes())
     except SkipSampleError as error:
         raise ValueError(error.detail) from error
     except OSError as error:
         # Of a path that is not there, or of a Pillow image that reads its file only now.
-        raise ValueError(f"cannot read it: {error}") from error
+        # A caption or a base64 text given as a path is long.
+        name = f": {str(error.filename)[:80]!r}" if error.filename else ""
+        raise ValueError(f"cannot read it: {error.strerror or error}{name}") from error
     raise ValueError(f"{type(image).__name__} is no image: give {WANTED}")
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     """A Pillow image of uint8 [H, W, C] or [H, W]."""
+    if np.issubdtype(pixels.dtype, np.floating):
+        if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):  # or not a number
+            raise ValueError(
+                f"a float array with values from {pixels.min():.3g} to {pixels.max():.3g}: give "
+                "[0, 1], not normalised by mean and deviation"
+            )
+        pixels = (pixels.astype(np.float32) * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise ValueError(f"an array of {pixels.dtype}: give uint8 in [0, 255]")
+        raise ValueError(f"an array of {pixels.dtype}: give uint8 in [0, 255], or float in [0, 1]")
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in _CHANNELS):
         raise ValueError(f"an array of shape {pixels.shape}: give [H, W, 3]")
     if 0 in pixels.shape:

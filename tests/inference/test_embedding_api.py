@@ -109,6 +109,9 @@ def test_every_form_of_an_image_gives_the_same_vector(model, tmp_path):
         Image.fromarray(pixels),
         Image.open(path),
         path.read_bytes(),
+        io.BytesIO(path.read_bytes()),
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
         path,
         str(path),
         channels_first,
@@ -229,7 +232,12 @@ PNG = encode(Image.fromarray(GOOD), "PNG")
 BAD_IMAGES = {
     "a number": (3, "int is no image: give a PIL image"),
     "nothing": (None, "NoneType is no image"),
-    "float array": (GOOD / 255, "array of float64: give uint8"),
+    "float array": (GOOD * 1.0, r"a float array with values from 0 to 255: give \[0, 1\]"),
+    "not numbers in an array": (GOOD * math.nan, "values from nan to nan"),
+    "a web address": ("https://host/a.jpg", "a web address: download it"),
+    "a caption for a path": ("a dog " * 2000, "cannot read it: File name too long"),
+    "a zero byte in a path": ("a\0b", "null"),
+    "a file of text": (io.StringIO("x"), "opened as text: open it with mode 'rb'"),
     "integers": (GOOD.astype(np.int64), "array of int64: give uint8"),
     "channels first": (GOOD.transpose(2, 0, 1)[:, :7, :9], r"array of shape \(3, 7, 9\): give \[H"),
     "two channels": (GOOD[..., :2], "give \\[H, W, 3\\]"),
@@ -292,6 +300,18 @@ def test_texts_are_embedded_as_each_alone_and_in_their_order(model, normalize):
         expected = F.normalize(expected, dim=-1)
     actual = model.encode_text(iter(TEXTS), normalize=normalize)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["\0", "\x1b[2J", " ", "\u202e", "🐈" * 999, "\ufffe", "▁", "</s>", "a" * 99_999]
+)
+def test_any_string_has_a_vector(model, text):
+    assert model.encode_text([text]).isfinite().all()
+
+
+def test_half_a_character_is_named(model):
+    with pytest.raises(ValueError, match=r"texts\[1\]: half a character"):
+        model.encode_text(["a", "b\ud83d"])
 
 
 @pytest.mark.parametrize("bad", [3, None, b"bytes", ["nested"]])
