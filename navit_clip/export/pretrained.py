@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from navit_clip.errors import UserError
@@ -91,6 +92,7 @@ def load_pretrained(
         raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
     description = Description.read(path)
     tokenizer = _load_tokenizer(directory, description.model)
+    _check_size(path, directory / WEIGHTS_FILE, description.model)
     with reading(path, ValueError):  # such as a width that the positions cannot have
         model = build(description.model, tokenizer, description.preprocess)
     weights_path = directory / WEIGHTS_FILE
@@ -104,6 +106,25 @@ def load_pretrained(
             "the one written there; copy or export the model again"
         )
     return model
+
+
+def _check_size(path: Path, weights_path: Path, config: CLIPConfig) -> None:
+    """Refuses an architecture far larger than its weights before memory is taken for it."""
+    with reading(weights_path, SafetensorError, hint="; export it again"):
+        with safe_open(weights_path, framework="pt") as weights:
+            tensors = len(weights.keys())
+        stored = weights_path.stat().st_size
+    depth = max(config.image.encoder.depth, config.text.encoder.depth)
+    numbers = 0
+    if depth <= tensors:
+        with reading(path, ValueError, RuntimeError, TypeError), torch.device("meta"):
+            numbers = sum(parameter.numel() for parameter in CLIP(config).parameters())
+    # A number takes at least a byte; loading names what a little is missing from.
+    if depth > tensors or numbers > stored + 10_000_000:
+        raise UserError(
+            f"{path} describes a larger model than {weights_path.name} holds: the files belong to "
+            "different models, or one is damaged"
+        )
 
 
 def _load_tokenizer(directory: Path, config: CLIPConfig) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,3 +207,21 @@ def test_weights_of_another_training_step_are_noticed(directory):
     change_weights(lambda w: w["log_scale"].add_(1e-3))(directory)
     with pytest.raises(UserError, match="belongs to another config"):
         NaViTCLIP.from_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["model"]["image"]["encoder"].update(depth=10**9),
+        lambda v: v["model"]["image"]["encoder"].update(width=2**20),
+        lambda v: v["model"]["text"].update(vocab_size=10**12),
+        lambda v: v["model"]["text"].update(context_length=10**15),
+        lambda v: v["model"]["image"]["position"].update(table_side=10**9),
+        lambda v: v["model"]["image"].update(patch_size=10**6),
+    ],
+)
+def test_huge_sizes_take_no_memory(change, model_dir, tmp_path):
+    directory = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    change_config(change)(directory)
+    with pytest.raises(UserError, match=r"config\.json"):
+        NaViTCLIP.from_pretrained(directory)
