@@ -19,7 +19,7 @@ from navit_clip.data.decode import MAX_BYTES, EncodedImage
 from navit_clip.data.shards import add_member
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import SkipSampleError
-from navit_clip.files import storable, sha256_of
+from navit_clip.files import sha256_of, storable
 
 # Of what an image decoder has accepted.
 _SIGNATURES = {
