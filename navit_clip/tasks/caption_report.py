@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
+from os.path import isfile
 
 from navit_clip.data.captions import find_captions
 from navit_clip.data.mixture import Mixture
@@ -38,7 +38,7 @@ def report_captions(
     for dataset in mixture.datasets:
         fields = list(dataset.captions or weights)
         line = f"captions of {dataset.name}: read from {', '.join(fields)}"
-        path = next((p for s in dataset.shards if Path(p := mixture.shards[s]).is_file()), None)
+        path = next((p for s in dataset.shards if isfile(p := mixture.shards[s])), None)
         members = _first_samples(path) if path is not None else []
         read: Counter[str] = Counter()
         unread: Counter[str] = Counter()

@@ -77,3 +77,11 @@ def test_damaged_shards_and_captions_say_nothing(tokenizer, tmp_path):
     bad = write_shard(tmp_path / "e.tar", {"0": {"txt": b"\xff", "json": b"["}})
     for path in (tmp_path / "d.tar", bad):
         assert len(lines(DataConfig(train=str(path)), {"all": 1.0}, tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    "shard", [f"http://127.0.0.1:1/a.tar?signature={'x' * 3000}", "pipe:" + "x" * 3000]
+)
+def test_a_server_and_a_command_are_not_asked(shard, tokenizer):
+    config = DataConfig(train=shard, allow_commands=True)
+    assert lines(config, {"txt": 1.0}, tokenizer) == ["captions of train: read from txt"]
