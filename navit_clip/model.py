@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.packed.images import ImagePatches
+from navit_clip.precision import PrecisionChoice, autocast, choose_precision
 from navit_clip.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,14 +48,19 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
     """A CLIP with its tokenizer and preprocessing.
 
     The ``encode_`` methods work without gradients and on the model's device; results are float32 on
-    the host. Put the model into ``eval()`` and, on a GPU, calls into ``torch.autocast`` for speed.
-    ``push_to_hub`` is huggingface_hub's own.
+    the host. Put the model into ``eval()``. ``push_to_hub`` is huggingface_hub's own.
 
     Args:
         config: The architecture.
         tokenizer: For texts; None for a model that will get none.
         preprocess: How the model wants its images; None likewise.
+
+    Attributes:
+        precision: Of the ``encode_`` methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU,
+            and leaves an autocast of the caller's as it is.
     """
+
+    precision: PrecisionChoice = "auto"
 
     def __init__(
         self,
@@ -222,7 +229,8 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
                 while window := list(islice(waiting, _WINDOW)):
                     yield from threads.map(size, window)
 
-        return image_vectors(self, sized(), normalize=normalize)
+        with self._autocast():
+            return image_vectors(self, sized(), normalize=normalize)
 
     def encode_text(self, texts: Iterable[str], normalize: bool = True) -> Tensor:
         """Embeds texts, cut at the model's context.
@@ -244,7 +252,13 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
                 "model.tokenizer"
             )
         strings = _checked_strings(texts, "texts")
-        return text_vectors(self, self.tokenizer, strings, normalize=normalize)
+        with self._autocast():
+            return text_vectors(self, self.tokenizer, strings, normalize=normalize)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "auto" and torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
+        return autocast(choose_precision(self.precision, self.device), self.device)
 
     def similarity(
         self, images: Iterable[ImageInput], texts: Iterable[str], max_tokens: int | None = None

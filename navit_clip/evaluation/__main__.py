@@ -19,6 +19,7 @@ from navit_clip.evaluation.arguments import load_models, parse_arguments, read_e
 from navit_clip.evaluation.cache import Cache
 from navit_clip.evaluation.summary import summarise, table
 from navit_clip.files import write_output, writing
+from navit_clip.precision import slow_precision
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.evaluation") -> None:
@@ -43,6 +44,9 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
     _check_outputs(args)
     cache = Cache(args.cache, _log) if args.cache is not None else None
     model, baselines = load_models(args, ranks)
+    slow = slow_precision(model.precision, ranks.device)
+    if slow is not None and ranks.is_first:
+        _log(slow)
     result = evaluator.run(
         model, ranks, args.workers, baselines=baselines, cache=cache, strict=args.strict
     )

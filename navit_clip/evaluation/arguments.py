@@ -19,6 +19,7 @@ from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.models import Model, PackedModel
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.model import NaViTCLIP
+from navit_clip.precision import choose_precision
 
 _OPEN_CLIP = "open_clip:"
 
@@ -78,6 +79,12 @@ def _common() -> Parser:
         "--strict", action="store_true", help="fail if any image or caption cannot be used"
     )
     common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    common.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of forward passes; auto is bf16 on CUDA and fp32 on a CPU, as in training",
+    )
     common.add_argument("--workers", type=number(0), default=1, help="decoding processes per rank")
     return common
 
@@ -146,9 +153,10 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
             f"{len(args.baseline_weights)} --baseline-weights for {open_clips} --baseline "
             "open_clip:NAME: give one for each, in the same order"
         )
+    precision = choose_precision(args.precision, ranks.device)
     if args.run is not None:
         packed, step = load_run(args.run, args.step, ranks.device)
-        model: Model = PackedModel(packed, f"{args.run} step {step}")
+        model: Model = PackedModel(packed, f"{args.run} step {step}", precision)
     else:
         model = _load(args.model, args.weights, args, ranks)
     weights = iter(args.baseline_weights)
@@ -160,8 +168,9 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
 
 
 def _load(name: str, weights: Path | None, args: argparse.Namespace, ranks: Ranks) -> Model:
+    precision = choose_precision(args.precision, ranks.device)
     if not name.startswith(_OPEN_CLIP):
-        return PackedModel(NaViTCLIP.from_directory(Path(name), ranks.device), name)
+        return PackedModel(NaViTCLIP.from_directory(Path(name), ranks.device), name, precision)
     seed = args.random_weights if weights is None else None
     architecture = name.removeprefix(_OPEN_CLIP)
-    return OpenClipModel(architecture, weights, seed, ranks.device, args.square)
+    return OpenClipModel(architecture, weights, seed, ranks.device, args.square, precision)

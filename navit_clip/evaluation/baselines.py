@@ -27,6 +27,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import tensors_digest
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.settings import EvalSetting
+from navit_clip.precision import Precision, autocast
 
 _STRIDE = 32  # pixels per position of the last feature map of the convolutional models
 _IMAGES = 64  # per forward pass; texts come in blocks already
@@ -54,6 +55,7 @@ class OpenClipModel(Model):
         device: Where it computes.
         sides: Squares beside its own; positions are interpolated to those that the model can take,
             see `check`.
+        precision: Of forward passes.
 
     Raises:
         UserError: If there is no such model or its weights cannot be read.
@@ -66,9 +68,10 @@ class OpenClipModel(Model):
         seed: int | None,
         device: torch.device,
         sides: Sequence[int] = (),
+        precision: Precision = "fp32",
     ) -> None:
         self.name = f"open_clip:{architecture}"
-        self._device = device
+        self._device, self.precision = device, precision
         self._embed_dim = int(_config(architecture)["embed_dim"])
         if weights is None and seed is None:
             raise UserError(
@@ -120,7 +123,9 @@ class OpenClipModel(Model):
         for start in range(0, len(images), _IMAGES):
             batch = torch.from_numpy(np.stack(images[start : start + _IMAGES])).to(self._device)
             model = self._models[batch.shape[-1]]
-            parts.append(model.encode_image(batch, normalize=True).float().cpu())
+            with autocast(self.precision, self._device):
+                vectors = model.encode_image(batch, normalize=True)
+            parts.append(vectors.float().cpu())
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -129,7 +134,9 @@ class OpenClipModel(Model):
         if not texts:
             return torch.zeros(0, self._embed_dim)
         ids = self._tokenizer(list(texts)).to(self._device)
-        return self._own.encode_text(ids, normalize=True).float().cpu()
+        with autocast(self.precision, self._device):
+            vectors: Tensor = self._own.encode_text(ids, normalize=True)
+        return vectors.float().cpu()
 
     @property
     def scale(self) -> float:
@@ -158,7 +165,7 @@ class OpenClipModel(Model):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of weights at all sides, the transforms, open_clip's version, and the device."""
+        """Of weights at all sides, the transforms, open_clip's version, precision and device."""
         from open_clip import __version__
 
         return tensors_digest(
@@ -167,6 +174,7 @@ class OpenClipModel(Model):
             repr(sorted(self._own.visual.preprocess_cfg.items(), key=str)),
             __version__,
             self._device.type,
+            self.precision,
         )
 
 

@@ -258,11 +258,10 @@ class EmbeddingEvaluator(Evaluator[S]):
         return result
 
     def _result(self, embedded: Iterable[tuple[Model, Embedded, Tensor]]) -> EvalResult:
-        rows = [
-            replace(row, series=series)
-            for series, (model, data, texts_TD) in enumerate(embedded)
-            for row in self.score(model, data, texts_TD)
-        ]
+        models, rows = [], list[Row]()
+        for series, (model, data, texts_TD) in enumerate(embedded):
+            models.append(model)
+            rows += [replace(row, series=series) for row in self.score(model, data, texts_TD)]
         return EvalResult(
             kind=self.kind,
             title=self.title,
@@ -271,6 +270,7 @@ class EmbeddingEvaluator(Evaluator[S]):
             counts={"images": len(self.data.names), self.counted: self.count(self.data)},
             skipped=dict(self.data.skipped),
             rows=tuple(rows),
+            precision=models[0].precision,
             skip_examples=tuple(self.data.skips),
         )
 

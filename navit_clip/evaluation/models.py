@@ -7,8 +7,8 @@ to compare with.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from navit_clip.model import NaViTCLIP
 from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, PackedImages
+from navit_clip.precision import Precision, autocast
 
 Sizer = Callable[[EncodedImage, EvalSetting], Any]
 
@@ -35,12 +36,14 @@ class Model(ABC):
         own_setting: The setting that it is meant for, of its headline metrics.
         sizer: Makes of an image at a setting what `embed_images` takes; light and picklable, for
             worker processes. Raises `SkipSampleError` if the pixels cannot be decoded.
+        precision: Of its forward passes; similarities and metrics are float32 in any case.
         padding_tokens: Tokens of padding that `embed_images` has computed so far.
     """
 
     name: str
     own_setting: EvalSetting
     sizer: Sizer
+    precision: Precision
     padding_tokens: int = 0
 
     @abstractmethod
@@ -96,19 +99,20 @@ class PackedModel(Model):
     Args:
         model: With its tokenizer and preprocessing.
         name: For tables and results.
-        around: A context for each call of a tower, autocast for one; similarities and metrics stay
-            in float32.
+        precision: Of forward passes.
+        around: A context for each of them.
     """
 
     def __init__(
         self,
         model: NaViTCLIP,
         name: str,
+        precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         assert model.tokenizer is not None
         assert model.preprocess is not None
-        self.model, self.name, self._around = model, name, around
+        self.model, self.name, self.precision, self._around = model, name, precision, around
         self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
         self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
         self.sizer = partial(_size, model.config.image, self.preprocess.square)
@@ -138,7 +142,7 @@ class PackedModel(Model):
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
         """In packed streams."""
         # Counted where the tower sees it: how streams are made is not this module's business.
-        with self.model.image.register_forward_pre_hook(self._count), self._around():
+        with self.model.image.register_forward_pre_hook(self._count), self._running():
             return image_vectors(self.model, images)
 
     def _count(self, tower: nn.Module, inputs: tuple[PackedImages, ...]) -> None:
@@ -146,8 +150,13 @@ class PackedModel(Model):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """In packed streams."""
-        with self._around():
+        with self._running():
             return text_vectors(self.model, self.tokenizer, texts)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._around(), autocast(self.precision, self.model.device):
+            yield
 
     @property
     def scale(self) -> float:
@@ -161,12 +170,13 @@ class PackedModel(Model):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of weights, configuration and tokenizer, and of the device: CUDA rounds otherwise."""
+        """Of weights, configuration, tokenizer and precision, and the device, which rounds."""
         files = [f"{name} {content!r}" for name, content in sorted(self.tokenizer.files().items())]
         return tensors_digest(
             self.model.state_dict(),
             repr(self.model.config),
             repr(self.preprocess),
             self.model.device.type,
+            self.precision,
             *files,
         )

@@ -36,6 +36,7 @@ def read_result(content: Any) -> EvalResult:
     try:
         return EvalResult(
             rows=read_rows(content, evaluator.METRICS),
+            precision=str(content.get("precision", "fp32")),  # earlier versions knew no other
             kind=kind,
             title=evaluator.title,
             metrics=evaluator.METRICS,

@@ -144,6 +144,7 @@ class EvalResult:
         counts: How many images there were, and how many of what they were compared with.
         skipped: Unusable images and captions by reason.
         rows: The model's settings in order, then each baseline's.
+        precision: Of the forward passes, ``fp32`` or ``bf16``.
         skip_examples: The first few unusable ones, described; not written.
     """
 
@@ -154,6 +155,7 @@ class EvalResult:
     counts: dict[str, int]
     skipped: dict[str, int]
     rows: tuple[Row, ...]
+    precision: str = "fp32"
     skip_examples: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -194,7 +196,7 @@ class EvalResult:
     def heading(self) -> str:
         """One line on what was evaluated."""
         counts = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
-        return f"{self.title}: {counts}"
+        return f"{self.title}: {counts}, {self.precision}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the metrics of the model's own setting are also at the top level."""
@@ -206,6 +208,7 @@ class EvalResult:
             "kind": self.kind,
             "model": self.model,
             "data": self.data,
+            "precision": self.precision,
             **_nest(self.own.metrics),
             "max_tokens": self.own.setting.max_tokens,
             **self.counts,

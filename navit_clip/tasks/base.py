@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import Model
 from navit_clip.packed.batch import Inputs
+from navit_clip.precision import Precision
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -149,12 +150,19 @@ class Task(ABC):
             UserError: If the disk does not take it.
         """
 
-    def eval_model(self, model: ExportedModel, name: str, around: Around) -> Model:
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        precision: Precision = "fp32",
+        around: Around = nullcontext,
+    ) -> Model:
         """How evaluators see an exported model.
 
         Args:
             model: As `export` returned it.
             name: For results.
+            precision: Of its forward passes.
             around: A context for each call of the model.
 
         Raises:

@@ -27,6 +27,7 @@ from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
 from navit_clip.packed.batch import Inputs
+from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
 from navit_clip.tasks.caption_report import report_captions
 from navit_clip.tasks.locking import LockConfig, lock_towers
@@ -263,9 +264,15 @@ class ContrastiveTask(Task):
         """Writes the model card of an export."""
         write_run_card(directory, run_dir)
 
-    def eval_model(self, model: ExportedModel, name: str, around: Around) -> PackedModel:
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        precision: Precision = "fp32",
+        around: Around = nullcontext,
+    ) -> PackedModel:
         """Embeds images and texts, packed."""
-        return PackedModel(cast(NaViTCLIP, model), name, around)
+        return PackedModel(cast(NaViTCLIP, model), name, precision, around)
 
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
         """The model that the run starts from, and its tokenizer."""

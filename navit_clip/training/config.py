@@ -8,8 +8,10 @@ Each part stands beside the class that it configures and is handed down to it; n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -20,8 +22,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from navit_clip.checkpoints.checkpoint import CheckpointConfig
 from navit_clip.configs import check_choices, check_finite
 from navit_clip.data.config import DataConfig
+from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import reading
+from navit_clip.precision import PrecisionChoice, choose_precision
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.registry import task_config
@@ -65,7 +69,8 @@ class TrainConfig:
             threads to stalls/ and standard error, and ends after as many again; checkpoints and
             the first step are given three times as much. 0 waits without limit.
         seed: Of initialisation and of everything random about the data.
-        precision: ``bf16`` runs matrix products under autocast; parameters stay float32.
+        precision: ``bf16`` runs matrix products under autocast; parameters stay float32. ``auto``
+            is what the run was begun with, and for a new one bf16 on CUDA and ``fp32`` on a CPU.
         device: ``auto`` takes CUDA if there is one.
     """
 
@@ -86,7 +91,7 @@ class TrainConfig:
     max_skipped_in_row: int = 10
     stall_timeout_s: float = 600.0
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: PrecisionChoice = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -152,6 +157,28 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     for name, known in defaults.items():
         init.check(f"task.{name}", given[name], known)
     return config, parser.dump(namespace)
+
+
+def name_precision(config: TrainConfig, resolved: str, ranks: Ranks) -> tuple[TrainConfig, str]:
+    """A configuration whose precision is named; every rank calls it.
+
+    ``auto`` is what the run was begun with, whatever the device is now.
+
+    Args:
+        config: Of the run.
+        resolved: Likewise, as YAML.
+        ranks: This process among all of them.
+    """
+    if config.precision != "auto":
+        return config, resolved
+    begun = None
+    if ranks.is_first:
+        with suppress(OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            begun = yaml.safe_load((Path(config.run_dir) / "config.yaml").read_text())["precision"]
+    begun = ranks.broadcast(begun)
+    named = begun if begun in ("fp32", "bf16") else choose_precision("auto", ranks.device)
+    line = re.compile("^precision: auto$", re.MULTILINE)
+    return replace(config, precision=named), line.sub(f"precision: {named}", resolved)
 
 
 def _task_kind(argv: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,7 @@ class Evaluations:
                 raise UserError(f"eval.best: {config.best!r} needs eval.evaluators")
             return
         with torch.device("meta"):  # of shapes alone
-            model = task.eval_model(task.export(None, tokenizer), "", nullcontext)
+            model = task.eval_model(task.export(None, tokenizer), "")
         # Everything is opened once: better one line now than after a day.
         for name, plan in self._plans.items():
             try:
@@ -196,7 +196,9 @@ class Evaluations:
             beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
             beat()
             title = f"{self._run_dir} step {step}"
-            model = self._task.eval_model(trained, title, partial(_running, stepper, beat))
+            model = self._task.eval_model(
+                trained, title, stepper.precision, partial(_reporting, beat)
+            )
             with kept():
                 result = plan.kind(plan.spec).run(model, self.ranks, self.config.workers)
             if result is not None:
@@ -242,11 +244,10 @@ class Evaluations:
 
 
 @contextmanager
-def _running(stepper: Stepper, beat: Callable[[], None]) -> Iterator[None]:
-    """Around each call of the model: under the run's precision, and reported as progress."""
+def _reporting(beat: Callable[[], None]) -> Iterator[None]:
+    """Around each call of the model, which is progress."""
     beat()
-    with stepper.autocast():
-        yield
+    yield
 
 
 def _key(name: str, setting: EvalSetting | None, metric: str) -> str:

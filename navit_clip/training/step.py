@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from navit_clip.distributed import Announcement, Ranks
 from navit_clip.packed.batch import Batch, Inputs
+from navit_clip.precision import Precision, autocast
 from navit_clip.tasks.base import Loss, Task
 from navit_clip.training.ema import EMA, EMAConfig
 from navit_clip.training.gradcache import cached_backward
@@ -35,7 +36,6 @@ from navit_clip.training.parallel import (
 )
 from navit_clip.training.schedule import lr_multiplier
 
-Precision = Literal["fp32", "bf16"]
 _LOSS, _GRAD_NORM = "loss", "grad_norm"
 
 
@@ -262,8 +262,7 @@ class Stepper:
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes, as a context."""
-        bf16 = self.precision == "bf16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16)
+        return autocast(self.precision, self.ranks.device)
 
     def _forward(self, inputs: Inputs) -> Any:
         with self.autocast():

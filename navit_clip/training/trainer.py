@@ -25,8 +25,9 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import write_output, writing
 from navit_clip.packed.batch import Batch
+from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
-from navit_clip.training.config import TrainConfig
+from navit_clip.training.config import TrainConfig, name_precision
 from navit_clip.training.evaluation import Evaluations
 from navit_clip.training.late import reads_late
 from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
@@ -54,6 +55,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
     Raises:
         UserError: For anything the user can fix; nothing already written is lost.
     """
+    config, resolved = name_precision(config, resolved, ranks)
     run = _Run(config, ranks)
     # Only now: a command that was refused leaves the directory as it was.
     run.open(resolved)
@@ -84,7 +86,7 @@ def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks
         parallel=config.parallel,
         ema=config.ema,
         guard=NonFiniteGuard(config.on_nonfinite, config.max_skipped_in_row),
-        precision=config.precision,
+        precision=choose_precision(config.precision, ranks.device),
     )
 
 
@@ -139,13 +141,16 @@ class _Run:
         if config.log.samples:
             self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
         self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
-        self.meter = FlopsMeter(config.precision, ranks)
+        self.meter = FlopsMeter(self.stepper.precision, ranks)
         parameters = sum(p.numel() for p in self.stepper.model.parameters())
         self.progress.log(
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
-            f"{config.precision}, {self.meter.describe()}, "
+            f"{self.stepper.precision}, {self.meter.describe()}, "
             + (f"continuing from step {self.start}" if self.start else "from step 0")
         )
+        slow = slow_precision(self.stepper.precision, ranks.device)
+        if slow is not None:
+            self.progress.log(slow)
 
         if ranks.is_first:
             for line in self.task.report(self.mixture, self.tokenizer):

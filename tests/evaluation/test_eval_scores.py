@@ -43,6 +43,7 @@ def model_of(scale=1.0):
     return SimpleNamespace(
         name="a",
         own_setting=EvalSetting("capped", 4),
+        precision="fp32",
         scale=scale,
         image_flops=lambda tokens: 10 * tokens,
     )
@@ -54,7 +55,7 @@ def scored(evaluator, model, data, texts_TD):
     result = evaluator._result([(model, data, texts_TD)])
     written = json.loads(json.dumps(result.to_json()))
     assert read_result(written) == result
-    for key in ("kind", "model", "data", "baselines"):
+    for key in ("kind", "model", "data", "precision", "baselines"):
         written.pop(key)
     return written
 
