@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from navit_clip.kernels.pool_attention import pool_attention, pool_attention_backward
+from navit_clip.models import pooling
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.segments import Segments
 
 HEADS = 2
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -65,3 +68,21 @@ def check_no_segments(*, device: str) -> None:
     dq_HD, dkv_T2HD = pool_attention_backward(out_EHD, q_HD, kv_T2HD, offsets)
     assert dkv_T2HD.shape == kv_T2HD.shape
     assert not dq_HD.any()
+
+
+def check_map_pooling(*, device: str) -> None:
+    """The module with the kernels and without, in value and in the gradients of all parameters."""
+    torch.manual_seed(0)
+    module = pooling.MapPooling(EncoderConfig(width=64, heads=HEADS)).to(device)
+    segments = Segments.from_lengths([3, 70, 1], padding=5, device=device)
+    x_TC = torch.randn(79, 64, device=device, requires_grad=True)
+    leaves = [x_TC, *module.parameters()]
+    results = []
+    for _ in range(2):
+        y_EC = module(x_TC, segments)
+        results.append([y_EC, *torch.autograd.grad(y_EC.sin().sum(), leaves)])
+        module.pack_attention()
+        pooling.takes_kernels = lambda kv: True  # run by the interpreter in a process of its own
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not results[1][1][74:].any()

@@ -181,8 +181,13 @@ def _short(qkv_T3HD: Tensor, layout: Tensor) -> _Short:
 
 
 def takes_kernels(qkv_T3HD: Tensor) -> bool:
-    """Whether our own kernels can take short segments of these."""
-    return qkv_T3HD.is_cuda and qkv_T3HD.shape[-1] <= short_attention.MAX_WIDTH and _has_triton()
+    """Whether our own kernels can take short segments of these.
+
+    They could take float32 too, but without tensor cores and out of registers.
+    """
+    half = qkv_T3HD.dtype in (torch.bfloat16, torch.float16)
+    narrow = qkv_T3HD.shape[-1] <= short_attention.MAX_WIDTH
+    return half and narrow and qkv_T3HD.is_cuda and _has_triton()
 
 
 @cache

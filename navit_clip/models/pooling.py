@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from navit_clip.models.attention import segment_attention
 from navit_clip.models.linear import Linear
+from navit_clip.models.packed_attention_op import takes_kernels
+from navit_clip.models.pool_attention_op import attend_pool
 from navit_clip.models.transformer import EncoderConfig, LayerNorm, Mlp
 from navit_clip.packed.segments import Segments
 
@@ -32,12 +34,16 @@ class MapPooling(nn.Module):
     """Multi-head attention pooling: one learned probe attends to each example's tokens.
 
     x = MHA(probe, tokens); x + MLP(LN(x)), as big_vision's MAP head, which NaViT uses.
+
+    Attributes:
+        packed: Attend by kernels of our own on CUDA; see `pool_attention_op`.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = config.width
         self.heads = config.heads
+        self.packed = False
         self.probe = nn.Parameter(torch.empty(width))
         nn.init.normal_(self.probe, std=width**-0.5)
         self.q = Linear(width, width, bias=True)
@@ -50,15 +56,22 @@ class MapPooling(nn.Module):
         """[T, C] to [E, C]."""
         # Padding would otherwise get a gradient that no kernel writes.
         segments = segments.without_padding()
-        k_THD, v_THD = (
-            self.kv(x_TC[: segments.num_tokens]).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        )
-        count = segments.num_examples
-        q_EHD = self.q(self.probe).unflatten(-1, (self.heads, -1)).expand(count, -1, -1)
-        probes = Segments.singles(count, x_TC.device)
-        pooled_EHD = segment_attention(q_EHD, k_THD, v_THD, probes, segments)
+        kv_T2HD = self.kv(x_TC[: segments.num_tokens]).unflatten(-1, (2, self.heads, -1))
+        q_HD = self.q(self.probe).unflatten(-1, (self.heads, -1))
+        if self.packed and takes_kernels(kv_T2HD):
+            pooled_EHD = attend_pool(q_HD, kv_T2HD, segments.offsets)
+        else:
+            k_THD, v_THD = kv_T2HD.unbind(-3)
+            count = segments.num_examples
+            probes = Segments.singles(count, x_TC.device)
+            q_EHD = q_HD.expand(count, -1, -1)
+            pooled_EHD = segment_attention(q_EHD, k_THD, v_THD, probes, segments)
         pooled_EC = self.out(pooled_EHD.flatten(-2))
         return pooled_EC + self.mlp(self.norm(pooled_EC))
+
+    def pack_attention(self) -> None:
+        """Sets `packed`, as `Encoder.pack_attention` does for its blocks."""
+        self.packed = True
 
 
 class MeanPooling(nn.Module):

@@ -87,14 +87,16 @@ class ParallelModel:
         self.gradient_factor = 1
         self._forward: nn.Module = model
         self._replicated: list[nn.Parameter] = []
+        cuda = ranks.device.type == "cuda"
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
-                cuda = ranks.device.type == "cuda"
                 if cuda if config.compile is None else config.compile:
                     module.compile_blocks()
-                if cuda and config.attention == "short":  # which auto becomes once it is measured
-                    module.pack_attention()
+            # Encoders and attention pooling have such kernels.
+            pack = getattr(module, "pack_attention", None)
+            if pack and cuda and config.attention == "short":  # which auto becomes once measured
+                pack()
         if ranks.world_size == 1:
             return
         if config.kind == "ddp":
