@@ -87,7 +87,10 @@ def attend_packed_backward(
         dshort = short_attention.short_attention_backward(
             grad_THD, qkv_T3HD, offsets, short.bounds, q_weight, k_weight, eps, causal, dqkv_T3HD
         )
-        dweights = dshort or dweights
+        if dshort is not None:
+            dq_weight, dk_weight = dshort
+            # They may be parts of one tensor, which outputs of an operator must not be.
+            dweights = (dq_weight, dk_weight.clone())
     if rest := _rest(short, offsets, layout):
         q_THD, k_THD, v_THD = qkv_T3HD[rest.rows].unbind(1)
         norms = _norm(q_THD, q_weight, eps), _norm(k_THD, k_weight, eps)

@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_kernels
+from packed_attention_cases import check_tower
 from test_attention import dense_attention
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip.models import packed_attention_op
 from navit_clip.models.packed_attention_op import attend_packed
+from navit_clip.models.pooling import MapPooling
 from navit_clip.models.rope import Rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.packed.segments import Segments
@@ -173,13 +177,33 @@ def test_an_encoder_computes_the_same(case, autocast, kernels):
         assert (found - expected).norm() <= tolerance * max(1.0, expected.norm())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"norm_bias": True}, {"qk_norm": False}], ids=str
+)
+def test_a_tower_by_its_kernels(options):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run_kernels(check_tower, **options)
+
+
+@pytest.fixture
+def half_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("padding", [0, 7])
-def test_the_encoder_on_cuda_never_reads_from_the_device(padding):
+def test_a_tower_on_cuda_never_reads_from_the_device(padding, half_precision):
     with FakeTensorMode(), torch.device("cuda"):
         segments = Segments.from_lengths([3, 3, 140], padding=padding, device="cuda")
-        encoder = Encoder(EncoderConfig(width=128, depth=2, heads=2))
+        tower = nn.ModuleList([Encoder(config := EncoderConfig(128, 2, 2)), MapPooling(config)])
+        encoder, pool = tower
         encoder.pack_attention()
+        pool.pack_attention()
         with FlopCounterMode(display=False) as counter:
-            y_TC = encoder(torch.randn(146 + padding, 128), segments)
-    assert y_TC.is_cuda
-    assert counter.get_flop_counts()["Global"][torch.ops.navit_clip.attend_packed]
+            y_EC = pool(encoder(torch.randn(146 + padding, 128), segments), segments)
+    assert y_EC.shape == (3, 128)
+    assert y_EC.is_cuda
+    flops = counter.get_flop_counts()["Global"]
+    assert flops[torch.ops.navit_clip.attend_packed]
+    assert flops[torch.ops.navit_clip.attend_pool] == 2 * 146 * 2 * 128
