@@ -23,9 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import (
+    BlockingAsyncStager,
+    DefaultStager,
+    StagingOptions,
+)
 
 from navit_clip.checkpoints.folder import (
     PARTIAL,
@@ -105,6 +110,7 @@ class Checkpoints:
             self._group = cast(dist.ProcessGroup, group)
         else:  # it says so on every save, and here it is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        self._pinned = _pinned_stager(ranks.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str | None] | None = None
         self._newest: int | None = None
@@ -188,14 +194,7 @@ class Checkpoints:
             self._finish, step, rank_state(data, self.ranks.device), shapes(state["model"])
         )
         if self.config.asynchronous:
-            # Plain copies, done when `stage` returns: the next step changes what is copied.
-            options = StagingOptions(
-                use_pinned_memory=False,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=False,
-            )
-            stager = DefaultStager(options)
+            stager = self._pinned or _plain_stager()
             writing = cast("Future[Any]", dcp.async_save(state, async_stager=stager, **where))
             self._writing = self._thread.submit(finish, writing.result)
         else:
@@ -349,6 +348,28 @@ class Checkpoints:
                 f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
                 + ("none" if latest is None else f"of step {latest}")
             )
+
+
+def _plain_stager() -> DefaultStager:
+    """Plain copies, done when `stage` returns: the next step changes what is copied."""
+    options = StagingOptions(
+        use_pinned_memory=False,
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=False,
+    )
+    return DefaultStager(options)
+
+
+def _pinned_stager(device: torch.device) -> BlockingAsyncStager | None:
+    """On CUDA a stager to be kept, for copies into page-locked memory, several times faster.
+
+    Its one copy is written to again by the next `stage`, by when it has been written to the disk.
+    Not DefaultStager, which in torch 2.11 gives its memory back after each use.
+    """
+    if device.type != "cuda":
+        return None
+    return BlockingAsyncStager(cache_staged_state_dict=True)
 
 
 def _disk_error(error: BaseException) -> str | None:

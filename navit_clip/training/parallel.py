@@ -1,4 +1,4 @@
-"""How the ranks share one model: DDP or FSDP2, recomputed and compiled blocks, global norms.
+"""How the ranks share one model: DDP, FSDP2 or HSDP, recomputed and compiled blocks, global norms.
 
 Stands between the model and `navit_clip.training.step`, which runs forward and backward passes
 through `ParallelModel` and never asks which of the two it is. Alone, one process holds everything
@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from navit_clip.configs import check_choices
 from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
 from navit_clip.models.transformer import Block, Encoder
 from navit_clip.packed.batch import Inputs
 
@@ -34,6 +35,10 @@ class ParallelConfig:
         kind: ``ddp``: every rank holds the whole model. ``fsdp``: FSDP2; parameters, gradients
             and optimiser state are cut into one shard per rank, and each block is gathered when
             it is needed. One process alone runs without either.
+        shard_ranks: With ``fsdp``: over how many neighbouring ranks the shards are cut, such as the
+            8 of one host; the world size is a multiple of it. Gradients of the same shard are then
+            reduced among the groups (HSDP), and blocks are gathered within one. null cuts over all
+            ranks.
         reshard_after_forward: With ``fsdp``: free a block's gathered parameters after its forward
             and gather them again in the backward pass; false keeps them between the two, which
             takes more memory and less communication.
@@ -46,7 +51,8 @@ class ParallelConfig:
             ones. ``auto``: the one that is known to be faster.
 
     Raises:
-        ValueError: If `kind` or `attention` is unknown.
+        ValueError: If `kind` or `attention` is unknown, or `shard_ranks` out of range or without
+            ``fsdp``.
     """
 
     kind: Literal["ddp", "fsdp"] = "ddp"
@@ -54,9 +60,15 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     compile: bool | None = None
     attention: Literal["auto", "varlen", "short"] = "auto"
+    shard_ranks: int | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.shard_ranks is not None:
+            if self.shard_ranks < 1:
+                raise ValueError(f"parallel.shard_ranks must be at least 1, got {self.shard_ranks}")
+            if self.kind != "fsdp":
+                raise ValueError("parallel.shard_ranks needs parallel.kind fsdp")
 
 
 class ParallelModel:
@@ -78,6 +90,9 @@ class ParallelModel:
     Attributes:
         model: The model itself.
         gradient_factor: What the loss must be multiplied by before `backward`.
+
+    Raises:
+        UserError: If the ranks cannot be cut into groups of `config.shard_ranks`.
     """
 
     def __init__(
@@ -100,7 +115,13 @@ class ParallelModel:
         if ranks.world_size == 1:
             return
         if config.kind == "ddp":
-            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._forward = DistributedDataParallel(
+                model,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # constants; else sent before every forward pass
+                # Large ones reach a network's bandwidth; the first is small in any case.
+                bucket_cap_mb=100 if cuda else None,
+            )
             self.gradient_factor = ranks.world_size  # DDP averages over ranks
         else:
             self._shard(config, ranks, bf16_blocks)
@@ -132,7 +153,7 @@ class ParallelModel:
             dist.all_reduce(parameter.grad)
 
     def _shard(self, config: ParallelConfig, ranks: Ranks, bf16_blocks: bool) -> None:
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        mesh = _mesh(config, ranks)
         # FSDP cannot cut a scalar: scale and bias stay whole on every rank.
         self._replicated = [p for p in self.model.parameters() if p.ndim == 0]
         half = MixedPrecisionPolicy(
@@ -159,6 +180,20 @@ class ParallelModel:
                 module.set_gradient_divide_factor(1.0)
                 # A factor alone asks for a multiplying reduction, which only NCCL has.
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(config: ParallelConfig, ranks: Ranks) -> DeviceMesh:
+    """The ranks in one row, or a row for each group that holds all shards between them."""
+    shards = config.shard_ranks or ranks.world_size
+    groups, rest = divmod(ranks.world_size, shards)
+    if rest:
+        raise UserError(
+            f"parallel.shard_ranks={shards} does not divide the {ranks.world_size} ranks"
+        )
+    if groups == 1:
+        return init_device_mesh(ranks.device.type, (shards,))
+    names = ("replicate", "shard")  # fully_shard takes the first for copies, the last for shards
+    return init_device_mesh(ranks.device.type, (groups, shards), mesh_dim_names=names)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

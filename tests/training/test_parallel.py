@@ -13,13 +13,15 @@ from step_cases import ALONE, measurements, new_stepper, tiny_config
 from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
 from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
-from navit_clip.training.parallel import ParallelConfig
+from navit_clip.training.parallel import ParallelConfig, _mesh
 from navit_clip.training.trainer import train
 
 FSDP = ParallelConfig("fsdp")
+HSDP = ParallelConfig("fsdp", shard_ranks=2)
 KEPT = ParallelConfig("fsdp", reshard_after_forward=False, activation_checkpointing=True)
 AVERAGED = EMAConfig(0.9)
 FLOAT, DOUBLE = torch.float32, torch.float64
@@ -42,6 +44,7 @@ CASES = {
         # 3 does not divide the parameters' rows: shards are uneven, some of them empty.
         "fsdp": (tiny_config(parallel=FSDP, accumulate=2, ema=AVERAGED), DOUBLE, 4),
     },
+    4: {"hsdp": (tiny_config(parallel=HSDP, accumulate=2, ema=AVERAGED), DOUBLE, 4)},
 }
 TOLERANCE = {FLOAT: 2e-5, DOUBLE: 1e-11}
 
@@ -57,12 +60,12 @@ def run_case(config, dtype, steps, ranks):
 
 
 def run_cases(directory, runs):
-    """Every case, and `runs` of the trainer on two ranks, in one set of processes.
+    """Every case, and the trainer's `runs` by number of ranks, in one set of processes.
 
-    Starting one costs more than all its cases, so the third waits while the first two are alone.
+    Starting one costs more than all its cases, so the others wait while the first two are alone.
     """
     rank, results = int(os.environ["RANK"]), {}
-    for world_size in (2, 3):
+    for world_size in CASES:
         if rank >= world_size:
             continue
         store = f"file://{directory}/store-{world_size}"
@@ -70,7 +73,7 @@ def run_cases(directory, runs):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
         cases = CASES[world_size].items()
         results[world_size] = {name: run_case(*case, ranks) for name, case in cases}
-        for flags in runs if world_size == 2 else ():
+        for flags in runs.get(world_size, ()):
             train(*parse_config(flags), ranks)
         ranks.barrier()
         dist.destroy_process_group()
@@ -79,28 +82,37 @@ def run_cases(directory, runs):
 
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
-    """Run directories: one run without a break under FSDP, one continued under FSDP, then DDP."""
+    """Runs without a break and in parts: under FSDP, then DDP; under HSDP, then FSDP, then DDP."""
     root = tmp_path_factory.mktemp("runs")
     write_tiny_data(root)
-    whole, parts = root / "whole", root / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    return root, whole, parts
+    names = ("whole", "parts", "whole of 4", "parts of 4")
+    directories = [root / name for name in names]
+    for directory in directories:
+        directory.mkdir()
+    return root, *directories
 
 
 @pytest.fixture(scope="module")
 def results(run_dirs):
-    root, whole, parts = run_dirs
+    root, whole, parts, whole_4, parts_4 = run_dirs
     options = {"optim__schedule__kind": "constant", "optim__schedule__warmup_steps": 0}
     options |= {"ema__decay": 0.5, "accumulate": 2}
     fsdp = {"parallel__kind": "fsdp", **options}
-    runs = [
+    hsdp = {"parallel__shard_ranks": 2, **fsdp}
+    runs = {}
+    runs[2] = [
         tiny_flags(root, whole, 3, **fsdp),
         tiny_flags(root, parts, 1, **fsdp),
         tiny_flags(root, parts, 2, **fsdp),
         tiny_flags(root, parts, 3, parallel__kind="ddp", **options),
     ]
-    found = run_ranks(run_cases, 3, str(root), runs, timeout=240, initialise=False)
+    runs[4] = [
+        tiny_flags(root, whole_4, 4, **options),
+        tiny_flags(root, parts_4, 2, **hsdp),
+        tiny_flags(root, parts_4, 3, **fsdp),
+        tiny_flags(root, parts_4, 4, **options),
+    ]
+    found = run_ranks(run_cases, 4, str(root), runs, timeout=240, initialise=False)
     return {n: [result[n] for result in found if n in result] for n in CASES}
 
 
@@ -136,9 +148,27 @@ def losses(run_dir):
 
 
 def test_a_sharded_run_continues_and_exports_whole_weights(results, run_dirs):
-    _, whole, parts = run_dirs
+    _, whole, parts, *_ = run_dirs
     assert losses(parts)[:2] == losses(whole)[:2], "under the same sharding bit for bit"
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
     ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_in_groups_of_shards_continues_in_other_ways(results, run_dirs):
+    *_, whole, parts = run_dirs
+    assert len(losses(parts)) == 4
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-5)
+    ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_shards_that_cannot_be():
+    with pytest.raises(ValueError, match=r"parallel\.shard_ranks must be at least 1, got 0"):
+        ParallelConfig("fsdp", shard_ranks=0)
+    with pytest.raises(ValueError, match=r"parallel\.shard_ranks needs parallel\.kind fsdp"):
+        ParallelConfig(shard_ranks=2)
+    with pytest.raises(UserError, match=r"parallel\.shard_ranks=4 does not divide the 6 ranks"):
+        _mesh(ParallelConfig("fsdp", shard_ranks=4), Ranks(0, 6, torch.device("cpu")))
