@@ -1,12 +1,13 @@
 """Tiles of logits: cut from images × texts, multiplied once, reduced or turned into gradients.
 
 The arithmetic of `navit_clip.losses.contrastive` on this rank's images and one visiting block of
-texts (`_ring`). The four steps at the end (`softmax_statistics`, …) are all that happens to a tile
-between its matrix products. The CPU runs them as they stand, in two buffers that every tile
-shares. CUDA runs the same functions compiled, which makes a few kernels of a dozen; there every
-tile is one square buffer, ragged ones filled up with pairs that count for nothing, because ranks
-hold other numbers of pairs at every step and each new shape would be compiled again. The softmax of
-bfloat16 features goes further there: kernels of `navit_clip.kernels` take its logits' place.
+texts (`_ring`, `_gather`). The four steps at the end (`softmax_statistics`, …) are all that happens
+to a tile between its matrix products. The CPU runs them as they stand, in two buffers that every
+tile shares. CUDA runs the same functions compiled, which makes a few kernels of a dozen; there
+every tile is one square buffer, ragged ones filled up with pairs that count for nothing, because
+ranks hold other numbers of pairs at every step and each new shape would be compiled again. The
+softmax of bfloat16 features goes further there: kernels of `navit_clip.kernels` take its logits'
+place.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Tiler:
     Args:
         image_ED: This rank's images.
         scale: 0-d factor of the logits, in their precision.
-        largest: Pairs of the rank with the most.
+        largest: Most texts of one block.
         chunk_size: Side of the largest tile.
         kernels: Logits are left to kernels, and buffers hold nothing but the weights made of them.
     """
@@ -191,7 +192,10 @@ class Tiler:
                 self._side //= 2
             self._edge = scale.new_zeros(2 * self._side)
             self._edge[self._side :] = -torch.inf
-        self._rows, self._columns = min(self._side, len(image_ED)), min(self._side, largest)
+        self._rows = min(self._side, len(image_ED))
+        # Few images and many texts: wider tiles, of which a kernel still fills the device.
+        self._width = self._side**2 // max(1, self._rows) if kernels else self._side
+        self._columns = min(self._width, largest)
 
     @cached_property
     def _buffers(self) -> Tensor:
@@ -215,7 +219,7 @@ class Tiler:
         return F.pad(values, (0, -len(values) % self._side if self.fused else 0))
 
     def slices(self, length: int) -> list[slice]:
-        """Consecutive slices of one side; the last may end later."""
+        """Consecutive slices of images, one side each; the last may end later."""
         return [slice(start, start + self._side) for start in range(0, length, self._side)]
 
     def strip(self, rows: slice, text_MD: Tensor, is_own: bool) -> Iterator[Tile]:
@@ -224,9 +228,11 @@ class Tiler:
         scaled = image
         if self._scale_after is None:
             scaled = torch.mul(image, self.scale, out=self._scaled[: len(image)])
-        for columns in self.slices(len(text_MD)):
+        for start in range(0, len(text_MD), self._width):
+            columns = slice(start, start + self._width)
             text = text_MD[columns].to(self._operand)
-            yield Tile(rows, columns, image, text, scaled, is_own and rows == columns)
+            # Wider than high is a tile only where it takes all images, and so all matches.
+            yield Tile(rows, columns, image, text, scaled, is_own and rows.start == start)
 
     def multiply(self, tile: Tile) -> Raw:
         """The tile's products, valid until the next tile's."""

@@ -1,11 +1,11 @@
 """Contrastive losses over all pairs of all ranks, computed tile by tile.
 
 The last step of a forward pass: the towers' pooled features of this rank's pairs go in, a scalar
-comes out that is the same on every rank. Text blocks travel around the ring of ranks (`_ring`); a
-rank multiplies its own images with each block in tiles of at most `chunk_size` × `chunk_size`
-logits (`_tiles`). The forward pass keeps, besides the features, two numbers per pair (softmax: the
-log-sum-exp of the pair's row and column); the backward pass recomputes the tiles. This is the
-chunked loss of NaViT (arXiv 2307.06304) in an exact form.
+comes out that is the same on every rank. Text blocks travel from rank to rank (`_ring`, or with
+many ranks `_gather`); a rank multiplies its own images with each block in tiles of at most
+`chunk_size` × `chunk_size` logits (`_tiles`). The forward pass keeps, besides the features, two
+numbers per pair (softmax: the log-sum-exp of the pair's row and column); the backward pass
+recomputes the tiles. This is the chunked loss of NaViT (arXiv 2307.06304) in an exact form.
 
 Gradients: a feature's gradient is that of the global loss. `logit_scale` and `logit_bias` get
 this rank's share, so that their full gradient is the SUM over the ranks. Both facts together mean
@@ -16,7 +16,7 @@ loss by the world size before `backward`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,15 @@ from torch.autograd.function import once_differentiable
 
 from navit_clip.kernels import contrastive as kernels
 from navit_clip.losses import _tiles as tiles
-from navit_clip.losses._ring import DTYPES, Ring
+from navit_clip.losses._gather import Gather
+from navit_clip.losses._members import DTYPES, Members
+from navit_clip.losses._ring import Ring
+
+Exchange = Literal["auto", "ring", "gather"]
+"""How texts reach the images of other ranks; see `softmax_contrastive_loss`."""
+
+# A ring's step takes a quarter of a millisecond however little there is to compute in it.
+_MANY_RANKS, _FEW_PAIRS = 16, 4096
 
 
 def softmax_contrastive_loss(
@@ -36,6 +44,7 @@ def softmax_contrastive_loss(
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
     counts: Sequence[int] | None = None,
+    exchange: Exchange = "auto",
 ) -> Tensor:
     """Symmetric InfoNCE loss over the pairs of all ranks (CLIP, arXiv 2103.00020).
 
@@ -59,6 +68,10 @@ def softmax_contrastive_loss(
             on CUDA and on the CPU 1024 to 4096, more for more pairs.
         counts: Pairs of each rank of the group, where the caller knows them. The ranks then need
             not ask each other, and features of one width and dtype are the caller's promise.
+        exchange: ``ring`` passes texts from rank to rank, at any number of pairs in the memory of
+            two ranks' features. ``gather`` collects some of all ranks' texts at once, in rounds:
+            fewer and larger steps. ``auto`` gathers with more than 16 ranks and on average fewer
+            than 4,096 pairs on each. The same on all ranks.
 
     Returns:
         Scalar, the same on every rank; float64 for float64 features, else float32. For the
@@ -70,7 +83,7 @@ def softmax_contrastive_loss(
     """
     scalars = {"logit_scale": logit_scale}
     features = image_features_ED, text_features_ED
-    return _apply(_SoftmaxLoss, *features, scalars, chunk_size, group, counts)
+    return _apply(_SoftmaxLoss, *features, scalars, chunk_size, group, counts, exchange)
 
 
 def sigmoid_contrastive_loss(
@@ -82,6 +95,7 @@ def sigmoid_contrastive_loss(
     group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
     counts: Sequence[int] | None = None,
+    exchange: Exchange = "auto",
 ) -> Tensor:
     """Pairwise sigmoid loss over the pairs of all ranks (SigLIP, arXiv 2303.15343).
 
@@ -91,7 +105,7 @@ def sigmoid_contrastive_loss(
     """
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     features = image_features_ED, text_features_ED
-    return _apply(_SigmoidLoss, *features, scalars, chunk_size, group, counts)
+    return _apply(_SigmoidLoss, *features, scalars, chunk_size, group, counts, exchange)
 
 
 def _apply(
@@ -102,6 +116,7 @@ def _apply(
     chunk_size: int | None,
     group: dist.ProcessGroup | None,
     counts: Sequence[int] | None,
+    exchange: Exchange,
 ) -> Tensor:
     """The loss, once all that it takes is checked and the features have one dtype."""
     if image_ED.ndim != 2 or image_ED.shape != text_ED.shape:
@@ -130,14 +145,23 @@ def _apply(
         image_ED.device, torch.promote_types(image_ED.dtype, text_ED.dtype)
     )
     features = image_ED.to(dtype).contiguous(), text_ED.to(dtype).contiguous()
-    ring = Ring.join(features[1].detach(), group, counts)
-    if ring.total == 0:
+    members = Members.join(features[1].detach(), group, counts)
+    if members.total == 0:
         raise ValueError("a contrastive loss needs at least one pair, got none on any rank")
     device, logits = image_ED.device, tiles.logit_dtype(features[0])
     zero_d = (value.reshape(()).to(device, logits) for value in scalars.values())
     with _full_precision(image_ED):
-        loss: Tensor = function.apply(*features, *zero_d, ring, chunk_size)
+        loss: Tensor = function.apply(*features, *zero_d, _chosen(exchange, members), chunk_size)
     return loss
+
+
+def _chosen(exchange: Exchange, members: Members) -> Ring | Gather:
+    """The way of the texts, the same on all ranks."""
+    ranks = len(members.counts)
+    if exchange == "auto":
+        few = ranks > _MANY_RANKS and members.total < _FEW_PAIRS * ranks
+        exchange = "gather" if few else "ring"
+    return Gather(members) if exchange == "gather" and ranks > 1 else Ring(members)
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
@@ -147,7 +171,7 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 
 def _feature_gradients(
     tiler: tiles.Tiler,
-    ring: Ring,
+    exchange: Ring | Gather,
     blocks: tuple[Tensor, ...],
     weigh: Callable[..., Tensor],
     factor: Tensor,
@@ -156,14 +180,14 @@ def _feature_gradients(
 
     Args:
         tiler: Of this rank's images.
-        ring: The ranks.
+        exchange: Brings texts of all ranks.
         blocks: This rank's texts, and vectors that `weigh` takes, one number per text.
         weigh: (tile, vectors of the visited block, padded) to ∂(N·loss)/∂logits, perhaps padded.
         factor: What the gradients are multiplied by.
     """
     image_ED, scale = tiler.image_ED, tiler.scale
     # Sums over the texts of several visits are kept for all images; over those of one, for a strip.
-    once = len(ring.counts) == 1
+    once = len(exchange.members.counts) == 1
     image_gradient_ED = torch.zeros_like(image_ED, dtype=None if once else scale.dtype)
     scale_gradient = factor.new_zeros(())
 
@@ -192,7 +216,7 @@ def _feature_gradients(
         return text_gradient_MD
 
     with _full_precision(image_ED):
-        text_gradient_ED = ring.circulate(blocks, visit, merge=Tensor.add_)
+        text_gradient_ED = exchange.circulate(blocks, visit, merge="add")
     if not once:
         for rows in tiler.slices(len(image_ED)):
             finish(rows, image_gradient_ED[rows])
@@ -207,9 +231,14 @@ def _feature_gradients(
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image_ED: Tensor, text_ED: Tensor, scale: Tensor, ring: Ring, chunk_size: int
+        ctx: Any,
+        image_ED: Tensor,
+        text_ED: Tensor,
+        scale: Tensor,
+        exchange: Ring | Gather,
+        chunk_size: int,
     ) -> Tensor:
-        tiler = _SoftmaxLoss.tiler(image_ED, scale, ring, chunk_size)
+        tiler = _SoftmaxLoss.tiler(image_ED, scale, exchange, chunk_size)
         row_lse = tiler.vector(len(image_ED), -torch.inf)
         matching_E = scale.new_empty(len(image_ED))
 
@@ -230,19 +259,20 @@ class _SoftmaxLoss(torch.autograd.Function):
                     )
             return column_lse[: len(text_MD)]
 
-        column_lse_E = ring.circulate((text_ED,), visit, merge=torch.logaddexp)
+        column_lse_E = exchange.circulate((text_ED,), visit, merge="logaddexp")
         row_lse_E = row_lse[: len(image_ED)]
         ctx.save_for_backward(image_ED, text_ED, scale, row_lse_E, column_lse_E)
-        ctx.ring, ctx.chunk_size = ring, chunk_size
+        ctx.exchange, ctx.chunk_size = exchange, chunk_size
         # Subtracted pair by pair: the sums of each term alone are large where the loss is small.
         terms_E = (row_lse_E - matching_E) + (column_lse_E - matching_E)
-        return ring.sum(terms_E.sum()) / (2 * ring.total)
+        members = exchange.members
+        return members.sum(terms_E.sum()) / (2 * members.total)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         image_ED, text_ED, scale, row_lse_E, column_lse_E = ctx.saved_tensors
-        tiler = _SoftmaxLoss.tiler(image_ED, scale, ctx.ring, ctx.chunk_size)
+        tiler = _SoftmaxLoss.tiler(image_ED, scale, ctx.exchange, ctx.chunk_size)
         row_lse = tiler.padded(row_lse_E)
 
         def weigh(tile: tiles.Tile, column_lse: Tensor) -> Tensor:
@@ -256,14 +286,16 @@ class _SoftmaxLoss(torch.autograd.Function):
             raw = tiler.multiply(tile)
             return tiler.run(tiles.softmax_weights, raw, *lses, tile.has_matches, tile.image.dtype)
 
-        factor = loss_gradient / (2 * ctx.ring.total)
-        gradients = _feature_gradients(tiler, ctx.ring, (text_ED, column_lse_E), weigh, factor)
+        factor = loss_gradient / (2 * ctx.exchange.members.total)
+        gradients = _feature_gradients(tiler, ctx.exchange, (text_ED, column_lse_E), weigh, factor)
         return (*gradients, None, None)
 
     @staticmethod
-    def tiler(image_ED: Tensor, scale: Tensor, ring: Ring, chunk_size: int) -> tiles.Tiler:
+    def tiler(
+        image_ED: Tensor, scale: Tensor, exchange: Ring | Gather, chunk_size: int
+    ) -> tiles.Tiler:
         kernels = tiles.has_kernels(image_ED)
-        return tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size, kernels=kernels)
+        return tiles.Tiler(image_ED, scale, exchange.largest, chunk_size, kernels=kernels)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -274,10 +306,10 @@ class _SigmoidLoss(torch.autograd.Function):
         text_ED: Tensor,
         scale: Tensor,
         bias: Tensor,
-        ring: Ring,
+        exchange: Ring | Gather,
         chunk_size: int,
     ) -> Tensor:
-        tiler = tiles.Tiler(image_ED, scale, max(ring.counts), chunk_size)
+        tiler = tiles.Tiler(image_ED, scale, exchange.largest, chunk_size)
 
         def visit(is_own: bool, blocks: tuple[Tensor, ...]) -> Tensor:
             (text_MD,) = blocks
@@ -289,16 +321,17 @@ class _SigmoidLoss(torch.autograd.Function):
                     )
             return column_loss[: len(text_MD)]
 
-        column_loss_E = ring.circulate((text_ED,), visit, merge=Tensor.add_)
+        column_loss_E = exchange.circulate((text_ED,), visit, merge="add")
         ctx.save_for_backward(image_ED, text_ED, scale, bias)
-        ctx.ring, ctx.chunk_size = ring, chunk_size
-        return ring.sum(column_loss_E.sum()) / ring.total
+        ctx.exchange, ctx.chunk_size = exchange, chunk_size
+        members = exchange.members
+        return members.sum(column_loss_E.sum()) / members.total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         image_ED, text_ED, scale, bias = ctx.saved_tensors
-        tiler = tiles.Tiler(image_ED, scale, max(ctx.ring.counts), ctx.chunk_size)
+        tiler = tiles.Tiler(image_ED, scale, ctx.exchange.largest, ctx.chunk_size)
         bias_gradient = torch.zeros_like(bias)
 
         def weigh(tile: tiles.Tile) -> Tensor:
@@ -312,6 +345,6 @@ class _SigmoidLoss(torch.autograd.Function):
             bias_gradient.add_(column_sums[: len(tile.text)].sum())
             return weights
 
-        factor = loss_gradient / ctx.ring.total
-        gradients = _feature_gradients(tiler, ctx.ring, (text_ED,), weigh, factor)
+        factor = loss_gradient / ctx.exchange.members.total
+        gradients = _feature_gradients(tiler, ctx.exchange, (text_ED,), weigh, factor)
         return (*gradients, bias_gradient * factor, None, None)

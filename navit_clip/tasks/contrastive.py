@@ -48,11 +48,15 @@ class ContrastiveLossConfig:
             the device.
         precision: ``auto`` multiplies as the towers do, under `precision` bf16 on CUDA in bfloat16;
             ``fp32`` in float32. Sums are float32 in any case, and so is all of it on the CPU.
+        exchange: How texts reach the images of other ranks: ``ring`` passes them from rank to rank,
+            ``gather`` collects some of all ranks' at once, in rounds. ``auto`` gathers with more
+            than 16 ranks and fewer than 4,096 pairs on each.
     """
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     chunk_size: int | None = None
     precision: Literal["auto", "fp32"] = "auto"
+    exchange: Literal["auto", "ring", "gather"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -197,6 +201,7 @@ class ContrastiveTask(Task):
         ring: dict[str, Any] = {
             "chunk_size": config.chunk_size,
             "counts": [int(count) for count in counts] or None,
+            "exchange": config.exchange,
         }
         with nullcontext() if follow else torch.autocast(device, enabled=False):
             if config.kind == "softmax":
