@@ -101,7 +101,7 @@ def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if total.dtype.itemsize <= dtype.itemsize:
         return total.to(dtype)
-    flat, length = total.view(-1), 2**22
+    flat, length = total.view(-1), 2**20
     narrow = flat.view(dtype)[: len(flat)]
     for start in range(0, len(flat), length):
         # Ends before the first number that is still to be read.
