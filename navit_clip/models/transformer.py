@@ -252,6 +252,8 @@ class Encoder(nn.Module):
         activation_checkpointing: Keep only the blocks' inputs for the backward pass, which
             computes each block again; changes memory and time, not results.
         compiled: Run each block as one compiled graph; see `compile_blocks`.
+        bf16_residual: Under autocast in bfloat16, hand the stream from block to block in bfloat16
+            too: half the traffic of norms and sums, at one more rounding after each of them.
         chunked: On a CPU, run all blocks on one chunk of a long stream, then on the next, which is
             faster than block by block. To be switched off where a block is gathered or compiled
             for each call.
@@ -263,6 +265,7 @@ class Encoder(nn.Module):
         self.activation_checkpointing = False
         self.chunked = True
         self.compiled = False
+        self.bf16_residual = False
         self._first_tokens = 0
         self.pre_norm = LayerNorm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -281,6 +284,8 @@ class Encoder(nn.Module):
             [T, C] outputs, normalised by default.
         """
         x_TC = self.pre_norm(x_TC)
+        if self.bf16_residual and torch.is_autocast_enabled(x_TC.device.type):
+            x_TC = x_TC.to(torch.get_autocast_dtype(x_TC.device.type))
         if self.compiled:
             self._mark_dynamic(x_TC, segments, rotary)
         if (
