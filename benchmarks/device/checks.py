@@ -16,13 +16,20 @@ from benchmarks.device.machine import (
     check_kernel_tests,
     check_tests,
 )
-from benchmarks.device.peer import check_ours, check_peer_compiled, check_peer_eager
+from benchmarks.device.peer import (
+    check_ours,
+    check_ours_bf16,
+    check_peer_compiled,
+    check_peer_eager,
+)
 from benchmarks.device.setting import Setting
 from benchmarks.device.steps import (
-    check_step_64k,
-    check_step_compiled,
+    check_step,
     check_step_eager,
+    check_step_full,
+    check_step_full_bf16,
     check_step_large,
+    check_step_large_bf16,
 )
 from benchmarks.device.trainer import check_trainer
 
@@ -46,16 +53,19 @@ class Check:
 CHECKS = (
     Check("environment", 60, check_environment),
     Check("short_attention", 70, check_short_attention),
-    Check("step", 90, check_step_compiled),
+    Check("step", 90, check_step),
     Check("tests", 60, check_tests),
     Check("loss", 60, check_loss),
     Check("attention", 40, check_attention),
     Check("step_eager", 40, check_step_eager),
-    Check("ours", 60, check_ours),
+    Check("ours", 70, check_ours),
+    Check("ours_bf16", 70, check_ours_bf16),
     Check("peer_eager", 40, check_peer_eager),
     Check("trainer", 90, check_trainer),
-    Check("step_64k", 60, check_step_64k),
+    Check("step_full", 60, check_step_full),
+    Check("step_full_bf16", 60, check_step_full_bf16),
     Check("step_large", 70, check_step_large),
+    Check("step_large_bf16", 70, check_step_large_bf16),
     Check("kernel_tests", 90, check_kernel_tests),
     Check("peer_compiled", 120, check_peer_compiled),
     Check("ceilings", 30, check_ceilings),
@@ -78,8 +88,8 @@ PREDICTED: dict[str, float] = {
     "step.pairs_per_s": 6000,
     "step_eager.ms": 71,
     "step_eager.tflops": 153,
-    "step_64k.ms": 117,
-    "step_large.ms": 142,
+    "step_full.ms": 117,
+    "step_large.ms": 186,
     "loss.32k_fp32.ms": 95,
     "loss.32k_tf32.ms": 23,
     "loss.32k_bf16.ms": 17,
@@ -89,8 +99,8 @@ PREDICTED: dict[str, float] = {
     "kernels.clip_ms": 0.6,
     "kernels.adamw_ms": 3.3,
     "ceilings.bf16": 790,
-    "ratios.times_peer_eager_all": 2.4,
-    "ratios.times_peer_eager_half": 4.0,
+    "ratios.ours_times_peer_eager_all": 2.4,
+    "ratios.ours_times_peer_eager_half": 4.0,
 }
 
 

@@ -24,7 +24,7 @@ from benchmarks.sizes import WIDTHS
 from navit_clip.data.config import DataConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 
-_PAIRS, _BATCHES, _STEPS = 384, 2, 10
+_PAIRS, _BATCHES, _STEPS = 768, 2, 10
 _WARM_UPS = 4
 _ROUND = 256  # tokens: streams of all batches are as long as the longest, rounded up
 HALF = 0.5
@@ -36,11 +36,11 @@ def _batches(setting: Setting, drop: float) -> list[list[RealPair]]:
     return list(draw_batches(samples, 4 if setting.tiny else _PAIRS, _BATCHES, drop))
 
 
-def check_ours(setting: Setting) -> Iterator[dict[str, Any]]:
+def check_ours(setting: Setting, bf16_residual: bool = False) -> Iterator[dict[str, Any]]:
     """Pairs per second of this project's steps, compiled, without drop and with half dropped."""
     setting.warm_up()
     widths = WIDTHS["XS/16" if setting.tiny else "B/16"]
-    stepper = build_stepper(widths.config(), setting, compiled=True)
+    stepper = build_stepper(widths.config(), setting, True, bf16_residual)
     build = pair_builder(DataConfig())
     for name, drop in (("all", 0.0), ("half", HALF)):
         drawn = _batches(setting, drop)
@@ -68,7 +68,7 @@ def check_ours(setting: Setting) -> Iterator[dict[str, Any]]:
         }
 
 
-def check_peer(setting: Setting, compiled: bool) -> Iterator[dict[str, Any]]:
+def _check_peer(setting: Setting, compiled: bool) -> Iterator[dict[str, Any]]:
     """Pairs per second of open_clip's model and loss, amp_bf16 and fused AdamW."""
     setting.warm_up()
     if not setting.cuda:
@@ -109,16 +109,18 @@ def check_peer(setting: Setting, compiled: bool) -> Iterator[dict[str, Any]]:
     }
 
 
-check_peer_eager = partial(check_peer, compiled=False)
-check_peer_compiled = partial(check_peer, compiled=True)
+check_ours_bf16 = partial(check_ours, bf16_residual=True)
+check_peer_eager = partial(_check_peer, compiled=False)
+check_peer_compiled = partial(_check_peer, compiled=True)
 
 
 def ratios(checks: dict[str, dict[str, Any]]) -> dict[str, float]:
     """How many times as fast ours is, of those checks that have run."""
-    ours = checks.get("ours", {})
     return {
-        f"times_{name}_{kind}": ours[f"{kind}_pairs_per_s"] / checks[name]["pairs_per_s"]
-        for name in ("peer_eager", "peer_compiled")
+        f"{ours}_times_{peer}_{kind}": checks[ours][f"{kind}_pairs_per_s"]
+        / checks[peer]["pairs_per_s"]
+        for ours in ("ours", "ours_bf16")
+        for peer in ("peer_eager", "peer_compiled")
         for kind in ("all", "half")
-        if f"{kind}_pairs_per_s" in ours and "pairs_per_s" in checks.get(name, {})
+        if f"{kind}_pairs_per_s" in checks.get(ours, {}) and "pairs_per_s" in checks.get(peer, {})
     }

@@ -18,11 +18,13 @@ _STEPS = 2
 _TOP = 40
 # The first that matches is a kernel's kind.
 _KINDS = (
-    ("attention", r"flash|fmha|attention|attn"),
+    ("compiled", r"^triton_"),
+    # Also those of `navit_clip.kernels`.
+    ("loss", r"^(statistics|merge|weights)_kernel"),
+    ("attention", r"flash|fmha|attention|attn|^(forward|backward)\w*_kernel"),
     ("products", r"gemm|nvjet|cutlass|xmma|cublas|splitk"),
     ("optimiser", r"adam|multi_tensor|foreach|lpnorm"),
     ("copies", r"memcpy|memset|copy|catarray"),
-    ("compiled", r"^triton_"),
     ("norms", r"layer_norm|gammabeta|welford|rowwise"),
     ("elementwise", r"elementwise|gelu|index|gather|scatter|embedding|reduce|sort"),
 )

@@ -38,7 +38,9 @@ _WARM_UPS = 6  # the first compiles, and each batch is seen once
 DATA_SHEET_TFLOPS = 989  # of an H100 or H200, dense bfloat16
 
 
-def build_stepper(model: CLIPConfig, setting: Setting, compiled: bool) -> Stepper:
+def build_stepper(
+    model: CLIPConfig, setting: Setting, compiled: bool, bf16_residual: bool = False
+) -> Stepper:
     """The trainer's step in bfloat16, with its defaults."""
     if not setting.cuda:
         # The path through the compiler's entry points, without the minutes of a C++ compiler.
@@ -51,7 +53,7 @@ def build_stepper(model: CLIPConfig, setting: Setting, compiled: bool) -> Steppe
         Ranks(0, 1, setting.device),
         steps=1_000_000,  # the learning rate hardly changes
         optim=OptimConfig(),
-        parallel=ParallelConfig(compile=compiled),
+        parallel=ParallelConfig(compile=compiled, bf16_residual=bf16_residual),
         ema=EMAConfig(),
         guard=NonFiniteGuard("skip", 1000),
         precision="bf16",
@@ -109,12 +111,13 @@ def time_steps(
     return found, take
 
 
-def check_step(
+def _check_step(
     setting: Setting,
     size: str,
     image_tokens: int,
     text_tokens: int,
-    compiled: bool,
+    compiled: bool = True,
+    bf16_residual: bool = False,
     steps: int = 12,
     kernels: int = 4,
 ) -> Iterator[dict[str, Any]]:
@@ -128,7 +131,7 @@ def check_step(
         ImageTowerConfig(16, encoder),
         TextTowerConfig(_VOCABULARY, _CONTEXT, encoder),
     )
-    stepper = build_stepper(model, setting, compiled)
+    stepper = build_stepper(model, setting, compiled, bf16_residual)
     task = stepper.task
     assert isinstance(task, ContrastiveTask)
     batches = [draw_batch(task, image_tokens, text_tokens, seed) for seed in range(_BATCHES)]
@@ -147,15 +150,11 @@ def check_step(
     yield {**seen, "top": longest[:kernels], "details": {"top": longest, "calls": calls}}
 
 
-check_step_compiled = partial(
-    check_step, size="B", image_tokens=16384, text_tokens=4288, compiled=True, kernels=14
-)
-check_step_eager = partial(
-    check_step, size="B", image_tokens=16384, text_tokens=4288, compiled=False, steps=8
-)
-check_step_64k = partial(
-    check_step, size="B", image_tokens=65536, text_tokens=17152, compiled=True, steps=5
-)
-check_step_large = partial(
-    check_step, size="L", image_tokens=16384, text_tokens=4288, compiled=True, steps=5
-)
+_check_small = partial(_check_step, size="B", image_tokens=16384, text_tokens=4288)
+_check_full = partial(_check_step, size="B", image_tokens=65536, text_tokens=17152, steps=6)
+check_step = partial(_check_small, kernels=10)
+check_step_eager = partial(_check_small, compiled=False, steps=8)
+check_step_full = partial(_check_full, kernels=10)
+check_step_full_bf16 = partial(check_step_full, bf16_residual=True)
+check_step_large = partial(_check_step, size="L", image_tokens=32768, text_tokens=8576, steps=6)
+check_step_large_bf16 = partial(check_step_large, bf16_residual=True)
