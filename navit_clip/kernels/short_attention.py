@@ -27,25 +27,30 @@ class Tile(NamedTuple):
     """How a class is launched.
 
     Attributes:
-        keys: Keys in one block.
+        rows: Queries of one program or, where a gradient of keys is computed, keys.
+        columns: What these attend to, in one block.
         warps: Warps of one program.
-        stages: Blocks of keys in flight.
+        registers: Most registers of a thread, so that more programs are at work at a time; what
+            does not fit is put into memory. None for as many as the compiler likes.
     """
 
-    keys: int
+    rows: int
+    columns: int
     warps: int
-    stages: int
+    registers: int | None = None
 
 
-# By class, for heads of up to 64 and of more: without register spills where one program can do so.
+# By width of heads, up to 64 and wider, and by class. The backward pass of a class in one tile has
+# one kernel for all gradients; in several tiles, one for queries and then one for keys.
 FORWARD = {
-    64: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(64, 8, 1)),
-    128: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(64, 8, 1), Tile(32, 8, 1)),
+    64: (Tile(16, 16, 1), Tile(32, 32, 2), Tile(64, 64, 4), Tile(128, 128, 8), Tile(128, 64, 8)),
+    128: (Tile(16, 16, 1), Tile(32, 32, 2), Tile(64, 64, 4), Tile(128, 64, 8), Tile(128, 64, 8)),
 }
 BACKWARD = {
-    64: (Tile(16, 1, 1), Tile(32, 2, 1), Tile(64, 4, 1), Tile(128, 8, 1), Tile(32, 8, 1)),
-    128: (Tile(16, 2, 1), Tile(32, 4, 1), Tile(64, 8, 1), Tile(32, 8, 1), Tile(16, 8, 1)),
+    64: (Tile(16, 16, 1), Tile(32, 32, 2), Tile(64, 64, 4, 168), Tile(64, 64, 4), Tile(64, 64, 4)),
+    128: (Tile(16, 16, 2), Tile(32, 32, 4), Tile(64, 64, 8), Tile(64, 32, 4), Tile(64, 32, 4)),
 }
+BACKWARD_KEYS = {64: Tile(64, 32, 4, 168), 128: Tile(64, 32, 4)}
 MAX_WIDTH = max(FORWARD)
 """Widest head."""
 
@@ -76,9 +81,9 @@ def short_attention_forward(
     # Imported here: a PyTorch without CUDA comes without Triton.
     from navit_clip.kernels._short_attention import forward_kernel
 
-    for i, count, options in _launches(forward_kernel, FORWARD, qkv_T3HD, bounds, q_weight, causal):
-        forward_kernel[(count,)](
-            qkv_T3HD, offsets, q_weight, k_weight, out_THD, bounds[i], eps, **options
+    for launch in _launches(forward_kernel, FORWARD, qkv_T3HD, bounds, q_weight, causal):
+        forward_kernel[(launch.programs,)](
+            qkv_T3HD, offsets, q_weight, k_weight, out_THD, launch.segment, eps, **launch.options
         )
 
 
@@ -109,31 +114,42 @@ def short_attention_backward(
     Returns:
         [D] gradients of `q_weight` and `k_weight` in their precision, None without a norm.
     """
-    from navit_clip.kernels._short_attention import backward_kernel
+    from navit_clip.kernels import _short_attention as kernels
 
-    _, _, heads, width = qkv_T3HD.shape
-    segments = bounds[-1] - bounds[0]
-    parts = None
-    if q_weight is not None:
-        parts = qkv_T3HD.new_empty(segments, heads, 2, width, dtype=torch.float32)
-    launches = _launches(backward_kernel, BACKWARD, qkv_T3HD, bounds, q_weight, causal)
-    for i, count, options in launches:
-        backward_kernel[(count,)](
-            grad_THD,
-            qkv_T3HD,
-            offsets,
-            q_weight,
-            k_weight,
-            dqkv_T3HD,
-            None if parts is None else parts[bounds[i] - bounds[0] :],
-            bounds[i],
-            eps,
-            **options,
-        )
-    if parts is None or q_weight is None or k_weight is None:
+    tokens, _, heads, width = qkv_T3HD.shape
+    whole = kernels.backward_kernel
+    launches = list(_launches(whole, BACKWARD, qkv_T3HD, bounds, q_weight, causal))
+    programs = sum(launch.programs for launch in launches)
+    parts_P2D = qkv_T3HD.new_empty(programs, 2, width, dtype=torch.float32)
+    tensors = (grad_THD, qkv_T3HD, offsets, q_weight, k_weight, dqkv_T3HD)
+    first, statistics_TH2 = 0, None
+    for segment, count, options in launches:
+        arguments = (*tensors, parts_P2D[first:])
+        first += count
+        if options["ROWS"] == options["LENGTH"]:
+            del options["ROWS"], options["COLUMNS"]
+            whole[(count,)](*arguments, segment, eps, **options)
+            continue
+        if statistics_TH2 is None:
+            statistics_TH2 = parts_P2D.new_empty(tokens, heads, 2)
+        longer = (*arguments, statistics_TH2, segment, eps)
+        kernels.backward_queries_kernel[(count,)](*longer, **options)
+        tile = BACKWARD_KEYS[_table(width)]
+        assert tile.rows == options["ROWS"]  # parts have a place for both kernels' programs
+        options |= _options(tile)
+        kernels.backward_keys_kernel[(count,)](*longer, **options)
+    if q_weight is None or k_weight is None:
         return None
-    dq_weight, dk_weight = parts.sum((0, 1))
+    dq_weight, dk_weight = parts_P2D.sum(0)
     return dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
+
+
+class _Launch(NamedTuple):
+    """Of one class that holds segments: the first one, number of programs, and options."""
+
+    segment: int
+    programs: int
+    options: dict[str, Any]
 
 
 def _launches(
@@ -143,8 +159,7 @@ def _launches(
     bounds: Sequence[int],
     q_weight: Tensor | None,
     causal: bool,
-) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Index, number of programs and options of each class that holds segments."""
+) -> Iterator[_Launch]:
     import triton
     import triton.language as tl
 
@@ -154,18 +169,26 @@ def _launches(
     for i, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
-        keys, warps, stages = tiles[64 if width <= 64 else MAX_WIDTH][i]
+        tile = tiles[_table(width)][i]
         options = {
             "scale": width**-0.5,
             "H": heads,
             "D": width,
             "WIDTH": triton.next_power_of_2(width),
             "LENGTH": CLASSES[i],
-            "BLOCK_N": keys,
             "CAUSAL": causal,
             "NORM": q_weight is not None,
             "DOT": dot[qkv_T3HD.dtype] if compiled else tl.float32,
-            "num_warps": warps,
-            "num_stages": stages,
+            "num_stages": 1,
+            **_options(tile),
         }
-        yield i, (last - first) * heads, options
+        yield _Launch(first, (last - first) * heads * (CLASSES[i] // tile.rows), options)
+
+
+def _table(width: int) -> int:
+    return 64 if width <= 64 else MAX_WIDTH
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    rows, columns, warps, registers = tile
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "maxnreg": registers}

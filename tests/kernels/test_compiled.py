@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from navit_clip.kernels.short_attention import BACKWARD, CLASSES, FORWARD
+from navit_clip.kernels.short_attention import (
+    BACKWARD,
+    BACKWARD_KEYS,
+    CLASSES,
+    FORWARD,
+    Tile,
+)
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -21,27 +27,29 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile for the device"),
 ]
 SHARED_MEMORY = 227 * 1024  # that one program may have on an H100
+SPILLS = 256  # bytes of a thread that may cost little
 
 
-def compile_for_h100(kernel: Any, constants: dict[str, Any], warps: int, stages: int) -> Any:
-    """Of bfloat16 tensors; other pointers by name, and numbers as they are passed."""
+def compile_for_h100(kernel: Any, width: int, length: int, tile: Tile) -> Any:
+    """Of bfloat16 tensors, with norms."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {"H": 12, "D": width, "WIDTH": width, "LENGTH": length, "ROWS": tile.rows}
+    constants |= {"COLUMNS": tile.columns, "CAUSAL": False, "NORM": True}
+    constants["DOT"] = triton.language.bfloat16
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
     types = {"offsets_ptr": "*i32", "first_segment": "i32", "eps": "fp32", "scale": "fp32"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*fp32" if "weight" in name else "*bf16")
-        for name in kernel.arg_names
-    }
+    types |= dict.fromkeys(["q_weight_ptr", "k_weight_ptr", "dweight_ptr"], "*fp32")
+    types |= {"statistics_ptr": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
         if kind.startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -55,19 +63,26 @@ def bytes_of_spills(compiled: Any, folder: Path) -> int:
     return int(found[1])
 
 
-# The longest class has the most in registers and in shared memory; the others are compiled in the
-# tests on a device.
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_short_attention_fits_an_h100(direction, width, tmp_path, monkeypatch):
+# Those with the most in registers or in shared memory; tests on a device compile all.
+@pytest.mark.parametrize(
+    ("name", "width", "length"),
+    [
+        ("forward", 64, 256),
+        ("forward", 128, 256),
+        ("backward", 64, 64),
+        ("backward", 128, 64),
+        ("backward_queries", 64, 128),
+        ("backward_keys", 128, 256),
+    ],
+)
+def test_short_attention_fits_an_h100(name, width, length, tmp_path, monkeypatch):
     from navit_clip.kernels import _short_attention
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
-    kernel = getattr(_short_attention, f"{direction}_kernel")
-    keys, warps, stages = (FORWARD if direction == "forward" else BACKWARD)[width][-1]
-    constants = {"H": 12, "D": width, "WIDTH": width, "LENGTH": CLASSES[-1], "BLOCK_N": keys}
-    constants |= {"CAUSAL": False, "NORM": True, "DOT": triton.language.bfloat16}
-    compiled = compile_for_h100(kernel, constants, warps, stages)
+    kernel = getattr(_short_attention, f"{name}_kernel")
+    tile = (FORWARD if name == "forward" else BACKWARD)[width][CLASSES.index(length)]
+    if name == "backward_keys":
+        tile = BACKWARD_KEYS[width]
+    compiled = compile_for_h100(kernel, width, length, tile)
     assert compiled.metadata.shared <= SHARED_MEMORY
-    if width == 64:
-        assert bytes_of_spills(compiled, tmp_path) == 0
+    assert bytes_of_spills(compiled, tmp_path) <= SPILLS
