@@ -70,7 +70,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
         buffer = [(read_ahead[origin], origin) for origin in state.buffer]
         packer: Packer[AnySample] = Packer(self.budget, config.look_ahead, config.packing)
         for origin in state.pending:
-            packer.offer(self._build(read_ahead[origin], origin))
+            self._offer(packer, read_ahead[origin], origin, skips)
         datasets = [
             DatasetReader(self.mixture, order, cursor, skips)
             for order, cursor in zip(orders, state.cursors, strict=True)
@@ -96,15 +96,21 @@ class Reader(Generic[AnySample, AnyInputs_co]):
             raw, origin = buffer.pop()
             origin = origin._replace(images_seen=data.images + drawn * data.total)
             drawn += 1
-            try:
-                packer.offer(self._build(raw, origin))
-                skips.bad_samples = 0
-            except SkipSampleError as error:
-                skips.skip_sample(raw.id, error)
+            self._offer(packer, raw, origin, skips)
 
-    def _build(self, raw: RawSample, origin: Origin) -> AnySample:
-        raw.check()
-        return self.build(raw, origin, self.mixture.dataset_of(origin.shard).captions)
+    def _offer(
+        self, packer: Packer[AnySample], raw: RawSample, origin: Origin, skips: SkipLog
+    ) -> None:
+        """Builds a sample and lets it wait for a batch; one that waited before a restart again.
+
+        With what the command has changed since, captions say, that one may be unusable now.
+        """
+        try:
+            raw.check()
+            packer.offer(self.build(raw, origin, self.mixture.dataset_of(origin.shard).captions))
+            skips.bad_samples = 0
+        except SkipSampleError as error:
+            skips.skip_sample(raw.id, error)
 
     def _batch(
         self, samples: list[AnySample], skips: SkipLog, state: ReaderState
