@@ -46,6 +46,8 @@ class DataState:
 
     Attributes:
         shards: Checksum of the shards that are read, see `Mixture.digest`.
+        seed: Of the run; with the datasets' names it decides the order.
+        datasets: Names of the datasets.
         total: Readers of all ranks.
         images: Samples that readers of another number had taken before, all together.
         leftovers: What each of the rank's readers finishes first in each dataset, by the reader's
@@ -55,6 +57,8 @@ class DataState:
     """
 
     shards: str
+    seed: int = 0
+    datasets: list[str] = field(default_factory=list)
     total: int = 1
     images: int = 0
     leftovers: dict[int, list[Leftover]] = field(default_factory=dict)
@@ -100,18 +104,27 @@ def open_state(
         world_size: Number of processes.
 
     Raises:
-        UserError: If the run was stopped with other shards.
+        UserError: If the run was stopped with anything else that the order depends on: other
+            shards, another seed, datasets of other names.
     """
     per_rank = max(1, workers)
-    state = DataState(mixture.digest, total=world_size * per_rank)
+    names = [dataset.name for dataset in mixture.datasets]
+    state = DataState(mixture.digest, seed, names, total=world_size * per_rank)
     if not saved:
         return state
-    if saved[0].shards != mixture.digest:
-        raise UserError(
-            f"the checkpoint was taken with other training shards ({saved[0].shards}, now "
-            f"{mixture.digest}): resume with the same ones, or use another run_dir"
-        )
-    if len(saved) == world_size and saved[0].total == state.total:
+    first = saved[0]
+    for what, before, now in (
+        ("other training shards", first.shards, state.shards),
+        ("another seed", first.seed, seed),
+        ("datasets of other names", ", ".join(first.datasets), ", ".join(names)),
+    ):
+        if before != now:
+            # Where a reader stands means other samples there: some would come twice, some never.
+            raise UserError(
+                f"the checkpoint was taken with {what} ({before}, now {now}): resume with the same,"
+                " or use another run_dir"
+            )
+    if len(saved) == world_size and first.total == state.total:
         return replace(saved[rank])
     state.images, leftovers = reshard(saved, mixture, seed, state.total)
     own = range(rank * per_rank, (rank + 1) * per_rank)

@@ -13,6 +13,7 @@ from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import Pair, PairBuilder
+from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import UserError
@@ -180,3 +181,32 @@ def test_a_resume_on_a_changed_shard_is_refused(pipeline, tmp_path):
     make_shards(tmp_path, [1])
     with pytest.raises(UserError, match=r"00000\.tar no longer holds sample"):
         take(data, 1, state=state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_waiting_sample_that_other_captions_make_unusable_is_counted(workers, pipeline, tmp_path):
+    dog = {"json": json.dumps({"caption": "a dog"}).encode()}
+    samples = {str(i): sample(i) | (dog if i % 2 else {}) for i in range(20)}
+    path = write_shard(tmp_path / "0.tar", samples)
+    data = pipeline([path], workers=workers)
+    state = advance(data.begin(), take(data, 1, state=data.begin()))
+    waiting = [origin.sample for origin in state.readers[0].pending]
+    assert {number % 2 for number in waiting} == {0, 1}
+    changed = replace(data, build=replace(data.build, captions={"json.caption": 1.0}))
+    (batch,) = take(changed, 1, state=state)
+    assert batch.counts.skipped["no_caption"] >= sum(number % 2 == 0 for number in waiting)
+    assert {int(name.rpartition("/")[2]) % 2 for name in batch.ids} == {1}
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_another_seed_or_name_of_a_dataset_is_refused(readers, pipeline, tmp_path):
+    shards = make_shards(tmp_path, [6, 6])
+    data = pipeline(shards)
+    saved = [advance(data.begin(), take(data, 1, state=data.begin()))]
+    renamed = data.with_mix({"web": DatasetConfig([str(shard) for shard in shards])})
+    for other, named in (
+        (replace(data, seed=1), r"another seed \(0, now 1\)"),
+        (renamed, r"datasets of other names \(train, now web\)"),
+    ):
+        with pytest.raises(UserError, match=named):
+            other.begin(saved, world_size=readers)

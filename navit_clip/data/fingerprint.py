@@ -1,0 +1,132 @@
+"""What the shards of a run look like from outside, so that others of the same names are noticed.
+
+Every folder that img2dataset writes has the same names. A checkpoint therefore keeps the size of
+each shard and hashes of its first and last bytes, which cost no more than to open it; of many
+shards, and of those that come over a network, a few are looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import urllib3
+
+from navit_clip.data.command import CommandStream
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.patterns import COMMAND, is_url
+
+_HEAD, _TAIL = 4096, 32768  # a tar ends with up to 20 blocks of zeros, so many say nothing
+_LOCAL, _REMOTE, _COMMANDS = 512, 16, 2
+_THREADS = 16
+_TIMEOUT = urllib3.Timeout(connect=5.0, read=10.0)
+
+# Size in bytes, and hashes of the first and the last bytes; None where it is not known.
+Fingerprint = Sequence[Any]
+_UNKNOWN: Fingerprint = (None, None, None)
+
+
+def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
+    """Fingerprints of a run's shards by short name, of those that can be read."""
+    shards = dict(zip(mixture.names, mixture.shards, strict=True))
+    local = [name for name, shard in shards.items() if not _is_remote(shard)]
+    urls = [name for name, shard in shards.items() if is_url(shard)]
+    commands = [name for name, shard in shards.items() if shard.startswith(COMMAND)]
+    close = set(_some(local, _LOCAL))
+    tasks: list[tuple[str, Callable[[str], Fingerprint]]] = [
+        *((name, _of_file if name in close else _size_of_file) for name in local),
+        *((name, _of_url) for name in _some(urls, _REMOTE)),
+        *((name, _of_command) for name in _some(commands, _COMMANDS)),
+    ]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda task: task[1](shards[task[0]]), tasks)
+        return {name: one for (name, _), one in zip(tasks, found, strict=True) if any(one)}
+
+
+def difference(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> str | None:
+    """The first shard that is another one than before, as "NAME has …", None if none is known."""
+    for name in before.keys() & now.keys():
+        for what, there, here in zip(
+            ("bytes", "first bytes", "last bytes"), before[name], now[name], strict=True
+        ):
+            if there is not None and here is not None and there != here:
+                detail = f"{here:,} bytes, not {there:,}" if what == "bytes" else f"other {what}"
+                return f"{name} has {detail}"
+    return None
+
+
+def _some(names: Sequence[str], most: int) -> Sequence[str]:
+    return names[:: -(-len(names) // most)] if names else names
+
+
+def _is_remote(shard: str) -> bool:
+    return is_url(shard) or shard.startswith(COMMAND)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _size_of_file(shard: str) -> Fingerprint:
+    # A shard that cannot be read is the reader's business, which counts it.
+    with suppress(OSError):
+        return Path(shard).stat().st_size, None, None
+    return _UNKNOWN
+
+
+def _of_file(shard: str) -> Fingerprint:
+    with suppress(OSError), open(shard, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_HEAD)
+        file.seek(max(0, size - _TAIL))
+        return size, _hash(head), _hash(file.read(_TAIL))
+    return _UNKNOWN
+
+
+def _of_url(url: str) -> Fingerprint:
+    with suppress(urllib3.exceptions.HTTPError, ValueError), urllib3.PoolManager() as pool:
+        size, head = _range_of(pool, url, f"bytes=0-{_HEAD - 1}", _HEAD)
+        if size is None:
+            return size, head, None
+        start = max(0, size - _TAIL)
+        _, tail = _range_of(pool, url, f"bytes={start}-", _TAIL, start)
+        return size, head, tail
+    return _UNKNOWN
+
+
+def _range_of(
+    pool: urllib3.PoolManager, url: str, wanted: str, most: int, start: int = 0
+) -> tuple[int | None, str | None]:
+    """Size of a file on a server and the hash of a range; None for what it does not send."""
+    response = pool.request(
+        "GET",
+        url,
+        headers={"Range": wanted, "Accept-Encoding": "identity"},
+        timeout=_TIMEOUT,
+        retries=urllib3.Retry(None, connect=0, read=0, status=0, other=0, redirect=5),
+        preload_content=False,
+        decode_content=False,
+    )
+    try:
+        if response.status == 206:
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        elif response.status == 200 and not start:
+            total = response.headers.get("Content-Length", "")
+        else:
+            return None, None
+        data = response.read(most)
+        size = int(total) if total.isdecimal() else None
+        return size, _hash(data) if len(data) == min(most, size or most) else None
+    finally:
+        response.close()
+
+
+def _of_command(shard: str) -> Fingerprint:
+    with suppress(OSError), closing(CommandStream(shard.removeprefix(COMMAND))) as stream:
+        return None, _hash(stream.read(_HEAD)), None
+    return _UNKNOWN
