@@ -10,6 +10,7 @@ since disks fail too.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
@@ -50,6 +51,7 @@ from navit_clip.checkpoints.rank_state import (
     rank_state,
     restore_generators,
 )
+from navit_clip.checkpoints.tensor_files import read_tensors
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -59,6 +61,8 @@ from navit_clip.files import sha256_of
 _WRITE_TIMEOUT = timedelta(hours=4)
 _LAST_WAIT_S = 60.0
 _SHARED_S = 20.0  # a network file system may show a new file that much later on other hosts
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,16 @@ class Checkpoints:
         directory: Where they are kept.
         config: How they are written, and which are kept.
         ranks: This process among all of them.
+
+    Attributes:
+        describe: Called by rank 0 with the folder of each: writes what belongs into it beside the
+            state.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.directory, self.config, self.ranks = directory, config, ranks
+        self.describe: Callable[[Path], None] = lambda folder: None
+        self._damaged: list[tuple[Path, str]] = []
         # The writing threads talk among themselves: in the training's group their messages would
         # meet those of whatever step the other ranks have reached.
         self._group: dist.ProcessGroup | None = None
@@ -123,45 +133,48 @@ class Checkpoints:
         """Folder of the checkpoint taken after `step` steps."""
         return step_folder(self.directory, step)
 
-    def newest(self, report: Callable[[str], None]) -> int | None:
+    def newest(self) -> int | None:
         """Step of the newest checkpoint that is as it was written; every rank calls it.
 
-        Damaged ones are set aside under another name, and what a killed run left half-written is
-        removed.
-
-        Args:
-            report: Gets a line for each of those on rank 0.
+        Changes nothing; see `tidy`.
 
         Raises:
             UserError: If there are checkpoints and all of them are damaged, or the ranks do not
                 share the directory.
         """
         self._open()
-        if self.ranks.is_first:
-            for leftover in sorted(self.directory.glob(f"step-*{PARTIAL}")):
-                report(f"checkpoint {leftover.stem} was not written to its end; removed")
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.directory.glob(f"step-*{REMOVED}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        damaged: list[tuple[Path, str]] = []
         for step in self.ranks.broadcast(saved_steps(self.directory)[::-1]):
             # Each rank reads a part of its files.
             found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
             damage = next(filter(None, self.ranks.gather([found])), None)
             if damage is None:
-                if self.ranks.is_first:
-                    for path, what in damaged:
-                        report(f"{set_aside(path, what)}; going on from step {step}")
                 return step
-            damaged.append((self.path(step), damage))
-        if damaged:
+            self._damaged.append((self.path(step), damage))
+        if self._damaged:
             # Starting over would throw the run away, which only its user may do.
-            path, what = damaged[0]
+            path, what = self._damaged[0]
             raise UserError(
                 f"checkpoint {path} is damaged ({what}), and no other in {self.directory} is whole:"
                 " restore one, or use another run_dir to start over"
             )
         return None
+
+    def tidy(self, report: Callable[[str], None]) -> None:
+        """Sets aside what `newest` found damaged, and removes what a killed run left half-written.
+
+        For rank 0, once the state of `newest` is loaded.
+
+        Args:
+            report: Gets a line for each of those.
+        """
+        for leftover in sorted(self.directory.glob(f"step-*{PARTIAL}")):
+            report(f"checkpoint {leftover.stem} was not written to its end; removed")
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.directory.glob(f"step-*{REMOVED}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for path, what in self._damaged:
+            report(f"{set_aside(path, what)}; going on from step {self._newest}")
+        self._damaged = []
 
     def save(self, step: int, state: dict[str, Any], data: DataState) -> None:
         """Takes a checkpoint of the state after `step` steps; every rank calls it.
@@ -251,10 +264,10 @@ class Checkpoints:
             difference = manifest.difference(state["model"])
             if difference is not None:
                 raise ValueError(f"it is of another model, {difference}")
-            dcp.load(state, checkpoint_id=str(path), no_dist=self._group is None)
+            read_tensors(state, path, manifest.files, alone=self._group is None)
             if self.ranks.rank < manifest.world_size:
                 restore_generators(path, self.ranks.rank, self.ranks.device)
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
+        except (*_UNREADABLE, dcp.CheckpointException) as error:
             reason: BaseException = error
             if isinstance(error, dcp.CheckpointException):
                 reason = next(iter(error.failures.values()))[0]
@@ -304,7 +317,11 @@ class Checkpoints:
             rank_file(folder, rank).write_text(own)
             files = [rank_file(folder, rank), *folder.glob(f"__{rank}_*.distcp")]
             if self.ranks.is_first:
+                self.describe(folder)
                 files.append(folder / ".metadata")
+                # What has just been written; the rest are of ranks, each of which names its own.
+                others = re.compile(r"\.|__|rank-")
+                files += [path for path in folder.iterdir() if not others.match(path.name)]
             checksums = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _disk_error(error)

@@ -1,8 +1,10 @@
 """The folders of a run and its checkpoints: their names, what belongs to one, whether it is whole.
 
 The last file that is written into the folder of a checkpoint is its manifest, ``run.json``: size
-and hash of every file, so that a damaged one is noticed before anything is loaded, and the shapes
-of the weights, which tell another model from a broken disk.
+and hash of every file, so that a damaged one is noticed before anything is loaded, the shapes of
+the weights, which tell another model from a broken disk, and a hash of all this. A checkpoint also
+holds what it takes to read it and to go on from it: ``model.json``, the tokenizer, the resolved
+configuration, and what the shards looked like.
 
 Below `checkpoint`, which the trainer writes and reads with, and `load_run`, which reads one
 without a trainer.
@@ -10,10 +12,11 @@ without a trainer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +27,12 @@ from torch import Tensor
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, sha256_of
 
-RUN_MODEL = "model.json"  # in a run directory: the architecture that its checkpoints are of
-TOKENIZER_DIR = "tokenizer"  # in a run directory: the tokenizer that the run uses
+RUN_MODEL = "model.json"  # in a checkpoint: architecture and preprocessing
+RUN_CONFIG = "config.yaml"  # in a checkpoint: of the command that wrote it
+RUN_SHARDS = "shards.json"  # in a checkpoint: see `navit_clip.data.fingerprint`
 PARTIAL, REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
-FORMAT = 2  # of a checkpoint; read no other
-_MANIFEST = "run.json"
+FORMAT = 3  # of a checkpoint; read no other
+_MANIFEST, _CHECKSUM = "run.json", "checksum"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -79,7 +83,9 @@ class Manifest:
         Raises:
             OSError: If the disk does not take it.
         """
-        atomic_write(folder / _MANIFEST, json.dumps(asdict(self)))
+        values = asdict(self)
+        content = json.dumps({**values, _CHECKSUM: _checksum(values)})
+        atomic_write(folder / _MANIFEST, content)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -92,19 +98,39 @@ class Manifest:
         path = folder / _MANIFEST
         try:
             values = json.loads(path.read_text())
-            # The first format did not say so itself.
+            checksum = values.pop(_CHECKSUM, None)
+            # Before the format, which a flipped bit changes as well; earlier ones had no checksum.
+            if checksum is not None and checksum != _checksum(values):
+                raise ValueError("it has other contents than were written")
             found = values.get("format", 1 if "files" in values else None)
-            if found is not None and found != FORMAT:
+            known = type(found) is int and (checksum is not None or found in (1, 2))
+            if known and found != FORMAT:
                 raise UserError(
                     f"{path} has format {found}, this version reads {FORMAT}: finish the run with "
                     "the version that wrote it, or use another run_dir"
                 )
+            if checksum is None:
+                raise ValueError("it has no checksum")
             manifest = cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            manifest._check_types()
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{_MANIFEST} cannot be read: {error}") from error
-        if not isinstance(manifest.files, dict) or not manifest.files:
-            raise ValueError(f"{_MANIFEST} names no files")
         return manifest
+
+    def _check_types(self) -> None:
+        """Refuses what only a program other than `write` can have given a checksum."""
+        numbers = (self.step, self.world_size)
+        plain = all(type(number) is int and 0 <= number < 10**8 for number in numbers)
+        files = isinstance(self.files, dict) and all(
+            Path(name).name == name
+            and isinstance(entry, list)
+            and list(map(type, entry)) == [int, str]
+            for name, entry in self.files.items()
+        )
+        if not (plain and self.world_size and files and self.files):
+            raise ValueError("it names no step, ranks or files")
+        if not isinstance(self.weights, dict):
+            raise ValueError("it names no weights")
 
     def difference(self, weights: Mapping[str, Tensor]) -> str | None:
         """The first weight in which a model differs from the checkpoint's, None without any."""
@@ -116,7 +142,13 @@ class Manifest:
         return None
 
 
-def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(
+    folder: Path, rank: int = 0, world_size: int = 1, *, only: Collection[str] = ()
+) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was written, byte for byte.
 
     Args:
@@ -124,12 +156,15 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
         rank: Files are read in full, so ranks share them out: this one reads every
             `world_size`-th.
         world_size: Number of ranks that share them.
+        only: Files to compare; all of them by default.
     """
     try:
         manifest = Manifest.read(folder)
     except ValueError as error:
         return str(error)
-    for name in sorted(manifest.files)[rank::world_size]:
+    if missing := sorted(set(only) - manifest.files.keys()):
+        return f"{missing[0]} is missing"
+    for name in sorted(only or manifest.files)[rank::world_size]:
         size, digest = manifest.files[name]
         try:
             # The size first: a truncated file is the usual damage, and costs no reading.

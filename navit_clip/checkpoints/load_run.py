@@ -1,8 +1,9 @@
 """A model out of a training run's checkpoint, exported or not.
 
-Reads what `checkpoint` wrote, in one process, whatever number of ranks wrote it. The run directory
-says itself which model it holds: ``model.json`` beside the checkpoints, and the tokenizer. The
-exported model/ of a finished run is read by `navit_clip.export` instead.
+Reads what `checkpoint` wrote, in one process, whatever number of ranks wrote it. Each checkpoint
+holds architecture, preprocessing and tokenizer itself, so that nothing that became of the run later
+changes how an earlier one is read. The exported model/ of a finished run is read by
+`navit_clip.export` instead.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
 
 from navit_clip.checkpoints.folder import (
     RUN_MODEL,
-    TOKENIZER_DIR,
     Manifest,
     find_damage,
     saved_steps,
     step_folder,
 )
+from navit_clip.checkpoints.tensor_files import read_index, read_tensors
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.files import reading
@@ -46,18 +46,14 @@ def load_run(
     Raises:
         UserError: If there is no such checkpoint, or it is damaged.
     """
-    if not (run_dir / RUN_MODEL).is_file():
-        if (run_dir / "config.yaml").is_file():
-            raise UserError(
-                f"{run_dir} has no {RUN_MODEL}: its run has not begun, or an earlier version wrote "
-                f"it, of which --model {run_dir / 'model'} can be evaluated"
-            )
-        raise UserError(f"no training run at {run_dir}: expected {RUN_MODEL} in it")
-    description = Description.read(run_dir / RUN_MODEL)
+    directory = run_dir / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"no training run at {run_dir}: expected checkpoints/ in it")
     step = _choose(run_dir, step)
-    tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
-    model = NaViTCLIP(description.model, tokenizer, description.preprocess)
-    _load(step_folder(run_dir / "checkpoints", step), model)
+    folder = step_folder(directory, step)
+    description = Description.read(folder / RUN_MODEL)
+    model = NaViTCLIP(description.model, load_tokenizer(folder), description.preprocess)
+    _load(folder, model)
     return model.to(device).eval(), step
 
 
@@ -84,16 +80,17 @@ def _choose(run_dir: Path, step: int | None) -> int:
 
 
 def _load(folder: Path, model: NaViTCLIP) -> None:
-    damage = (ValueError, KeyError, RuntimeError, dcp.CheckpointException)
+    damage = (ValueError, KeyError, TypeError, RuntimeError, dcp.CheckpointException)
     with reading(f"checkpoint {folder}", *damage):
-        difference = Manifest.read(folder).difference(model.state_dict())
+        manifest = Manifest.read(folder)
+        difference = manifest.difference(model.state_dict())
         if difference is not None:
             raise UserError(f"{folder} is of another model than {RUN_MODEL} says: {difference}")
-        metadata: Metadata = dcp.FileSystemReader(str(folder)).read_metadata()
+        index = read_index(folder, manifest.files)
         averaged = {
             name: torch.empty_like(parameter)
             for name, parameter in model.named_parameters()
-            if f"ema.{name}" in metadata.state_dict_metadata
+            if f"ema.{name}" in index.state_dict_metadata
         }
         state: dict[str, Any] = {"model": model.state_dict()}
         if averaged:
@@ -101,5 +98,5 @@ def _load(folder: Path, model: NaViTCLIP) -> None:
         with warnings.catch_warnings():
             # Read by one process on purpose.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+            read_tensors(state, folder, manifest.files, alone=True)
     model.load_state_dict(state["model"] | averaged)

@@ -18,6 +18,7 @@ from torch import Tensor
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.order import Cursor, Leftover, ShardSlice
 from navit_clip.data.state import DataState, ReaderState
+from navit_clip.files import reading
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -77,7 +78,9 @@ class SavedDataStates(Sequence[DataState]):
         return self.world_size
 
     def __getitem__(self, rank: Any) -> Any:
-        return data_from_json(_read(self.path, range(self.world_size)[rank])["data"])
+        rank = range(self.world_size)[rank]
+        with reading(rank_file(self.path, rank), ValueError, TypeError, KeyError, AttributeError):
+            return data_from_json(_read(self.path, rank)["data"])
 
 
 def data_to_json(data: DataState) -> dict[str, Any]:
@@ -120,7 +123,5 @@ def _slice(values: list[Any]) -> ShardSlice:
 
 
 def _read(folder: Path, rank: int) -> dict[str, Any]:
-    saved = json.loads(rank_file(folder, rank).read_text())
-    if "data" not in saved:
-        raise ValueError("an older version of navit-clip wrote it; begin again with its weights")
+    saved: dict[str, Any] = json.loads(rank_file(folder, rank).read_text())
     return saved

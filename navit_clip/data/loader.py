@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ def load_batches(
     world_size: int = 1,
     state: DataState | None = None,
     pin_memory: bool = False,
-) -> Iterator[Batch[AnyInputs]]:
+) -> Generator[Batch[AnyInputs], None, None]:
     """Yields one rank's batches without end.
 
     Args:

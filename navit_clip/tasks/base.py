@@ -126,7 +126,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self, folder: Path) -> None:
-        """Writes what must be known to read the run's checkpoints without its configuration.
+        """Writes into a checkpoint what must be known to read it without its configuration.
 
         Raises:
             OSError: If the disk does not take it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from navit_clip.checkpoints.folder import RUN_MODEL
+from navit_clip.checkpoints.folder import RUN_MODEL, find_damage, saved_steps, step_folder
 from navit_clip.errors import UserError
 from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.model import NaViTCLIP
@@ -62,8 +62,10 @@ class InitConfig:
         """
         if self.model is None:
             return None
-        if any((run_dir / "checkpoints").glob("step-*")) and (run_dir / RUN_MODEL).is_file():
-            return Description.read(run_dir / RUN_MODEL).model
+        for step in reversed(saved_steps(run_dir / "checkpoints")):
+            folder = step_folder(run_dir / "checkpoints", step)
+            if find_damage(folder, only=[RUN_MODEL]) is None:
+                return Description.read(folder / RUN_MODEL).model
         if self.open_clip_name is not None:
             from navit_clip.interop.open_clip import config_of
 

@@ -1,7 +1,7 @@
 """The first weights of a run and its tokenizer, from nothing or from an existing model.
 
-`trainer` asks here. A run keeps the tokenizer it was begun with in its directory, so that its
-checkpoints can be read wherever the tokenizer came from.
+`trainer` asks here. Every checkpoint holds the tokenizer that the run was begun with, which is read
+from there on: what has become of the file it came from does not matter.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
-from navit_clip.checkpoints.folder import TOKENIZER_DIR
 from navit_clip.errors import UserError
-from navit_clip.files import writing
 from navit_clip.tasks.base import Task
 from navit_clip.tasks.source import InitConfig
-from navit_clip.tokenizers.base import Tokenizer
+from navit_clip.tokenizers.base import DESCRIPTION_FILE, Tokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
 
 # Tokenizers of as many ids that cut this alike have the same vocabulary, in practice.
@@ -23,7 +21,7 @@ _PROBE = "Two dogs & a child's red kite, photographed at 10:45 on the north-east
 
 
 def starting_point(
-    task: Task, init: InitConfig, tokenizer: TokenizerConfig | None, run_dir: Path, *, begun: bool
+    task: Task, init: InitConfig, tokenizer: TokenizerConfig | None, checkpoint: Path | None
 ) -> tuple[nn.Module, Tokenizer | None]:
     """The first weights of a run, on the host, and its tokenizer.
 
@@ -31,38 +29,37 @@ def starting_point(
         task: Whose model.
         init: What the run starts from.
         tokenizer: As configured; None takes that of `init`.
-        run_dir: Of the run.
-        begun: The run has a checkpoint, whose weights will replace these: `init` is not read.
+        checkpoint: Of the run, whose weights will replace these and whose tokenizer is the run's:
+            `init` is not read, and `tokenizer` only if it is still there. None if there is none.
 
     Raises:
-        UserError: If the model or a tokenizer cannot be read, or the configured tokenizer has
-            another vocabulary than that of `init`.
+        UserError: If the model or a tokenizer cannot be read, or the configured tokenizer is
+            another one than that of the checkpoint, or has another vocabulary than that of `init`.
     """
+    if checkpoint is not None:
+        own = load_tokenizer(checkpoint) if (checkpoint / DESCRIPTION_FILE).is_file() else None
+        if own is not None and tokenizer is not None:
+            _check_same(tokenizer, own, checkpoint)
+        return task.build_model(), own
     given = build_tokenizer(tokenizer) if tokenizer is not None else None
     if init.model is None:
         return task.build_model(), given
-    if begun:
-        return task.build_model(), given or load_tokenizer(run_dir / TOKENIZER_DIR)
     model, theirs = task.start_from(init)
     if given is not None and theirs is not None:
         _check_vocabulary(given, theirs, init)
     return model, given or theirs
 
 
-def keep_tokenizer(tokenizer: Tokenizer | None, run_dir: Path) -> None:
-    """Saves the tokenizer in the directory of a run that has none yet.
-
-    Raises:
-        UserError: If the disk does not take it.
-    """
-    folder = run_dir / TOKENIZER_DIR
-    if tokenizer is None or folder.is_dir():
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    with writing(folder):
-        partial.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(partial)
-        partial.rename(folder)
+def _check_same(config: TokenizerConfig, own: Tokenizer, checkpoint: Path) -> None:
+    try:
+        given = build_tokenizer(config)
+    except UserError:
+        return  # the run has its own copy
+    if (given.kind, given.pad_id, given.model) != (own.kind, own.pad_id, own.model):
+        raise UserError(
+            f"the tokenizer {config.path or config.kind} is not the one that the run was begun "
+            f"with, which {checkpoint} holds: put that one back, or use another run_dir"
+        )
 
 
 def _check_vocabulary(given: Tokenizer, theirs: Tokenizer, init: InitConfig) -> None:

@@ -7,9 +7,9 @@ metrics through `metrics`, and evaluations from `evaluation`.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,28 @@ import torch
 import yaml
 
 from navit_clip.checkpoints.checkpoint import Checkpoints
+from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS
+from navit_clip.checkpoints.lock import RunLock
+from navit_clip.data.fingerprint import Fingerprint, difference, fingerprints
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.state import DataState, open_state
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import write_output, writing
+from navit_clip.files import reading
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
 from navit_clip.training.config import TrainConfig, name_precision
 from navit_clip.training.evaluation import Evaluations
+from navit_clip.training.history import check_changes, keep_config
 from navit_clip.training.late import reads_late
 from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
 from navit_clip.training.signals import stop_signals
-from navit_clip.training.starting_weights import keep_tokenizer, starting_point
+from navit_clip.training.starting_weights import starting_point
 from navit_clip.training.step import PendingStep, Stepper, StepResult
 from navit_clip.training.watchdog import Watchdog
 
@@ -56,23 +60,25 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
         UserError: For anything the user can fix; nothing already written is lost.
     """
     config, resolved = name_precision(config, resolved, ranks)
-    run = _Run(config, ranks)
-    # Only now: a command that was refused leaves the directory as it was.
-    run.open(resolved)
-    try:
-        with explain_killed_workers(_KILLED_WORKERS), run.watchdog.watching():
-            run.catch_up()
-            if run.start < config.steps:
-                run.loop()
-            run.watchdog.heartbeat("the export of the model", slow=True)
-            weights = run.stepper.host_weights()
-        if weights is not None:
-            model_dir = run.directory / "model"
-            run.task.export(weights, run.tokenizer).save_pretrained(model_dir)
-            run.task.write_card(model_dir, run.directory)
-            run.progress.log(f"model written to {model_dir}")
-    finally:
-        run.close()
+    with RunLock(Path(config.run_dir), ranks) as lock:
+        run = _Run(config, resolved, ranks, lock)
+        try:
+            with explain_killed_workers(_KILLED_WORKERS), run.watchdog.watching():
+                run.begin()
+                # Only now: a command that was refused leaves the directory as it was.
+                run.open()
+                run.catch_up()
+                if run.start < config.steps:
+                    run.loop()
+                run.watchdog.heartbeat("the export of the model", slow=True)
+                weights = run.stepper.host_weights()
+            if weights is not None:
+                model_dir = run.directory / "model"
+                run.task.export(weights, run.tokenizer).save_pretrained(model_dir)
+                run.task.write_card(model_dir, run.directory)
+                run.progress.log(f"model written to {model_dir}")
+        finally:
+            run.close()
 
 
 def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks: Ranks) -> Stepper:
@@ -93,15 +99,20 @@ def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks
 class _Run:
     """The parts of a run, in the state of its newest checkpoint, and the loop that moves them."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, resolved: str, ranks: Ranks, lock: RunLock) -> None:
         self.config, self.ranks, self.directory = config, ranks, Path(config.run_dir)
+        self.resolved, self.lock = resolved, lock
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint, ranks)
-        self.start = self.checkpoints.newest(report=partial(print, flush=True)) or 0
+        self.start = self.checkpoints.newest() or 0
+        checkpoint = self.checkpoints.path(self.start) if self.start else None
+        self.changes = (
+            check_changes(checkpoint / RUN_CONFIG, resolved, self.start, config.steps)
+            if checkpoint
+            else []
+        )
         torch.manual_seed(config.seed)
         self.task = config.task.build(config.data)
-        model, self.tokenizer = starting_point(
-            self.task, config.init, config.tokenizer, self.directory, begun=self.start > 0
-        )
+        model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
         self.evaluations = Evaluations(
@@ -122,25 +133,43 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-
-    def open(self, resolved: str) -> None:
-        """Writes what the checkpoints need to be read, and opens all that the run reports to."""
-        config, ranks = self.config, self.ranks
-        if ranks.is_first:
-            keep_tokenizer(self.tokenizer, self.directory)
-            write_output(self.directory / "config.yaml", resolved, f"run_dir {self.directory}")
-            with writing(self.directory):
-                self.task.describe(self.directory)
-        ranks.barrier()
+        self.shards = self._look_at_shards(checkpoint)
+        self.checkpoints.describe = self._describe
+        self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
         self.progress = Progress(config.steps, self.start, visible=ranks.is_first)
         self.metrics: MetricsLog | None = None
-        if ranks.is_first:
-            values: dict[str, Any] = yaml.safe_load(resolved)
-            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
         self.samples: StepLog | None = None
-        if config.log.samples:
-            self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
-        self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
+        self.batches: Generator[Batch[Any], None, None] | None = None
+        self.first: list[Batch[Any]] = []  # taken ahead of the first step
+
+    def _look_at_shards(self, checkpoint: Path | None) -> dict[str, Fingerprint]:
+        """Fingerprints of the shards, on rank 0; refuses others than those of the checkpoint."""
+        found: dict[str, Fingerprint] = {}
+        problem = None
+        if self.ranks.is_first:
+            found = fingerprints(self.mixture)
+            if checkpoint is not None:
+                path = checkpoint / RUN_SHARDS
+                with reading(path, ValueError, TypeError, AttributeError, KeyError):
+                    problem = difference(json.loads(path.read_text()), found)
+        if (problem := self.ranks.broadcast(problem)) is not None:
+            raise UserError(
+                f"the checkpoint was taken with other training shards: {problem}; resume with the "
+                "same ones, or use another run_dir"
+            )
+        return found
+
+    def _describe(self, folder: Path) -> None:
+        """Writes into a checkpoint what it takes to read it and to go on from it."""
+        self.task.describe(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        (folder / RUN_CONFIG).write_text(self.resolved)
+        (folder / RUN_SHARDS).write_text(json.dumps(self.shards))
+
+    def begin(self) -> None:
+        """Reports, and waits for each rank's first batch: bad data refuses the command too."""
+        config, ranks = self.config, self.ranks
         self.meter = FlopsMeter(self.stepper.precision, ranks)
         parameters = sum(p.numel() for p in self.stepper.model.parameters())
         self.progress.log(
@@ -151,12 +180,49 @@ class _Run:
         slow = slow_precision(self.stepper.precision, ranks.device)
         if slow is not None:
             self.progress.log(slow)
+        if self.changes:
+            self.progress.log(f"changed since step {self.start}: {'; '.join(self.changes)}")
+        if self.start >= config.steps:
+            return
+        self.watchdog.heartbeat("the first batch", slow=True)
+        problem = None
+        try:
+            self.batches = load_batches(
+                self.build,
+                config.data,
+                config.seed,
+                mixture=self.mixture,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                state=self.data_state,
+                pin_memory=ranks.device.type == "cuda",
+            )
+            self.first = [next(self.batches)]
+        except UserError as error:
+            problem = str(error)
+        problem = next(filter(None, ranks.gather([problem])), None)
+        if problem is not None:
+            raise UserError(problem)
 
+    def open(self) -> None:
+        """Writes what the run is read by, and opens all that it reports to."""
+        config, ranks = self.config, self.ranks
+        if ranks.is_first:
+            self.checkpoints.tidy(self.progress.log)
+            keep_config(self.directory, self.resolved, self.start)
+        ranks.barrier()
+        if ranks.is_first:
+            values: dict[str, Any] = yaml.safe_load(self.resolved)
+            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
+        if config.log.samples:
+            self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
         if ranks.is_first:
             for line in self.task.report(self.mixture, self.tokenizer):
                 self.progress.log(line)
 
     def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()  # ends the data workers
         self.checkpoints.close()
         self.progress.close()
         for log in (self.metrics, self.samples):
@@ -173,16 +239,6 @@ class _Run:
     def loop(self) -> None:
         """Trains to the last step, or until the run is asked to stop."""
         config, ranks, progress = self.config, self.ranks, self.progress
-        batches = load_batches(
-            self.build,
-            config.data,
-            config.seed,
-            mixture=self.mixture,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            state=self.data_state,
-            pin_memory=ranks.device.type == "cuda",
-        )
         datasets = [dataset.name for dataset in self.mixture.datasets]
         interval = Interval(self.build.streams, datasets)
         skips = SkipReport()
@@ -190,11 +246,13 @@ class _Run:
             for step in range(self.start, config.steps):
                 # The first one compiles, and waits for the readers to start.
                 self.watchdog.heartbeat(f"step {step + 1}", slow=step == self.start)
-                taken = self._take(batches, interval)
+                taken = self._take(interval)
                 done = step + 1
                 logged = done % config.log.every_steps == 0 or done == config.steps
                 asked = bool(signals) or self.checkpoints.failed
-                announced = self.stepper.announce([batch.inputs for batch in taken], [asked])
+                announced = self.stepper.announce(
+                    [batch.inputs for batch in taken], [asked, self.lock.lost]
+                )
                 on_device = [batch.to(ranks.device, non_blocking=True) for batch in taken]
                 begun = self.stepper.begin(on_device, step, announced, measure=logged)
                 self._settle()  # the step before, while the device works on this one
@@ -208,9 +266,14 @@ class _Run:
                 progress.advance()
                 # A checkpoint that failed stops the run now, not at the next one: saving says why.
                 if ranks.world_size == 1:  # needs no one's consent: also what came since
-                    stopping = bool(signals) or self.checkpoints.failed
+                    stopping, lost = bool(signals) or self.checkpoints.failed, self.lock.lost
                 else:
-                    stopping = any(flag for _, flag in announced.wait())
+                    _, stopping, lost = map(any, zip(*announced.wait(), strict=True))
+                if lost:
+                    raise UserError(
+                        f"another trainer has taken {self.directory} from this one, which had "
+                        "stood still for long"
+                    )
                 due = self.evaluations.due(done)
                 saving = done % config.checkpoint.every_steps == 0 or done == config.steps
                 self._pending = begun, interval.rates(ranks) if logged else None
@@ -230,12 +293,13 @@ class _Run:
                     self._evaluate(due, done)
             self.checkpoints.wait()
 
-    def _take(self, batches: Iterator[Batch[Any]], interval: Interval) -> list[Batch[Any]]:
+    def _take(self, interval: Interval) -> list[Batch[Any]]:
         """The micro-batches of the next step, still on the host."""
         taken = []
+        assert self.batches is not None
         for _ in range(self.config.accumulate):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = self.first.pop() if self.first else next(self.batches)
             waited = time.perf_counter() - asked
             taken.append(batch)
             interval.add(batch, waited, self.task.flops(batch.inputs))

@@ -1,8 +1,11 @@
 """Checkpoints: written behind the training's back, whole or not at all, and doubted when read."""
 
 import errno
+import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +23,11 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from navit_clip.checkpoints import checkpoint
 from navit_clip.checkpoints.checkpoint import CheckpointConfig, Checkpoints
+from navit_clip.checkpoints.folder import find_damage
 from navit_clip.data.state import DataState, ReaderState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -68,9 +74,10 @@ def names(path):
 def read(path):
     """The newest whole checkpoint: its step, its contents' value, and what was reported."""
     lines, checkpoints, loaded = [], open_checkpoints(path), state(-1)
-    step = checkpoints.newest(lines.append)
+    step = checkpoints.newest()
     assert step is not None
     states = checkpoints.load(step, loaded)
+    checkpoints.tidy(lines.append)
     assert [data.batches for data in states] == [step]
     return step, value_of(loaded), lines
 
@@ -164,7 +171,7 @@ def test_damaged_ones_alone_do_not_begin_the_run_anew(tmp_path):
         truncate(tmp_path / f"step-0000000{step}")
     for _ in range(2):
         with pytest.raises(UserError, match="step-00000008 is damaged"):
-            open_checkpoints(tmp_path).newest(print)
+            open_checkpoints(tmp_path).newest()
 
 
 def test_half_written_ones_are_named_and_removed(tmp_path):
@@ -175,7 +182,7 @@ def test_half_written_ones_are_named_and_removed(tmp_path):
     assert step == 4
     assert lines == ["checkpoint step-00000008 was not written to its end; removed"]
     assert names(tmp_path) == ["step-00000004"]
-    assert open_checkpoints(tmp_path / "empty").newest(print) is None
+    assert open_checkpoints(tmp_path / "empty").newest() is None
 
 
 def wider(value):
@@ -194,7 +201,7 @@ def shallower(value):
 def test_another_model_is_no_damage(tmp_path, other):
     write(tmp_path, [4])
     checkpoints = open_checkpoints(tmp_path)
-    assert checkpoints.newest(print) == 4
+    assert checkpoints.newest() == 4
     with pytest.raises(UserError, match=r"step-00000004: it is of another model, (w|more|b) has"):
         checkpoints.load(4, other(0))
     assert names(tmp_path) == ["step-00000004"]
@@ -262,12 +269,128 @@ def test_a_full_disk_says_so_and_keeps_the_previous_one(tmp_path, monkeypatch, a
 
 
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
-    checkpoints = write(tmp_path, [4])
-    (rank_file,) = tmp_path.glob("step-*/rank-0.json")
-    saved = json.loads(rank_file.read_text())
-    rank_file.write_text(json.dumps({"position": {}, "generators": saved["generators"]}))
-    with pytest.raises(UserError, match="an older version of navit-clip wrote it"):
-        checkpoints.load(4, state(-1))
+    write(tmp_path, [4])
+    path = tmp_path / "step-00000004/run.json"
+    saved = json.loads(path.read_text())
+    del saved["checksum"]
+    path.write_text(json.dumps({**saved, "format": 2}))
+    with pytest.raises(UserError, match=r"run\.json has format 2, this version reads 3: finish"):
+        open_checkpoints(tmp_path).newest()
+
+
+def test_any_flipped_bit_of_the_manifest_is_damage(tmp_path):
+    write(tmp_path, [4])
+    path = tmp_path / "step-00000004/run.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in (0, 1, 3, 5, 7):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            # White space may change without changing what is said.
+            same = not flipped[position : position + 1].strip() or whole[position] == ord(" ")
+            assert same or find_damage(path.parent), (position, bit)
+
+
+def sealed(values):
+    """A manifest that another program has given a checksum."""
+    checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**values, "checksum": checksum})
+
+
+MALFORMED = [
+    "[]",
+    "null",
+    "[" * 100_000,
+    "\ud800",
+    sealed({}),
+    *(
+        sealed({"step": 4, "world_size": 1, "weights": {}, "files": {"a": [1, "b"]}} | {"format": 3}
+               | change)
+        for change in (
+            {"step": "4"}, {"step": -1}, {"step": 10**30}, {"world_size": 0}, {"world_size": True},
+            {"files": {}}, {"files": ["a"]}, {"files": {"a": 1}}, {"files": {"../a": [1, "b"]}},
+            {"files": {"/dev/zero": [1, "b"]}}, {"weights": 1}, {"more": 1},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_malformed_manifest_is_damage(tmp_path, content):
+    write(tmp_path, [4, 8])
+    path = tmp_path / "step-00000008/run.json"
+    path.write_bytes(content.encode(errors="surrogatepass"))
+    step, _, lines = read(tmp_path)
+    assert step == 4
+    assert "step-00000008 is damaged (run.json cannot be read" in lines[0]
+
+
+def test_nothing_changes_before_the_run_is_accepted(tmp_path):
+    write(tmp_path, [4, 8])
+    truncate(tmp_path / "step-00000008")
+    (tmp_path / "step-00000012.partial").mkdir()
+    before = names(tmp_path)
+    assert open_checkpoints(tmp_path).newest() == 4
+    assert names(tmp_path) == before
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path(os.environ["EVIL"]),))
+
+
+def resign(folder):
+    """Makes the manifest fit files that were changed on purpose."""
+    path = folder / "run.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    for name in values["files"]:
+        content = (folder / name).read_bytes()
+        values["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
+    path.write_text(sealed(values))
+
+
+def evil_index(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+def evil_value(folder):
+    """An index that declares a weight to be no tensor, and a file that unpickles to a command."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    content = io.BytesIO()
+    torch.save(Evil(), content)
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(content.getvalue())
+    (entry,) = (at for at in index.storage_data if at.fqn == "model.b")
+    info = index.storage_data.pop(entry)
+    index.storage_data[MetadataIndex("model.b")] = replace(
+        info, offset=0, length=len(content.getvalue())
+    )
+    index.state_dict_metadata["model.b"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def foreign_file(folder):
+    """An index whose weights lie elsewhere."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for at, info in index.storage_data.items():
+        index.storage_data[at] = replace(info, relative_path="../../secret")
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("attack", [evil_index, evil_value, foreign_file])
+def test_a_checkpoint_from_elsewhere_runs_nothing(tmp_path, monkeypatch, attack):
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    write(tmp_path / "run", [4])
+    attack(tmp_path / "run/step-00000004")
+    resign(tmp_path / "run/step-00000004")
+    checkpoints = open_checkpoints(tmp_path / "run")
+    assert checkpoints.newest() == 4
+    with pytest.raises(UserError, match="cannot resume from") as caught:
+        checkpoints.load(4, state(0))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()
 
 
 def test_a_failure_is_known_before_the_next_checkpoint(tmp_path, monkeypatch):
@@ -351,7 +474,7 @@ def two_ranks_disagree(path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(checkpoint, "_SHARED_S", 0.5)
         try:
-            open_checkpoints(path / f"of-{ranks.rank}", ranks).newest(print)
+            open_checkpoints(path / f"of-{ranks.rank}", ranks).newest()
         except UserError as error:
             seen["not shared"] = str(error)
     checkpoints = open_checkpoints(path / "full", ranks)
@@ -378,8 +501,10 @@ def two_ranks_disagree(path):
     dist.barrier()
     lines, loaded = [], state(-1)
     checkpoints = open_checkpoints(path / "full", ranks)
-    step = checkpoints.newest(lines.append)
+    step = checkpoints.newest()
     states = checkpoints.load(step, loaded)
+    if ranks.is_first:
+        checkpoints.tidy(lines.append)
     checkpoints.close()
     seen["damaged"] = (step, value_of(loaded), [data.batches for data in states], lines)
     seen["random"] = torch.rand(3).tolist() == drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from shard_factory import CAPTIONS, encode, photo
 from tiny_run import run as run_trainer
 from tiny_run import tiny_flags, write_tiny_data
 
+from navit_clip.checkpoints.folder import Manifest
 from navit_clip.checkpoints.load_run import load_run
 from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
@@ -331,12 +333,48 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path, capsys):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         load_run(copy, None)
-    (copy / "model.json").unlink()
-    with pytest.raises(UserError, match=r"has no model.json: .* --model .*run/model can be"):
+    with pytest.raises(UserError, match=r"no training run at .*: expected checkpoints/"):
         load_run(copy, None)
-    (copy / "model.json").write_text("steps: x\n")
-    with pytest.raises(UserError, match=r"cannot read .*model\.json"):
-        load_run(copy, None)
+
+
+def test_a_checkpoint_is_read_by_what_it_was_taken_with(runs, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(runs / "plain", tmp_path / "run"))
+    before, _ = load_run(copy, 4)
+    words = tiny_flags(
+        runs, copy, 6, data__resolution__max_tokens=9, checkpoint__keep=3, checkpoint__every_steps=2
+    )
+    assert run_trainer(monkeypatch, words) == 0
+    assert load_run(copy, 4)[0].preprocess == before.preprocess
+    assert load_run(copy, 6)[0].preprocess.max_tokens == 9
+    (copy / "checkpoints/step-00000004/tokenizer.model").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"damaged \(tokenizer\.model has"):
+        load_run(copy, 4)
+
+
+@pytest.mark.parametrize("name", [".metadata", "run.json"])
+def test_a_run_from_elsewhere_executes_nothing(name, runs, tmp_path, capsys):
+    copy = Path(shutil.copytree(runs / "plain", tmp_path / "run"))
+    folder = copy / "checkpoints/step-00000004"
+    (folder / name).write_bytes(pickle.dumps(Touch(tmp_path / "evil")))
+    manifest = json.loads((runs / "plain/checkpoints/step-00000004/run.json").read_text())
+    if name != "run.json":
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
+        del manifest["checksum"]
+        Manifest(**manifest).write(folder)
+    with pytest.raises(UserError, match=r"Path\.touch does not belong|is damaged"):
+        load_run(copy, 4)
+    assert not (tmp_path / "evil").exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_a_run_is_judged_by_its_name(runs, data, tmp_path, capsys):

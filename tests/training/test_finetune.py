@@ -152,7 +152,7 @@ def test_a_run_goes_on_bit_for_bit_without_the_model_it_started_from(data, tmp_p
     # Images grow past the first limit of 4 patches, while more of each is left out.
     lines = metrics(whole)
     assert lines[0]["token_drop"] < 0.1 < lines[-1]["token_drop"]
-    load_tokenizer(parts / "tokenizer")
+    load_tokenizer(parts / "checkpoints/step-00000004")
 
 
 def test_another_run_needs_the_model_again(data, tmp_path, monkeypatch, capsys):
