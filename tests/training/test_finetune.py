@@ -181,7 +181,7 @@ def test_weights_of_another_shape_than_configured_are_refused(data, tmp_path):
     config, _ = parse_config(finetune_flags(data, tmp_path, 1))
     other = replace(config.task, model=replace(SQUARE, embed_dim=8)).build(config.data)
     with pytest.raises(UserError, match=r"task\.model\.embed_dim=8 disagrees"):
-        starting_point(other, config.init, None, tmp_path, begun=False)
+        starting_point(other, config.init, None, None)
 
 
 MISTAKES = [
