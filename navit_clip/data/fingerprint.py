@@ -80,6 +80,8 @@ def _size_of_file(shard: str) -> Fingerprint:
 
 
 def _of_file(shard: str) -> Fingerprint:
+    if not os.path.isfile(shard):
+        return _UNKNOWN  # a pipe would wait for its writer
     with suppress(OSError), open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD)
