@@ -133,7 +133,7 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        self.shards = self._look_at_shards(checkpoint)
+        self.shards: dict[str, Fingerprint] = {}
         self.checkpoints.describe = self._describe
         self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
         self.progress = Progress(config.steps, self.start, visible=ranks.is_first)
@@ -142,22 +142,23 @@ class _Run:
         self.batches: Generator[Batch[Any], None, None] | None = None
         self.first: list[Batch[Any]] = []  # taken ahead of the first step
 
-    def _look_at_shards(self, checkpoint: Path | None) -> dict[str, Fingerprint]:
-        """Fingerprints of the shards, on rank 0; refuses others than those of the checkpoint."""
-        found: dict[str, Fingerprint] = {}
+    def _look_at_shards(self) -> None:
+        """Rank 0 notes how the shards look; others than those of the checkpoint are refused."""
         problem = None
         if self.ranks.is_first:
-            found = fingerprints(self.mixture)
-            if checkpoint is not None:
-                path = checkpoint / RUN_SHARDS
+            self.shards = fingerprints(self.mixture)
+            if self.start:
+                path = self.checkpoints.path(self.start) / RUN_SHARDS
                 with reading(path, ValueError, TypeError, AttributeError, KeyError):
-                    problem = difference(json.loads(path.read_text()), found)
+                    before = json.loads(path.read_text())
+                    problem = difference(before, self.shards)
+                    # What cannot be read today is still compared tomorrow.
+                    self.shards = before | self.shards
         if (problem := self.ranks.broadcast(problem)) is not None:
             raise UserError(
                 f"the checkpoint was taken with other training shards: {problem}; resume with the "
                 "same ones, or use another run_dir"
             )
-        return found
 
     def _describe(self, folder: Path) -> None:
         """Writes into a checkpoint what it takes to read it and to go on from it."""
@@ -184,6 +185,8 @@ class _Run:
             self.progress.log(f"changed since step {self.start}: {'; '.join(self.changes)}")
         if self.start >= config.steps:
             return
+        self.watchdog.heartbeat("the first look at the shards", slow=True)
+        self._look_at_shards()
         self.watchdog.heartbeat("the first batch", slow=True)
         problem = None
         try:
