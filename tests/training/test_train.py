@@ -163,15 +163,15 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
 # torch tells of a killed worker by a signal, whose error may be raised in a destructor as well.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
-    take_step = Stepper.step
+    begin_step = Stepper.begin
 
-    def step(stepper, batches, number, **options):
+    def begin(stepper, batches, number, *announced, **options):
         if number == 5:
             (worker,) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)
-        return take_step(stepper, batches, number, **options)
+        return begin_step(stepper, batches, number, *announced, **options)
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Stepper, "begin", begin)
     run_dir = tmp_path / "run"
     options = {"data__workers": 1, "data__prefetch": 2, "checkpoint__every_steps": 4}
     assert run(monkeypatch, tiny_flags(data, run_dir, 100, **options)) == 2
