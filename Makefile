@@ -69,6 +69,7 @@ bench: $(VENV)/.bench $(PEER)/.installed
 	$(call MEASURE,loader) $(PHOTOS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,loader_memory)
 	$(call MEASURE,loss)
+	$(call MEASURE,exchange)
 	$(call MEASURE,step) $(GIVEN)
 	$(call MEASURE,towers) --compile $(GIVEN)
 	$(call MEASURE,sweep)

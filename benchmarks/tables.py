@@ -27,6 +27,7 @@ TITLES = {
     "sweep": "Cost as sizes grow",
     "attention": "Attention",
     "loss": "Loss",
+    "exchange": "Loss between ranks",
     "evaluation": "Evaluation",
     "loader": "Loader",
     "loader_memory": "Memory of the loader",

@@ -225,6 +225,15 @@ def test_loss(monkeypatch, tmp_path):
     assert [row[3] for row in cells[4:]] == [row[6] for row in cells[4:]] == ["–", "cannot"]
 
 
+def test_exchange(monkeypatch, tmp_path):
+    flags = ("--ranks", "2", "--each", "3", "5", "--rounds", "1")
+    found = run(monkeypatch, tmp_path, "exchange", *flags)
+    times = found["milliseconds"]["2"]
+    assert times.keys() == {"3", "5"}
+    assert all(time > 0 for case in times.values() for time in case.values())
+    assert tables.section("exchange", found).count("| 2 |") == 2
+
+
 def test_a_loss_too_small_to_measure_is_refused(monkeypatch, tmp_path, capsys):
     for sizes in ("512", "1026"):
         with pytest.raises(SystemExit):
