@@ -78,6 +78,19 @@ def check_sums_of_one_pair_are_its_logit(device="cpu"):
     assert row_lse == column_lse == matching
 
 
+def check_weights_of_matches_far_above_all_others_are_zero(device="cpu"):
+    """The loss is zero to all digits, and so is its gradient."""
+    image = F.normalize(torch.randn(200, 64), dim=1).to(device, torch.bfloat16)
+    scale = torch.tensor(300.0, device=device)
+    row_lse, column_lse = torch.full((2, 200), -torch.inf, device=device)
+    matching = torch.empty(200, device=device)
+    kernels.softmax_statistics(image, image, scale, row_lse, column_lse, matching)
+    out = torch.empty(200, 208, device=device)[:, :200]
+    kernels.softmax_weights(image, image, scale, row_lse, column_lse, True, out)
+    assert torch.equal(row_lse, matching)
+    assert not out.diagonal().any()
+
+
 def check_random_shapes(seed, device="cpu"):
     draw = random.Random(seed)
     rows, columns = draw.randint(1, 300), draw.randint(1, 300)

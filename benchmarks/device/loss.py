@@ -27,10 +27,15 @@ _WARM_UPS, _PASSES = 3, 3
 _TRAINED_SCALE, _FIRST_SCALE = 100.0, 14.3
 # Other blocks for the kernels of the forward and of the backward pass than those they have.
 _BLOCKS = {
-    "backward_two_per_processor": kernels.Block(128, 128, 64, 8, 3, registers=128),
-    "backward_four_stages": kernels.Block(128, 128, 64, 8, 4),
-    "forward_wide": kernels.Block(128, 256, 64, 8, 3),
-    "forward_short_steps": kernels.Block(128, 128, 32, 8, 4),
+    "backward": {
+        "as_is": kernels.BACKWARD,
+        "two_per_processor": kernels.Block(128, 128, 64, 8, 3, registers=128),
+    },
+    "forward": {
+        "as_is": kernels.FORWARD,
+        "wide": kernels.Block(128, 256, 64, 8, 3),
+        "short_steps": kernels.Block(128, 128, 32, 8, 4),
+    },
 }
 
 
@@ -43,7 +48,7 @@ def check_loss(setting: Setting) -> Iterator[dict[str, Any]]:
             name = f"error_{scale:g}_{_name(dtype)}"
             yield {name: _errors(setting, small, scale, dtype)}
     fp32, bf16 = torch.float32, torch.bfloat16
-    ours, amp = softmax_contrastive_loss, partial(_under_autocast, setting)
+    ours, amp = softmax_contrastive_loss, partial(_under_autocast, setting, ClipLoss())
     measured = _measure(setting, ours, large, bf16)
     yield {"32k_bf16": measured}
     for name, peer, dtype in (("amp", amp, fp32), ("bf16", ClipLoss(), bf16)):
@@ -52,27 +57,56 @@ def check_loss(setting: Setting) -> Iterator[dict[str, Any]]:
         if measured and theirs:
             yield {f"of_open_clip_{name}": measured["ms"] / theirs["ms"]}
     yield {"256k_bf16": _measure(setting, ours, largest, bf16)}
+    yield {"32k_autocast": _measure(setting, partial(_under_autocast, setting, ours), large, fp32)}
+    for side in (4096, 16384):
+        yield {
+            f"32k_bf16_side{side}": _measure(setting, partial(ours, chunk_size=side), large, bf16)
+        }
+    yield _parts(setting, 64 if setting.tiny else 8192)
     yield {"32k_fp32": _measure(setting, ours, large, fp32)}
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield {"32k_tf32": _measure(setting, ours, large, fp32)}
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield {"32k_bf16_side8192": _measure(setting, partial(ours, chunk_size=8192), large, bf16)}
     with mock.patch.object(tiles, "has_kernels", return_value=False):
         yield {"32k_bf16_tiles": _measure(setting, ours, large, bf16)}
-    for name, block in _BLOCKS.items():
-        with mock.patch.object(kernels, name.partition("_")[0].upper(), block):
-            yield {f"32k_bf16_{name}": _measure(setting, ours, large, bf16)}
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _under_autocast(setting: Setting, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """open_clip's loss as its trainer runs it with ``--precision amp_bf16``."""
+def _under_autocast(
+    setting: Setting, loss: Callable[..., Tensor], image: Tensor, text: Tensor, scale: Tensor
+) -> Tensor:
+    """A loss of float32 features as a trainer in bfloat16 runs it."""
     with torch.autocast(setting.device.type, torch.bfloat16):
-        loss: Tensor = ClipLoss()(image, text, scale)
-    return loss
+        return loss(image, text, scale)
+
+
+def _parts(setting: Setting, side: int) -> dict[str, float]:
+    """Microseconds of the kernels and of the products over side² logits; nothing on a CPU."""
+    if not setting.cuda:
+        return {}
+    image, text = (_features(setting, side, torch.bfloat16).detach() for _ in range(2))
+    scale = torch.tensor(_TRAINED_SCALE, device=setting.device)
+    row_lse, column_lse, matching = torch.zeros(3, side, device=setting.device)
+    weights = torch.empty(side, side, device=setting.device, dtype=torch.bfloat16)
+    total = torch.zeros(side, _WIDTH, device=setting.device)
+    calls: dict[str, Callable[[], None]] = {
+        "forward": partial(
+            kernels.softmax_statistics, image, text, scale, row_lse, column_lse, matching
+        ),
+        "backward": partial(
+            kernels.softmax_weights, image, text, scale, row_lse, column_lse, True, weights
+        ),
+    }
+    found = {
+        "product_us": 1e3 * setting.milliseconds(partial(tiles.accumulate, total, weights, text)),
+        "product_of_transposed_us": 1e3
+        * setting.milliseconds(partial(tiles.accumulate, total, weights.T, image)),
+    }
+    for name, blocks in _BLOCKS.items():
+        for variant, block in blocks.items():
+            with mock.patch.object(kernels, name.upper(), block):
+                found[f"{name}_{variant}_us"] = 1e3 * setting.milliseconds(calls[name])
+    return found
 
 
 def _features(setting: Setting, pairs: int, dtype: torch.dtype) -> Tensor:
@@ -87,8 +121,8 @@ def _errors(setting: Setting, pairs: int, scale: float, dtype: torch.dtype) -> l
     """
     torch.manual_seed(0)
     image = _features(setting, pairs, torch.bfloat16)
-    # Half alike, as those of a model in training.
-    text = F.normalize(image.detach().float() + _features(setting, pairs, torch.float32), dim=1)
+    # As alike as those of a model in training: closer, and every gradient is next to nothing.
+    text = F.normalize(image.detach().float() + 4 * _features(setting, pairs, torch.float32), dim=1)
     inputs = [image.detach(), text.detach().to(torch.bfloat16), torch.tensor(scale)]
     ours, exact = (
         [x.to(setting.device, kind).requires_grad_() for x, kind in zip(inputs, kinds, strict=True)]

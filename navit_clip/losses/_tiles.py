@@ -24,14 +24,17 @@ from torch.nn import functional as F
 from navit_clip.kernels.contrastive import ALIGNMENT
 
 
-def default_chunk_size(features: Tensor) -> int:
+def default_chunk_size(features: Tensor, *, kernels: bool = False) -> int:
     """Side of a tile.
 
-    Large enough on a GPU to be worth the launches. On the CPU the smallest is fast too, but every
-    operation on a tile waits for the slowest core, and on a machine with other work one of them is
-    always late (6 s became 40 s): the fewer tiles the better, as long as the two tiles that exist
-    take no more memory than the features.
+    Large enough on a GPU to be worth the launches, the more so where kernels make the weights and
+    nothing else is stored of a tile. On the CPU the smallest is fast too, but every operation on a
+    tile waits for the slowest core, and on a machine with other work one of them is always late
+    (6 s became 40 s): the fewer tiles the better, as long as the two tiles that exist take no more
+    memory than the features.
     """
+    if kernels:
+        return 8192
     side, largest = 1024, 4096
     if features.is_cuda:
         return largest

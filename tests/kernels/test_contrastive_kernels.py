@@ -41,6 +41,10 @@ def test_the_log_sum_exp_of_one_pair_is_its_logit_to_the_bit():
     run_kernels(cases.check_sums_of_one_pair_are_its_logit)
 
 
+def test_weights_of_matches_far_above_all_others_are_zero():
+    run_kernels(cases.check_weights_of_matches_far_above_all_others_are_zero)
+
+
 @pytest.mark.parametrize(("pairs", "chunk_size"), [(1, 128), (150, 128), (150, 4096), (260, 100)])
 def test_the_loss_with_kernels(pairs, chunk_size):
     for scale in (14.3, 100.0):
