@@ -1,9 +1,9 @@
 """From shards to weights: this project's trainer beside open_clip's, the same command each.
 
-``python -m train`` and ``open_clip_train.main`` read the same shards with one data worker each and
-train towers of equal widths for equally many steps of equally many pairs, to a checkpoint; this
-project at native sizes, side ~ U(64, 256), open_clip on random crops of 224×224 and 77 slots. They
-run one after the other, round after round, on the same threads.
+``python -m train`` and ``open_clip_train.main`` read the same shards with as many workers (one,
+beside a GPU one per core) and train towers of equal widths for equally many steps of equally many
+pairs, to a checkpoint; this project at native sizes, side ~ U(64, 256), open_clip on random crops
+of 224×224 and 77 slots. They run one after the other, round after round, on the same threads.
 
 ``pairs_per_s`` and ``data_wait``, the fraction of the time in which the trainer waited for data,
 are from the second step on, by each trainer's own log; ``seconds`` is the whole command, its
@@ -58,6 +58,11 @@ ROOM = 1.02
 _PEER_LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),")
 
 
+def _workers() -> int:
+    """Reader processes: all cores beside a GPU; beside a CPU that computes, one."""
+    return (os.cpu_count() or 1) if default_device() == "cuda" else 1
+
+
 def train_ours(
     args: argparse.Namespace, shards: Sequence[str], budget: dict[str, Any]
 ) -> dict[str, float]:
@@ -79,7 +84,7 @@ def train_ours(
                 "budget": budget,
                 "packing": "constant",
                 "pad_to_budget": False,
-                "workers": 1,
+                "workers": _workers(),
             },
             "log": {"every_steps": 1},
             "precision": args.precision,
@@ -120,7 +125,7 @@ def train_peer(args: argparse.Namespace, shards: Sequence[str]) -> dict[str, flo
             "batch-size": args.pairs,
             "epochs": 1,
             "warmup": 1,
-            "workers": 1,
+            "workers": _workers(),
             "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[args.precision],
             "device": default_device(),
             "log-every-n-steps": 1,
