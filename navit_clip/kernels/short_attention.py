@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CLASSES = (16, 32, 64, 128, 256)
+from navit_clip.packed.segments import LENGTH_CLASSES
+
+CLASSES = LENGTH_CLASSES
 """Longest segment of each class; a segment belongs to the first class that holds it."""
 MAX_LENGTH = CLASSES[-1]
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from navit_clip.packed.segments import LAYOUT_HEAD
+
 FLASH_WIDTH = 256  # of a head, at most
 _FLASH_MULTIPLE = 8  # of which the width of a head must be one
 _HALF = (torch.bfloat16, torch.float16)
@@ -80,7 +82,7 @@ def attend(
         offsets_q: int32 [E + 1] or more, on the device: cumulative lengths of the queries'
             segments, what follows the E examples left unread.
         offsets_k: Of the keys' segments.
-        layout_q: int32 [3 + E], on the host: `Segments.layout` of the queries.
+        layout_q: int32 [LAYOUT_HEAD + E], on the host: `Segments.layout` of the queries.
         layout_k: Of the keys.
         causal: Each token sees itself and what stands before it in its segment.
 
@@ -199,8 +201,8 @@ def scores(dense: int, layout_q: Tensor, layout_k: Tensor) -> int:
     Where layouts have no content: what equally long examples make of the `dense` pairs of all.
     """
     if isinstance(layout_q, FakeTensor):
-        return dense // max(1, len(layout_q) - 3)
-    return int((layout_q[3:].long() * layout_k[3:]).sum())
+        return dense // max(1, len(layout_q) - LAYOUT_HEAD)
+    return int((layout_q[LAYOUT_HEAD:].long() * layout_k[LAYOUT_HEAD:]).sum())
 
 
 def _flash(
@@ -281,7 +283,9 @@ def _extent(
 def _slices(layout_q: Tensor, layout_k: Tensor, heads: int) -> Iterator[tuple[Group, slice, slice]]:
     """Groups of few enough scores, and where their queries and keys are."""
     start_q = start_k = 0
-    for queries, keys, count in equal_groups(layout_q[3:].tolist(), layout_k[3:].tolist()):
+    for queries, keys, count in equal_groups(
+        layout_q[LAYOUT_HEAD:].tolist(), layout_k[LAYOUT_HEAD:].tolist()
+    ):
         most = max(1, _SCORES // (heads * queries * keys))
         for begin in range(0, count, most):
             group = Group(queries, keys, min(most, count - begin))

@@ -11,13 +11,15 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from navit_clip.kernels import short_attention
 from navit_clip.models.attention_op import attend, attend_backward, scores
+from navit_clip.packed.segments import LAYOUT_HEAD
+
+_ENDS = slice(3, LAYOUT_HEAD)  # of the classes, in a layout
 
 
 @torch.library.custom_op("navit_clip::attend_packed", mutates_args=())
@@ -39,7 +41,7 @@ def attend_packed(
         k_weight: [D] weights of the keys' LayerNorm.
         eps: Added to the variance in both norms.
         offsets: int32 [E + 1] or more, on the device, what follows the E examples left unread.
-        layout: int32 [3 + E], on the host: `Segments.layout`.
+        layout: int32 [LAYOUT_HEAD + E], on the host: `Segments.layout`.
         causal: Each token sees itself and what stands before it in its segment.
 
     Returns:
@@ -176,10 +178,7 @@ class _Short(NamedTuple):
 def _short(qkv_T3HD: Tensor, layout: Tensor) -> _Short:
     if not takes_kernels(qkv_T3HD):
         return _Short(0, [])
-    # Sorted as batches are, a class holds the segments of its lengths; a longer one in front lifts
-    # those behind it to its class.
-    longest = np.maximum.accumulate(layout.numpy()[3:])
-    bounds = np.searchsorted(longest, short_attention.CLASSES, side="right").tolist()
+    bounds = layout[_ENDS].tolist()
     return _Short(bounds[-1], [0, *bounds])
 
 
@@ -211,14 +210,16 @@ class _Rest(NamedTuple):
 
 
 def _rest(short: _Short, offsets: Tensor, layout: Tensor) -> _Rest | None:
-    count, tokens, longest, *lengths = layout.tolist()
+    count, tokens = layout[:2].tolist()
     if short.segments == count:
         return None
-    begin = sum(lengths[: short.segments])
-    if begin:
-        lengths = lengths[short.segments :]
+    begin = 0
+    if short.segments:
+        behind = LAYOUT_HEAD + short.segments
+        begin = int(layout[LAYOUT_HEAD:behind].sum())
         offsets = offsets[short.segments : count + 1] - begin
-        layout = torch.tensor([len(lengths), tokens - begin, longest, *lengths], dtype=torch.int32)
+        layout = torch.cat([layout[:LAYOUT_HEAD], layout[behind:]])
+        layout[0], layout[1] = count - short.segments, tokens - begin
     return _Rest(slice(begin, tokens), (offsets, offsets, layout, layout))
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from navit_clip.packed.movable import Movable
 
 CHUNK_TOKENS = 2048  # of `Segments.chunks`
+LENGTH_CLASSES = (16, 32, 64, 128, 256)
+"""Longest segment of each class for which there are kernels; see `Segments.layout`."""
+LAYOUT_HEAD = 3 + len(LENGTH_CLASSES)
+"""Numbers in `Segments.layout` before the lengths."""
 
 
 # Not frozen: of a frozen dataclass that it passes on, torch.compile in 2.11 guards all fields,
@@ -87,14 +91,17 @@ class Segments(Movable):
 
     @cached_property
     def layout(self) -> Tensor:
-        """int32 [3 + E], always on the host, for operators that take tensors alone.
+        """int32 [LAYOUT_HEAD + E], always on the host, for operators that take tensors alone.
 
-        The number of examples, their tokens in all, those of the longest, and those of each. Never
-        as long as `offsets`: a compiler would take two sizes for one that are the same at first.
+        The number of examples, their tokens in all, those of the longest; for each of
+        LENGTH_CLASSES where it ends among the segments, of which a longer one in front of others
+        lifts those to its class; and the tokens of each example. Never as long as `offsets`: a
+        compiler would take two sizes for one that are the same at first.
         """
-        sums = (self.num_examples, self.num_real_tokens, self.max_length)
-        lengths = self.lengths[: self.num_examples]
-        return torch.tensor((*sums, *lengths), dtype=torch.int32, device="cpu")
+        lengths = np.array(self.lengths[: self.num_examples], dtype=np.int32)
+        ends = np.searchsorted(np.maximum.accumulate(lengths), LENGTH_CLASSES, side="right")
+        sums = [self.num_examples, self.num_real_tokens, self.max_length]
+        return torch.from_numpy(np.concatenate([sums, ends, lengths], dtype=np.int32))
 
     @cached_property
     def ids(self) -> Tensor:

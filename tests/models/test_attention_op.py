@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from navit_clip.models import attention_op
 from navit_clip.models.attention_op import attend
 from navit_clip.models.transformer import Encoder, EncoderConfig
-from navit_clip.packed.segments import Segments
+from navit_clip.packed.segments import LAYOUT_HEAD, Segments
 
 HEADS = 3
 
@@ -40,7 +40,12 @@ def check(*args, tolerance=1e-10, **options):
     out = attend(q, k, v, *rest)[0]
     weight = torch.randn_like(out)
     expected = dense_attention(
-        q[:end_q], k[:end_k], v[:end_k], layout_q[3:].tolist(), layout_k[3:].tolist(), causal
+        q[:end_q],
+        k[:end_k],
+        v[:end_k],
+        layout_q[LAYOUT_HEAD:].tolist(),
+        layout_k[LAYOUT_HEAD:].tolist(),
+        causal,
     )
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight[:end_q]).sum(), (q, k, v))

@@ -12,7 +12,7 @@ from packed_examples import random_caption, random_image
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
-from navit_clip.packed.segments import Segments
+from navit_clip.packed.segments import LENGTH_CLASSES, Segments
 from navit_clip.packed.texts import PackedTexts, pack_texts
 
 LENGTHS = [(1,), (3,), (1, 1, 1), (4, 1, 4, 4, 2), (1, 2, 3), (5000, 1, 5000)]
@@ -31,7 +31,12 @@ class TestSegments:
         assert segments.num_real_tokens == sum(lengths)
         assert segments.padding == padding
         assert segments.max_length == max(lengths)
-        assert segments.layout.tolist() == [len(lengths), sum(lengths), max(lengths), *lengths]
+        ends = [
+            sum(max(lengths[: i + 1]) <= longest for i in range(len(lengths)))
+            for longest in LENGTH_CLASSES
+        ]
+        sums = [len(lengths), sum(lengths), max(lengths)]
+        assert segments.layout.tolist() == [*sums, *ends, *lengths]
 
     @pytest.mark.parametrize("padding", [0, 2])
     def test_offsets_are_what_attention_kernels_take(self, padding):
