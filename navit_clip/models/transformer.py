@@ -210,6 +210,7 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.compiled = False
+        self._first_tokens = 0
         self.attention_norm = LayerNorm(config.width, config)
         self.attention = SegmentAttention(config)
         self.mlp_norm = LayerNorm(config.width, config)
@@ -218,6 +219,7 @@ class Block(nn.Module):
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
         """[T, C] to [T, C]."""
         if self.compiled:
+            self._mark_dynamic(x_TC, segments, rotary)
             try:
                 return compiled_block()(self, x_TC, segments, rotary)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
@@ -233,6 +235,18 @@ class Block(nn.Module):
     def _run(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments, rotary)
         return x_TC + self.mlp(self.mlp_norm(x_TC))
+
+    def _mark_dynamic(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> None:
+        """Tells the compiler which sizes differ from batch to batch, to compile once for all.
+
+        At each call, since FSDP hands a block other tensors than the encoder has.
+        """
+        varying = [segments.offsets, segments.layout]
+        self._first_tokens = self._first_tokens or len(x_TC)
+        if len(x_TC) != self._first_tokens:
+            varying += [x_TC, *(rotary or ())]
+        for tensor in varying:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 @cache
@@ -251,7 +265,6 @@ class Encoder(nn.Module):
     Attributes:
         activation_checkpointing: Keep only the blocks' inputs for the backward pass, which
             computes each block again; changes memory and time, not results.
-        compiled: Run each block as one compiled graph; see `compile_blocks`.
         bf16_residual: Under autocast in bfloat16, hand the stream from block to block in bfloat16
             too: half the traffic of norms and sums, at one more rounding after each of them.
         chunked: On a CPU, run all blocks on one chunk of a long stream, then on the next, which is
@@ -286,8 +299,6 @@ class Encoder(nn.Module):
         x_TC = self.pre_norm(x_TC)
         if self.bf16_residual and torch.is_autocast_enabled(x_TC.device.type):
             x_TC = x_TC.to(torch.get_autocast_dtype(x_TC.device.type))
-        if self.compiled:
-            self._mark_dynamic(x_TC, segments, rotary)
         if (
             x_TC.device.type != "cpu"
             or x_TC.numel() <= _UNCHUNKED_ELEMENTS
@@ -314,22 +325,13 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             block.attention.packed = True
 
-    def _mark_dynamic(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> None:
-        """Tells the compiler which sizes differ from batch to batch, to compile once for all."""
-        varying = [segments.offsets, segments.layout]
-        self._first_tokens = self._first_tokens or len(x_TC)
-        if len(x_TC) != self._first_tokens:
-            varying += [x_TC, *(rotary or ())]
-        for tensor in varying:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
     def compile_blocks(self) -> None:
         """Compiles the blocks at their next call, all blocks of one shape at once."""
         # Each tower, with and without a graph, with and without autocast, is compiled apart.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         # It would split a block where DDP's buckets end, though its own graph is as small.
         torch._dynamo.config.optimize_ddp = False
-        self.chunked, self.compiled = False, True
+        self.chunked = False
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled = True

@@ -123,10 +123,13 @@ def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
     assert compiled_late(step) == 0
 
 
-def test_all_blocks_of_a_tower_are_one_graph_for_any_content(without_kernels):
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_blocks_of_a_tower_are_one_graph_for_any_content(packed, without_kernels):
     rng = np.random.default_rng(0)
     encoder = Encoder(EncoderConfig(width=16, depth=3, heads=2))
     encoder.compile_blocks()
+    if packed:
+        encoder.pack_attention()
     for _ in range(200):
         lengths = sorted(rng.integers(1, 20, rng.integers(1, 9)).tolist())
         segments = Segments.from_lengths(lengths, padding=160 - sum(lengths))
@@ -159,12 +162,15 @@ def test_a_run_past_the_limit_of_compilations_says_so_and_goes_on(without_kernel
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler here")
 @torch._inductor.config.patch(compile_threads=1)  # processes of its own would take seconds more
 @torch.no_grad()  # those of the backward pass take as long again to build
-def test_compiled_kernels_agree_and_are_built_once():
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_kernels_agree_and_are_built_once(packed):
     torch.manual_seed(0)
     config = EncoderConfig(width=16, depth=2, heads=2)
     compiled, plain = Encoder(config), Encoder(config)
     plain.load_state_dict(compiled.state_dict())
     compiled.compile_blocks()
+    if packed:
+        compiled.pack_attention()
 
     def step(number: int) -> None:
         segments = varied_batch(number).inputs.images.segments

@@ -3,6 +3,8 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from step_cases import ALONE, measurements, new_stepper, tiny_config
 from tiny_run import tiny_flags, write_tiny_data
+from torch._dynamo.utils import counters
 
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -37,6 +40,11 @@ CASES = {
             6,
         ),
         "ddp in bf16": (tiny_config(precision="bf16"), FLOAT, 3),
+        "fsdp, compiled": (
+            tiny_config(parallel=ParallelConfig("fsdp", compile=True), accumulate=2),
+            FLOAT,
+            3,
+        ),
         "fsdp in bf16": (tiny_config(precision="bf16", parallel=FSDP, accumulate=2), FLOAT, 3),
     },
     3: {
@@ -55,6 +63,8 @@ def run_case(config, dtype, steps, ranks):
     # Blocks that are gathered for each call read a stream in one piece.
     assert all(t.encoder.chunked == (config.parallel.kind == "ddp") for t in towers)
     found = measurements(stepper, range(steps), config.accumulate)
+    # Each tower with and without a graph, for its first length and for any other.
+    assert counters["stats"]["unique_graphs"] <= 8, "compiled for each batch"
     exported = stepper.host_weights()
     return found, exported and {name: weight.numpy() for name, weight in exported.items()}
 
@@ -72,7 +82,8 @@ def run_cases(directory, runs):
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
         ranks = Ranks(rank, world_size, torch.device("cpu"))
         cases = CASES[world_size].items()
-        results[world_size] = {name: run_case(*case, ranks) for name, case in cases}
+        with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+            results[world_size] = {name: run_case(*case, ranks) for name, case in cases}
         for flags in runs.get(world_size, ()):
             train(*parse_config(flags), ranks)
         ranks.barrier()
