@@ -94,6 +94,7 @@ class ParallelModel:
     Attributes:
         model: The model itself.
         gradient_factor: What the loss must be multiplied by before `backward`.
+        kernels: What the encoders run on, in words.
 
     Raises:
         UserError: If the ranks cannot be cut into groups of `config.shard_ranks`.
@@ -107,15 +108,18 @@ class ParallelModel:
         self._forward: nn.Module = model
         self._replicated: list[nn.Parameter] = []
         cuda = ranks.device.type == "cuda"
+        compiled = cuda if config.compile is None else config.compile
+        short = cuda and config.attention == "short"  # which auto becomes once measured
+        self.kernels = _kernels(cuda, compiled, short, half=bf16_blocks)
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
                 module.bf16_residual = config.bf16_residual
-                if cuda if config.compile is None else config.compile:
+                if compiled:
                     module.compile_blocks()
             # Encoders and attention pooling have such kernels.
             pack = getattr(module, "pack_attention", None)
-            if pack and cuda and config.attention == "short":  # which auto becomes once measured
+            if pack and short:
                 pack()
         if ranks.world_size == 1:
             return
@@ -185,6 +189,18 @@ class ParallelModel:
                 module.set_gradient_divide_factor(1.0)
                 # A factor alone asks for a multiplying reduction, which only NCCL has.
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _kernels(cuda: bool, compiled: bool, short: bool, *, half: bool) -> str:
+    if short and half:
+        attention = "attention of short segments in kernels of our own"
+    elif cuda and half:
+        attention = "attention by FlashAttention-2"
+    elif cuda and compiled:
+        attention = "attention multiplied out"
+    else:
+        attention = "attention by length"
+    return f"{'compiled' if compiled else 'eager'} blocks, {attention}"
 
 
 def _mesh(config: ParallelConfig, ranks: Ranks) -> DeviceMesh:

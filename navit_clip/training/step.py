@@ -70,7 +70,7 @@ class PendingStep:
         lr: Its learning rate, where no layer has a lower one.
         scalars: Loss, gradient norm, and the task's metrics.
         measured: Norms, if the step is measured.
-        ids: Of this rank's examples.
+        batches: Of this rank, kept for as long as the device may read them.
         outputs: The model's for these.
     """
 
@@ -78,7 +78,7 @@ class PendingStep:
     lr: float
     scalars: LateScalars
     measured: LateScalars | None
-    ids: tuple[str, ...]
+    batches: Sequence[Batch]
     outputs: list[Any]
 
 
@@ -102,6 +102,7 @@ class Stepper:
         optimizer: Of those weights.
         ema: Their EMA, if the run keeps one.
         guard: How many non-finite steps there were.
+        kernels: What the encoders run on, in words.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Stepper:
         self.steps, self.optim, self.precision = steps, optim, precision
         task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
+        self.kernels = self._parallel.kernels
         self.optimizer, self._lr_factors = build_optimizer(model, optim, task.layers_above)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
@@ -192,7 +194,7 @@ class Stepper:
             lr=lr,
             scalars=LateScalars({_LOSS: loss.total, _GRAD_NORM: norm, **loss.metrics}),
             measured=LateScalars(self._measure(before)) if measure else None,
-            ids=tuple(name for batch in batches for name in batch.ids),
+            batches=batches,
             outputs=outputs,
         )
 
@@ -206,7 +208,8 @@ class Stepper:
         metrics = pending.scalars.read()
         result = StepResult(metrics.pop(_LOSS), metrics.pop(_GRAD_NORM), pending.lr, metrics)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            ids = find_examples(pending.ids, pending.outputs, self.ranks)
+            names = [name for batch in pending.batches for name in batch.ids]
+            ids = find_examples(names, pending.outputs, self.ranks)
             found = NonFinite(pending.number, result.loss, result.grad_norm, *ids)
             self.guard.failed(found)
             return replace(result, nonfinite=found)

@@ -33,7 +33,7 @@ from navit_clip.tasks.base import Task
 from navit_clip.training.config import TrainConfig, name_precision
 from navit_clip.training.evaluation import Evaluations
 from navit_clip.training.history import check_changes, keep_config
-from navit_clip.training.late import reads_late
+from navit_clip.training.late import Uploads, reads_late
 from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
@@ -177,6 +177,7 @@ class _Run:
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
             f"{self.stepper.precision}, {self.meter.describe()}, "
             + (f"continuing from step {self.start}" if self.start else "from step 0")
+            + f"; {self.stepper.kernels}"
         )
         slow = slow_precision(self.stepper.precision, ranks.device)
         if slow is not None:
@@ -244,7 +245,7 @@ class _Run:
         config, ranks, progress = self.config, self.ranks, self.progress
         datasets = [dataset.name for dataset in self.mixture.datasets]
         interval = Interval(self.build.streams, datasets)
-        skips = SkipReport()
+        skips, uploads = SkipReport(), Uploads(ranks.device)
         with stop_signals() as signals:
             for step in range(self.start, config.steps):
                 # The first one compiles, and waits for the readers to start.
@@ -256,8 +257,7 @@ class _Run:
                 announced = self.stepper.announce(
                     [batch.inputs for batch in taken], [asked, self.lock.lost]
                 )
-                on_device = [batch.to(ranks.device, non_blocking=True) for batch in taken]
-                begun = self.stepper.begin(on_device, step, announced, measure=logged)
+                begun = self.stepper.begin(uploads.copy(taken), step, announced, measure=logged)
                 self._settle()  # the step before, while the device works on this one
                 for batch in taken:
                     self.data_state.advance(batch)

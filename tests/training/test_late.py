@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from navit_clip.model import NaViTCLIP
 from navit_clip.tasks.contrastive import ContrastiveTask
 from navit_clip.training import trainer
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.late import Uploads
 from navit_clip.training.nonfinite import NonFiniteError
 from navit_clip.training.optim import OptimConfig
 
@@ -74,6 +76,43 @@ def test_a_step_waits_for_the_device_nowhere(kind, accumulate):
         torch.ones(3)[torch.ones(3) > 0]
         assert calls.found
         assert operators.found
+
+
+def test_batches_are_copied_beside_the_steps(monkeypatch):
+    done = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            done.append((self.name, "waits for", other.name))
+
+    @contextmanager
+    def stream(side):
+        done.append(("enter", side.name))
+        yield
+        done.append(("leave", side.name))
+
+    class Part:
+        def to(self, device, non_blocking):
+            done.append(("copy", device.type, non_blocking))
+            return self
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("steps"))
+    parts = [Part(), Part()]
+    assert Uploads(torch.device("cuda", 0)).copy(parts) == parts
+    copies = [("copy", "cuda", True)] * 2
+    assert done == [("enter", "side"), *copies, ("leave", "side"), ("steps", "waits for", "side")]
+
+
+def test_what_a_step_reads_is_kept_until_it_is_finished():
+    stepper = new_stepper(tiny_config())
+    batches = micro_batches(0, ALONE, 1)
+    pending = stepper.begin(batches, 0, stepper.announce([batches[0].inputs]))
+    assert pending.batches is batches
 
 
 def poisoned(monkeypatch, steps):

@@ -20,7 +20,7 @@ from navit_clip.errors import UserError
 from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
-from navit_clip.training.parallel import ParallelConfig, _mesh
+from navit_clip.training.parallel import ParallelConfig, _kernels, _mesh
 from navit_clip.training.trainer import train
 
 FSDP = ParallelConfig("fsdp")
@@ -174,6 +174,21 @@ def test_a_run_in_groups_of_shards_continues_in_other_ways(results, run_dirs):
     ends = [NaViTCLIP.from_directory(d / "model").state_dict() for d in (whole, parts)]
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "compiled", "short", "half", "expected"),
+    [
+        (False, False, False, True, "eager blocks, attention by length"),
+        (False, True, False, False, "compiled blocks, attention by length"),
+        (True, False, False, False, "eager blocks, attention by length"),
+        (True, True, False, False, "compiled blocks, attention multiplied out"),
+        (True, True, False, True, "compiled blocks, attention by FlashAttention-2"),
+        (True, True, True, True, "compiled blocks, attention of short segments in kernels of our"),
+    ],
+)
+def test_the_start_of_a_run_names_its_kernels(cuda, compiled, short, half, expected):
+    assert _kernels(cuda, compiled, short, half=half).startswith(expected)
 
 
 def test_groups_of_shards_that_cannot_be():
