@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -54,13 +54,6 @@ def write_output(path: Path, content: str | bytes, what: object = None) -> None:
 def storable(path: object) -> str:
     r"""A path as text that can be printed and stored; bytes that are not UTF-8 as ``\udce9``."""
     return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def check_names(what: str, names: Iterable[str]) -> None:
-    """Raises a `UserError` for the first name of a file that is not UTF-8 and so is no text."""
-    for name in names:
-        if storable(name) != name:
-            raise UserError(f"{what} {storable(name)}: its name is not UTF-8, rename it")
 
 
 def sha256_of(path: Path) -> str:

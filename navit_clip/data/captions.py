@@ -66,7 +66,10 @@ def choose_caption(
     found = {field: find_captions(members, field) for field in weights}
     present = [field for field, captions in found.items() if captions]
     if not present:
-        raise SkipSampleError("no_caption", f"none of {', '.join(weights)} has a caption")
+        raise SkipSampleError(
+            "no_caption",
+            f"none of {', '.join(weights)} has a caption; members: {', '.join(members)}",
+        )
     field = present[0]
     if len(present) > 1:
         p = np.array([weights[field] for field in present])

@@ -22,14 +22,19 @@ from torch.nn import functional as F
 
 from navit_clip.errors import SkipSampleError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+# A sample's image is the first of these members.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+    *("jpe", "jfif", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "qoi"),
+)
 MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
 MAX_BYTES = 64 << 20
 _MAX_SIDE = 65_535  # resizing takes tables as long as a side
 _MAX_SCANNED = 2_000_000_000  # pixels times scans of a progressive JPEG: some seconds
 
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+_EXTENSIONS = {"TIFF": "tif", "JPEG2000": "jp2", "MPO": "jpg", "JPEG": "jpg"}  # else the format's
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 _JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
@@ -73,6 +78,10 @@ class EncodedImage:
             # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
             if jpeg is None or _may_have_exif(data):
                 self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+            if jpeg is None and self._image.format == "TIFF":
+                # Pillow turns it while it loads; before, some versions give the size turned.
+                height, width = ImageOps.exif_transpose(self._image).size[::-1]
+                self._orientation = 1
         except SkipSampleError:
             raise
         except Exception as error:
@@ -80,6 +89,12 @@ class EncodedImage:
         if self._orientation in _SIDEWAYS:
             width, height = height, width
         self.height, self.width = height, width
+
+    @property
+    def extension(self) -> str:
+        """The one of the file's content, whatever its name says."""
+        form = "JPEG" if self._jpeg else self._image.format or ""
+        return _EXTENSIONS.get(form, form.lower())
 
     def pixels(self, height: int, width: int, *, reduced: bool = True) -> np.ndarray:
         """Decodes, turns upright and resizes with antialiasing (bicubic).
@@ -131,7 +146,9 @@ class EncodedImage:
         with warnings.catch_warnings():
             # Pillow warns of large images at a limit of its own; ours is the cap.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
+            Image.init()
+            known = [form for form in _FORMATS if form in Image.OPEN]
+            return Image.open(io.BytesIO(self._data), formats=known)
 
 
 class OpenedImage:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
+from navit_clip.data.annotations.rows import usable_captions
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
@@ -57,30 +58,14 @@ def open_captioned(
         if split is None and any(row.split == "test" for row in rows):
             split = "test"
         rows = of_splits(rows, [split] if split is not None else [], file)
-    skipped: Counter[str] = Counter()
-    usable = [tuple(_usable(row.captions, skipped)) for row in rows]
-    if not any(usable):
+    read = [usable_captions(row.captions) for row in rows]
+    if not any(usable for usable, _ in read):
         raise UserError(f"no captioned image in {file}")
-    paths = [folder / row.name for row in rows]
-    if not any(path.is_file() for path in paths):
+    paths = [folder / row.name if row.name else None for row in rows]
+    if not any(path.is_file() for path in paths if path):
         raise UserError(
             f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"
         )
-    return FileDataset(paths, captions=usable, skipped=skipped)
-
-
-def _usable(captions: Sequence[str], skipped: Counter[str]) -> list[str]:
-    usable = []
-    for caption in captions:
-        text = caption.strip()
-        try:
-            # JSON may escape a lone surrogate, on which every tokenizer fails.
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            skipped["bad_caption"] += 1
-            continue
-        if text:
-            usable.append(text)
-        else:
-            skipped["empty_caption"] += 1
-    return usable
+    dataset = FileDataset(paths, captions=[usable for usable, _ in read])
+    dataset.skip(sum((skipped for _, skipped in read), Counter[str]()))
+    return dataset

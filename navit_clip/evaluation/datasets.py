@@ -8,11 +8,13 @@ sorted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from navit_clip.data.annotations.class_names import index_of
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import find_image
@@ -21,6 +23,8 @@ from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
 
 Key = tuple[int, int]
+
+LEFT_OUT = "class_left_out"  # by a class map, on purpose: it is counted, and no error if `strict`
 
 # Items that are embedded together, wherever that is: neighbours in a batch change the last digits
 # of an embedding, and metrics must not depend on the number of ranks.
@@ -71,12 +75,19 @@ class EvalDataset(ABC):
     """Evaluation data that can be read in parts.
 
     Attributes:
-        skipped: Captions that were dropped, by reason, before any image was read.
+        skipped: Files and captions that were dropped, by reason, before any image was read.
+        skips: The first few of these, described.
         count: Images in the dataset, None if it would have to be read.
     """
 
     skipped: Mapping[str, int] = MappingProxyType({})
+    skips: Sequence[str] = ()
     count: int | None = None
+
+    def skip(self, skipped: Mapping[str, int], skips: Sequence[str] = ()) -> None:
+        """Counts what is skipped before any image is read."""
+        self.skipped = Counter(self.skipped) + Counter(skipped)
+        self.skips = [*self.skips, *skips]
 
     @abstractmethod
     def read(self, part: int, parts: int) -> Iterator[Item]:
@@ -87,22 +98,20 @@ class FileDataset(EvalDataset):
     """Images in files, each with classes or captions.
 
     Args:
-        paths: One file each.
+        paths: One file each; None for an image that its list gives no name.
         classes: Indices of the classes that are right for each, or none.
         captions: Captions of each, or none; an image with an empty tuple is skipped.
-        skipped: Captions dropped by reason.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | None],
         classes: Sequence[tuple[int, ...]] | None = None,
         captions: Sequence[tuple[str, ...]] | None = None,
-        skipped: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.paths, self.classes = paths, classes or [()] * len(paths)
         self.captions = captions
-        self.count, self.skipped = len(paths), skipped
+        self.count = len(paths)
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
         """Reads blocks `part`, `part` + `parts`, … of files."""
@@ -112,13 +121,22 @@ class FileDataset(EvalDataset):
                 continue
             captions = self.captions[index] if self.captions is not None else ()
             data: bytes | SkipSampleError
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                data = SkipSampleError("missing_image", error.strerror or str(error))
-            if self.captions is not None and not captions:
-                data = SkipSampleError("no_caption", "it has no caption")
-            yield Item((0, index), storable(path), data, self.classes[index], captions)
+            if path is None:
+                data = SkipSampleError("no_path", "names no image")
+            elif self.captions is not None and not captions:
+                data = SkipSampleError("no_caption", "every caption is empty or missing")
+            else:
+                data = _read(path)
+            name = "a row" if path is None else storable(path)
+            yield Item((0, index), name, data, self.classes[index], captions)
+
+
+def _read(path: Path) -> bytes | SkipSampleError:
+    try:
+        return path.read_bytes()
+    # ValueError: a path that the file system cannot have.
+    except (OSError, ValueError) as error:
+        return SkipSampleError("missing_image", getattr(error, "strerror", None) or str(error))
 
 
 class ShardDataset(EvalDataset):
@@ -128,6 +146,7 @@ class ShardDataset(EvalDataset):
         shards: Tar files.
         captions: Caption fields as in training; without any, labels are read.
         class_map: What the labels mean; class indices if not given.
+        names: What the map calls the classes that are numbers in the data; none if not given.
     """
 
     def __init__(
@@ -135,8 +154,10 @@ class ShardDataset(EvalDataset):
         shards: Sequence[str],
         captions: Sequence[str] = (),
         class_map: ClassMap | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.shards, self.captions = shards, captions
+        self.names = () if names is None or class_map == ClassMap("index") else names
         self.class_map = class_map or ClassMap("index")
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
@@ -156,22 +177,34 @@ class ShardDataset(EvalDataset):
             data = find_image(sample.members)
             if not self.captions:
                 return Item(key, sample.id, data, self._classes(sample))
-            found = [c for field in self.captions for c in find_captions(sample.members, field)]
+            found: list[str] = []
+            for field in self.captions:
+                # A caption in two fields is one; one that a field has twice is two queries.
+                rest = Counter(found)
+                for caption in find_captions(sample.members, field):
+                    if rest[caption]:
+                        rest[caption] -= 1
+                    else:
+                        found.append(caption)
             if not found:
-                fields = ", ".join(self.captions)
-                raise SkipSampleError("no_caption", f"none of the fields {fields}")
-            return Item(key, sample.id, data, captions=tuple(dict.fromkeys(found)))
+                fields, members = ", ".join(self.captions), ", ".join(sample.members)
+                problem = f"none of the fields {fields}; members: {members}"
+                raise SkipSampleError("no_caption", problem)
+            return Item(key, sample.id, data, captions=tuple(found))
         except SkipSampleError as error:
             return Item(key, sample.id, error)
 
     def _classes(self, sample: RawSample) -> tuple[int, ...]:
         written = sample.members.get("cls")
         if written is None:
-            raise UserError(
-                f"{sample.id} has no .cls member with its class: labelled shards need one"
-            )
-        classes = self.class_map.find(written.decode(errors="replace").strip())
+            members = ", ".join(sample.members)
+            raise SkipSampleError("no_label", f"no .cls member with its class; members: {members}")
+        label = written.decode(errors="replace").strip()
+        index = index_of(label)
+        if index is not None and index < len(self.names):
+            label = self.names[index]
+        classes = self.class_map.find(label)
         if not classes:
-            reason = "bad_label" if classes is None else "class_left_out"
+            reason = "bad_label" if classes is None else LEFT_OUT
             raise SkipSampleError(reason, f"{written[:20]!r}")
         return classes

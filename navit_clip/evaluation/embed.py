@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -204,7 +204,7 @@ def embed_dataset(
             embedded = [_embed(model, block, i, cache) for i, (model, _) in enumerate(pairs)]
             done.append((block.items, block.skipped, embedded))
             progress.update(len(block.items))
-    return _together([settings for _, settings in models], ranks.gather(done), dataset.skipped)
+    return _together([settings for _, settings in models], ranks.gather(done), dataset)
 
 
 def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
@@ -227,13 +227,14 @@ def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> Image
 
 
 def _together(
-    every: Sequence[Sequence[EvalSetting]], done: list[_Done], dropped: Mapping[str, int]
+    every: Sequence[Sequence[EvalSetting]], done: list[_Done], dataset: EvalDataset
 ) -> list[Embedded]:
-    """All blocks in the dataset's order, for each model's settings; `dropped` by the dataset."""
+    """All blocks in the dataset's order, for each model's settings."""
     done.sort(key=lambda one: one[0][0].key)
     found = [(items[i].name, *why) for items, bad, _ in done for i, why in bad.items()]
     skips = [f"{reason}: {name}: {detail}" for name, reason, detail in found[:SHOWN_SKIPS]]
-    counts = Counter(reason for _, reason, _ in found) + Counter(dropped)
+    skips = [*skips, *dataset.skips][:SHOWN_SKIPS]
+    counts = Counter(reason for _, reason, _ in found) + Counter(dataset.skipped)
     items = [item for items, bad, _ in done for i, item in enumerate(items) if i not in bad]
     if not items:
         why = describe_skips(counts, skips) if counts else "there is none"

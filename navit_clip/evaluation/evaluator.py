@@ -24,7 +24,7 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.breakdown import Measure, break_down
 from navit_clip.evaluation.cache import Cache
-from navit_clip.evaluation.datasets import EvalDataset
+from navit_clip.evaluation.datasets import LEFT_OUT, EvalDataset
 from navit_clip.evaluation.embed import (
     Embedded,
     describe_skips,
@@ -245,8 +245,10 @@ class EmbeddingEvaluator(Evaluator[S]):
         self.dataset = self.open()
         embedded = embed_dataset(settings, self.dataset, ranks, workers=workers, cache=cache)
         data = embedded[0]
-        if strict and data.skipped:
-            found = describe_skips(data.skipped, data.skips)
+        unwanted = Counter({why: n for why, n in data.skipped.items() if why != LEFT_OUT})
+        if strict and unwanted:
+            skips = [line for line in data.skips if not line.startswith(LEFT_OUT)]
+            found = describe_skips(unwanted, skips)
             raise UserError(f"--strict: {found}: fix the data or leave out --strict")
         texts = self.texts(data)
         vectors = [embed_texts(one, texts, ranks, cache) for one in models]

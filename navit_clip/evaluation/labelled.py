@@ -6,16 +6,20 @@ classes. What the data calls its classes is settled by `labels`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.annotations.labels import ClassMap, is_index, load_class_map, read_label_file
-from navit_clip.data.decode import IMAGE_EXTENSIONS
+from navit_clip.data.annotations.class_names import index_of, read_places
+from navit_clip.data.annotations.folders import is_image, read_class_folders
+from navit_clip.data.annotations.labels import ClassMap, load_class_map, read_label_file
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
-from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
-from navit_clip.files import check_names
+from navit_clip.evaluation.datasets import LEFT_OUT, EvalDataset, FileDataset, ShardDataset
+from navit_clip.files import reading, storable
+
+CLASSNAMES = "classnames.txt"  # written by make_shards beside shards of class folders
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class Labelled:
         folders: The data's own names of its classes, by index; None where indices are those of
             classes that the data does not name.
         classes: Every class that occurs, None if all samples would have to be read.
+        names: Class names that lie beside shards, by index, if there are any.
     """
 
     dataset: EvalDataset
     folders: list[str] | None = None
     classes: frozenset[int] | None = None
+    names: list[str] | None = None
 
     def present(self, seen: Iterable[tuple[int, ...]]) -> list[int]:
         """Classes that occur in the data, sorted; `seen` are those of the images that were read."""
@@ -76,44 +82,74 @@ def open_labelled(path: str, labels: str | None = None, class_map: str | None = 
             raise UserError(f"no folder at {path}: --labels goes with a folder of images")
         return _label_file(root, labels, known)
     if not root.is_dir() or any(root.glob("*.tar")):
-        return Labelled(ShardDataset(expand_shards([path]), class_map=known))
+        shards = expand_shards([path])
+        file = Path(shards[0]).with_name(CLASSNAMES)
+        names = read_places(str(file), "class names") if file.is_file() else None
+        if known is None:
+            return Labelled(ShardDataset(shards), names=names)
+        # A map knows the classes by their names, where the data has names for its numbers.
+        return Labelled(ShardDataset(shards, class_map=known, names=names))
     return _class_folders(root, known)
 
 
 def _class_folders(root: Path, class_map: ClassMap | None) -> Labelled:
-    entries = sorted(root.iterdir())
-    folders = [path for path in entries if path.is_dir()]
-    images = [
-        (path, folder.name) for folder in folders for path in _images(sorted(folder.iterdir()))
-    ]
-    if not images:
-        if _images(entries):
-            raise UserError(f"{root} holds images but no class folders: give --labels FILE as well")
-        raise UserError(f"no image in class folders under {root}: expected {root}/CLASS/*.jpg")
+    found = read_class_folders(root)
+    images = [(root / name, found.names[index]) for name, index in found.images]
     # An empty class still has its name and its place.
-    check_names("class folder", [folder.name for folder in folders])
-    return _labelled(images, class_map, "class folder", [folder.name for folder in folders])
+    labelled = _labelled(images, class_map, "class folder", found.names)
+    labelled.dataset.skip(found.skipped, found.skips)
+    return labelled
 
 
 def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
     written = read_label_file(file)
-    by_stem = {path.stem: path for path in _images(sorted(root.iterdir()))}
+    by_stem: dict[str, list[Path]] = {}
+    with reading(root):
+        for path in filter(is_image, sorted(root.iterdir())):
+            by_stem.setdefault(path.stem, []).append(path)
     first = next(iter(written))
     images = []
     for name, label in written.items():
         # Some label files name images without the extension, and some have a line of columns'
         # names; an image that is missing is skipped later, where skipped images are counted.
         path = root / name
-        if not _is_image(path):
-            if name not in by_stem and name == first:
+        if not is_image(path):
+            candidates = by_stem.get(name, [])
+            if not candidates and name == first:
                 continue
-            path = by_stem.get(name, path)
+            if len(candidates) > 1:
+                raise UserError(
+                    f"{file} labels {name!r}, which is {candidates[0].name} as well as "
+                    f"{candidates[1].name}: give its extension too"
+                )
+            path = candidates[0] if candidates else path
         images.append((path, label))
     if not any(path.is_file() for path, _ in images):
         raise UserError(f"no image that {file} names is in {root}: check --data and --labels")
-    if class_map is None and all(is_index(label) for _, label in images):
+    bad = {"": "no_label"}
+    names = {label for _, label in images if label}
+    if class_map is None and all(map(_is_number, names)):
         class_map = ClassMap("index")
-    return _labelled(images, class_map, "label", sorted({label for _, label in images}))
+        bad |= {label: "bad_label" for label in names if index_of(label) is None}
+    skips = [(bad[label], path, label) for path, label in images if label in bad]
+    images = [(path, label) for path, label in images if label not in bad]
+    if not images:
+        raise UserError(f"labels {file}: {skips[0][2]!r} is no class index, nor is any other label")
+    labelled = _labelled(images, class_map, "label", sorted(names - set(bad)))
+    described = [
+        f"{why}: {storable(path)}: its label is {label!r}" for why, path, label in skips
+    ]
+    labelled.dataset.skip(Counter(why for why, *_ in skips), described)
+    return labelled
+
+
+def _is_number(label: str) -> bool:
+    """Whether all labels being so, one that is no class index is a mistake: -1, 0.5, nan."""
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _labelled(
@@ -135,12 +171,5 @@ def _labelled(
         raise UserError(f"class map {class_map.name} leaves out every {what}")
     kept = [(path, known[name]) for path, name in images if known[name]]
     dataset = FileDataset([path for path, _ in kept], [classes for _, classes in kept])
+    dataset.skip({LEFT_OUT: len(images) - len(kept)})
     return Labelled(dataset, folders, frozenset(i for _, classes in kept for i in classes))
-
-
-def _images(paths: Sequence[Path]) -> list[Path]:
-    return [path for path in paths if _is_image(path)]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from navit_clip.errors import UserError
 from navit_clip.evaluation.captioned import open_captioned
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
@@ -39,7 +40,8 @@ class RetrievalSpec(EvalSpec):
             Parquet.
         image_column: Of a table: the image's path.
         caption_columns: Of a table: captions.
-        fields: Caption fields in shards: ``all``, ``txt``, ``json.FIELD``.
+        fields: Caption fields in shards, ``all``, ``txt`` or ``json.FIELD``: all their captions are
+            queries; one that is in several fields counts once.
         split: Of a Karpathy file; by default ``test`` if it has one.
 
     Raises:
@@ -113,6 +115,8 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:
         """Recall at every setting; queries of a group search among all images and captions."""
+        if len(data.names) < 2:
+            raise UserError("one image alone is found by every query: give at least two")
         image_T = data.image_of_texts
         for setting, images_ED in data.embeddings.items():
             measure = partial(_recalls, *pair_ranks(images_ED, texts_TD, image_T), image_T)

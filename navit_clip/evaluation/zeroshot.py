@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from navit_clip.data.annotations.labels import is_index, read_text
+from navit_clip.data.annotations.class_names import read_class_names, read_text
+from navit_clip.data.annotations.labels import load_class_map
 from navit_clip.errors import UserError
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
-from navit_clip.evaluation.labelled import Labelled, open_labelled
+from navit_clip.evaluation.labelled import CLASSNAMES, Labelled, open_labelled
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.ranking import ClassTable, Predictions, classify, fraction
 from navit_clip.evaluation.report.samples import ReportSamples, classification_samples
@@ -93,8 +94,19 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         """Opens the labelled images and reads class names and templates."""
         spec = self.spec
         self.labelled = open_labelled(spec.data, spec.labels, spec.class_map)
-        self.names = load_classnames(spec.classnames, self.labelled.folders)
+        names, folders = self.labelled.names, self.labelled.folders
+        if spec.classnames is None and names is not None:
+            self.names = names
+        else:
+            self.names = load_classnames(spec.classnames, folders)
+            if names is not None and len(names) != len(self.names):
+                raise UserError(
+                    f"{len(self.names)} class names, and {CLASSNAMES} beside the shards has "
+                    f"{len(names)}: leave out --classnames, or give one for each of these"
+                )
         self.labelled.check_names(self.names)
+        known = self.labelled.classes if spec.only_present else None
+        _check_competitors(len(known or self.names))
         self.templates = load_templates(spec.templates)
         return self.labelled.dataset
 
@@ -143,6 +155,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         self.labelled.check_names(self.names, data.classes)
         present, every = self.labelled.present(data.classes), list(range(len(self.names)))
         competitors = present if self.spec.only_present else every
+        _check_competitors(len(competitors))
         answers = {found: row for row, found in enumerate(sorted(set(data.classes)))}
         column = {index: i for i, index in enumerate(competitors)}
         right_LC = torch.zeros(len(answers), len(column), dtype=torch.bool)
@@ -161,6 +174,14 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
 
     def _class_vectors(self, texts_TD: Tensor, classes: ClassTable) -> Tensor:
         return class_vectors(texts_TD, len(self.names))[classes.competitors]
+
+
+def _check_competitors(count: int) -> None:
+    if count < 2:
+        raise UserError(
+            "one class alone competes, so that every image would be right: give data or class "
+            "names of at least two"
+        )
 
 
 def class_prompts(names: Sequence[str], templates: Sequence[Template]) -> list[str]:
@@ -214,29 +235,23 @@ def load_classnames(name: str | None, folders: Sequence[str] | None) -> list[str
         if folders is None:
             raise UserError("labels carry no class names: give --classnames FILE or imagenet")
         return [folder.replace("_", " ") for folder in folders]
-    if name == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
+    if name != "imagenet":
+        return read_class_names(name, folders, "imagenet")
+    from open_clip import IMAGENET_CLASSNAMES
 
-        names = list(IMAGENET_CLASSNAMES)
-    else:
-        names = _read_lines(name, "class names", "imagenet")
-    if folders is None:
-        return names
-    if len(names) != len(folders):
-        raise UserError(
-            f"{len(names)} class names for {len(folders)} class folders: give one name per folder, "
-            "in the folders' sorted order, or --class-map"
-        )
-    if all(map(is_index, folders)) and [*map(int, folders)] != sorted(map(int, folders)):
-        raise UserError(
-            f"class folders are numbers that sort as {', '.join(folders[:3])}, …: define the "
-            "classes with --class-map index, or imagenet"
-        )
-    return names
+    if folders is not None:
+        known = load_class_map("imagenet")
+        indices = [known.find(folder) for folder in folders]
+        if indices != [(index,) for index in range(len(IMAGENET_CLASSNAMES))]:
+            raise UserError(
+                f"{len(IMAGENET_CLASSNAMES)} class names for {len(folders)} class folders, which "
+                "are not ImageNet's synsets in order: define the classes with --class-map imagenet"
+            )
+    return list(IMAGENET_CLASSNAMES)
 
 
 def _read_lines(path: str, what: str, names: str) -> list[str]:
-    lines = [line.strip() for line in read_text(path, what, names).splitlines()]
+    lines = [line.strip() for line in read_text(path, what, names).split("\n")]
     return [line for line in lines if line]
 
 

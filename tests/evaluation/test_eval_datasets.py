@@ -35,7 +35,13 @@ def test_captioned_shards(tmp_path):
         },
     )
     items = read(open_captioned(str(shard), None, None, ["txt", "json.captions"], None))
-    assert items[0].captions == (sample(0)["txt"].decode(), "one", "two")
+    # As in a JSON of captions, a repeated one is two queries; one in two fields is one.
+    assert items[0].captions == (sample(0)["txt"].decode(), "one", "two", "one")
+    fields = ["json.captions", "json.first", "json.captions"]
+    content = json.dumps({"captions": ["one", "two", "one"], "first": "one"}).encode()
+    shard = write_shard(tmp_path / "1.tar", {"a": {**sample(0), "json": content}})
+    (item,) = read(open_captioned(str(shard), None, None, fields, None))
+    assert item.captions == ("one", "two", "one")
     assert [item.data.reason for item in items[1:]] == ["no_caption", "bad_caption"]
 
 

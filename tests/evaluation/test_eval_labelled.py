@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from shard_factory import make_shards, sample, write_shard
+from shard_factory import sample, write_shard
 from source_cases import image, in_parts, read, write
 
 from navit_clip.data.annotations.labels import load_class_map
 from navit_clip.errors import UserError
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation.labelled import open_labelled
-from navit_clip.evaluation.zeroshot import load_classnames
+from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec, load_classnames
 
 IMAGENET = Path(__file__).resolve().parents[3] / "shared/data/imagenet-sample/val"
 
@@ -59,10 +59,17 @@ def test_labelled_shards(tmp_path):
         assert [item.data.reason for item in items[2:]] == ["bad_label", "no_image", "bad_label"]
 
 
-def test_shards_without_labels_are_refused(tmp_path):
-    (shard,) = make_shards(tmp_path, [1])
-    with pytest.raises(UserError, match=r"00000/0 has no \.cls member"):
-        read(open_labelled(str(shard)).dataset)
+def test_samples_without_a_label_are_counted(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a": {**sample(0), "cls": b"3"}, "b": sample(1)})
+    items = read(open_labelled(str(shard)).dataset)
+    assert items[0].classes == (3,)
+    assert items[1].data.reason == "no_label"
+    assert "members: png, txt" in items[1].data.detail
+    shard = write_shard(tmp_path / "1.tar", {"b": sample(1)})
+    names = write(tmp_path / "names.txt", "a\nb\n")
+    evaluator = ZeroShot(ZeroShotSpec(str(shard), classnames=names, templates="plain"))
+    with pytest.raises(UserError, match=r"no image can be read: no_label: no \.cls member"):
+        evaluator.check(None)
 
 
 @pytest.mark.parametrize("content", ["nothing", "class folders without images", "no such path"])
@@ -96,7 +103,7 @@ SYNSETS = ["n01440764", "n01443537", "n02106662"]  # by index
         {"n01440764": 0, "n01443537": [1], "n02106662": 2},
         {"0": ["n01440764", "tench"], "2": ["n02106662", "shepherd"], "1": ["n01443537", "fish"]},
         SYNSETS,
-        "n01440764 tench, Tinca tinca\nn01443537 goldfish 2\n\nn02106662\n",
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish 2\nn02106662\n\n",
         "n02106662 2\nn01440764 0\nn01443537 1\n",
         "n02106662,2\nn01440764,0\nn01443537,1\n",
     ],

@@ -9,10 +9,12 @@ import csv
 import importlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from navit_clip.data.annotations.rows import ImageList, Row, merge_rows
+from navit_clip.data.annotations.rows import ImageList, Row, merge_rows, to_text
+from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 
@@ -38,37 +40,33 @@ def open_table(
     columns = [image_column, *caption_columns]
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
-        lines = _delimited(path, _DELIMITERS[suffix], columns)
+        lines = _delimited(path, columns)
     elif suffix == ".parquet":
         lines = _parquet(path, columns)
     else:
         raise UserError(f"{path}: expected a name that ends in .csv, .tsv or .parquet")
-    rows, nameless = [], 0
-    try:
-        with reading(path):
-            for name, *values in lines:
-                if name and str(name).strip():
-                    captions = tuple(text for value in values for text in _texts(value))
-                    rows.append(Row(os.path.normpath(str(name).strip()), captions))
-                else:
-                    nameless += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    if not rows and not nameless:
+    rows = []
+    # ValueError: a path with a zero byte.
+    with reading(path, ValueError):
+        for name, *values in lines:
+            file = (to_text(name) or "").strip()
+            # An empty path would become the folder; those rows are counted as skipped.
+            found = os.path.normpath(file) if file and "\0" not in file else ""
+            rows.append(Row(found, tuple(_texts(values))))
+    if not rows:
         raise UserError(f"{path} has no row below its columns' names")
     merged, notes = merge_rows(rows), []
     if len(merged) < len(rows):
         notes.append(
-            f"{len(rows):,} rows name {len(merged):,} images: "
+            f"{len(rows):,} rows are {len(merged):,} images: "
             "the captions of an image were put together"
         )
-    # They become samples that are skipped, so that they are counted like all the others.
-    return ImageList(images, merged + [Row("", ())] * nameless, notes=notes)
+    return ImageList(images, merged, notes=notes)
 
 
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [str(text) for text in values if text is not None]
+def _texts(values: Sequence[Any]) -> Iterator[str | None]:
+    for value in values:
+        yield from map(to_text, value if isinstance(value, (list, tuple)) else [value])
 
 
 def _check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) -> None:
@@ -78,31 +76,88 @@ def _check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) ->
                 f"no column {column!r} in {path}: it has {', '.join(map(repr, present))}; "
                 "see --image-column and --caption-column"
             )
+        if present.count(column) > 1:
+            raise UserError(f"{path} has two columns {column!r}: rename one")
 
 
-def _delimited(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def _delimited(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
+    lines = read_lines(path)
+    _, header = next(lines, (0, None))
+    if header is None:
+        raise UserError(f"{path} is empty: expected a line of columns' names and rows")
+    _check_columns(path, header, columns)
+    positions = [header.index(column) for column in columns]
+    for number, line in lines:
+        # A caption cut at its own comma would otherwise be trained on.
+        if len(line) != len(header):
+            raise UserError(
+                f"{path} line {number} has {len(line)} fields, its header "
+                f"{len(header)}: quote captions that hold the delimiter"
+            )
+        _check_quotes(path, number, line, positions[0])
+        yield [line[position] for position in positions]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a ``.csv`` or ``.tsv`` in UTF-8, each with the number of its last line.
+
+    Most TSVs are written without quoting, and a quote in them is a character like any other: where
+    all lines as they stand have as many fields as the first, each is a row. Blank lines are none.
+
+    Raises:
+        UserError: If the file cannot be read or its quotes do not match.
+    """
+    delimiter = _DELIMITERS[path.suffix.lower()]
     csv.field_size_limit(_LONGEST_FIELD)
-    # A byte order mark, as spreadsheets write, would become part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    is_plain = delimiter == "\t" and _has_plain_lines(path)
+    with _open(path) as file:
+        if is_plain:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, [_unquoted(field) for field in line.rstrip("\r\n").split("\t")]
+            return
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            header = next(reader, None)
-            if header is None:
-                raise UserError(f"{path} is empty: expected a line of columns' names and rows")
-            _check_columns(path, header, columns)
-            positions = [header.index(column) for column in columns]
-            for line in reader:
-                if not line:
-                    continue
-                # A caption cut at its own comma would otherwise be trained on.
-                if len(line) != len(header):
-                    raise UserError(
-                        f"{path} line {reader.line_num} has {len(line)} fields, its header "
-                        f"{len(header)}: quote captions that hold the delimiter"
-                    )
-                yield [line[position] for position in positions]
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
         except csv.Error as error:
             raise UserError(f"{path} line {reader.line_num}: {error}; check its quotes") from error
+
+
+def _has_plain_lines(path: Path) -> bool:
+    with _open(path) as file:
+        return len({line.count("\t") for line in file if line.strip()}) == 1
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[str]]:
+    # A byte order mark, as spreadsheets write, would become part of the first column's name.
+    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1].replace('""', "")
+    is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner
+    return field[1:-1].replace('""', '"') if is_quoted else field
+
+
+def _check_quotes(path: Path, number: int, row: Sequence[str], image: int) -> None:
+    """A `UserError` if a field holds other rows: a stray quote swallows all up to the next."""
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    for field in row:
+        for line in field.split("\n")[1:]:
+            cells = line.split(delimiter)
+            name = cells[image].strip('" \r') if len(cells) > max(image, 1) else ""
+            if name.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)):
+                raise UserError(
+                    f"{path} line {number}: a field in quotes holds what looks like the row of "
+                    f"{name[:60]}; check the quotes up to there"
+                )
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:

@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
-from navit_clip.data.annotations.labels import read_text
+from navit_clip.data.annotations.class_names import read_class_names
+from navit_clip.data.annotations.folders import read_class_folders
 from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.annotations.tables import open_table
-from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError, printable
-from navit_clip.files import check_names
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
@@ -36,6 +35,9 @@ _BELONGS = {
     "samples_per_shard": ("coco", "table", "classes"),
     "shuffle_seed": ("coco", "table", "classes"),
 }
+
+
+_SHOWN = 5  # skipped images and files
 
 
 def main(
@@ -95,15 +97,25 @@ def _make(args: argparse.Namespace) -> int:
     what = f"{_describe(records)} in {args.output}"
     print(what if written else f"{what}, all there already")
     skipped = sum((Counter(record.skipped) for record in records), Counter[str]())
-    if skipped:
-        print(f"skipped {skipped.total():,} of {len(images.rows):,} images:")
-        for reason, count in skipped.most_common():
-            print(f"  {reason:<18}{count:>8,}")
-        first = [line for record in records for line in record.skip_log][:5]
-        print("\n".join(f"  {line}" for line in first))
-        if skipped.total() > len(first):
-            print(f"  … {skipped.total() - len(first):,} more")
+    first = [line for record in records for line in record.skip_log]
+    _print_skipped(f"{skipped.total():,} of {len(images.rows):,} images", skipped, first)
+    captions = sum((Counter(record.captions_skipped) for record in records), Counter[str]())
+    _print_skipped(f"{captions.total():,} captions of samples that have others", captions)
+    files = Counter(images.skipped)
+    _print_skipped(f"{files.total():,} files that are no image of a class", files, images.skips)
     return 0
+
+
+def _print_skipped(what: str, counts: Counter[str], examples: Sequence[str] = ()) -> None:
+    if not counts:
+        return
+    print(f"skipped {what}:")
+    for reason, count in counts.most_common():
+        print(f"  {reason:<18}{count:>8,}")
+    for line in examples[:_SHOWN]:
+        print(f"  {line}")
+    if counts.total() > _SHOWN:
+        print(f"  … {counts.total() - _SHOWN:,} more")
 
 
 def _open(args: argparse.Namespace) -> ImageList:
@@ -134,26 +146,12 @@ def _open_classes(folder: Path, names: Path | None) -> ImageList:
     """Rows of class folders: the label is the folder's index in sorted order."""
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: check --classes")
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    check_names("class folder", [path.name for path in folders])
-    classnames = [path.name.replace("_", " ") for path in folders]
+    found = read_class_folders(folder)
+    classnames = [name.replace("_", " ") for name in found.names]
     if names is not None:
-        lines = read_text(str(names), "--classnames").splitlines()
-        classnames = [line.strip() for line in lines if line.strip()]
-        if len(classnames) != len(folders):
-            raise UserError(
-                f"{len(classnames)} names in {names} for {len(folders)} class folders: give one "
-                "per folder, in the folders' sorted order"
-            )
-    rows = [
-        Row(f"{path.name}/{image.name}", (name,), label)
-        for label, (path, name) in enumerate(zip(folders, classnames, strict=True))
-        for image in sorted(path.iterdir())
-        if image.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-    ]
-    if not rows:
-        raise UserError(f"no image in class folders under {folder}: expected {folder}/CLASS/*.jpg")
-    return ImageList(folder, rows, classnames)
+        classnames = read_class_names(str(names), found.names)
+    rows = [Row(name, (classnames[label],), label) for name, label in found.images]
+    return ImageList(folder, rows, classnames, skipped=found.skipped, skips=found.skips)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from navit_clip.files import atomic_write, reading, sha256_of
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
 MANIFEST = "manifest.jsonl"
-VERSION = 1  # raised when the same rows and files give other bytes
+VERSION = 2  # raised when the same rows and files give other bytes
 
 
 @dataclass

@@ -10,25 +10,18 @@ import json
 import os
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from navit_clip.data.annotations.rows import Row
+from navit_clip.data.annotations.rows import Row, usable_captions
 from navit_clip.data.decode import MAX_BYTES, EncodedImage
 from navit_clip.data.shards import add_member
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import sha256_of, storable
-
-# Of what an image decoder has accepted.
-_SIGNATURES = {
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class ShardRecord:
         sha256: Of the file, in hexadecimal digits.
         skipped: Rows that gave no sample, by reason.
         skip_log: A line for each of the first few of them.
+        captions_skipped: Captions of samples in it that were left out, by reason.
     """
 
     shard: str
@@ -67,6 +61,7 @@ class ShardRecord:
     sha256: str
     skipped: dict[str, int] = field(default_factory=dict)
     skip_log: list[str] = field(default_factory=list)
+    captions_skipped: dict[str, int] = field(default_factory=dict)
 
 
 def write_shard(task: ShardTask) -> ShardRecord:
@@ -75,23 +70,35 @@ def write_shard(task: ShardTask) -> ShardRecord:
     Raises:
         OSError: If the disk does not take it.
     """
-    skips, samples = SkipLog(sys.maxsize), 0
+    skips, samples, without = SkipLog(sys.maxsize), 0, Counter[str]()
     partial = task.path.with_name(task.path.name + ".partial")
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index, row in enumerate(task.rows, task.first):
                 try:
-                    members = make_members(task.images, row)
+                    captions, unusable = usable_captions(row.captions)
+                    if not captions and unusable["bad_caption"]:
+                        raise SkipSampleError("bad_caption", "no caption is text in UTF-8")
+                    members = make_members(task.images, row, captions)
                 except SkipSampleError as error:
-                    skips.skip_sample(storable(row.name or "a row"), error)
+                    skips.skip_sample(row.name or "a row", error)
                     continue
+                without += unusable
                 for extension, content in members.items():
                     add_member(tar, f"{index:09d}.{extension}", content)
                 samples += 1
         file.flush()
         os.fsync(file.fileno())
     counts, lines = skips.take()
-    record = ShardRecord(task.path.name, 0, 0, "", dict(sorted(counts.items())), list(lines))
+    record = ShardRecord(
+        task.path.name,
+        samples=0,
+        bytes=0,
+        sha256="",
+        skipped=dict(sorted(counts.items())),
+        skip_log=list(lines),
+        captions_skipped=dict(sorted(without.items())),
+    )
     if not samples:
         partial.unlink()
         task.path.unlink(missing_ok=True)
@@ -101,17 +108,17 @@ def write_shard(task: ShardTask) -> ShardRecord:
     return replace(record, samples=samples, bytes=size, sha256=digest)
 
 
-def make_members(images: Path, row: Row) -> dict[str, bytes]:
+def make_members(images: Path, row: Row, captions: Sequence[str]) -> dict[str, bytes]:
     """The files of one sample, by extension: image, captions, label.
+
+    Args:
+        images: Folder that the row's name is relative to.
+        row: Names the image.
+        captions: The usable ones of the row.
 
     Raises:
         SkipSampleError: If training could not use it; the reason says why.
     """
-    captions = [caption.strip() for caption in row.captions if caption.strip()]
-    try:
-        "".join(captions).encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may escape half a character
-        raise SkipSampleError("bad_caption", str(error)) from error
     if not row.name:
         raise SkipSampleError("no_path", "names no image")
     if not captions:
@@ -126,10 +133,8 @@ def make_members(images: Path, row: Row) -> dict[str, bytes]:
         "height": image.height,
         "file_name": storable(row.name),
     }
-    # By content, since names lie.
-    found = (name for start, name in _SIGNATURES.items() if data.startswith(start))
     members = {
-        next(found, Path(row.name).suffix.lower().lstrip(".")): data,
+        image.extension: data,
         "json": json.dumps(fields, ensure_ascii=False).encode(),
         "txt": captions[0].encode(),
     }

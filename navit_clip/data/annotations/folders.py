@@ -1,0 +1,122 @@
+"""Reads class folders: which folders are classes, which files their images, and what is neither."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from navit_clip.data.decode import IMAGE_EXTENSIONS
+from navit_clip.errors import UserError
+from navit_clip.files import reading, storable
+
+_DESCRIBED = 5  # of what is skipped; the rest is only counted
+# Of operating systems, network drives and notebooks; those that begin with a dot are known by it.
+_SYSTEM = {
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbnails",
+    "thumbs.db",
+    "desktop.ini",
+}
+
+
+@dataclass
+class ClassFolders:
+    """A folder of class folders.
+
+    Attributes:
+        names: The class folders, sorted by bytes; their places are the classes' indices.
+        images: Each image as ``CLASS/FILE`` and its class, in the classes' order, then by name.
+        skipped: Files that are no image of a class: ``hidden`` (of a system, in a hidden folder),
+            ``outside_classes`` (images beside the class folders), ``deeper_folder`` (images in
+            folders of a class folder), ``no_image_file`` (all else).
+        skips: The first few of these, described.
+    """
+
+    names: list[str] = field(default_factory=list)
+    images: list[tuple[str, int]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    skips: list[str] = field(default_factory=list)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image and is not hidden."""
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not _is_hidden(path)
+
+
+def read_class_folders(root: Path) -> ClassFolders:
+    """Sorts everything in a folder into classes, their images, and the rest, which is counted.
+
+    An empty folder is a class; one that holds files but no image anywhere is none.
+
+    Raises:
+        UserError: If a folder cannot be read, has a name that no list of names could hold, or no
+            class folder holds an image.
+    """
+    found = ClassFolders()
+    with reading(root):
+        for entry in sorted(root.iterdir()):
+            if not entry.is_dir() or _is_hidden(entry):
+                for path in _files_of(entry):
+                    _skip_file(found, path, _is_hidden(entry), "outside_classes")
+            else:
+                _read_class(found, entry)
+    if not found.images:
+        if found.skipped["deeper_folder"]:
+            raise UserError(
+                f"no image in class folders under {root}, but in folders of these: name the folder "
+                f"whose folders are the classes, such as {root / found.names[0]}"
+            )
+        if found.skipped["outside_classes"]:
+            raise UserError(
+                f"{root} holds images but no class folders: give --labels FILE to evaluate them, "
+                f"or move them to {root}/CLASS/"
+            )
+        raise UserError(f"no image in class folders under {root}: expected {root}/CLASS/*.jpg")
+    return found
+
+
+def _read_class(found: ClassFolders, folder: Path) -> None:
+    images: list[Path] = []
+    others: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        if is_image(entry) and not entry.is_dir():
+            images.append(entry)
+        else:
+            others += _files_of(entry)
+    if images or not others or any(is_image(path) for path in others):
+        if storable(folder.name) != folder.name or len(folder.name.splitlines()) != 1:
+            raise UserError(f"class folder {folder.name!r}: its name is no line of text: rename it")
+        found.images += [(f"{folder.name}/{path.name}", len(found.names)) for path in images]
+        found.names.append(folder.name)
+    for path in others:
+        inner = path.relative_to(folder)
+        is_hidden = any(_is_hidden(folder / part) for part in inner.parts)
+        _skip_file(found, path, is_hidden, "deeper_folder")
+
+
+def _skip_file(found: ClassFolders, path: Path, is_hidden: bool, reason: str) -> None:
+    reason = "hidden" if is_hidden else reason if is_image(path) else "no_image_file"
+    found.skipped[reason] += 1
+    if len(found.skips) < _DESCRIBED:
+        found.skips.append(f"{reason}: {storable(path)}: no image of a class")
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """A file itself, or all files below a folder; links to folders are not followed."""
+    if path.is_symlink() or not path.is_dir():
+        yield path
+    else:
+        for entry in sorted(path.iterdir()):
+            yield from _files_of(entry)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in _SYSTEM
