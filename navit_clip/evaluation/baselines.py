@@ -70,12 +70,13 @@ class OpenClipModel(Model):
         sides: Sequence[int] = (),
         precision: Precision = "fp32",
     ) -> None:
-        self.name = f"open_clip:{architecture}"
+        random = f" (random weights, seed {seed})" if weights is None else ""
+        self.name = f"open_clip:{architecture}{random}"
         self._device, self.precision = device, precision
         self._embed_dim = int(_config(architecture)["embed_dim"])
         if weights is None and seed is None:
             raise UserError(
-                f"{self.name} needs its weights: give --weights FILE for --model or "
+                f"open_clip:{architecture} needs its weights: give --weights FILE for --model or "
                 "--baseline-weights FILE for --baseline, or --random-weights SEED to measure only"
             )
         self._own: Any = _create(architecture, weights, seed, None).to(device)

@@ -13,7 +13,7 @@ from navit_clip.files import reading
 
 _COLUMNS = 100  # of a terminal; the model's name gives way, but not below
 _NAME = 12
-_IN_TRAINING = "-step-"  # written by a training run, of which metrics.jsonl is the summary
+_STEP = "step"  # a key in results of a training run, of which metrics.jsonl is the summary
 
 
 def table(result: EvalResult, file: str = "") -> str:
@@ -61,22 +61,37 @@ def _cells(row: Row, metrics: Mapping[str, Metric]) -> list[str]:
 
 
 def summarise(directory: Path) -> str:
-    """All results in a directory of evaluations, and the reports and pictures there.
+    """All results in a directory of evaluations, whatever their names, and what else is there.
 
     Raises:
         UserError: If there is none, or one is damaged.
     """
-    parts = []
-    for kind in EVALUATORS:
-        for path in sorted(directory.glob(f"{kind}*.json")):
-            if _IN_TRAINING in path.name:
-                continue
-            with reading(path, ValueError, UserError, hint="; evaluate again"):
-                result = read_result(json.loads(path.read_text(encoding="utf-8")))
-            parts.append(table(result, path.name))
-    if not parts:
-        names = " or ".join(f"{kind}.json" for kind in EVALUATORS)
-        raise UserError(f"no {names} in {directory}: evaluate first")
+    found: list[tuple[int, str]] = []
+    others, in_training = [], 0
+    order = list(EVALUATORS)
+    for path in sorted(directory.glob("*.json")):
+        try:
+            with reading(path, ValueError, RecursionError, UserError, hint="; evaluate again"):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                result = read_result(content)
+        except UserError:
+            # Known by its name, it is one that is damaged; else it may be anything.
+            if path.name.startswith(tuple(EVALUATORS)):
+                raise
+            others.append(path.name)
+            continue
+        if _STEP in content:
+            in_training += 1
+        else:
+            found.append((order.index(result.kind), table(result, path.name)))
+    left_out = [f"Not a result: {name}" for name in others]
+    if in_training:
+        left_out.append(f"Made during training, see metrics.jsonl: {in_training}")
+    if not found:
+        reasons = f" ({'; '.join(left_out)})" if left_out else ""
+        raise UserError(f"no result of an evaluation in {directory}{reasons}: evaluate first")
+    parts = [text for _, text in sorted(found, key=lambda pair: pair[0])]
     files = [f"Report: {path}" for path in sorted(directory.glob("*.html"))]
     files += [f"Picture: {path}" for path in sorted(directory.glob("*.png"))]
+    files += left_out
     return "\n\n".join([*parts, *(["\n".join(files)] if files else [])])

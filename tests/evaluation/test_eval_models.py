@@ -212,7 +212,7 @@ def test_baselines_beside_a_model_and_alone(tiny, model_dir, data, tmp_path, cap
     ) == 0  # fmt: skip
     result = json.loads(beside.read_text())
     assert result["model"] == str(model_dir)
-    names = ["open_clip:tiny-test", str(model_dir), "open_clip:other-test"]
+    names = ["open_clip:tiny-test", str(model_dir), "open_clip:other-test (random weights, seed 3)"]
     assert [baseline["model"] for baseline in result["baselines"]] == names
     seen = [[entry["label"] for entry in one["views"]] for one in result["baselines"]]
     own = ["6", "12", "native", "48²", "64²"]

@@ -256,9 +256,29 @@ def test_a_summary_lists_results_reports_and_pictures(tmp_path, capsys):
     assert "zeroshot.json" in line
 
 
-def test_a_summary_leaves_out_what_the_trainer_wrote(tmp_path):
-    result = make_result("zeroshot")
-    (tmp_path / "zeroshot.json").write_text(json.dumps(result))
-    (tmp_path / "zeroshot-step-00000010.json").write_text("")
-    first, *rest = table(read_result(result)).splitlines()
-    assert summarise(tmp_path).splitlines() == [f"{first} (zeroshot.json)", *rest]
+def test_a_summary_knows_results_by_what_they_say(tmp_path):
+    result = {"kind": "zeroshot", **make_result("zeroshot")}
+    for name in ("mine", "zeroshot-step-00000010", "retrieval-of-classes"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    for step in (1, 2):
+        (tmp_path / f"coco-step-{step:08d}.json").write_text(json.dumps({"step": step, **result}))
+    (tmp_path / "map.json").write_text('{"folder": 3}')
+    (tmp_path / "half.json").write_text("{")
+    lines = summarise(tmp_path).splitlines()
+    headings = [line for line in lines if line.startswith("Zero-shot")]
+    assert [line.rpartition(" ")[2] for line in headings] == [
+        "(mine.json)",
+        "(retrieval-of-classes.json)",
+        "(zeroshot-step-00000010.json)",
+    ]
+    assert lines[-3:] == [
+        "Not a result: half.json",
+        "Not a result: map.json",
+        "Made during training, see metrics.jsonl: 2",
+    ]
+
+
+def test_a_summary_of_training_alone_says_so(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"step": 1, **make_result("zeroshot")}))
+    with pytest.raises(UserError, match=r"no result .*\(Made during training, .*: 1\)"):
+        summarise(tmp_path)
