@@ -47,7 +47,7 @@ def test_images_without_a_class_are_counted(tmp_path):
     assert dataset.skipped == {"no_label": 1, "bad_label": 2}
     assert "b.png: its label is ''" in dataset.skips[0]
     for content in ("a.png,-1\nb.png,\n", "a.png,\nb.png,\n"):
-        with pytest.raises(UserError, match="is no class index|no line has a label"):
+        with pytest.raises(UserError, match=r"is no class index|no line has a label"):
             open_labelled(str(tmp_path / "flat"), labels=write(tmp_path / "l.csv", content))
 
 
@@ -58,8 +58,8 @@ def test_an_image_named_without_its_extension_must_be_one_file(tmp_path):
     assert len(read(open_labelled(str(tmp_path / "flat"), labels=labels).dataset)) == 2
     with pytest.raises(UserError, match=r"'a', which is a\.jpg as well as a\.png"):
         open_labelled(str(tmp_path / "flat"), labels=write(tmp_path / "l.csv", "a,cat\n"))
+    labels = write(tmp_path / "l.csv", "a.png,cat\n./a.png,dog\n")
     with pytest.raises(UserError, match=r"labels a\.png 'dog', after 'cat'"):
-        labels = write(tmp_path / "l.csv", "a.png,cat\n./a.png,dog\n")
         open_labelled(str(tmp_path / "flat"), labels=labels)
 
 

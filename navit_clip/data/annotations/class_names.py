@@ -80,12 +80,12 @@ def read_class_names(path: str, folders: Sequence[str] | None, names: str = "") 
     numbers = [int(match[1]) for match in matches if match]
     for first in (0, 1):
         expected = list(range(first, first + len(found)))
-        if len(found) > 2 and sorted(numbers) == expected:
-            if numbers != expected or (first and folders is None):
-                raise UserError(
-                    f"class names {path}: its lines are numbered, and not 0, 1, 2, … as the "
-                    "classes are: give the names alone, one per line in the order of the classes"
-                )
+        is_certain = numbers == expected and (folders is not None or not first)
+        if len(found) > 2 and sorted(numbers) == expected and not is_certain:
+            raise UserError(
+                f"class names {path}: its lines are numbered, and not 0, 1, 2, … as the classes "
+                "are: give the names alone, one per line in the order of the classes"
+            )
     if folders is not None:
         _check_places(found, folders, path)
     return found
