@@ -61,6 +61,9 @@ def expand_shards(patterns: Sequence[str], *, allow_commands: bool = False) -> l
 
 def _expand(pattern: str, allow_commands: bool, list_file: str = "") -> Iterator[str]:
     scheme = _SCHEME.match(pattern)
+    if scheme and os.path.exists(os.path.join(os.path.dirname(list_file), pattern.split("/")[0])):
+        # A folder with a colon in its name; written so, nothing behind takes it for a scheme.
+        pattern, scheme = f"./{pattern}", None
     kind = scheme[1].lower() if scheme else ""
     if kind == "pipe" and not allow_commands:
         raise UserError(f"{pattern}: commands are not run unless --data.allow_commands true")

@@ -6,6 +6,7 @@ query, a repeated one as well; empty ones are none.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def open_captioned(
     if not any(usable for usable, _ in read):
         raise UserError(f"no captioned image in {file}")
     paths = [folder / row.name if row.name else None for row in rows]
-    if not any(path.is_file() for path in paths if path):
+    if not any(os.path.isfile(path) for path in paths if path):
         raise UserError(
             f"none of the {len(paths):,} images that {file} names is in {folder}: check --images"
         )

@@ -6,6 +6,7 @@ classes. What the data calls its classes is settled by `labels`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
                 )
             path = candidates[0] if candidates else path
         images.append((path, label))
-    if not any(path.is_file() for path, _ in images):
+    if not any(os.path.isfile(path) for path, _ in images):
         raise UserError(f"no image that {file} names is in {root}: check --data and --labels")
     bad = {"": "no_label"}
     names = {label for _, label in images if label}

@@ -23,6 +23,7 @@ from navit_clip.errors import SkipSampleError, UserError, printable
 from navit_clip.files import write_output
 
 _MEASURED = 100_000  # captions, evenly spread, that unknown pieces are counted in
+_MOST_BYTES = 1 << 16  # of a caption; SentencePiece leaves longer ones out, and says nothing
 
 
 def iterate_captions(shards: Sequence[str], fields: Sequence[str]) -> Iterator[str]:
@@ -75,6 +76,10 @@ def train_tokenizer(
     captions = list(iterate_captions(shards, fields))
     if not captions:
         raise UserError(f"no caption found in {len(shards)} shards under {', '.join(fields)}")
+    if too_long := sum(len(caption.encode()) > _MOST_BYTES for caption in captions):
+        tqdm.write(f"warning: {too_long:,} captions of more than {_MOST_BYTES:,} bytes left out")
+    if too_long == len(captions):
+        raise UserError(f"all {too_long:,} captions are longer than {_MOST_BYTES:,} bytes")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -89,8 +94,7 @@ def train_tokenizer(
             # More sentences teach a 32k vocabulary nothing, and cost memory.
             input_sentence_size=2_000_000,
             shuffle_input_sentence=True,
-            # Longer captions than its 4,192 bytes it would leave out, all of them perhaps.
-            max_sentence_length=1 << 20,
+            max_sentence_length=_MOST_BYTES,
             pad_id=0,
             eos_id=1,
             unk_id=2,

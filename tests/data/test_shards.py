@@ -84,6 +84,20 @@ def test_urls_and_commands_expand_braces_alone(pattern, found):
     assert expand_shards([pattern, pattern], allow_commands=True) == found
 
 
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    make_shards(tmp_path / "laion:v1", [1, 1])
+    (tmp_path / "list.txt").write_text("laion:v1/00000.tar\nlaion:v1/*1.tar\n")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("laion:v1", "laion:v1/*.tar", "laion:v1/{00000..00001}.tar",
+                    f"{tmp_path}/list.txt", "list.txt"):  # fmt: skip
+        shards = expand_shards([pattern])
+        assert shard_names(shards) == ["00000", "00001"]
+        assert [sample.id for path in shards for sample in read_shard(path)] == [
+            "00000/0",
+            "00001/0",
+        ]
+
+
 @pytest.mark.parametrize(
     ("pattern", "advice"),
     [

@@ -393,3 +393,21 @@ def test_mistakes_in_training_are_one_line(named, flags, captioned, tmp_path, ca
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train_tokenizer: error: ")
     assert named in error
+
+
+def test_training_reads_long_captions(tmp_path, capsys):
+    samples = {
+        str(i): {"txt": (f"{CAPTIONS[i % 5]} word{i} " * 200).encode(), "json": b"{}"}
+        for i in range(30)
+    }
+    shard = write_shard(tmp_path / "long.tar", samples)
+    output = tmp_path / "t.model"
+    assert train("--shards", shard, "--vocab-size", 60, "--output", output) == 0
+    samples["x"] = {"txt": b"word " * 20_000}
+    assert (
+        train("--shards", write_shard(shard, samples), "--vocab-size", 60, "--output", output) == 0
+    )
+    assert "1 captions of more than 65,536 bytes left out" in capsys.readouterr().out
+    shard = write_shard(tmp_path / "0.tar", {"x": samples["x"]})
+    assert train("--shards", shard, "--vocab-size", 60, "--output", output) == 2
+    assert "all 1 captions are longer than 65,536 bytes" in capsys.readouterr().err

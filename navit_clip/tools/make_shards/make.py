@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -99,7 +100,7 @@ def _probe(images: ImageList) -> None:
     if not images.folder.is_dir():
         raise UserError(f"no folder at {images.folder}: check --images")
     first = [row.name for row in itertools.islice(images.rows, _PROBED) if row.name]
-    if first and not any((images.folder / name).exists() for name in first):
+    if first and not any(os.path.exists(images.folder / name) for name in first):
         raise UserError(
             f"none of the first {len(first)} images exists, such as {images.folder / first[0]}: "
             "check --images"
