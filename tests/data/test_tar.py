@@ -16,7 +16,7 @@ from shard_factory import CAPTIONS, write_tar
 
 from navit_clip.data import shards
 from navit_clip.data.shards import MAX_SAMPLE_BYTES, ShardError, read_shard
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.errors import SkipSampleError
 
 RECORD = tarfile.RECORDSIZE
 
