@@ -137,9 +137,7 @@ def _label_file(root: Path, file: str, class_map: ClassMap | None) -> Labelled:
     if not images:
         raise UserError(f"labels {file}: {skips[0][2]!r} is no class index, nor is any other label")
     labelled = _labelled(images, class_map, "label", sorted(names - set(bad)))
-    described = [
-        f"{why}: {storable(path)}: its label is {label!r}" for why, path, label in skips
-    ]
+    described = [f"{why}: {storable(path)}: its label is {label!r}" for why, path, label in skips]
     labelled.dataset.skip(Counter(why for why, *_ in skips), described)
     return labelled
 

@@ -21,7 +21,8 @@ FORMATS = {"tif": "TIFF", "tiff": "TIFF", "jfif": "JPEG", "jpe": "JPEG", "avif":
            "jp2": "JPEG2000", "ppm": "PPM", "qoi": "QOI"}  # fmt: skip
 REST = {
     "hidden": [".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/ant/._0.png", "ant/._0.png",
-               "ant/@eaDir/0.png", "bee/.thumbnails/0.jpg", "Thumbs.db", "thumbnails/0.png"],
+               "ant/@eaDir/0.png", "bee/.thumbnails/0.jpg", "Thumbs.db", "thumbnails/0.png",
+               "annotations/.cache/0.png"],
     "outside_classes": ["stray.png"],
     "deeper_folder": ["ant/more/0.png", "bee/even/more/0.tif"],
     "no_image_file": ["README.md", "ant/notes.txt", "ant/more/x.xml", "annotations/0.xml"],

@@ -48,7 +48,7 @@ class ClassFolders:
 
 def is_image(path: Path) -> bool:
     """Whether a file has the name of an image and is not hidden."""
-    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not _is_hidden(path)
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not _is_hidden(path.name)
 
 
 def read_class_folders(root: Path) -> ClassFolders:
@@ -63,9 +63,9 @@ def read_class_folders(root: Path) -> ClassFolders:
     found = ClassFolders()
     with reading(root):
         for entry in sorted(root.iterdir()):
-            if not entry.is_dir() or _is_hidden(entry):
+            if not entry.is_dir() or _is_hidden(entry.name):
                 for path in _files_of(entry):
-                    _skip_file(found, path, _is_hidden(entry), "outside_classes")
+                    _skip_file(found, path, _is_hidden(entry.name), "outside_classes")
             else:
                 _read_class(found, entry)
     if not found.images:
@@ -91,15 +91,14 @@ def _read_class(found: ClassFolders, folder: Path) -> None:
             images.append(entry)
         else:
             others += _files_of(entry)
-    if images or not others or any(is_image(path) for path in others):
+    hidden = {path for path in others if any(map(_is_hidden, path.relative_to(folder).parts))}
+    if images or not others or any(is_image(path) for path in others if path not in hidden):
         if storable(folder.name) != folder.name or len(folder.name.splitlines()) != 1:
             raise UserError(f"class folder {folder.name!r}: its name is no line of text: rename it")
         found.images += [(f"{folder.name}/{path.name}", len(found.names)) for path in images]
         found.names.append(folder.name)
     for path in others:
-        inner = path.relative_to(folder)
-        is_hidden = any(_is_hidden(folder / part) for part in inner.parts)
-        _skip_file(found, path, is_hidden, "deeper_folder")
+        _skip_file(found, path, path in hidden, "deeper_folder")
 
 
 def _skip_file(found: ClassFolders, path: Path, is_hidden: bool, reason: str) -> None:
@@ -118,5 +117,5 @@ def _files_of(path: Path) -> Iterator[Path]:
             yield from _files_of(entry)
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in _SYSTEM
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
