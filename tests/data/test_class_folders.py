@@ -55,7 +55,7 @@ def test_shards_of_class_folders_count_the_same(tmp_path, capsys):
     main([*map(str, ("--classes", tmp_path / "in", "--output", tmp_path / "out", "--workers", 1))])
     printed = capsys.readouterr().out
     assert "3 samples" in printed
-    assert "skipped 14 files that are no image of a class" in printed
+    assert "skipped 15 files that are no image of a class" in printed
     for reason, names in REST.items():
         assert f"  {reason:<18}{len(names):>8}\n" in printed
     assert (tmp_path / "out/classnames.txt").read_text() == "ant\nbee\ncow\n"
