@@ -336,7 +336,7 @@ def test_wrong_paths_and_empty_shards(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: [1\n", "Problems parsing config"),
+        ("data: [1\n", "expected ',' or ']'"),
         ("steps: 3\n", "tokenizer is missing"),
         ("model: {embed_dim: 8}\ntokenizer: {kind: open_clip}\n", "'model.embed_dim' is not"),
         ("data: {workrs: 3}\ntokenizer: {kind: open_clip}\n", "workrs"),
