@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from navit_clip.losses._members import Members, Merge, Transfer, all_gather, reduce_scatter
 
@@ -67,19 +68,20 @@ class Gather:
         Returns:
             The contributions of all ranks to this rank's blocks, merged.
         """
-        coming = self._gather(blocks, 0)
+        bytes_EB = torch.cat([_as_bytes(block) for block in blocks], 1)
+        coming = self._gather(bytes_EB, 0)
         total = visit(True, blocks)
         kept: list[Tensor] = []
         returning: Transfer | None = None
         starts = range(0, max(self.members.counts), self._rows)
         for start in starts:
-            gathered = coming.wait()
+            (gathered,) = coming.wait()
             if start != starts[-1]:
-                coming = self._gather(blocks, start + self._rows)
+                coming = self._gather(bytes_EB, start + self._rows)
             others = self._others(start, total.device)
-            made = total.new_full((len(gathered[0]), *total.shape[1:]), _NEUTRAL[merge])
+            made = total.new_full((len(gathered), *total.shape[1:]), _NEUTRAL[merge])
             if len(others):
-                seen = tuple(block.index_select(0, others) for block in gathered)
+                seen = _from_bytes(gathered.index_select(0, others), blocks)
                 made.index_copy_(0, others, visit(False, seen))
             if merge == "logaddexp":
                 kept.append(made)
@@ -92,20 +94,14 @@ class Gather:
             return total
         return torch.logaddexp(total, self._merged(torch.stack(kept))[: len(total)])
 
-    def _gather(self, blocks: tuple[Tensor, ...], start: int) -> Transfer:
+    def _gather(self, bytes_EB: Tensor, start: int) -> Transfer:
         """Starts sending one round's rows to all ranks, receiving theirs, padded with zeros."""
-        works, sent, received = [], [], []
-        for block in blocks:
-            rows = block[start : start + self._rows]
-            if len(rows) < self._rows:
-                padded = block.new_zeros((self._rows, *block.shape[1:]))
-                padded[: len(rows)] = rows
-                rows = padded
-            arriving = block.new_empty((len(self.members.counts) * self._rows, *block.shape[1:]))
-            works.append(all_gather(arriving, rows, group=self.members.group, async_op=True))
-            sent.append(rows)
-            received.append(arriving)
-        return Transfer(works, tuple(sent), tuple(received))
+        rows = bytes_EB[start : start + self._rows]
+        if len(rows) < self._rows:
+            rows = F.pad(rows, (0, 0, 0, self._rows - len(rows)))
+        arriving = rows.new_empty((len(self.members.counts) * self._rows, rows.shape[1]))
+        work = all_gather(arriving, rows, group=self.members.group, async_op=True)
+        return Transfer([work], (rows,), (arriving,))
 
     def _others(self, start: int, device: torch.device) -> Tensor:
         """Where in a round's rows those of other ranks stand that are none of the padding."""
@@ -143,3 +139,21 @@ class Gather:
         dist.all_reduce(sums, group=self.members.group)
         merged = sums.log_() + largest
         return merged.view(len(made), -1, self._rows)[:, self.members.rank].flatten()
+
+
+def _as_bytes(block: Tensor) -> Tensor:
+    """A row of bytes for each row: what several blocks hold can so travel together."""
+    return block.view(torch.uint8).view(len(block), _row_bytes(block))
+
+
+def _from_bytes(bytes_MB: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The rows of several blocks out of their bytes, in the blocks' dtypes and trailing shapes."""
+    parts = bytes_MB.split([_row_bytes(block) for block in like], 1)
+    return tuple(
+        part.contiguous().view(-1).view(block.dtype).view(len(part), *block.shape[1:])
+        for part, block in zip(parts, like, strict=True)
+    )
+
+
+def _row_bytes(block: Tensor) -> int:
+    return block.itemsize * block.shape[1:].numel()

@@ -149,6 +149,7 @@ class Seen(NamedTuple):
     visits: torch.Tensor
     sent_bytes: int
     gathers: list[int]
+    gathered_bytes: int
 
 
 def run_everything():
@@ -163,6 +164,7 @@ def run_everything():
         visits=visits_that_wait_for_each_other(signals),
         sent_bytes=count_sent_bytes(groups),
         gathers=[count_gathers(groups, known) for known in (False, True)],
+        gathered_bytes=count_gathered_bytes(groups),
     )
 
 
@@ -301,6 +303,35 @@ def count_gathers(groups, known):
     return gathers
 
 
+def count_gathered_bytes(groups):
+    """Bytes that a rank sends to others in rounds; each collective sends the least there is."""
+    sent, others = 0, len(EVEN_CASE.members) - 1
+    gather, scatter, reduce = _gather.all_gather, _gather.reduce_scatter, dist.all_reduce
+
+    def count_gather(output, block, **kwargs):
+        nonlocal sent
+        sent += others * block.nbytes
+        return gather(output, block, **kwargs)
+
+    def count_scatter(output, blocks, **kwargs):
+        nonlocal sent
+        sent += others * output.nbytes
+        return scatter(output, blocks, **kwargs)
+
+    def count_reduce(tensor, *args, **kwargs):
+        nonlocal sent
+        sent += 2 * others * tensor.nbytes // (others + 1)
+        return reduce(tensor, *args, **kwargs)
+
+    with (
+        mock.patch.object(_gather, "all_gather", count_gather),
+        mock.patch.object(_gather, "reduce_scatter", count_scatter),
+        mock.patch.object(dist, "all_reduce", count_reduce),
+    ):
+        EVEN_CASE._replace(exchange="gather", known=True, round_rows=4).run(groups)
+    return sent
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[Seen]:
     return run_ranks(run_everything, len(WORLD), timeout=240)
@@ -350,6 +381,17 @@ def test_sent_bytes_are_as_documented(ranks):
     log_sum_exps = (2 * members - 1) * pairs * 4
     for seen in ranks[:members]:
         assert seen.sent_bytes == texts + text_gradients + log_sum_exps
+
+
+def test_gathered_bytes_are_as_documented(ranks):
+    """The formula of docs/scaling.md, and the sum of the ranks' losses."""
+    pairs, width, size = EVEN_CASE.counts[0], EVEN_CASE.width, 4
+    members = len(EVEN_CASE.members)
+    rows = (members - 1) * pairs * (2 * width * size + 4 * width + 4)
+    log_sum_exps = 2 * (2 * (members - 1) * 4 * pairs)
+    loss = 2 * (members - 1) * 4 // members
+    for seen in ranks[:members]:
+        assert seen.gathered_bytes == rows + log_sum_exps + loss
 
 
 def test_ranks_that_know_the_counts_do_not_ask(ranks):
