@@ -53,10 +53,9 @@ def _store(base, rows, columns, stride, length, x, D: tl.constexpr, WIDTH: tl.co
 @triton.jit
 def _load_weight(weight_ptr, columns, NORM: tl.constexpr, D: tl.constexpr):
     """Zero beyond the head's width, which keeps what is computed there out of everything."""
+    weight = 0.0
     if NORM:
         weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    else:
-        weight = 0.0
     return weight
 
 
@@ -156,8 +155,8 @@ def forward_kernel(
         p = p.to(v.dtype).to(DOT)
         out = out * shrink[:, None] + tl.dot(p, v.to(DOT), input_precision="ieee")
         highest = higher
-    out_base = out_ptr + start * (H * D) + head * D
-    _store(out_base, rows, columns, H * D, length, out / total[:, None], D, WIDTH)
+    out = out / total[:, None]
+    _store(out_ptr + start * (H * D) + head * D, rows, columns, H * D, length, out, D, WIDTH)
 
 
 @triton.jit
@@ -325,8 +324,7 @@ def backward_queries_kernel(
         dq, dq_weight = _norm_backward(raw, dq, q_weight, q_mean, q_factor, D)
         dweight = dweight_ptr + tl.program_id(0).to(tl.int64) * (2 * D) + columns
         tl.store(dweight, dq_weight, mask=columns < D)
-    dq_base = dqkv_ptr + start * stride + head * D
-    _store(dq_base, rows, columns, stride, length, dq, D, WIDTH)
+    _store(dqkv_ptr + start * stride + head * D, rows, columns, stride, length, dq, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=["first_segment"])

@@ -24,7 +24,7 @@ def test_values_and_gradients(dtype, width):
     run_kernels(cases.check, (1, 0, 63, 64, 65, 7), dtype=dtype, width=width)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_lengths(seed):
     lengths = random.Random(seed).choices(range(1, 300), k=4)
     run_kernels(cases.check, lengths, seed=seed, dtype=torch.float32)
