@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from navit_clip.configs import check_choices
 from navit_clip.models.attention import self_attention
+from navit_clip.models.attention_op import FLASH_WIDTH
 from navit_clip.models.linear import Linear
 from navit_clip.models.packed_attention_op import attend_packed
 from navit_clip.models.rope import Rotary
@@ -318,6 +319,11 @@ class Encoder(nn.Module):
             else:
                 x_TC = block(x_TC, segments, rotary)
         return x_TC
+
+    @property
+    def suits_flash(self) -> bool:
+        """Whether heads are as narrow as the kernels of FlashAttention want them."""
+        return self.config.width // self.config.heads <= FLASH_WIDTH
 
     def pack_attention(self) -> None:
         """Sets all blocks' `SegmentAttention.packed`."""

@@ -110,7 +110,9 @@ class ParallelModel:
         cuda = ranks.device.type == "cuda"
         compiled = cuda if config.compile is None else config.compile
         short = cuda and config.attention == "short"  # which auto becomes once measured
-        self.kernels = _kernels(cuda, compiled, short, half=bf16_blocks)
+        encoders = [m for m in model.modules() if isinstance(m, Encoder)]
+        wide = not all(encoder.suits_flash for encoder in encoders)
+        self.kernels = _kernels(cuda, compiled, short, half=bf16_blocks, wide=wide)
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
@@ -191,8 +193,10 @@ class ParallelModel:
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def _kernels(cuda: bool, compiled: bool, short: bool, *, half: bool) -> str:
-    if short and half:
+def _kernels(cuda: bool, compiled: bool, short: bool, *, half: bool, wide: bool = False) -> str:
+    if cuda and half and wide:
+        attention = "attention multiplied out, slowly, since heads are too wide for its kernels"
+    elif short and half:
         attention = "attention of short segments in kernels of our own"
     elif cuda and half:
         attention = "attention by FlashAttention-2"

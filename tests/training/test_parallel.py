@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.model import NaViTCLIP
+from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.parallel import ParallelConfig, _kernels, _mesh
@@ -198,3 +199,10 @@ def test_groups_of_shards_that_cannot_be():
         ParallelConfig(shard_ranks=2)
     with pytest.raises(UserError, match=r"parallel\.shard_ranks=4 does not divide the 6 ranks"):
         _mesh(ParallelConfig("fsdp", shard_ranks=4), Ranks(0, 6, torch.device("cpu")))
+
+
+def test_the_start_of_a_run_says_that_heads_are_too_wide():
+    assert Encoder(EncoderConfig(512, depth=1, heads=2)).suits_flash
+    assert not Encoder(EncoderConfig(520, depth=1, heads=2)).suits_flash
+    words = _kernels(True, True, False, half=True, wide=True)
+    assert words.endswith("heads are too wide for its kernels")
