@@ -174,11 +174,7 @@ def _prepend(
     """
     count, added = segments.num_examples, len(prefix_RC)
     ids = segments.ids.clamp(max=count - 1)
-    with_prefix = Segments.from_lengths(
-        [length + added for length in segments.lengths[:count]],
-        padding=segments.padding,
-        device=x_TC.device,
-    )
+    with_prefix = segments.lengthened(added)
     out_TC = x_TC.new_empty(with_prefix.num_tokens, x_TC.shape[-1])
     index = torch.arange(max(added, len(x_TC)), device=x_TC.device)
     starts_E1 = with_prefix.offsets[:count, None].long()

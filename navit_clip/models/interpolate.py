@@ -116,8 +116,8 @@ def axis_weights(
     doubled = centre_T1 - side_T1
     below_T1 = torch.div(doubled, 2 * side_T1, rounding_mode="floor")
     above_T1 = (doubled - below_T1 * 2 * side_T1).to(dtype) / (2 * side_T1)
-    taps = (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2)
-    near = torch.tensor(taps, device=index_T.device)
+    taps = (0, 2) if interpolation == "bilinear" else (-1, 3)
+    near = torch.arange(*taps, device=index_T.device)  # made there: a copy would wait
     weights = _kernel(above_T1 - near, interpolation, SHARP_CUBIC)
     return (below_T1 + near).clamp(0, length - 1), weights
 

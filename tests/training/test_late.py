@@ -3,16 +3,22 @@
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from step_cases import ALONE, micro_batches, new_stepper, tiny_config
+from step_cases import ALONE, global_batch, micro_batches, new_stepper, pack, tiny_config
 from tiny_run import run, tiny_flags, write_tiny_data
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from navit_clip.model import NaViTCLIP
+from navit_clip.models.clip import CLIP
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.transformer import EncoderConfig
 from navit_clip.tasks.contrastive import ContrastiveTask
 from navit_clip.training import trainer
 from navit_clip.training.ema import EMAConfig
@@ -76,6 +82,55 @@ def test_a_step_waits_for_the_device_nowhere(kind, accumulate):
         torch.ones(3)[torch.ones(3) > 0]
         assert calls.found
         assert operators.found
+
+
+class Copies(TorchDispatchMode):
+    """Copies between host and device that one of the two waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("copy_", "_to_copy"):
+            source = args[1 if name == "copy_" else 0]
+            waits = not any(arg is True for arg in (*args, (kwargs or {}).get("non_blocking")))
+            if source.device.type != out.device.type and waits:
+                self.found.append(name)
+        return out
+
+
+ODD = replace(
+    tiny_config().task.model,
+    image=ImageTowerConfig(
+        patch_size=2,
+        encoder=EncoderConfig(width=16, depth=2, heads=2),
+        position=PositionConfig(kind="learned_1d", table_side=3),
+        pooling="cls",
+        class_position=True,
+        registers=2,
+    ),
+)
+
+
+@pytest.mark.parametrize("config", [tiny_config().task.model, ODD])
+def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config):
+    host = pack(global_batch(0)).inputs
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            model = CLIP(config)
+        inputs = host.to("cuda", non_blocking=True)
+        with Copies() as copies:
+            output = model(inputs)
+        assert output.image_ED.is_cuda
+        assert copies.found == []
+        with Copies() as copies:
+            torch.zeros(3).to("cuda")
+            torch.tensor([1, 2], device="cuda")
+            output.image_ED.cpu()
+        assert len(copies.found) == 3
 
 
 def test_batches_are_copied_beside_the_steps(monkeypatch):
