@@ -13,6 +13,7 @@ from step_cases import new_stepper, tiny_config, with_task
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.shared_batch import SharedBatch
@@ -193,3 +194,26 @@ def test_compiled_blocks_read_the_stream_in_one_piece(without_kernels, monkeypat
         segments = Segments.from_lengths([CHUNK_TOKENS // 2] * 5)
         encoder(torch.zeros(segments.num_tokens, 8), segments).sum().backward()
         assert ("chunks" in vars(segments)) is not compiled
+
+
+# torch 2.11 calls methods of tensors without content by another way, which it cannot trace.
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 12), reason="see above"
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tower_on_cuda_is_one_graph_too(packed, without_kernels):
+    encoder_config = EncoderConfig(width=128, depth=2, heads=2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+            encoder = Encoder(encoder_config)
+            encoder.compile_blocks()
+            if packed:
+                encoder.pack_attention()
+            for lengths in ([3, 3, 140], [3, 4, 5, 60], [200]):
+                padding = 200 - sum(lengths)
+                segments = Segments.from_lengths(lengths, padding=padding, device="cuda")
+                assert encoder(torch.randn(200, 128), segments).is_cuda
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert graphs() == 1
