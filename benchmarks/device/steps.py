@@ -26,10 +26,11 @@ from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.late import Uploads
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
-from navit_clip.training.step import Stepper
+from navit_clip.training.step import PendingStep, Stepper
 
 _SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "tiny": (32, 1, 2)}
 _VOCABULARY, _CONTEXT = 32000, 24
@@ -72,11 +73,23 @@ def time_steps(
     if setting.cuda:
         batches = [batch.pin_memory() for batch in batches]
     losses: list[float] = []
-    numbers = itertools.count()
+    hosts: list[float] = []
+    numbers, uploads = itertools.count(), Uploads(setting.device)
+    pending: list[PendingStep] = []
 
     def take(number: int) -> None:
-        batch = batches[number % len(batches)].to(setting.device, non_blocking=True)
-        losses.append(stepper.step([batch], next(numbers)).loss)
+        # As the trainer does: the step before is read while the device works on this one.
+        before = time.perf_counter()
+        batch = batches[number % len(batches)]
+        announced = stepper.announce([batch.inputs])
+        begun = stepper.begin(uploads.copy([batch]), next(numbers), announced)
+        hosts.append(time.perf_counter() - before)
+        settle()
+        pending.append(begun)
+
+    def settle() -> None:
+        while pending:
+            losses.append(stepper.finish(pending.pop()).loss)
 
     begin = time.perf_counter()
     take(0)
@@ -88,12 +101,11 @@ def time_steps(
     graphs = counters["stats"]["unique_graphs"]
     if setting.cuda:
         torch.cuda.reset_peak_memory_stats()
-    hosts = []
+    hosts.clear()
     begin = time.perf_counter()
     for number in range(steps):
-        before = time.perf_counter()
         take(number)
-        hosts.append(time.perf_counter() - before)
+    settle()
     setting.synchronize()
     step_s = (time.perf_counter() - begin) / steps
     found = {
