@@ -104,13 +104,15 @@ def merge_kernel(total_ptr, parts_ptr, count, length, PARTS: tl.constexpr, BLOCK
     j = tl.arange(0, PARTS)
     peak = tl.load(total_ptr + i, mask=i < length, other=0.0)
     total = tl.where(peak > float("-inf"), 1.0, 0.0)
-    for first in range(0, count, PARTS):
+    first = tl.zeros([], tl.int32)
+    while first < count:  # no range: the interpreter of Triton 3.6 takes no number of the launch
         inside = (first + j < count)[:, None] & (i < length)[None, :]
         at = parts_ptr + (first + j)[:, None] * length + i[None, :]
         parts = tl.load(at, mask=inside, other=float("-inf"))
         larger = tl.maximum(peak, tl.max(parts, 0))
         total = total * tl.exp(peak - larger) + tl.sum(tl.exp(parts - larger[None, :]), 0)
         peak = larger
+        first += PARTS
     tl.store(total_ptr + i, peak + tl.log(total), mask=i < length)
 
 
