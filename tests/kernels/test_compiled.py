@@ -1,4 +1,4 @@
-"""The kernels of attention compiled for an H100, on a machine that needs none."""
+"""The kernels compiled for an H100, on a machine that needs none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from navit_clip.kernels import contrastive
 from navit_clip.kernels.short_attention import (
     BACKWARD,
     BACKWARD_KEYS,
     CLASSES,
     FORWARD,
-    Tile,
 )
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -28,28 +28,29 @@ pytestmark = [
 ]
 SHARED_MEMORY = 227 * 1024  # that one program may have on an H100
 SPILLS = 256  # bytes of a thread that may cost little
+INTEGERS = ("first_segment", "rows", "columns", "stride", "count", "length")
+FLOAT32 = ("q_weight_ptr", "k_weight_ptr", "dweight_ptr", "statistics_ptr", "scale_ptr")
+FLOAT32 += ("row_parts_ptr", "column_parts_ptr", "matching_ptr", "row_lse_ptr", "column_lse_ptr")
+FLOAT32 += ("total_ptr", "parts_ptr")
 
 
-def compile_for_h100(kernel: Any, width: int, length: int, tile: Tile) -> Any:
-    """Of bfloat16 tensors, with norms."""
+def compile_for_h100(kernel: Any, constants: dict[str, Any], **options: Any) -> Any:
+    """Of bfloat16 tensors, with what of the constants the kernel takes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"H": 12, "D": width, "WIDTH": width, "LENGTH": length, "ROWS": tile.rows}
-    constants |= {"COLUMNS": tile.columns, "CAUSAL": False, "NORM": True}
-    constants["DOT"] = triton.language.bfloat16
+    constants = constants | {"DOT": triton.language.bfloat16}
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    types = {"offsets_ptr": "*i32", "first_segment": "i32", "eps": "fp32", "scale": "fp32"}
-    types |= dict.fromkeys(["q_weight_ptr", "k_weight_ptr", "dweight_ptr"], "*fp32")
-    types |= {"statistics_ptr": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types = dict.fromkeys(INTEGERS, "i32") | {"offsets_ptr": "*i32"}
+    types |= dict.fromkeys(["eps", "scale"], "fp32") | dict.fromkeys(FLOAT32, "*fp32")
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name == "stride"
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -83,6 +84,27 @@ def test_short_attention_fits_an_h100(name, width, length, tmp_path, monkeypatch
     tile = (FORWARD if name == "forward" else BACKWARD)[width][CLASSES.index(length)]
     if name == "backward_keys":
         tile = BACKWARD_KEYS[width]
-    compiled = compile_for_h100(kernel, width, length, tile)
+    constants = {"H": 12, "D": width, "WIDTH": width, "LENGTH": length, "ROWS": tile.rows}
+    constants |= {"COLUMNS": tile.columns, "CAUSAL": False, "NORM": True}
+    compiled = compile_for_h100(
+        kernel, constants, num_warps=tile.warps, num_stages=1, maxnreg=tile.registers
+    )
     assert compiled.metadata.shared <= SHARED_MEMORY
+    assert bytes_of_spills(compiled, tmp_path) <= SPILLS
+
+
+@pytest.mark.parametrize("width", [512, 72])
+@pytest.mark.parametrize("name", ["statistics", "weights", "merge"])
+def test_contrastive_softmax_fits_an_h100(name, width, tmp_path, monkeypatch):
+    from navit_clip.kernels import _contrastive
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    block = contrastive.FORWARD if name == "statistics" else contrastive.BACKWARD
+    features = torch.empty(1, width, device="meta")
+    options = contrastive._options(features, block) | {"MATCHES": True, "PARTS": 32, "BLOCK": 64}
+    constants = {name: x for name, x in options.items() if name.isupper()}
+    options = {name: x for name, x in options.items() if not name.isupper()}
+    compiled = compile_for_h100(getattr(_contrastive, f"{name}_kernel"), constants, **options)
+    # Two programs to a processor, one's products behind the other's exponentials.
+    assert compiled.metadata.shared <= SHARED_MEMORY // 2
     assert bytes_of_spills(compiled, tmp_path) <= SPILLS
