@@ -1,7 +1,6 @@
 """The contrastive loss on one GPU: errors against float64, time and memory, and open_clip's.
 
-What decides in which precision features are multiplied, the side of tiles, and the blocks of the
-kernels.
+What decides in which precision features are multiplied, and the side of tiles.
 """
 
 from __future__ import annotations
@@ -25,18 +24,6 @@ from navit_clip.losses.contrastive import softmax_contrastive_loss
 _WIDTH = 512
 _WARM_UPS, _PASSES = 3, 3
 _TRAINED_SCALE, _FIRST_SCALE = 100.0, 14.3
-# Other blocks for the kernels of the forward and of the backward pass than those they have.
-_BLOCKS = {
-    "backward": {
-        "as_is": kernels.BACKWARD,
-        "two_per_processor": kernels.Block(128, 128, 64, 8, 3, registers=128),
-    },
-    "forward": {
-        "as_is": kernels.FORWARD,
-        "wide": kernels.Block(128, 256, 64, 8, 3),
-        "short_steps": kernels.Block(128, 128, 32, 8, 4),
-    },
-}
 
 
 def check_loss(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -90,23 +77,16 @@ def _parts(setting: Setting, side: int) -> dict[str, float]:
     weights = torch.empty(side, side, device=setting.device, dtype=torch.bfloat16)
     total = torch.zeros(side, _WIDTH, device=setting.device)
     calls: dict[str, Callable[[], None]] = {
-        "forward": partial(
+        "statistics": partial(
             kernels.softmax_statistics, image, text, scale, row_lse, column_lse, matching
         ),
-        "backward": partial(
+        "weights": partial(
             kernels.softmax_weights, image, text, scale, row_lse, column_lse, True, weights
         ),
+        "product": partial(tiles.accumulate, total, weights, text),
+        "product_of_transposed": partial(tiles.accumulate, total, weights.T, image),
     }
-    found = {
-        "product_us": 1e3 * setting.milliseconds(partial(tiles.accumulate, total, weights, text)),
-        "product_of_transposed_us": 1e3
-        * setting.milliseconds(partial(tiles.accumulate, total, weights.T, image)),
-    }
-    for name, blocks in _BLOCKS.items():
-        for variant, block in blocks.items():
-            with mock.patch.object(kernels, name.upper(), block):
-                found[f"{name}_{variant}_us"] = 1e3 * setting.milliseconds(calls[name])
-    return found
+    return {f"{name}_us": 1e3 * setting.milliseconds(call) for name, call in calls.items()}
 
 
 def _features(setting: Setting, pairs: int, dtype: torch.dtype) -> Tensor:

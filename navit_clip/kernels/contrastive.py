@@ -10,7 +10,7 @@ run.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,30 +19,8 @@ SIDE = 16384
 """Images and texts of the largest launch of the forward pass: 2 · SIDE² / 128 parts in float32."""
 ALIGNMENT = 16
 """The weights' row stride is a multiple of it."""
-
-
-class Block(NamedTuple):
-    """What one program computes, and how.
-
-    Attributes:
-        images: Rows.
-        texts: Columns.
-        width: Numbers of each feature that are multiplied at a time.
-        warps: Warps of the program.
-        stages: Steps of `width` in flight.
-        registers: Most that a thread may have, None for as many as it wants.
-    """
-
-    images: int
-    texts: int
-    width: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-FORWARD = Block(128, 128, 64, 8, 3)
-BACKWARD = Block(128, 128, 64, 8, 3)
+BLOCK = 128
+"""Images and texts of one program. On an H100 twice as many texts were no faster."""
 
 
 def softmax_statistics(
@@ -67,20 +45,16 @@ def softmax_statistics(
     # Imported here: a PyTorch without CUDA comes without Triton.
     from navit_clip.kernels._contrastive import merge_kernel, statistics_kernel
 
-    row_parts, column_parts = (
-        image_ED.new_empty(_blocks(min(SIDE, others), block) * min(SIDE, own), dtype=torch.float32)
-        for own, others, block in (
-            (len(image_ED), len(text_MD), FORWARD.texts),
-            (len(text_MD), len(image_ED), FORWARD.images),
-        )
-    )
+    rows, columns = min(SIDE, len(image_ED)), min(SIDE, len(text_MD))
+    row_parts = row_lse_E.new_empty(_blocks(columns) * rows)
+    column_parts = row_lse_E.new_empty(_blocks(rows) * columns)
     with torch.cuda.device_of(image_ED):
         for top in range(0, len(image_ED), SIDE):
             image, row_lse = image_ED[top : top + SIDE], row_lse_E[top : top + SIDE]
             for left in range(0, len(text_MD), SIDE):
                 text, column_lse = text_MD[left : left + SIDE], column_lse_M[left : left + SIDE]
                 matching = None if matching_E is None or top != left else matching_E[top:][:SIDE]
-                statistics_kernel[(_programs(image, text, FORWARD),)](
+                statistics_kernel[(_blocks(len(image)) * _blocks(len(text)),)](
                     image,
                     text,
                     scale,
@@ -90,14 +64,14 @@ def softmax_statistics(
                     len(image),
                     len(text),
                     MATCHES=matching is not None,
-                    **_options(image, FORWARD),
+                    **_options(image),
                 )
-                for lse, parts, count in (
-                    (row_lse, row_parts, _blocks(len(text), FORWARD.texts)),
-                    (column_lse, column_parts, _blocks(len(image), FORWARD.images)),
+                for lse, parts, others in (
+                    (row_lse, row_parts, text),
+                    (column_lse, column_parts, image),
                 ):
-                    merge_kernel[(_blocks(len(lse), 64),)](
-                        lse, parts, count, len(lse), PARTS=32, BLOCK=64, num_warps=4
+                    merge_kernel[(_blocks(len(lse)),)](
+                        lse, parts, _blocks(len(others)), len(lse), PARTS=32, BLOCK=BLOCK
                     )
 
 
@@ -125,7 +99,7 @@ def softmax_weights(
     from navit_clip.kernels._contrastive import weights_kernel
 
     with torch.cuda.device_of(image_ED):
-        weights_kernel[(_programs(image_ED, text_MD, BACKWARD),)](
+        weights_kernel[(_blocks(len(image_ED)) * _blocks(len(text_MD)),)](
             image_ED,
             text_MD,
             scale,
@@ -136,32 +110,26 @@ def softmax_weights(
             len(text_MD),
             out_EM.stride(0),
             MATCHES=matches,
-            **_options(image_ED, BACKWARD),
+            **_options(image_ED),
         )
 
 
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
+def _blocks(length: int) -> int:
+    return -(-length // BLOCK)
 
 
-def _programs(image: Tensor, text: Tensor, block: Block) -> int:
-    return _blocks(len(image), block.images) * _blocks(len(text), block.texts)
-
-
-def _options(image: Tensor, block: Block) -> dict[str, Any]:
+def _options(image: Tensor) -> dict[str, Any]:
     import triton
     import triton.language as tl
 
-    dot = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
     return {
         "D": image.shape[1],
-        "BLOCK_M": block.images,
-        "BLOCK_N": block.texts,
-        "BLOCK_K": block.width,
-        "DOT": dot,
-        "num_warps": block.warps,
-        "num_stages": block.stages,
-        "maxnreg": block.registers,
+        "BLOCK_M": BLOCK,
+        "BLOCK_N": BLOCK,
+        "BLOCK_K": 64,
+        "DOT": tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+        "num_warps": 8,
+        "num_stages": 3,
         # A logit that is multiplied and subtracted from at once is not the one whose exponential
         # is part of the sum, and near the optimum that difference is all there would be.
         "enable_fp_fusion": False,

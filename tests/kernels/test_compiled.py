@@ -99,12 +99,11 @@ def test_contrastive_softmax_fits_an_h100(name, width, tmp_path, monkeypatch):
     from navit_clip.kernels import _contrastive
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
-    block = contrastive.FORWARD if name == "statistics" else contrastive.BACKWARD
     features = torch.empty(1, width, device="meta")
-    options = contrastive._options(features, block) | {"MATCHES": True, "PARTS": 32, "BLOCK": 64}
+    options = contrastive._options(features) | {"MATCHES": True, "PARTS": 32, "BLOCK": 128}
     constants = {name: x for name, x in options.items() if name.isupper()}
     options = {name: x for name, x in options.items() if not name.isupper()}
     compiled = compile_for_h100(getattr(_contrastive, f"{name}_kernel"), constants, **options)
-    # Two programs to a processor, one's products behind the other's exponentials.
+    # That two programs fit a processor, one's products behind the other's exponentials.
     assert compiled.metadata.shared <= SHARED_MEMORY // 2
-    assert bytes_of_spills(compiled, tmp_path) <= SPILLS
+    assert bytes_of_spills(compiled, tmp_path) == 0
