@@ -31,7 +31,7 @@ class LateScalars:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._names = list(values)
         # float64 holds whatever any of them holds.
-        self._host = torch.stack([v.detach().reshape(()).double() for v in values.values()])
+        self._host = torch.stack([v.detach().reshape(()) for v in values.values()]).double()
         self._arrived: torch.cuda.Event | None = None
         if self._host.is_cuda:
             on_device, self._host = (

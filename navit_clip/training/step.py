@@ -123,6 +123,7 @@ class Stepper:
         task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
         self.kernels = self._parallel.kernels
+        self._parameters = list(model.parameters())  # looking them up takes milliseconds
         self.optimizer, self._lr_factors = build_optimizer(model, optim, task.layers_above)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
@@ -174,13 +175,13 @@ class Stepper:
         for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
             group["lr"] = lr * factor
         loss, outputs = self._backward([batch.inputs for batch in batches], announced)
-        norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
+        norm = clip_gradients(self._parameters, self.optim.clip_norm)
         finite = torch.isfinite(loss.total.detach()) & torch.isfinite(norm)
         found_inf = 1 - finite.float()
         if self.guard.policy == "stop":
             # Nor does what is begun before the host knows change the weights.
             found_inf = self._found_inf = torch.maximum(found_inf, self._found_inf)
-        before = [p.detach().clone() for p in self.model.parameters()] if measure else []
+        before = [p.detach().clone() for p in self._parameters] if measure else []
         # Not in the constructor of the fused AdamW, which looks for it in each step.
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -328,7 +329,7 @@ class Stepper:
         return Loss(total, dict(zip(names, metrics, strict=True))), outputs
 
     def _measure(self, before: list[Tensor]) -> dict[str, Tensor]:
-        weights = [p.detach() for p in self.model.parameters()]
+        weights = [p.detach() for p in self._parameters]
         for old, new in zip(before, weights, strict=True):
             old.sub_(new)  # in place: no third copy of the weights
         return {"param_norm": global_norm(weights), "update_norm": global_norm(before)}

@@ -446,4 +446,4 @@ def test_by_default_nothing_is_on():
     defaults = TrainConfig.__dataclass_fields__
     assert defaults["accumulate"].default == 1
     assert defaults["on_nonfinite"].default == "stop"
-    assert ParallelConfig() == ParallelConfig("ddp", True, False, False)
+    assert ParallelConfig() == ParallelConfig("ddp", True, False, None)
