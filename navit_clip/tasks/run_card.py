@@ -27,7 +27,8 @@ def write_run_card(directory: Path, run_dir: Path) -> None:
 
     Args:
         directory: Of the exported model.
-        run_dir: Of the run. The card holds what is found of ``config.yaml``, ``metrics.jsonl``,
+        run_dir: Of the run. The card holds what is found of ``config.yaml``, ``metrics.jsonl``
+            (with the last results of evaluations during the training),
             ``eval/zeroshot.json``, ``eval/retrieval.json`` and ``eval/*.png``; pictures are copied
             beside it. Web addresses lose passwords and queries, commands are not repeated.
 
@@ -42,9 +43,8 @@ def write_run_card(directory: Path, run_dir: Path) -> None:
 def _training(run_dir: Path) -> list[str]:
     """What config.yaml and metrics.jsonl of a run say."""
     config = _values(_text(run_dir / "config.yaml"), yaml.safe_load)
-    lines = _text(run_dir / "metrics.jsonl").splitlines()
-    # Lines of evaluations have no loss.
-    metrics = [values for line in lines if "loss" in (values := _values(line, json.loads))]
+    lines = [_values(line, json.loads) for line in _text(run_dir / "metrics.jsonl").splitlines()]
+    metrics = [line for line in lines if "loss" in line]  # the others are of evaluations
     last = metrics[-1] if metrics else {}
     data, optim, task = (_group(config, name) for name in ("data", "optim", "task"))
     resolution, drop = _group(data, "resolution"), _group(data, "drop")
@@ -58,7 +58,7 @@ def _training(run_dir: Path) -> list[str]:
     table = {
         "began with": _settings(_group(config, "init"), ("model", "weights")),
         "data": ", ".join(_sources(data)),
-        "captions": ", ".join(_group(task, "captions")),
+        "captions": ", ".join(_captions(data, task)),
         "resolution": _settings(resolution, ("mode", *sides, "max_tokens")),
         "token drop": _settings(drop, ("kind", *rates.get(drop.get("kind", ""), ()))),
         "steps": f"{last.get('step', 0):,}" if metrics else None,
@@ -75,7 +75,25 @@ def _training(run_dir: Path) -> list[str]:
         },
     }
     rows = [[name, value] for name, value in table.items() if value not in (None, "")]
-    return ["## Training", markdown_table(["", ""], rows)] if rows else []
+    parts = ["## Training", markdown_table(["", ""], rows)] if rows else []
+    evaluated = {
+        name.removeprefix("eval/"): [line.get("step"), f"{value:.4g}"]
+        for line in lines
+        for name, value in line.items()
+        if name.startswith("eval/") and not name.endswith("/seconds")
+    }
+    if evaluated:
+        rows = [[name, *values] for name, values in evaluated.items()]
+        parts += ["Evaluated during the training:", markdown_table(["", "step", ""], rows)]
+    return parts
+
+
+def _captions(data: Mapping[str, Any], task: Mapping[str, Any]) -> list[str]:
+    """The caption fields that are read, of each dataset that has its own."""
+    named = [(name, _group(source, "captions")) for name, source in _group(data, "mix").items()]
+    if not any(own for _, own in named):
+        return list(_group(task, "captions"))
+    return [f"{name}: {field}" for name, own in named for field in own or _group(task, "captions")]
 
 
 def _sources(data: Mapping[str, Any]) -> list[str]:

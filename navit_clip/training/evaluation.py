@@ -223,13 +223,17 @@ class Evaluations:
         if (
             best is not None
             and best.metric in values
-            and best.offer(values[best.metric], step, model.save_pretrained)
+            and best.offer(values[best.metric], step, partial(self._save, model))
         ):
             line += ", the best so far"
         seconds = time.perf_counter() - since
         logged = {"step": step, **{f"eval/{key}": value for key, value in values.items()}}
         logged[f"eval/{name}/seconds"] = seconds
         return logged, f"{line} ({seconds:.1f} s)"
+
+    def _save(self, model: ExportedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self._task.write_card(folder, self._run_dir)
 
     def _find_metric(self, best: str, own: EvalSetting) -> Metric:
         known = {

@@ -139,6 +139,25 @@ def test_a_mix_is_listed_by_name(directory):
     write_run_card(directory, directory.parent)
     table = rows(split(directory)[1])
     assert table["data"] == "web: `a.tar`, web: `b.tar`, coco: the output of a command"
+    assert table["captions"] == "txt"
+
+
+def test_captions_are_those_of_each_dataset(directory):
+    mix = {"web": {"shards": "a.tar", "captions": {"json.alt": 1, "txt": 2}}, "b": {"shards": "b"}}
+    write_run(directory.parent, mix=json.dumps(mix))
+    write_run_card(directory, directory.parent)
+    table = rows(split(directory)[1])
+    assert table["captions"] == "web: json.alt, web: txt, b: txt"
+
+
+def test_the_last_results_of_evaluations_during_training_are_listed(directory):
+    write_run(directory.parent)
+    with (directory.parent / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 30, "eval/held-out/top1": 0.75, "eval/held-out/seconds": 3}\n')
+    write_run_card(directory, directory.parent)
+    _, body = split(directory)
+    assert "| held-out/top1 | 30 | 0.75 |" in body
+    assert "seconds" not in body
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\x00", "{data: 3}", "a: [", "null"])

@@ -151,6 +151,7 @@ def test_the_best_model_is_kept(watched):
     files = {path.name for path in (watched / "best").iterdir()}
     assert files == {path.name for path in (watched / "model").iterdir()} | {"best.json"}
     NaViTCLIP.from_directory(watched / "best")
+    assert "## Training" in (watched / "best/README.md").read_text()
     assert not (watched / "best.partial").exists()
     assert not (watched / "best.removed").exists()
 
