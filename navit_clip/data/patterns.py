@@ -19,6 +19,7 @@ from braceexpand import braceexpand
 from navit_clip.errors import UserError
 from navit_clip.files import storable
 
+_TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -93,13 +94,27 @@ def _find(name: str, folder: str) -> list[str]:
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
     elif os.path.isfile(path):
+        if path.lower().endswith(_TABLES):
+            raise UserError(
+                f"{path} is a table, no shard: navit-clip data make_shards makes shards of it "
+                "(--table, or --coco for JSON)"
+            )
         found = [path]
     else:
         # The folder is no part of the pattern: it may hold a bracket of its own.
         found = sorted(os.path.join(folder, p) for p in glob.glob(name, root_dir=folder or None))
     if not found:
-        raise UserError(f"no shard found at {path}: check the path (expected .tar files)")
+        raise UserError(f"no shard found at {path}: {_what_to_do(path)}")
     return found
+
+
+def _what_to_do(path: str) -> str:
+    if os.path.isdir(path) and os.listdir(path):
+        return (
+            "the folder holds no .tar file; navit-clip data make_shards makes shards of images in "
+            "class folders (--classes) or with a table of captions (--table)"
+        )
+    return "check the path (expected .tar files)"
 
 
 def _check_url(url: str) -> None:

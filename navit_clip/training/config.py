@@ -9,9 +9,10 @@ Each part stands beside the class that it configures and is handed down to it; n
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -129,7 +130,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         UserError: For an unknown key, a bad value or a missing file; names it.
         SystemExit: After ``--help`` and ``--print_config``.
     """
-    argv = with_recipe_paths(argv)
+    argv = with_recipe_paths([_with_underscores(word) for word in argv])
     task = task_config(_task_kind(argv))
     parser = ArgumentParser(
         prog=prog, description="Train a packed NaViT model.", exit_on_error=False
@@ -151,8 +152,8 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (ArgumentError, ValueError, TypeError) as error:
-        message = str(error).replace("Parser key ", "")
-        raise UserError(message.replace("<class '", "").replace("'>", "")) from error
+        message = str(error).replace("Parser key ", "").replace("<class '", "").replace("'>", "")
+        raise UserError(message + _hint(message, parser.get_defaults().keys())) from error
     given = asdict(values["task"])
     for name, known in defaults.items():
         init.check(f"task.{name}", given[name], known)
@@ -179,6 +180,27 @@ def name_precision(config: TrainConfig, resolved: str, ranks: Ranks) -> tuple[Tr
     named = begun if begun in ("fp32", "bf16") else choose_precision("auto", ranks.device)
     line = re.compile("^precision: auto$", re.MULTILINE)
     return replace(config, precision=named), line.sub(f"precision: {named}", resolved)
+
+
+def _with_underscores(word: str) -> str:
+    """A flag as the fields are written; names of a user's own keep their dashes."""
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("--") or flag.startswith(("--data.mix.", "--eval.evaluators.")):
+        return word
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+
+
+def _hint(message: str, known: Iterable[str]) -> str:
+    """What to write instead, as far as the parser's message shows it."""
+    if "Expected a dict" in message and re.search(r"\{.*\w:\S", message):
+        return "; write a space behind each colon"
+    unknown = re.search(r"(?:arguments: --|[Oo]ption ')([\w.]+)", message)
+    if unknown is None:
+        return ""
+    group = re.search(r"Group '([\w.]+)'", message)
+    name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+    close = get_close_matches(name, known, 1, 0.8)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _task_kind(argv: Sequence[str]) -> str:

@@ -87,3 +87,24 @@ def test_aliases_may_be_used(tmp_path):
     path.write_text("data: {mix: {a: &a {shards: [x, y]}, b: *a}}")
     config, _ = parse_config([*FLAGS, "--config", str(path)])
     assert config.data.mix["a"] == config.data.mix["b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--optim.lrr", "1"], "did you mean optim.lr?"),
+        (["--task.model.image.heads", "3"], "did you mean task.model.image.encoder.heads?"),
+        (["--task.captions", "{txt:1.0}"], "write a space behind each colon"),
+    ],
+)
+def test_a_mistake_in_a_name_or_a_dict_has_a_hint(words, hint):
+    with pytest.raises(UserError) as caught:
+        parse_config([*FLAGS, *words])
+    assert str(caught.value).endswith(hint)
+
+
+def test_dashes_stand_for_underscores_but_not_in_names_of_datasets():
+    words = ["--log.every-steps=7", "--data.mix.my-set.shards", "x"]
+    config, _ = parse_config([*FLAGS, *words])
+    assert config.log.every_steps == 7
+    assert list(config.data.mix) == ["my-set"]
