@@ -39,7 +39,8 @@ def test_every_check_ends_ok_or_needs_cuda(tmp_path):
     assert checks["trainer"]["exits"] == [0, 0]
     assert checks["trainer"]["exported"]
     page = tables.section("device", result)
-    assert "| step ms |" in page
+    assert "| B/16, 16,384 + 4,288 |" in page
+    assert "- group: ok" in page
     assert "`python -m benchmarks.device --tiny --device cpu` at abc;" in page
 
 
