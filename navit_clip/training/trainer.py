@@ -175,9 +175,8 @@ class _Run:
         parameters = sum(p.numel() for p in self.stepper.model.parameters())
         self.progress.log(
             f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
-            f"{self.stepper.precision}, {self.meter.describe()}, "
+            f"{self.stepper.kernels}, {self.stepper.precision}, {self.meter.describe()}, "
             + (f"continuing from step {self.start}" if self.start else "from step 0")
-            + f"; {self.stepper.kernels}"
         )
         slow = slow_precision(self.stepper.precision, ranks.device)
         if slow is not None:
