@@ -49,9 +49,15 @@ class SkipSampleError(Exception):
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Turns a `UserError` into a line "COMMAND: error: …" on standard error and exit code 2."""
+    """Turns a `UserError` into a line "COMMAND: error: …" on standard error and exit code 2.
+
+    Likewise Ctrl-C, with exit code 130.
+    """
     try:
         yield
     except UserError as error:
         print(f"{command}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from navit_clip.errors import UserError, printable
+from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.files import atomic_write, reading, replacing, sha256_of, write_output, writing
 
 
@@ -67,6 +67,13 @@ def test_errors_of_a_parser_are_one_line():
     # The message of a user's mistake is the more exact one.
     with pytest.raises(UserError, match=r"^the cause$"), writing("x", ValueError):
         raise UserError("the cause")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors("train"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "train: interrupted\n"
 
 
 @pytest.mark.parametrize(

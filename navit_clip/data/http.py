@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from time import monotonic, sleep
 
 import urllib3
 
 from navit_clip.data.forward_stream import CHUNK, ForwardStream, RemoteError
+from navit_clip.errors import printable
 
 # A server that takes longer to accept is down or overloaded; trying again finds another one.
 CONNECT_TIMEOUT_S = 10.0
@@ -25,6 +27,7 @@ SLOW_PERIODS = 3
 # Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
 # a server's restart and most rate limits. After progress the count starts again.
 ATTEMPTS = 10
+SAID = 4  # attempts after which a server that has not sent anything yet is named
 BACK_OFF_S = 0.5  # doubles with every attempt
 BACK_OFF_LIMIT_S = 30.0
 # A new request costs a connection, its encryption and slow start: at 10–30 ms and 50–100 MB/s about
@@ -193,6 +196,10 @@ class HttpStream(ForwardStream):
         self._failures += 1
         if self._failures >= ATTEMPTS:
             raise RemoteError(f"{_reason(error)}, after {ATTEMPTS} attempts")
+        if self._failures == SAID and not self._reached:
+            # At the start of a run nobody else can say what is waited for.
+            line = f"waiting for {self._url}: {_reason(error)}, tried {SAID} of {ATTEMPTS} times"
+            print(printable(line), file=sys.stderr, flush=True)
         wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
         # Hundreds of workers that a server turned away at once must not come back at once. A
         # generator of its own: the global one belongs to the caller, seed and state.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Catches both signals inside; a second SIGINT interrupts at once.
+    """Catches both signals inside and acknowledges them; a second SIGINT interrupts at once.
 
     Yields:
         Those received so far.
@@ -19,6 +20,9 @@ def stop_signals() -> Iterator[list[int]]:
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            # Not `print`: what the signal has interrupted may be writing itself.
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {sig: signal.signal(sig, remember) for sig in (signal.SIGTERM, signal.SIGINT)}

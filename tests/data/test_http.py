@@ -202,7 +202,7 @@ def test_gives_up_after_attempts_without_progress(site, reason, shard, monkeypat
         assert len(running.asked) == 4
 
 
-def test_nobody_listens(waits):
+def test_nobody_listens(waits, capfd):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/0.tar"
@@ -212,6 +212,8 @@ def test_nobody_listens(waits):
         r"Failed to establish a new connection: .*refused, after 10 attempts", error
     )
     assert len(waits) == 9
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"waiting for {url}: .*refused, tried 4 of 10 times", line)
 
 
 def test_waits_grow_and_heed_the_server(waits, monkeypatch):

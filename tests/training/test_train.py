@@ -143,6 +143,7 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     assert process.returncode == code, output
     # A worker whose trainer was killed in the middle of a batch may say so before it ends.
     assert stop == signal.SIGKILL or "Traceback" not in output
+    assert stop == signal.SIGKILL or "stopping after this step" in output
     done = len(losses(stopped))
     assert 10 <= done < steps
     # Compare the steps around the restart with an undisturbed run of the same length.
