@@ -73,7 +73,7 @@ def test_a_run_keeps_its_precision_and_is_evaluated_in_it(data, tmp_path, monkey
     assert train(2, precision="bf16") == "bf16"
     capsys.readouterr()
     assert train(4) == "bf16", "auto goes on with what there was"
-    assert "on cpu, bf16, " in capsys.readouterr().out
+    assert "attention by length, bf16, " in capsys.readouterr().out
     during = json.loads((run_dir / "eval/shapes-step-00000004.json").read_text())
     assert during["precision"] == "bf16"
     half = zeroshot(data, run_dir, tmp_path / "half.json", "--precision", "bf16")
