@@ -87,7 +87,8 @@ def reading(
     what: object, *also: type[BaseException], hint: str = ""
 ) -> AbstractContextManager[None]:
     """Like `writing`, for "cannot read WHAT: REASON"; `also` are those of a parser, for example."""
-    return _user_errors(f"cannot read {what}", (OSError, *also), hint)
+    # RecursionError: a parser's, of brackets within brackets.
+    return _user_errors(f"cannot read {what}", (OSError, RecursionError, *also), hint)
 
 
 def one_line(problem: str, *, hint: str = "") -> AbstractContextManager[None]:

@@ -210,8 +210,8 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
                     "this model has no preprocess to say how large images may be: give max_tokens"
                 )
             max_tokens = self.preprocess.max_tokens
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if not isinstance(max_tokens, int) or not 1 <= max_tokens < 1 << 31:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}")
         square = self.preprocess is not None and self.preprocess.square
 
         def size(numbered: tuple[int, ImageInput]) -> ImagePatches:

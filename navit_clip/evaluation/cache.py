@@ -27,6 +27,7 @@ from navit_clip.files import atomic_write, writing
 # Raised whenever the same inputs would give other embeddings, or blocks are written otherwise.
 FORMAT = 2
 _HINT = "; check --cache"
+_DAMAGE = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Cache:
             if plain.pop("digest") != _digest(key, tensors, plain):
                 raise ValueError("contents differ from what was written under this name")
             return parse(tensors, plain)
-        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             self.report(f"cached {path} is damaged ({error}); embedding again")
             return None
 

@@ -71,7 +71,7 @@ def summarise(directory: Path) -> str:
     order = list(EVALUATORS)
     for path in sorted(directory.glob("*.json")):
         try:
-            with reading(path, ValueError, RecursionError, UserError, hint="; evaluate again"):
+            with reading(path, ValueError, UserError, hint="; evaluate again"):
                 content = json.loads(path.read_text(encoding="utf-8"))
                 result = read_result(content)
         except UserError:

@@ -169,6 +169,6 @@ def _values(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Keys and values; none of what is damaged, or cut short by a kill."""
     try:
         values = parse(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

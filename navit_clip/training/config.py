@@ -216,7 +216,7 @@ def _task_kind(argv: Sequence[str]) -> str:
 
 
 def _kind_in(path: str) -> str | None:
-    with reading(f"--config {path}", ValueError, RecursionError, yaml.YAMLError):
+    with reading(f"--config {path}", ValueError, yaml.YAMLError):
         values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         _check_size(values, {})
         if not isinstance(values, dict):

@@ -34,7 +34,7 @@ def read_caption_file(path: Path) -> list[Row]:
         UserError: If the file cannot be read, has none of these formats, gives two images one id,
             or has a caption of an image that it does not list.
     """
-    with reading(f"{path} as JSON", ValueError, RecursionError):
+    with reading(f"{path} as JSON", ValueError):
         text = path.read_text(encoding="utf-8-sig")
         if not text.strip():
             raise UserError(f"{path} is empty: expected {_FORMS}")

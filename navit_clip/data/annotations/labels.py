@@ -100,7 +100,7 @@ def load_class_map(name: str) -> ClassMap:
     if Path(name).suffix.lower() in (".csv", ".tsv"):
         indices = _from_table(name)
     elif text.lstrip().startswith(("{", "[")):
-        with reading(f"class map {name}", ValueError, RecursionError, hint="; it is not JSON"):
+        with reading(f"class map {name}", ValueError, hint="; it is not JSON"):
             content = json.loads(text, object_pairs_hook=_Pairs)
         indices = _from_json(name, content)
     else:

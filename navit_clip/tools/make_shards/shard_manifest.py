@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         records = [ShardRecord(**json.loads(line)) for line in lines[1:-1]]
         if settings["version"] != VERSION:
             raise UserError(f"{path} was written by another version: make the shards again")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): make the shards again") from error
     return Manifest(folder, settings, {record.shard: record for record in records})
 
