@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check bench
+.PHONY: install demo test test-oldest test-slow check bench
 
 install: $(INSTALLED)
 
@@ -35,6 +35,17 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The oldest PyTorch that pyproject.toml allows. Its Triton's interpreter fails with a newer NumPy.
+OLDEST := .venv.oldest
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install "torch==2.11.0" "torchvision==0.26.0" "numpy<2.4" -e ".[dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
 
 # Minutes each; before a release.
 test-slow: $(INSTALLED)
