@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -25,6 +25,7 @@ T = TypeVar("T")
 # Long enough for one rank to compile while the others wait; `navit_clip.training.watchdog` reports
 # a hang earlier.
 _TIMEOUT = timedelta(minutes=30)
+_MISTAKE = "mistake"  # key of the store
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ class Ranks:
         rank: This process.
         world_size: How many there are.
         device: Where this one computes.
+        store: Of the process group, for what must reach ranks that no longer take part in it.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -102,6 +105,20 @@ class Ranks:
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
+    def tell_mistake(self, mistake: str) -> None:
+        """Leaves word of what ends the run, for ranks that only notice that this one is gone."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # its host has ended
+                self.store.set(_MISTAKE, mistake)
+
+    def told_mistake(self) -> str | None:
+        """What another rank said before it ended the run, if any did."""
+        if self.store is not None:
+            with suppress(RuntimeError):
+                if self.store.check([_MISTAKE]):
+                    return self.store.get(_MISTAKE).decode()
+        return None
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, the same answer on all."""
         return self.sum([float(flag)])[0] > 0
@@ -126,17 +143,19 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     if device == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(local)
+    store = None
     if world_size > 1:
+        store = _clean_store(rank, world_size)
         dist.init_process_group(
             # gloo as well on CUDA: counts, stop flags and checkpoints travel between hosts.
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=_clean_store(rank, world_size),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=_TIMEOUT,
         )
     try:
-        yield Ranks(rank, world_size, local)
+        yield Ranks(rank, world_size, local, store)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from navit_clip.torchrun import report
+
 _PASSWORD = re.compile(r"(https?://)[^\s/?#]*@", re.IGNORECASE)
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 
@@ -28,6 +30,10 @@ def printable(text: str) -> str:
 
 class UserError(Exception):
     """Something that the user can fix; its message names the thing and the fix."""
+
+
+class OutageError(UserError):
+    """A `UserError` that another start may be spared: torchrun may start the ranks again."""
 
 
 class SkipSampleError(Exception):
@@ -51,12 +57,14 @@ class SkipSampleError(Exception):
 def one_line_errors(command: str) -> Iterator[None]:
     """Turns a `UserError` into a line "COMMAND: error: …" on standard error and exit code 2.
 
-    Likewise Ctrl-C, with exit code 130.
+    Likewise Ctrl-C, with exit code 130. Of the ranks that torchrun started one prints a mistake,
+    and the run is not started again.
     """
     try:
         yield
     except UserError as error:
-        print(f"{command}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        line = f"{command}: error: {printable(' '.join(str(error).split()))}"
+        report(line, final=not isinstance(error, OutageError))
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

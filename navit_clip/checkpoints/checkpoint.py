@@ -54,7 +54,7 @@ from navit_clip.checkpoints.rank_state import (
 from navit_clip.checkpoints.tensor_files import read_tensors
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 from navit_clip.files import sha256_of
 
 # A slow disk is no failure: ranks wait for each other's writes without holding up the training.
@@ -361,7 +361,7 @@ class Checkpoints:
     def _raise(self, step: int, problem: str | None) -> None:
         if problem is not None:
             latest = self.latest()
-            raise UserError(
+            raise OutageError(
                 f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
                 + ("none" if latest is None else f"of step {latest}")
             )

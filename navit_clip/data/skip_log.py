@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from navit_clip.data.shards import ShardError
-from navit_clip.errors import SkipSampleError, UserError, printable
+from navit_clip.errors import OutageError, SkipSampleError, UserError, printable
 
 _NAMED = 8  # samples named per batch; the rest is only counted
 # A dead server costs minutes of retries per shard; shards are read in random order, so as many in
@@ -49,12 +49,12 @@ class SkipLog:
         """Counts a shard that cannot be read, or not to its end.
 
         Raises:
-            UserError: If it is one too many in a row.
+            OutageError: If it is one too many in a row.
         """
         self._add("bad_shard", str(error))
         self.bad_shards += 1
         if self.bad_shards >= _MAX_BAD_SHARDS:
-            raise UserError(
+            raise OutageError(
                 f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
             ) from error
 

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 
 if TYPE_CHECKING:  # the tools need no torch
     from torch.utils.data import DataLoader
@@ -73,7 +73,7 @@ def explain_killed_workers(fix: str) -> Iterator[None]:
         fix: What to do about it.
 
     Raises:
-        UserError: Instead of torch's error.
+        OutageError: Instead of torch's error.
     """
     try:
         yield
@@ -81,9 +81,9 @@ def explain_killed_workers(fix: str) -> Iterator[None]:
         first = str(error).split(". ")[0].strip(" .")
         if not first.startswith("DataLoader worker"):
             raise
-        raise UserError(f"{first}, perhaps for lack of memory: {fix}") from error
+        raise OutageError(f"{first}, perhaps for lack of memory: {fix}") from error
     except (ConnectionResetError, EOFError) as error:  # killed while it handed a batch over
-        raise UserError(f"DataLoader worker ended, perhaps for lack of memory: {fix}") from error
+        raise OutageError(f"DataLoader worker ended, perhaps for lack of memory: {fix}") from error
 
 
 class _DoneEvent:

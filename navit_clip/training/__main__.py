@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tr
     """
     with one_line_errors(prog):
         config, resolved = parse_config(sys.argv[1:] if argv is None else argv, prog)
-        with join_ranks(config.device) as ranks, failing_at_once(ranks.world_size):
+        with join_ranks(config.device) as ranks, failing_at_once(ranks):
             train(config, resolved, ranks)
 
 

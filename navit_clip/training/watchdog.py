@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from navit_clip.errors import UserError
+from navit_clip.distributed import Ranks
+from navit_clip.errors import OutageError, UserError
 
 STALL_EXIT_CODE = 70
 _PATIENCE = 3.0
@@ -102,7 +103,7 @@ class Watchdog:
 
 
 @contextmanager
-def failing_at_once(world_size: int) -> Iterator[None]:
+def failing_at_once(ranks: Ranks) -> Iterator[None]:
     """Ends one of several ranks as soon as something unexpected is raised inside.
 
     Python ends only when its threads have, and leaves the process group before. A thread that
@@ -110,15 +111,25 @@ def failing_at_once(world_size: int) -> Iterator[None]:
     while a checkpoint began once left two ranks waiting for each other, and torchrun for both.
 
     Args:
-        world_size: Number of ranks; with one nobody waits, and the exception passes.
+        ranks: This process among all of them; alone nobody waits, and the exception passes.
+
+    Raises:
+        UserError: Of another rank, whose end was what is raised inside.
     """
     try:
         yield
-    except (UserError, SystemExit):
+    except OutageError:
         raise
-    except BaseException:
-        if world_size == 1:
+    except UserError as error:
+        ranks.tell_mistake(str(error))
+        raise
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if ranks.world_size == 1:
             raise
+        if (mistake := ranks.told_mistake()) is not None:
+            raise UserError(mistake) from error
         traceback.print_exc()
         _end(1)
 

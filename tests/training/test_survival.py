@@ -93,11 +93,13 @@ def test_a_call_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
 
 FAILING = """
 import sys, threading, time
+import torch
+from navit_clip.distributed import Ranks
 from navit_clip.training.watchdog import failing_at_once
 from navit_clip.errors import UserError
 
 threading.Thread(target=time.sleep, args=(float(sys.argv[2]),)).start()
-with failing_at_once(int(sys.argv[1])):
+with failing_at_once(Ranks(0, int(sys.argv[1]), torch.device("cpu"))):
     raise {error}("the reason")
 """
 

@@ -1,0 +1,92 @@
+"""Mistakes of a run under torchrun: said once, and not tried again; an outage is tried again."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from launch import launch
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=2"]
+HERE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+RANK = """
+import sys
+from navit_clip import before_torch
+from navit_clip.distributed import join_ranks
+from navit_clip.errors import OutageError, UserError, one_line_errors
+from navit_clip.training.watchdog import failing_at_once
+
+with one_line_errors("prog"), join_ranks("cpu") as ranks, failing_at_once(ranks):
+    print("starts", flush=True)
+    ranks.barrier()
+    if ranks.rank in {wrong}:
+        raise {error}("wrong\\n here")
+    ranks.barrier()
+"""
+
+
+def said(command: list[str], output: Path) -> tuple[int, str]:
+    """Exit status and output of a command."""
+    with launch(command, output) as running:
+        return running.wait(), running.tail()
+
+
+@pytest.mark.parametrize("module", ["train", "eval"])
+def test_flags_that_do_not_exist_are_named_once(tmp_path, module):
+    status, output = said([*HERE, "-m", module, "--no-such-flag"], tmp_path / "out")
+    assert status == 1
+    assert output.count("error: ") == output.count(f"python -m {module}: error: ") == 1
+    assert "exitcode" not in output  # torchrun's report of a rank that failed
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (1,)])
+def test_a_mistake_ends_all_ranks_of_all_attempts(tmp_path, wrong):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(wrong=wrong, error="UserError"))
+    status, output = said([*HERE, str(script)], tmp_path / "out")
+    assert status == 1
+    assert output.count("starts") == 2
+    assert re.findall("prog: error: .*", output) == ["prog: error: wrong here"]
+    assert "closed by peer" not in output
+
+
+def test_an_outage_is_said_once_an_attempt_and_tried_again(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(wrong=(0, 1), error="OutageError"))
+    status, output = said([*HERE, str(script)], tmp_path / "out")
+    assert status == 1
+    assert output.count("prog: error: wrong here") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_mistake_on_one_host_ends_the_others(tmp_path, shared):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(wrong=(1,), error="UserError"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ExitStack() as stack:
+        hosts = []
+        for number in range(2):
+            command = [
+                "env",
+                f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE={1 - shared}",
+                *TORCHRUN,
+                "--nnodes=2",
+                "--nproc-per-node=1",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=127.0.0.1:{port}",
+                f"--rdzv-conf=is_host={1 - number}",
+                f"--local-addr=127.0.0.{1 + number}",
+                str(script),
+            ]
+            hosts.append(stack.enter_context(launch(command, tmp_path / f"out{number}")))
+        for host in hosts:
+            assert host.wait() == 1
+            assert host.tail().count("starts") == 1
+            assert host.tail().count("prog: error: wrong here") == 1
