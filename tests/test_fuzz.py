@@ -1,4 +1,4 @@
-"""Whatever an export, an image or an argument holds: it is taken, or refused in one line."""
+"""Whatever an export, a run, an image or an argument holds: it is taken, or refused in one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from fuzz import TOKENS, VALUES, mutated, mutated_json
 from PIL import Image
 from pretrained_cases import export_small
@@ -20,6 +21,9 @@ from pretrained_cases import export_small
 from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.model import NaViTCLIP
+from navit_clip.training.config import parse_config
+
+ROOT = Path(__file__).parents[1]
 
 
 def problem(
@@ -64,6 +68,17 @@ def test_any_bytes_of_an_export_load_or_are_refused(name, tmp_path, tokenizer_pa
 
 def decode(data: bytes) -> None:
     assert EncodedImage(data).pixels(8, 6).shape == (8, 6, 3)
+
+
+@pytest.mark.timeout(60)
+def test_any_configuration_is_read_or_refused(tmp_path):
+    recipe, path, rng = ROOT / "configs/demo.yaml", tmp_path / "run.yaml", random.Random(0)
+    whole = yaml.safe_load(parse_config(["--config", str(recipe)])[1])
+    for number in range(60):
+        damaged = json.dumps(mutated_json(whole, rng)).encode()
+        path.write_bytes(damaged if number % 3 else mutated(recipe.read_bytes(), rng))
+        for error in problem((UserError,), parse_config, ["--config", str(path)]):
+            assert str(error)
 
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]

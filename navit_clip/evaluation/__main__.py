@@ -54,7 +54,8 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
         return
     for line in result.skip_examples:
         print(f"skipped {printable(line)}")
-    write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
+    if args.output is not None:
+        write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
     print(table(result))
     # Imported here: matplotlib takes a second to load, and most evaluations draw nothing.
     if args.report is not None:

@@ -151,7 +151,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
             namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OverflowError) as error:
         message = str(error).replace("Parser key ", "").replace("<class '", "").replace("'>", "")
         raise UserError(message + _hint(message, parser.get_defaults().keys())) from error
     given = asdict(values["task"])

@@ -101,7 +101,7 @@ def _plan(name: str, values: dict[str, Any]) -> Plan:
         fields = parser.parse_object({"every_steps": every_steps, "spec": values})
         parsed = parser.instantiate(fields)
         return Plan(EVALUATORS[kind], parsed.spec, parsed.every_steps)
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OverflowError) as error:
         said = str(error).replace("Parser key ", "").replace("spec.", "")
         raise ValueError(f"eval.evaluators.{name}: {said}") from error
 

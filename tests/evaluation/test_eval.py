@@ -224,6 +224,14 @@ def test_retrieval_on_shards_and_a_summary_of_everything(model_dir, data, tmp_pa
     assert str(results / "g.png") in printed
 
 
+def test_without_an_output_the_table_is_all(model_dir, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("zeroshot", "--model", model_dir, "--data", data / "classes", "--workers", 0,
+               "--templates", "plain", "--max-tokens", 5) == 0  # fmt: skip
+    assert "top-1" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_wants_squares_gets_them(model_dir, data, tmp_path):
     model = NaViTCLIP.from_directory(model_dir)
     model.preprocess = Preprocess(9, square=True)
