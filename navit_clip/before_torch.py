@@ -1,11 +1,14 @@
 """What an entry point does before torch loads; imported for its effects, first of all.
 
-Threads of OpenMP that wait do not spin, and a rank of torchrun ends when torchrun does.
+Threads of OpenMP that wait do not spin, a rank of torchrun ends when torchrun does, and what torch
+will change one day is no warning to a user.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 
 from navit_clip.torchrun import follow_torchrun
 
@@ -20,4 +23,6 @@ def _wait_passively() -> None:
 
 
 _wait_passively()
+if not sys.warnoptions:
+    warnings.simplefilter("ignore", FutureWarning)
 follow_torchrun()

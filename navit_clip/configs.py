@@ -7,7 +7,7 @@ check a pooling or position misspelt would silently become another.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -44,15 +44,27 @@ def check_finite(value: Any, name: str = "") -> None:
     Raises:
         ValueError: Naming the first such number by its full path.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+    for path, leaf in leaves(value, name):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ValueError(f"{path} must be a finite number, got {leaf}")
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Full path and value of each leaf in a tree of configs, mappings and lists.
+
+    Args:
+        value: The tree.
+        name: Its own name, before those of its fields.
+    """
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     elif isinstance(value, (list, tuple)):
         value = dict(enumerate(value))
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            check_finite(item, f"{name}.{key}" if name else str(key))
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def config_from_dict(kind: type[Config], values: Any) -> Config:

@@ -172,3 +172,11 @@ def test_threads_wait_passively_unless_the_user_chose_otherwise(module):
             command, capture_output=True, text=True, check=False, env=plain | given
         )
         assert done.stdout.split()[0] == wanted
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], False), (["-W", "default"], True)])
+def test_what_torch_will_change_is_no_warning_to_a_user(options, shown):
+    code = "import warnings, navit_clip.before_torch; warnings.warn('changes', FutureWarning)"
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ("changes" in done.stderr) == shown

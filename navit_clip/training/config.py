@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from navit_clip.checkpoints.checkpoint import CheckpointConfig
-from navit_clip.configs import check_choices, check_finite
+from navit_clip.configs import check_choices, check_finite, leaves
 from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -131,6 +131,8 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         SystemExit: After ``--help`` and ``--print_config``.
     """
     argv = with_recipe_paths([_with_underscores(word) for word in argv])
+    for flag, word in pairwise(["", *argv]):
+        _check_spaces_of(flag, word)
     task = task_config(_task_kind(argv))
     parser = ArgumentParser(
         prog=prog, description="Train a packed NaViT model.", exit_on_error=False
@@ -151,8 +153,12 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
             namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+        _check_null(config)
     except (ArgumentError, ValueError, TypeError, OverflowError) as error:
         message = str(error).replace("Parser key ", "").replace("<class '", "").replace("'>", "")
+        # What follows is about classes in Python.
+        subclass = r"Not a valid subclass of (\w+)\. (Got value: [^\n]*)\n.*"
+        message = re.sub(subclass, r"Expected fields of \1. \2", message, flags=re.S)
         raise UserError(message + _hint(message, parser.get_defaults().keys())) from error
     given = asdict(values["task"])
     for name, known in defaults.items():
@@ -192,8 +198,10 @@ def _with_underscores(word: str) -> str:
 
 def _hint(message: str, known: Iterable[str]) -> str:
     """What to write instead, as far as the parser's message shows it."""
-    if "Expected a dict" in message and re.search(r"\{.*\w:\S", message):
-        return "; write a space behind each colon"
+    if re.search(
+        r"(Expected a dict|Unexpected config|Unable to load config).*\w:[^\s/]", message, re.S
+    ):
+        return "; write a space behind each colon, as in {name: value}"
     unknown = re.search(r"(?:arguments: --|[Oo]ption ')([\w.]+)", message)
     if unknown is None:
         return ""
@@ -221,6 +229,7 @@ def _kind_in(path: str) -> str | None:
         _check_size(values, {})
         if not isinstance(values, dict):
             return None  # the parser says so
+        _check_spaces(values)
         _check_groups(TrainConfig, values)
     kind = (values.get("task") or {}).get("kind")
     return kind if isinstance(kind, str) else None
@@ -234,6 +243,38 @@ def _check_groups(group: type, values: dict[str, Any], name: str = "") -> None:
             if not isinstance(value, dict):
                 raise ValueError(f"{name}{key} must hold fields, got {value!r}")
             _check_groups(hint, value, f"{name}{key}.")  # type: ignore[arg-type]
+
+
+def _check_spaces_of(flag: str, word: str) -> None:
+    """Checks the value of a flag, see `_check_spaces`."""
+    if word.startswith("--"):
+        flag, _, word = word.partition("=")
+    if word.startswith("{"):
+        with suppress(yaml.YAMLError, RecursionError):  # the parser says so
+            values = yaml.safe_load(word)
+            try:
+                _check_size(values, {})
+                _check_spaces(values)
+            except ValueError as error:
+                raise UserError(f"{flag} {word}: {error}") from error
+
+
+def _check_spaces(values: Any) -> None:
+    """Checks that no ``{a:1}`` stands for ``{a: 1}``: YAML reads a word ``a:1`` without a value."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in items:
+        if value is None and re.search(r"\w:[^\s/]", str(key)):
+            spaced = str(key).replace(":", ": ")
+            raise ValueError(f"write a space behind each colon, {spaced!r} and not {key!r}")
+        if isinstance(value, (dict, list)):
+            _check_spaces(value)
+
+
+def _check_null(config: TrainConfig) -> None:
+    """Checks that no ``null`` has become text, as it does where a field must have a value."""
+    for name, value in leaves(config):
+        if value == "null":
+            raise ValueError(f"{name} cannot be null: leave it out, or write ./null for that file")
 
 
 def _check_size(value: Any, known: dict[int, int]) -> int:

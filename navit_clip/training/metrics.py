@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -233,6 +235,9 @@ class Progress:
         self._bar: tqdm[Any] = tqdm(
             total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR, disable=plain
         )
+        # Python's own way would write into the bar.
+        self._process, self._show_warning = os.getpid(), warnings.showwarning
+        warnings.showwarning = self._warn  # type: ignore[assignment]
 
     def advance(self) -> None:
         """One step further."""
@@ -259,8 +264,15 @@ class Progress:
             tqdm.write("\n".join(map(printable, line.split("\n"))))
             sys.stdout.flush()
 
+    def _warn(self, message: Any, category: Any, filename: str, lineno: int, *also: Any) -> None:
+        if os.getpid() == self._process:
+            self.log(f"warning: {' '.join(str(message).split())}")
+        else:  # a data worker, which has no bar
+            self._show_warning(message, category, filename, lineno, *also)
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
+        warnings.showwarning = self._show_warning
         self._bar.close()
 
 

@@ -94,13 +94,47 @@ def test_aliases_may_be_used(tmp_path):
     [
         (["--optim.lrr", "1"], "did you mean optim.lr?"),
         (["--task.model.image.heads", "3"], "did you mean task.model.image.encoder.heads?"),
-        (["--task.captions", "{txt:1.0}"], "write a space behind each colon"),
+        (
+            ["--task.captions", "{txt:1.0}"],
+            "a space behind each colon, 'txt: 1.0' and not 'txt:1.0'",
+        ),
+        (["--task.captions={txt:1, a: 2}"], "a space behind each colon, 'txt: 1' and not 'txt:1'"),
+        (
+            ["--optim", "{lr:1}"],
+            "--optim {lr:1}: write a space behind each colon, 'lr: 1' and not 'lr:1'",
+        ),
+        (["--data.mix", "{a:{shards: x}}"], "a space behind each colon, as in {name: value}"),
+        (["--data.budget.tokens", "image:96"], "a space behind each colon, as in {name: value}"),
+        (["--data.mix", "{a: 1}"], "Expected fields of DatasetConfig. Got value: 1"),
     ],
 )
 def test_a_mistake_in_a_name_or_a_dict_has_a_hint(words, hint):
     with pytest.raises(UserError) as caught:
         parse_config([*FLAGS, *words])
     assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("data: {budget: {tokens: {image:96}}}", "'image: 96' and not 'image:96'"),
+        ("data:\n  mix: [{a: [{b:1}]}]", "'b: 1' and not 'b:1'"),
+        ("steps:5", "a space behind each colon"),
+    ],
+)
+def test_a_file_without_spaces_behind_colons_has_a_hint(tmp_path, text, hint):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"write .*{hint}"):
+        parse_config([*FLAGS, "--config", str(path)])
+
+
+@pytest.mark.parametrize("flag", ["run_dir", "data.train"])
+def test_null_is_no_word(flag):
+    with pytest.raises(UserError, match=f"{flag} cannot be null: leave it out"):
+        parse_config([*FLAGS, f"--{flag}", "null"])
+    config, _ = parse_config([*FLAGS, "--init.model", "null", "--log.wandb_name", "null"])
+    assert config.init.model is config.log.wandb_name is None
 
 
 def test_dashes_stand_for_underscores_but_not_in_names_of_datasets():

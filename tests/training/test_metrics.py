@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -27,7 +28,7 @@ from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training import mfu
 from navit_clip.training.config import parse_config
-from navit_clip.training.metrics import Interval, StepLog
+from navit_clip.training.metrics import Interval, Progress, StepLog
 from navit_clip.training.mfu import FlopsMeter, cpu_peak, gpu_peak, memory_bytes
 
 TASK = tiny_config().task.build(DataConfig())
@@ -231,3 +232,17 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, flags) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert "No space left on device" in line
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_warnings_stand_above_the_bar(capsys, visible):
+    shown = warnings.showwarning
+    progress = Progress(10, 0, visible=visible)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("blocks run\n uncompiled", stacklevel=1)
+    progress.close()
+    said = capsys.readouterr()
+    assert said.out == ("warning: blocks run uncompiled\n" if visible else "")
+    assert said.err == ""
+    assert warnings.showwarning == shown
