@@ -27,7 +27,8 @@ SLOW_PERIODS = 3
 # Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
 # a server's restart and most rate limits. After progress the count starts again.
 ATTEMPTS = 10
-SAID = 4  # attempts after which a server that has not sent anything yet is named
+# Attempts, or seconds, after which a server that has not sent anything yet is named.
+SAID, SAID_S = 4, 5.0
 BACK_OFF_S = 0.5  # doubles with every attempt
 BACK_OFF_LIMIT_S = 30.0
 # A new request costs a connection, its encryption and slow start: at 10–30 ms and 50–100 MB/s about
@@ -76,6 +77,7 @@ class HttpStream(ForwardStream):
         self._ranges = False
         self._ended_at: int | None = None
         self._failures = 0
+        self._since, self._said = monotonic(), False
         self._waited_s, self._came, self._slow = 0.0, 0, 0
 
     def close(self) -> None:
@@ -196,9 +198,12 @@ class HttpStream(ForwardStream):
         self._failures += 1
         if self._failures >= ATTEMPTS:
             raise RemoteError(f"{_reason(error)}, after {ATTEMPTS} attempts")
-        if self._failures == SAID and not self._reached:
+        late = self._failures >= SAID or monotonic() - self._since > SAID_S
+        if late and not (self._reached or self._said):
             # At the start of a run nobody else can say what is waited for.
-            line = f"waiting for {self._url}: {_reason(error)}, tried {SAID} of {ATTEMPTS} times"
+            self._said = True
+            line = f"waiting for {self._url}: {_reason(error)}"
+            line += f", attempt {self._failures} of {ATTEMPTS}"
             print(printable(line), file=sys.stderr, flush=True)
         wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
         # Hundreds of workers that a server turned away at once must not come back at once. A

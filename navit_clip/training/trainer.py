@@ -8,8 +8,10 @@ metrics through `metrics`, and evaluations from `evaluation`.
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ _KILLED_WORKERS = (
     "lower data.workers, data.prefetch or data.shuffle_buffer; the same command continues from the "
     "last checkpoint"
 )
+_LONG_S = 15.0  # after which a silent start says what it waits for
 
 
 def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
@@ -200,12 +203,26 @@ class _Run:
                 state=self.data_state,
                 pin_memory=ranks.device.type == "cuda",
             )
-            self.first = [next(self.batches)]
+            with self._patience():
+                self.first = [next(self.batches)]
         except UserError as error:
             problem = str(error)
         problem = next(filter(None, ranks.gather([problem])), None)
         if problem is not None:
             raise UserError(problem)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Names what is waited for if what is done inside takes long."""
+        shards = self.mixture.shards
+        line = f"still waiting for the first batch of {len(shards)} shard(s), such as {shards[0]}"
+        timer = threading.Timer(_LONG_S, self.progress.log, [line])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def open(self) -> None:
         """Writes what the run is read by, and opens all that it reports to."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -125,6 +126,10 @@ def failing_at_once(ranks: Ranks) -> Iterator[None]:
         raise
     except SystemExit:
         raise
+    except KeyboardInterrupt:
+        if ranks.is_first:
+            print("interrupted", file=sys.stderr)
+        _end(128 + signal.SIGINT)  # data workers may wait for a server
     except BaseException as error:
         if ranks.world_size == 1:
             raise

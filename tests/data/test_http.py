@@ -213,7 +213,7 @@ def test_nobody_listens(waits, capfd):
     )
     assert len(waits) == 9
     (line,) = capfd.readouterr().err.splitlines()
-    assert re.fullmatch(rf"waiting for {url}: .*refused, tried 4 of 10 times", line)
+    assert re.fullmatch(rf"waiting for {url}: .*refused, attempt 4 of 10", line)
 
 
 def test_waits_grow_and_heed_the_server(waits, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.model import NaViTCLIP
@@ -328,3 +329,16 @@ def test_schedules():
     assert lr_multiplier(rsqrt, 199, 200) == pytest.approx((30 / (30 + 189)) ** 0.5 / 21)
     assert lr_multiplier(ScheduleConfig("constant"), 5, 10) == 1.0
     assert lr_multiplier(ScheduleConfig(final_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_the_wait_for_a_dead_server_at_once(data, tmp_path, workers):
+    flags = {"data.train": "http://127.0.0.1:9/{0..3}.tar", "data.workers": str(workers)}
+    words = tiny_flags(data, tmp_path / "run", 5, **flags)
+    with launch([sys.executable, "-m", "train", *words], tmp_path / "out") as running:
+        running.until(lambda: "waiting for http://127.0.0.1:9/" in running.tail(), "a notice")
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(8) == 130
+        assert running.tail().endswith("interrupted\n")
+        assert "Traceback" not in running.tail()
+    assert not (tmp_path / "run").exists()
