@@ -103,9 +103,10 @@ def one_thread():
 
 @pytest.mark.usefixtures("blocks", "one_thread")
 def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
+    others = multiprocessing.active_children()  # of other tests, such as Triton's interpreter
     alone, results = everything(model_dir, data, ALONE, [(name, 0) for name in DATASETS])
     with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
-    assert multiprocessing.active_children() == []
+    assert multiprocessing.active_children() == others
     # Without workers: those of a spawned rank import everything anew, with blocks of full size.
     cases = [(name, 0) for name in DATASETS]
     ranks = run_ranks(on_rank, 3, model_dir, data, tmp_path / "store", cases)
