@@ -278,9 +278,7 @@ class Encoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.chunked = True
-        self.compiled = False
         self.bf16_residual = False
-        self._first_tokens = 0
         self.pre_norm = LayerNorm(config.width, config) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, config) if config.final_norm else nn.Identity()
