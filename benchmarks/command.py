@@ -30,6 +30,8 @@ from navit_clip.files import reading, write_output
 RESULTS = Path(__file__).with_name("out")
 # Of the flags, those on which the results depend and that each file of results holds.
 _FACTS = ("size", "precision", "pairs", "steps", "rounds")
+# And not: where the result goes, its commit, and where the peers are.
+_LOCAL = "output|out|commit|peer-python|open-clip-main"
 _LIBRARIES = ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow")
 
 
@@ -124,17 +126,19 @@ def describe_run(name: str | None = None) -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             versions[library] = metadata.version(library)
     return {
-        # Without where the result goes, its commit, and whose interpreter runs the peer.
-        "command": re.sub(r" --(output|out|commit|peer-python)[= ]('[^']*'|\S+)", "", typed),
-        "commit": _commit(),
+        "command": re.sub(
+            r" --(output|out|commit|peer-python|open-clip-main)[= ]('[^']*'|\S+)", "", typed
+        ),
+        "commit": commit_of(Path(__file__).parent),
         "machine": _machine(),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def commit_of(folder: Path) -> str:
+    """The commit of the checkout that this folder is in, where there is one and git."""
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     with suppress(OSError):  # no git
         done = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True, check=False)
         return done.stdout.strip() or "unknown"

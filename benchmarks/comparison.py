@@ -11,6 +11,7 @@ import argparse
 import math
 import pickle
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from torch import Tensor, multiprocessing
 
@@ -31,7 +31,6 @@ from benchmarks.needs import need_proc
 from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import PROJECTS, Towers
 from benchmarks.sizes import WIDTHS
-from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 # The flags of `benchmarks.command` that describe what all variants run on.
 WORKLOAD_FLAGS = ("size", "pairs", "rounds", "precision", "shards")
@@ -51,6 +50,7 @@ class Variant:
         precision: ``fp32``, or ``bf16`` by autocast with float32 weights; the workload's if not
             given.
         compiled: With what the project offers to compile compiled.
+        source: A folder whose packages come before installed ones.
     """
 
     project: str
@@ -58,6 +58,7 @@ class Variant:
     drop: float = 0.0
     precision: str = ""
     compiled: bool = False
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -183,6 +184,8 @@ def run_trial(
     variant: Variant, size: str, device: torch.device, file: Path, threads: int
 ) -> list[dict[str, float]]:
     """The measured steps of one trial, one on every batch of the file, on so many threads."""
+    if variant.source:
+        sys.path.insert(0, variant.source)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     towers = PROJECTS[variant.project](WIDTHS[size]).to(device)
@@ -235,9 +238,7 @@ def run_trial(
 def _forward(variant: Variant, towers: Towers, batch: Any) -> Tensor:
     if variant.part == "step":
         image_ED, text_ED = towers(batch)
-        ours = variant.project == "navit_clip"
-        loss = softmax_contrastive_loss if ours else open_clip.ClipLoss()
-        return loss(image_ED, text_ED, towers.scale.exp())
+        return towers.loss(image_ED, text_ED, towers.scale.exp())
     embed = towers.embed_images if variant.part == "image" else towers.embed_texts
     return embed(batch).float().square().sum()
 

@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
@@ -23,6 +22,7 @@ from benchmarks.pairs import RealPair
 from benchmarks.sizes import CONTEXT, HEAD_WIDTH, PATCH, SQUARE, Widths
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
+from navit_clip.losses.contrastive import softmax_contrastive_loss
 from navit_clip.models.clip import CLIP
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
@@ -35,6 +35,14 @@ class Towers(nn.Module):
     """One project's towers."""
 
     scale: Tensor  # the logarithm of the factor on similarities
+
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The project's own, of unit vectors of both sides and a factor; open_clip's by default."""
+        import open_clip
+
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] = open_clip.ClipLoss()
+        return loss
 
     @abstractmethod
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> Any:
@@ -66,6 +74,11 @@ class Ours(Towers):
         self.clip = CLIP(widths.config())
         self.scale = self.clip.log_scale
 
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Tile by tile."""
+        return softmax_contrastive_loss
+
     def prepare(self, pairs: Sequence[RealPair], device: torch.device) -> PairInputs:
         """Two packed streams without padding."""
         images = pack_images([real.pair.image for real in pairs])
@@ -93,6 +106,8 @@ class _OpenClipText(Towers):
     """Towers of which captions go through open_clip's text tower, padded to 77 slots."""
 
     def __init__(self, widths: Widths) -> None:
+        import open_clip
+
         super().__init__()
         self.clip = open_clip.CLIP(**widths.open_clip_config())
         self.scale = self.clip.logit_scale
@@ -184,9 +199,16 @@ class VitPytorch(_OpenClipText):
         return self.tower(batch[0])
 
 
+def _open_clip_main(widths: Widths) -> Towers:
+    from benchmarks.open_clip_main import OpenClipMain
+
+    return OpenClipMain(widths)
+
+
 PROJECTS: dict[str, Callable[[Widths], Towers]] = {
     "navit_clip": Ours,
     "open_clip": OpenClip,
+    "open_clip_main": _open_clip_main,
     "timm_naflex": TimmNaFlex,
     "vit_pytorch": VitPytorch,
 }

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from shard_factory import make_shards, sample, write_shard
 
-from benchmarks import comparison, end_to_end, needs, sweep, tables
+from benchmarks import comparison, end_to_end, needs, step, sweep, tables
 from benchmarks.command import read_results
 from benchmarks.comparison import Variant, compare
 from benchmarks.pairs import draw_batches, read_samples
@@ -85,6 +85,10 @@ def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
     page = tables.section("towers", found)
     assert all(f"{found[f'ratio_open_clip_{part}']:.2f}×" in page for part in ("image", "text"))
     assert "2.00×" in tables.section("step", step)
+    step |= {"open_clip_main": squares, "open_clip_main_version": "4"}
+    step |= {"navit_clip_bf16": ours, "open_clip_main_bf16": squares}
+    step |= {"ratio_open_clip_main_fp32": 1.25, "ratio_open_clip_main_bf16": 1.5}
+    assert all(f"| {ratio}× |" in tables.section("step", step) for ratio in ("1.25", "1.50"))
 
 
 def _facts(found: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def test_a_sweeps_operations_are_those_of_theory():
     assert 3 <= products <= 6
 
 
-@pytest.mark.parametrize("name", PROJECTS)
+@pytest.mark.parametrize("name", [name for name in PROJECTS if name != "open_clip_main"])
 def test_both_embeddings_of_a_pair_are_in_one_row(name, shards):
     if name == "vit_pytorch" and find_spec("vit_pytorch") is None:
         pytest.skip("vit-pytorch is not installed")
@@ -193,6 +197,44 @@ def test_a_missing_peer_is_one_line_before_anything_is_measured(name, monkeypatc
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"benchmarks.{name}: error: vit-pytorch is not installed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--open-clip-main", "nowhere"], "nowhere is not the src of open_clip's main branch"),
+        (["--only", "open_clip_main"], "needs --open-clip-main SRC"),
+    ],
+)
+def test_what_is_not_open_clips_main_branch_is_one_line(
+    flags, reason, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setattr(step, "in_processes", _here)
+    monkeypatch.setattr(step, "compare", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tmp_path, "step", *flags)
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert reason in line
+
+
+def test_open_clips_main_branch_fills_one_length(shards):
+    pytest.importorskip("open_clip_train.naflex_data", reason="open_clip's main is not on the path")
+    torch.manual_seed(0)
+    towers = PROJECTS["open_clip_main"](WIDTHS["XS/16"]).eval()
+    (pairs,) = draw_batches(read_samples([shards]), 5, 1)
+    batch = towers.prepare(pairs, CPU)
+    length = round(statistics.mean(real.pair.lengths[0] for real in pairs))
+    longest = max(real.pair.lengths[1] for real in pairs)
+    assert batch["image"]["patch_valid"].shape == (5, length)
+    assert batch["text"].shape == (5, longest)
+    with torch.no_grad():
+        image_ED, text_ED = towers(batch)
+        short = min(pairs, key=lambda real: real.pair.lengths[1])
+        alone = towers(towers.prepare([short], CPU))[1]
+    torch.testing.assert_close(image_ED.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(text_ED[pairs.index(short)], alone[0])
 
 
 def test_attention(monkeypatch, tmp_path):
