@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import docstring_parser
+
 # What JSON may hold for a field of each type; any other leaves the class to check.
 _PLAIN: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 
@@ -89,3 +91,12 @@ def config_from_dict(kind: type[Config], values: Any) -> Config:
         check_finite(value, f"{name} of {kind.__name__}")
         built[name] = tuple(value) if isinstance(value, list) else value
     return kind(**built)
+
+
+def descriptions(config: type) -> dict[str, str]:
+    """What the docstrings of a config dataclass and its bases say of each field."""
+    return {
+        param.arg_name: " ".join((param.description or "").replace("`", "").split())
+        for kind in reversed(config.__mro__)
+        for param in docstring_parser.parse(kind.__doc__ or "").params
+    }

@@ -8,10 +8,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import docstring_parser
-
 from navit_clip.checkpoints.load_run import load_run
 from navit_clip.commands import Parser, number
+from navit_clip.configs import descriptions
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
@@ -92,13 +91,9 @@ def _common() -> Parser:
 def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
     """A flag for each field of a specification, whose docstring is the help."""
     hints = get_type_hints(spec)
-    described = {
-        param.arg_name: (param.description or "").replace("`", "").rstrip(".")
-        for kind in spec.__mro__
-        for param in docstring_parser.parse(kind.__doc__ or "").params
-    }
+    described = descriptions(spec)
     for field in fields(spec):
-        text = described[field.name]
+        text = described[field.name].rstrip(".")
         options: dict[str, Any] = {"dest": field.name, "help": text[:1].lower() + text[1:]}
         if hints[field.name] is bool:
             options["action"] = "store_true"

@@ -9,6 +9,7 @@ from navit_clip import before_torch  # noqa: F401
 from navit_clip.distributed import join_ranks
 from navit_clip.errors import one_line_errors
 from navit_clip.training.config import parse_config
+from navit_clip.training.reference import help_text
 from navit_clip.training.trainer import train
 from navit_clip.training.watchdog import failing_at_once
 
@@ -21,7 +22,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tr
         prog: What the user typed before them, for messages.
     """
     with one_line_errors(prog):
-        config, resolved = parse_config(sys.argv[1:] if argv is None else argv, prog)
+        words = sys.argv[1:] if argv is None else argv
+        if (text := help_text(words, prog)) is not None:
+            print(text)
+            return
+        config, resolved = parse_config(words, prog)
         with join_ranks(config.device) as ranks, failing_at_once(ranks):
             train(config, resolved, ranks)
 

@@ -38,7 +38,7 @@ from navit_clip.training.metrics import LogConfig
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 
-_DEFAULT_TASK = "contrastive"
+DEFAULT_TASK = "contrastive"
 _MOST_VALUES = 100_000  # in a configuration; shards are listed in files of their own
 
 
@@ -128,15 +128,14 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
 
     Raises:
         UserError: For an unknown key, a bad value or a missing file; names it.
-        SystemExit: After ``--help`` and ``--print_config``.
+        SystemExit: After ``--print_config``.
     """
     argv = with_recipe_paths([_with_underscores(word) for word in argv])
     for flag, word in pairwise(["", *argv]):
         _check_spaces_of(flag, word)
-    task = task_config(_task_kind(argv))
-    parser = ArgumentParser(
-        prog=prog, description="Train a packed NaViT model.", exit_on_error=False
-    )
+    task = task_config(task_kind(argv))
+    # Help is that of `navit_clip.training.reference`.
+    parser = ArgumentParser(prog=prog, add_help=False, exit_on_error=False)
     parser.add_argument(
         "--config", action="config", help="a recipe's name or a YAML file; later flags override it"
     )
@@ -211,9 +210,9 @@ def _hint(message: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _task_kind(argv: Sequence[str]) -> str:
-    """``task.kind`` of the words, by which the parser of all others is chosen."""
-    kind = _DEFAULT_TASK
+def task_kind(argv: Sequence[str]) -> str:
+    """``task.kind`` of a command's words, by which the parser of all others is chosen."""
+    kind = DEFAULT_TASK
     words = [part for word in argv for part in word.split("=", 1)]
     for flag, value in pairwise(words):
         if flag == "--task.kind":

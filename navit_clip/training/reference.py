@@ -1,0 +1,164 @@
+"""What ``navit-clip train --help`` and ``--help-all`` print: fields, from their docstrings.
+
+``python -m navit_clip.training.reference > docs/configuration.md`` when a field has changed.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from navit_clip.configs import descriptions
+from navit_clip.recipes import with_recipe_paths
+from navit_clip.tasks.base import TaskConfig
+from navit_clip.tasks.registry import task_config
+from navit_clip.training.config import DEFAULT_TASK, TrainConfig, task_kind
+
+_WIDTH = 100
+_SHORT = """\
+usage: {prog} --config RECIPE_OR_FILE [--FIELD VALUE …]
+
+Trains a packed NaViT model, or continues the run in run_dir.
+
+  {prog} --config demo
+  {prog} --config small_photos --data.train 'shards/{{0..9}}.tar' --run_dir runs/mine
+  {prog} --config my.yaml --optim.lr 3e-4 --task.model.image.encoder.depth 6
+  torchrun --nproc-per-node 8 -m navit_clip.training --config navit_b16_webli
+
+--config takes a recipe's name or a YAML file. Every field is a flag too, and overrides the file's:
+"""
+_MORE = """
+--help-all      all fields with what they are and their defaults, as YAML
+--print_config  the fields of this command, resolved, as YAML; trains nothing
+"""
+_USED = (
+    "run_dir", "steps", "data.train", "data.workers", "data.budget", "tokenizer.path", "init.model",
+    "optim.lr", "optim.schedule", "accumulate", "parallel.kind", "checkpoint.every_steps",
+    "log.every_steps", "eval.evaluators", "seed", "precision", "device",
+)  # fmt: skip
+_PAGE = """\
+# Configuration
+
+All fields of a run with their defaults, as `navit-clip train --help-all` prints them, for
+`task.kind: {kind}`. A file holds those that differ; each is a flag too, such as `--optim.lr 1e-3`.
+`navit-clip train --print_config` prints those of a command. This page is written by
+`python -m navit_clip.training.reference`.
+
+```yaml
+{fields}
+```
+"""
+
+
+def help_text(argv: Sequence[str], prog: str) -> str | None:
+    """What the words of a command ask for.
+
+    Args:
+        argv: Words after ``navit-clip train``.
+        prog: Those before them.
+
+    Raises:
+        UserError: If there is no such task or recipe.
+    """
+    if {"-h", "--help"} & set(argv):
+        return _short_help(prog)
+    if {"--help-all", "--help_all"} & set(argv):
+        return reference(task_config(task_kind(with_recipe_paths(argv))))
+    return None
+
+
+def _short_help(prog: str) -> str:
+    """Examples and the fields that most runs set."""
+    lines = []
+    for name in _USED:
+        config: Any = TrainConfig
+        *groups, last = name.split(".")
+        for group in groups:
+            config = next(_configs(get_type_hints(config)[group]))
+        hint = get_type_hints(config)[last]
+        text = re.split(r"[.;:] ", descriptions(config)[last])[0].rstrip(".")
+        if get_origin(hint) is Literal:
+            text = _type(hint)
+        lines += textwrap.wrap(
+            text, _WIDTH, initial_indent=f"  --{name:24}", subsequent_indent=" " * 28
+        )
+    return "\n".join([_SHORT.format(prog=prog), *lines, _MORE])
+
+
+def reference(task: type[TaskConfig]) -> str:
+    """All fields with descriptions, types and defaults as YAML; those without one are comments."""
+    return "\n".join(_lines(TrainConfig, task, ""))
+
+
+def _lines(config: type, task: type[TaskConfig], pad: str) -> Iterator[str]:
+    described, hints = descriptions(config), _hints(config, task)
+    for field in fields(config):
+        hint, comment = hints[field.name], f"{pad}# "
+        yield from textwrap.wrap(
+            described[field.name], _WIDTH, initial_indent=comment, subsequent_indent=comment
+        )
+        if is_dataclass(hint):
+            yield f"{pad}{field.name}:"
+            yield from _lines(hint, task, f"{pad}  ")  # type: ignore[arg-type]
+            continue
+        default = _default(field)
+        if default is MISSING:
+            yield f"{comment}{field.name}: {_type(hint)}, required"
+        else:
+            yield f"{pad}{field.name}: {_yaml(default)}  # {_type(hint)}"
+        for inner in _configs(hint):
+            named = "NAME: " if get_origin(hint) is dict else ""
+            yield (
+                f"{pad}#   {named}"
+                + "{"
+                + ", ".join(
+                    f"{f.name}: {'…' if _default(f) is MISSING else _yaml(_default(f))}"
+                    for f in fields(inner)
+                )
+                + "}"
+            )
+
+
+def _hints(config: type, task: type[TaskConfig]) -> dict[str, Any]:
+    return {n: task if hint is TaskConfig else hint for n, hint in get_type_hints(config).items()}
+
+
+def _configs(hint: Any) -> Iterator[type]:
+    """Config dataclasses in a type."""
+    if is_dataclass(hint):
+        yield hint  # type: ignore[misc]
+    for part in get_args(hint):
+        yield from _configs(part)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    plain = dict(plain) if isinstance(plain, Mapping) else plain
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).split("\n")[0]
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if is_dataclass(hint):
+        return "these fields"
+    if hint is type(None):
+        return "null"
+    names = [_type(part) for part in get_args(hint) if part is not Ellipsis]
+    if get_origin(hint) in (list, tuple, dict):
+        return f"{get_origin(hint).__name__}[{', '.join(names)}]"
+    return " | ".join(names) or getattr(hint, "__name__", str(hint))
+
+
+if __name__ == "__main__":
+    text = reference(task_config(DEFAULT_TASK))
+    print(_PAGE.format(kind=DEFAULT_TASK, fields=text), end="")
