@@ -6,8 +6,12 @@ its environment.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +22,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 
 T = TypeVar("T")
 
@@ -159,6 +163,51 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def failing_at_once(ranks: Ranks) -> Iterator[None]:
+    """Ends one of several ranks as soon as something unexpected is raised inside.
+
+    Python ends only when its threads have, and leaves the process group before. A thread that
+    writes a checkpoint may wait for ranks that in turn wait for this one: a data worker killed
+    while a checkpoint began once left two ranks waiting for each other, and torchrun for both.
+
+    Args:
+        ranks: This process among all of them; alone nobody waits, and the exception passes.
+
+    Raises:
+        UserError: Of another rank, whose end was what is raised inside.
+    """
+    try:
+        yield
+    except OutageError:
+        raise
+    except UserError as error:
+        ranks.tell_mistake(str(error))
+        raise
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        if ranks.is_first:
+            print("interrupted", file=sys.stderr)
+        end_process(128 + signal.SIGINT)  # data workers may wait for a server
+    except BaseException as error:
+        if ranks.world_size == 1:
+            raise
+        if (mistake := ranks.told_mistake()) is not None:
+            raise UserError(mistake) from error
+        traceback.print_exc()
+        end_process(1)
+
+
+def end_process(code: int) -> None:
+    """Ends this process and its data workers at once, whatever its threads wait for."""
+    for child in multiprocessing.active_children():
+        child.kill()  # data workers; those that hang would outlive this process
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _clean_store(rank: int, world_size: int) -> dist.Store:

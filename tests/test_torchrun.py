@@ -16,9 +16,8 @@ HERE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
 RANK = """
 import sys
 from navit_clip import before_torch
-from navit_clip.distributed import join_ranks
+from navit_clip.distributed import failing_at_once, join_ranks
 from navit_clip.errors import OutageError, UserError, one_line_errors
-from navit_clip.training.watchdog import failing_at_once
 
 with one_line_errors("prog"), join_ranks("cpu") as ranks, failing_at_once(ranks):
     print("starts", flush=True)

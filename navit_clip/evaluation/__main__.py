@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from tqdm import tqdm
 
 from navit_clip import before_torch  # noqa: F401
-from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.distributed import Ranks, failing_at_once, join_ranks
 from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.cache import Cache
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.ev
         if args.command == "summary":
             print(summarise(args.directory))
             return
-        with join_ranks(args.device) as ranks:
+        with join_ranks(args.device) as ranks, failing_at_once(ranks):
             _run(args, f"{prog} {shlex.join(words)}", ranks)
 
 

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from navit_clip import before_torch  # noqa: F401
-from navit_clip.distributed import join_ranks
+from navit_clip.distributed import failing_at_once, join_ranks
 from navit_clip.errors import one_line_errors
 from navit_clip.training.config import parse_config
 from navit_clip.training.reference import help_text
 from navit_clip.training.trainer import train
-from navit_clip.training.watchdog import failing_at_once
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.training") -> None:

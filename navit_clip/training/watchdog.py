@@ -11,19 +11,14 @@ them.
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
-import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from navit_clip.distributed import Ranks
-from navit_clip.errors import OutageError, UserError
+from navit_clip.distributed import end_process
 
 STALL_EXIT_CODE = 70
 _PATIENCE = 3.0
@@ -87,7 +82,7 @@ class Watchdog:
                 self._report(silent_s, f"ending this process if {self._limit_s:g} s more pass")
             elif silent_s > 2 * self._limit_s:
                 self._report(silent_s, "ending this process")
-                _end(STALL_EXIT_CODE)
+                end_process(STALL_EXIT_CODE)
 
     def _report(self, silent_s: float, outlook: str) -> None:
         line = (
@@ -101,47 +96,3 @@ class Watchdog:
             with self.path.open("a") as file:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), line, end="", file=file, flush=True)
                 faulthandler.dump_traceback(file)
-
-
-@contextmanager
-def failing_at_once(ranks: Ranks) -> Iterator[None]:
-    """Ends one of several ranks as soon as something unexpected is raised inside.
-
-    Python ends only when its threads have, and leaves the process group before. A thread that
-    writes a checkpoint may wait for ranks that in turn wait for this one: a data worker killed
-    while a checkpoint began once left two ranks waiting for each other, and torchrun for both.
-
-    Args:
-        ranks: This process among all of them; alone nobody waits, and the exception passes.
-
-    Raises:
-        UserError: Of another rank, whose end was what is raised inside.
-    """
-    try:
-        yield
-    except OutageError:
-        raise
-    except UserError as error:
-        ranks.tell_mistake(str(error))
-        raise
-    except SystemExit:
-        raise
-    except KeyboardInterrupt:
-        if ranks.is_first:
-            print("interrupted", file=sys.stderr)
-        _end(128 + signal.SIGINT)  # data workers may wait for a server
-    except BaseException as error:
-        if ranks.world_size == 1:
-            raise
-        if (mistake := ranks.told_mistake()) is not None:
-            raise UserError(mistake) from error
-        traceback.print_exc()
-        _end(1)
-
-
-def _end(code: int) -> None:
-    for child in multiprocessing.active_children():
-        child.kill()  # data workers; those that hang would outlive this process
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -94,8 +94,7 @@ def test_a_call_that_never_lets_go_of_the_interpreter_is_ended_too(tmp_path):
 FAILING = """
 import sys, threading, time
 import torch
-from navit_clip.distributed import Ranks
-from navit_clip.training.watchdog import failing_at_once
+from navit_clip.distributed import Ranks, failing_at_once
 from navit_clip.errors import UserError
 
 threading.Thread(target=time.sleep, args=(float(sys.argv[2]),)).start()
