@@ -34,7 +34,9 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
     for kind, evaluator in EVALUATORS.items():
-        command = commands.add_parser(kind, parents=[common], help=evaluator.description)
+        usage = f"{prog} {kind} (--model MODEL | --run RUN) OPTION …"
+        about = evaluator.description
+        command = commands.add_parser(kind, parents=[common], usage=usage, help=about)
         _add_spec(command, evaluator.Spec)
         if evaluator.gallery:
             command.add_argument("--gallery", type=Path, help=f"PNG to write: {evaluator.gallery}")

@@ -1,13 +1,13 @@
 """What ``navit-clip train --help`` and ``--help-all`` print: fields, from their docstrings.
 
-``python -m navit_clip.training.reference > docs/configuration.md`` when a field has changed.
+When a field has changed, ``python -m navit_clip.training.reference > docs/configuration.md``.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -90,6 +90,11 @@ def _short_help(prog: str) -> str:
     return "\n".join([_SHORT.format(prog=prog), *lines, _MORE])
 
 
+def page() -> str:
+    """docs/configuration.md."""
+    return _PAGE.format(kind=DEFAULT_TASK, fields=reference(task_config(DEFAULT_TASK)))
+
+
 def reference(task: type[TaskConfig]) -> str:
     """All fields with descriptions, types and defaults as YAML; those without one are comments."""
     return "\n".join(_lines(TrainConfig, task, ""))
@@ -112,16 +117,10 @@ def _lines(config: type, task: type[TaskConfig], pad: str) -> Iterator[str]:
         else:
             yield f"{pad}{field.name}: {_yaml(default)}  # {_type(hint)}"
         for inner in _configs(hint):
+            defaults = {each.name: _default(each) for each in fields(inner)}
+            items = [f"{n}: {'…' if d is MISSING else _yaml(d)}" for n, d in defaults.items()]
             named = "NAME: " if get_origin(hint) is dict else ""
-            yield (
-                f"{pad}#   {named}"
-                + "{"
-                + ", ".join(
-                    f"{f.name}: {'…' if _default(f) is MISSING else _yaml(_default(f))}"
-                    for f in fields(inner)
-                )
-                + "}"
-            )
+            yield f"{pad}#   {named}{{{', '.join(items)}}}"
 
 
 def _hints(config: type, task: type[TaskConfig]) -> dict[str, Any]:
@@ -142,7 +141,6 @@ def _default(field: Field[Any]) -> Any:
 
 def _yaml(value: Any) -> str:
     plain = list(value) if isinstance(value, tuple) else value
-    plain = dict(plain) if isinstance(plain, Mapping) else plain
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).split("\n")[0]
 
 
@@ -160,5 +158,4 @@ def _type(hint: Any) -> str:
 
 
 if __name__ == "__main__":
-    text = reference(task_config(DEFAULT_TASK))
-    print(_PAGE.format(kind=DEFAULT_TASK, fields=text), end="")
+    print(page(), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from eval_cases import ALONE, SETTINGS, embed, open_dataset, small_blocks, write_all
+from eval_cases import ALONE, SETTINGS, embed, open_dataset, run, small_blocks, write_all
 
+from navit_clip import distributed
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
+from navit_clip.evaluation import __main__ as command
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation import embed as embedding
 from navit_clip.evaluation.embed import Embedded
@@ -129,6 +132,21 @@ def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data,
         assert world[0][1] == results
         for _, others in world[1:]:
             assert others == ["null", results[1], "null", results[3]]
+
+
+def test_an_unexpected_error_on_one_rank_ends_it_at_once(monkeypatch, capsys):
+    # Where the others wait for it, neither its threads nor the process group may be waited for.
+    def fail(*_):
+        raise OSError("the reason")
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(command, "join_ranks", lambda _: nullcontext(Ranks(1, 2, ALONE.device)))
+    monkeypatch.setattr(command, "_run", fail)
+    monkeypatch.setattr(distributed, "end_process", end)
+    assert run("zeroshot", "--model", "m", "--data", "d") == 1
+    assert "OSError: the reason" in capsys.readouterr().err
 
 
 def test_blocks_are_whole_wherever_they_are_read(data, blocks):
