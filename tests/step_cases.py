@@ -15,6 +15,7 @@ from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
@@ -57,6 +58,16 @@ def tiny_config(
     task = ContrastiveConfig(model=model, loss=loss, lock=lock)
     tokenizer = TokenizerConfig(path="unused")
     return TrainConfig("unused", steps, task, tokenizer, **defaults | changes)
+
+
+def rotary(config: TrainConfig) -> TrainConfig:
+    """The same run with positions that turn queries and keys, in images those alone."""
+    model = config.task.model
+    image = replace(
+        model.image, position=PositionConfig("none"), rotary=RotaryConfig("mixed", theta=10.0)
+    )
+    text = replace(model.text, rotary=RotaryConfig("axial"))
+    return with_task(config, model=replace(model, image=image, text=text))
 
 
 def with_task(config: TrainConfig, **changes: Any) -> TrainConfig:

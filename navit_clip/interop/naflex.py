@@ -2,9 +2,10 @@
 
 timm pads images to one length and masks what is padding; the packed tower takes the same patches
 without padding and gives the same vectors. What a model is made of is read off timm's own module,
-never off its name. Three things are rewritten on the way, none of which changes what the tower
-computes: layer scales are multiplied into the layers before them, a class token that pooling does
-not read becomes a register, and the classifier is left out.
+never off its name. Four things are rewritten on the way, none of which changes what the tower
+computes: layer scales are multiplied into the layers before them, queries and keys of rotary models
+are reordered, whose pairs of dimensions are neighbours there, a class token that pooling does not
+read becomes a register, and the classifier is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from navit_clip.interop import timm_vit
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.pooling import Pooling
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import RotaryConfig
 
 _POOLINGS: dict[str, Pooling] = {"avg": "mean", "map": "map", "token": "cls"}
 # Layers of ours and theirs.
@@ -32,7 +34,18 @@ _TOWER = {
     "norm": "fc_norm",
 }
 _BLOCK = {**timm_vit.BLOCK, "attention.q_norm": "attn.q_norm", "attention.k_norm": "attn.k_norm"}
-_SCALED = {"ls1": "attn.proj", "ls2": "mlp.fc2"}
+# Scales of layers; the last name is that in the blocks of rotary models.
+_SCALED = {
+    "ls1.gamma": "attn.proj",
+    "ls2.gamma": "mlp.fc2",
+    "gamma_1": "attn.proj",
+    "gamma_2": "mlp.fc2",
+}
+_COORDINATES: dict[str, Literal["integer", "normalised"]] = {
+    "RotaryEmbeddingCat": "integer",
+    "RotaryEmbeddingMixed": "integer",
+    "RotaryEmbeddingDinoV3": "normalised",
+}
 
 
 @cache
@@ -105,6 +118,7 @@ def naflex_image_tower(
             patch_size=theirs.embeds.patch_size[0],
             encoder=timm_vit.encoder_config(theirs),
             position=_position(theirs.embeds),
+            rotary=_rotary(theirs.rope),
             pooling=pooling,
             pixel_mean=(mean[0], mean[1], mean[2]),
             pixel_std=(std[0], std[1], std[2]),
@@ -147,7 +161,12 @@ def _unsupported(model: Any) -> str:
     """Why the packed image tower cannot be this model; empty if it can."""
     if not is_naflex(model):
         return "it is no NaFlex ViT from timm"
-    return _embedding_reason(model) or _encoder_reason(model) or _pooling_reason(model)
+    return (
+        _embedding_reason(model)
+        or _rotary_reason(model.rope)
+        or _encoder_reason(model)
+        or _pooling_reason(model)
+    )
 
 
 def _embedding_reason(model: Any) -> str:
@@ -158,10 +177,8 @@ def _embedding_reason(model: Any) -> str:
         return f"its patches are not square: {tuple(embeds.patch_size)}"
     if embeds.norm_input is not None or not isinstance(embeds.norm, nn.Identity):
         return "it normalises patches before or after their embedding"
-    if model.rope is not None:
-        return "its attention rotates queries and keys by position (rope)"
     if embeds.pos_embed_type == "none":
-        return "it has no position embedding"
+        return "" if model.rope is not None else "it has no position embedding"
     rows, columns = _table_sides(embeds)
     if rows != columns:
         return f"its table of positions is {rows} x {columns}, not square"
@@ -176,16 +193,33 @@ def _embedding_reason(model: Any) -> str:
     return ""
 
 
+def _rotary_reason(rope: Any) -> str:
+    if rope is None:
+        return ""
+    if type(rope).__name__ not in _COORDINATES:
+        return f"its attention rotates queries and keys by {type(rope).__name__}"
+    if getattr(rope, "ref_feat_shape", None) is not None:
+        return "its rotations are scaled to a grid of reference"
+    # Tokens before the patches are not turned: the distance from them would be another.
+    if getattr(rope, "grid_offset", 0.0):
+        return "its rotations have an offset"
+    return ""
+
+
 def _encoder_reason(model: Any) -> str:
-    from timm.layers import Attention, LayerScale, Mlp
+    from timm.layers import Attention, AttentionRope, LayerScale, Mlp
+    from timm.models.eva import EvaBlock
     from timm.models.vision_transformer import Block
 
     for block in model.blocks:
-        if (type(block), type(block.attn), type(block.mlp)) != (Block, Attention, Mlp):
+        parts = type(block), type(block.attn), type(block.mlp)
+        if parts not in ((Block, Attention, Mlp), (EvaBlock, AttentionRope, Mlp)):
             return (
                 f"its blocks are {type(block).__name__} of {type(block.attn).__name__} and "
                 f"{type(block.mlp).__name__}, not plain ones"
             )
+        if block.attn.qkv is None:
+            return "its queries, keys and values have layers of their own"
         if block.attn.qkv.out_features != 3 * model.embed_dim:
             return "its attention is not as wide as the tower"
         if getattr(block.attn, "gate", None) is not None:
@@ -193,9 +227,8 @@ def _encoder_reason(model: Any) -> str:
         inner = getattr(block.attn, "norm", None), getattr(block.mlp, "norm", None)
         if any(not isinstance(norm, (nn.Identity, type(None))) for norm in inner):
             return "it normalises within attention or MLP"
-        if any(
-            not isinstance(scale, (nn.Identity, LayerScale)) for scale in (block.ls1, block.ls2)
-        ):
+        scales = [getattr(block, name, None) for name in ("ls1", "ls2")]
+        if any(not isinstance(scale, (nn.Identity, LayerScale, type(None))) for scale in scales):
             return "it scales layers in a way of its own"
         if type(block.mlp.act).__name__ not in timm_vit.ACTIVATIONS:
             return f"its activation is {type(block.mlp.act).__name__}"
@@ -233,7 +266,20 @@ def _table_sides(embeds: Any) -> tuple[int, int]:
     return embeds.pos_embed_y.shape[1], embeds.pos_embed_x.shape[1]
 
 
+def _rotary(rope: Any) -> RotaryConfig:
+    if rope is None:
+        return RotaryConfig()
+    return RotaryConfig(
+        "mixed" if hasattr(rope, "freqs") else "axial",
+        _COORDINATES[type(rope).__name__],
+        keep_aspect=getattr(rope, "normalize_coords", "separate") == "max",
+        theta=float(rope.temperature),
+    )
+
+
 def _position(embeds: Any) -> PositionConfig:
+    if embeds.pos_embed_type == "none":
+        return PositionConfig("none")
     table_side, _ = _table_sides(embeds)
     if embeds.pos_embed_type == "factorized":
         return PositionConfig(
@@ -256,6 +302,7 @@ def _position(embeds: Any) -> PositionConfig:
 def _tower_weights(model: Any, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Timm's weights under our names."""
     _fold_layer_scales(theirs)
+    _order_pairs(model, theirs)
     names = dict(_TOWER)
     for i in range(len(model.blocks)):
         names |= {
@@ -270,9 +317,13 @@ def _tower_weights(model: Any, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     ours["embed.weight"] = _pixels_first(model.embeds, ours["embed.weight"])
     if "embeds.pos_embed" in theirs:
         ours["position.table"] = theirs["embeds.pos_embed"].flatten(0, 2)
-    else:
+    elif "embeds.pos_embed_y" in theirs:
         ours["position.row.table"] = theirs["embeds.pos_embed_y"][0]
         ours["position.column.table"] = theirs["embeds.pos_embed_x"][0]
+    if "rope.freqs" in theirs:
+        by_axis = theirs["rope.freqs"].unbind()
+        by_axis = by_axis if model.rope.grid_indexing == "ij" else by_axis[::-1]
+        ours["rotary.learned"] = torch.stack(by_axis, 1).flatten()
     if "attn_pool.latent" in theirs:
         ours["pool.probe"] = theirs["attn_pool.latent"][0, 0]
     prefix = [
@@ -289,14 +340,40 @@ def _tower_weights(model: Any, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fold_layer_scales(theirs: dict[str, Tensor]) -> None:
     """Multiplies each layer scale into the layer before it, within the dictionary."""
-    for key in [key for key in theirs if key.endswith(".gamma")]:
-        block, scale, _ = key.rsplit(".", 2)
+    for key in [key for key in theirs if key.endswith(tuple(_SCALED))]:
+        scale = next(scale for scale in _SCALED if key.endswith(scale))
         # In float64, so that the product is rounded once.
         gamma = theirs.pop(key).double()
-        layer = f"{block}.{_SCALED[scale]}"
+        layer = key.removesuffix(scale) + _SCALED[scale]
         theirs[f"{layer}.weight"] = gamma[:, None] * theirs[f"{layer}.weight"]
         if f"{layer}.bias" in theirs:
             theirs[f"{layer}.bias"] = gamma * theirs[f"{layer}.bias"]
+
+
+def _order_pairs(model: Any, theirs: dict[str, Tensor]) -> None:
+    """Puts the dimensions that a rotary model turns together where ours are, in the dictionary.
+
+    Scores are sums over dimensions, whose order is free as long as queries and keys share it.
+    """
+    if model.rope is None:
+        return
+    attention = model.blocks[0].attn
+    width = attention.head_dim
+    # Pairs are neighbours, or dimensions half a head apart as ours; those of the first axis first.
+    pairs = (
+        torch.arange(width).view(2, -1)
+        if attention.rotate_half
+        else torch.arange(width).view(-1, 2).T
+    )
+    if model.rope.grid_indexing == "xy" and not hasattr(model.rope, "freqs"):
+        pairs = pairs.roll(width // 4, dims=1)
+    order = pairs.flatten()
+    for key in list(theirs):
+        if key.endswith((".attn.qkv.weight", ".attn.qkv.bias")):
+            q, k, v = theirs[key].unflatten(0, (3, -1, width))
+            theirs[key] = torch.stack([q[:, order], k[:, order], v]).flatten(0, 2)
+        elif ".attn.q_norm." in key or ".attn.k_norm." in key:
+            theirs[key] = theirs[key][order]
 
 
 def _pixels_first(embeds: Any, weight: Tensor) -> Tensor:

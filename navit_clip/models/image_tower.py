@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
+from navit_clip.models.interpolate import exact_dtype
 from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
+from navit_clip.models.rope import RotaryConfig, build_rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig, LayerNorm
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.segments import Segments
@@ -40,11 +42,12 @@ class ImageTowerConfig:
             pooling leaves out.
         pooled_norm: Normalise the pooled vector too; models with mean pooling often do so in
             place of `encoder.final_norm`.
+        rotary: Rotations of queries and keys by position, beside `position` or without it.
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
-            causal, `pooling` is unknown, `class_position` is set without a class token, or
-            `registers` is negative.
+            causal, `pooling` is unknown, `class_position` is set without a class token,
+            `registers` is negative, or heads are too narrow for `rotary`.
     """
 
     patch_size: int = 16
@@ -57,6 +60,7 @@ class ImageTowerConfig:
     class_position: bool = False
     registers: int = 0
     pooled_norm: bool = False
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -70,6 +74,7 @@ class ImageTowerConfig:
             raise ValueError(f"class_position needs pooling: cls, got pooling={self.pooling}")
         if self.registers < 0:
             raise ValueError(f"registers must not be negative, got {self.registers}")
+        self.rotary.check_width(self.encoder, axes=2)
 
 
 class ImageTokens(NamedTuple):
@@ -92,7 +97,8 @@ class ImageTower(nn.Module):
 
     Attributes:
         embed: Patches of pixels to tokens.
-        position: Embeds a patch's row and column.
+        position: Embeds a patch's row and column; None without.
+        rotary: How queries and keys turn by them; None without.
         encoder: The transformer over the patches, class token and registers included.
         pool: (tokens [T, C], segments) to [E, C], one vector per image.
     """
@@ -117,6 +123,7 @@ class ImageTower(nn.Module):
             # Alike at first, they would stay alike.
             self.registers = nn.Parameter(torch.empty(config.registers, width))
             nn.init.normal_(self.registers, std=TABLE_STD)
+        self.rotary = build_rotary(config.rotary, config.encoder, axes=2)
         self.encoder = Encoder(config.encoder)
         self.pool = build_pooling(config.pooling, config.encoder)
         self.norm = LayerNorm(width, config.encoder) if config.pooled_norm else nn.Identity()
@@ -144,12 +151,23 @@ class ImageTower(nn.Module):
         """
         segments = images.segments
         sides_T2 = images.grids[segments.ids]
-        x_TC = self.embed(images.patches) + self.position(images.coords, sides_T2)
-        prefix = self._prefix()
-        if not prefix:
-            return self.encoder(x_TC, segments), segments, None
-        x_TC, segments, places_T = _prepend(torch.stack(prefix), x_TC, segments)
-        return self.encoder(x_TC, segments), segments, places_T
+        x_TC = self.embed(images.patches)
+        if self.position is not None:
+            x_TC = x_TC + self.position(images.coords, sides_T2)
+        else:  # under autocast, positions keep the residual stream in the parameters' precision
+            x_TC = x_TC.to(self.embed.weight.dtype)
+        positions_T2 = None
+        if self.rotary is not None:
+            dtype = exact_dtype(self.embed.weight.dtype)
+            positions_T2 = self.config.rotary.positions(images.coords, sides_T2, 1.0, dtype)
+        places_T, prefix = None, self._prefix()
+        if prefix:
+            x_TC, segments, places_T = _prepend(torch.stack(prefix), x_TC, segments)
+            if positions_T2 is not None:  # what is no patch stays unturned
+                everywhere_T2 = positions_T2.new_zeros(len(x_TC), 2)
+                positions_T2 = everywhere_T2.index_copy(0, places_T, positions_T2)
+        rotary = () if self.rotary is None else self.rotary(positions_T2)
+        return self.encoder(x_TC, segments, rotary), segments, places_T
 
     def _prefix(self) -> list[Tensor]:
         """The tokens before each image's patches, [C] each."""

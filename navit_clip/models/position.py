@@ -31,7 +31,8 @@ class PositionConfig:
 
     Attributes:
         kind: ``factorised`` over rows and columns; ``learned_2d``, one vector per (row, column)
-            as Pix2Struct; ``learned_1d``, a square table interpolated to each image's grid as ViT.
+            as Pix2Struct; ``learned_1d``, a square table interpolated to each image's grid as ViT;
+            or ``none``, for a tower that has rotary positions alone.
         coordinates: With ``factorised``: ``absolute`` patch index; ``fractional``, its fraction of
             the side; or ``interpolated``, each axis's table resized to the side, as in NaFlex.
         embedding: With ``factorised``: ``learned`` table, ``sinusoidal``, or learned ``fourier``.
@@ -52,7 +53,7 @@ class PositionConfig:
             no table, are to be ``interpolated``.
     """
 
-    kind: Literal["factorised", "learned_2d", "learned_1d"] = "factorised"
+    kind: Literal["factorised", "learned_2d", "learned_1d", "none"] = "factorised"
     coordinates: Literal["absolute", "fractional", "interpolated"] = "absolute"
     embedding: Literal["learned", "sinusoidal", "fourier"] = "learned"
     combine: Literal["sum", "product", "stack"] = "sum"
@@ -78,14 +79,16 @@ class PositionConfig:
     @property
     def max_grid_side(self) -> int:
         """Most rows or columns of patches that have an embedding."""
-        relative = self.kind == "learned_1d" or (
+        relative = self.kind in ("learned_1d", "none") or (
             self.kind == "factorised" and self.coordinates != "absolute"
         )
         return ANY_SIDE if relative else self.table_side
 
 
-def build_position(config: PositionConfig, width: int) -> nn.Module:
-    """The module for `config`: (coords [T, 2], sides [T, 2]) to embeddings [T, width]."""
+def build_position(config: PositionConfig, width: int) -> nn.Module | None:
+    """The module for `config`, if any: (coords [T, 2], sides [T, 2]) to embeddings [T, width]."""
+    if config.kind == "none":
+        return None
     return (Factorised if config.kind == "factorised" else SquareTable)(config, width)
 
 
@@ -105,7 +108,7 @@ class Factorised(nn.Module):
     def forward(self, coords_T2: Tensor, sides_T2: Tensor) -> Tensor:
         """Integer [T, 2] row and column of each patch, and sides of its image's grid, to [T, C]."""
         if self.keep_aspect:
-            sides_T2 = _longer_sides(sides_T2)
+            sides_T2 = longer_sides(sides_T2)
         row = self.row(coords_T2[:, 0], sides_T2[:, 0])
         column = self.column(coords_T2[:, 1], sides_T2[:, 1])
         if self.combine == "sum":
@@ -123,7 +126,7 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]
 
 
-def _longer_sides(sides_T2: Tensor) -> Tensor:
+def longer_sides(sides_T2: Tensor) -> Tensor:
     """The longer side of each patch's grid, on both axes."""
     return sides_T2.amax(1, keepdim=True).expand(-1, 2)
 
@@ -203,7 +206,7 @@ class SquareTable(nn.Module):
         if config.kind == "learned_2d":
             return F.embedding(coords_T2[:, 0] * config.table_side + coords_T2[:, 1], self.table)
         if config.keep_aspect:
-            sides_T2 = _longer_sides(sides_T2)
+            sides_T2 = longer_sides(sides_T2)
         return resized(
             self.table, coords_T2, sides_T2, config.interpolation, antialias=config.antialias
         )

@@ -7,13 +7,16 @@ embedding and learned positions that start at 0 in each caption.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
+from navit_clip.models.interpolate import exact_dtype
 from navit_clip.models.pooling import Pooling, build_pooling
+from navit_clip.models.rope import RotaryConfig, build_rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.packed.texts import PackedTexts
 
@@ -30,9 +33,12 @@ class TextTowerConfig:
             ``last`` the last, which is the end-of-text token.
         fill_context: Every caption fills the context, padded by its tokenizer: SigLIP attends to
             padding like any token, and reads the last position whatever stands there.
+        position: A ``learned`` table added to the tokens, or ``none``, for rotary positions alone.
+        rotary: Rotations of queries and keys by the token's index.
 
     Raises:
-        ValueError: If a size is below 1 or `pooling` is unknown.
+        ValueError: If a size is below 1, `pooling` or `position` is unknown, heads are too narrow
+            for `rotary`, or it is not of one axis.
     """
 
     vocab_size: int = 32000
@@ -40,12 +46,20 @@ class TextTowerConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     pooling: Pooling = "map"
     fill_context: bool = False
+    position: Literal["learned", "none"] = "learned"
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("vocab_size", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rotary.kind == "mixed" or self.rotary.coordinates == "normalised":
+            raise ValueError(
+                "rotary of text takes kind: axial and coordinates: integer, got "
+                f"{self.rotary.kind} and {self.rotary.coordinates}"
+            )
+        self.rotary.check_width(self.encoder, axes=1)
 
 
 class TextTower(nn.Module):
@@ -56,9 +70,12 @@ class TextTower(nn.Module):
         self.config = config
         width = config.encoder.width
         self.token = nn.Parameter(torch.empty(config.vocab_size, width))
-        self.position = nn.Parameter(torch.empty(config.context_length, width))
         nn.init.normal_(self.token, std=0.02)
-        nn.init.normal_(self.position, std=0.01)
+        self.position: nn.Parameter | None = None
+        if config.position == "learned":
+            self.position = nn.Parameter(torch.empty(config.context_length, width))
+            nn.init.normal_(self.position, std=0.01)
+        self.rotary = build_rotary(config.rotary, config.encoder, axes=1)
         self.encoder = Encoder(config.encoder)
         self.pool = build_pooling(config.pooling, config.encoder)
 
@@ -83,5 +100,10 @@ class TextTower(nn.Module):
         index_T = torch.arange(segments.num_tokens, device=texts.token_ids.device)
         # Padding may run on past the context; what it embeds is never read.
         index_T = (index_T - segments.offsets[segments.ids]).clamp(max=context - 1)
-        x_TC = F.embedding(texts.token_ids, self.token) + F.embedding(index_T, self.position)
-        return self.pool(self.encoder(x_TC, segments), segments)[texts.order]
+        x_TC = F.embedding(texts.token_ids, self.token)
+        if self.position is not None:
+            x_TC = x_TC + F.embedding(index_T, self.position)
+        rotary = ()
+        if self.rotary is not None:
+            rotary = self.rotary(index_T[:, None].to(exact_dtype(self.token.dtype)))
+        return self.pool(self.encoder(x_TC, segments, rotary), segments)[texts.order]

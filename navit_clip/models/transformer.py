@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import repeat
@@ -90,6 +90,11 @@ class EncoderConfig:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
 
     @property
+    def head_width(self) -> int:
+        """D, width of a head."""
+        return self.width // self.heads
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
         return int(self.width * self.mlp_ratio)
@@ -141,11 +146,10 @@ class SegmentAttention(nn.Module):
         self.packed = False
         self.bare_norm = config.qk_norm and not config.norm_bias
         self.norm_eps = config.norm_eps
-        head_width = config.width // config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias, stacked=3)
         self.out = Linear(config.width, config.width, bias=config.mlp_bias)
         norm: Callable[[], nn.Module] = (
-            partial(LayerNorm, head_width, config) if config.qk_norm else nn.Identity
+            partial(LayerNorm, config.head_width, config) if config.qk_norm else nn.Identity
         )
         self.q_norm = norm()
         self.k_norm = norm()
@@ -179,7 +183,7 @@ class SegmentAttention(nn.Module):
         q_THD, k_THD, v_THD = qkv_T3HD.unbind(-3)
         q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
         if rotary is not None:
-            q_THD, k_THD = rotary.rotate(q_THD), rotary.rotate(k_THD)
+            q_THD, k_THD = rotary.rotate(q_THD, k_THD)
         if v_THD.device.type != "cpu" or self.packed:
             # Under autocast a LayerNorm returns float32, which kernels would not accept beside
             # half-precision values. A CPU attends in float32 anyway.
@@ -245,7 +249,7 @@ class Block(nn.Module):
         varying = [segments.offsets, segments.layout]
         self._first_tokens = self._first_tokens or len(x_TC)
         if len(x_TC) != self._first_tokens:
-            varying += [x_TC, *(rotary or ())]
+            varying += [x_TC, *([] if rotary is None else [rotary.positions_TA])]
         for tensor in varying:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
@@ -283,14 +287,14 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width, config) if config.final_norm else nn.Identity()
 
-    def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
+    def forward(self, x_TC: Tensor, segments: Segments, rotary: Sequence[Rotary] = ()) -> Tensor:
         """Encodes a packed stream.
 
         Args:
             x_TC: [T, C] embedded tokens.
             segments: Segments of the T tokens.
-            rotary: Rotations of the T tokens' queries and keys; None for positions that are added
-                to the tokens.
+            rotary: For each block the rotations of the T tokens' queries and keys; empty if there
+                are none.
 
         Returns:
             [T, C] outputs, normalised by default.
@@ -306,22 +310,22 @@ class Encoder(nn.Module):
         ):
             return self.norm(self._run_blocks(x_TC, segments, rotary))
         sizes = [chunk.num_tokens for chunk in segments.chunks]
-        rotaries = repeat(None) if rotary is None else rotary.split(sizes)
+        rotaries = zip(*(r.split(sizes) for r in rotary), strict=True) if rotary else repeat(())
         outputs = map(self._run_blocks, x_TC.split(sizes), segments.chunks, rotaries)
         return self.norm(torch.cat(list(outputs)))
 
-    def _run_blocks(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
-        for block in self.blocks:
+    def _run_blocks(self, x_TC: Tensor, segments: Segments, rotary: Sequence[Rotary]) -> Tensor:
+        for block, rotation in zip(self.blocks, rotary or repeat(None)):  # noqa: B905
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TC = checkpoint(block, x_TC, segments, rotary, use_reentrant=False)
+                x_TC = checkpoint(block, x_TC, segments, rotation, use_reentrant=False)
             else:
-                x_TC = block(x_TC, segments, rotary)
+                x_TC = block(x_TC, segments, rotation)
         return x_TC
 
     @property
     def suits_flash(self) -> bool:
         """Whether heads are as narrow as the kernels of FlashAttention want them."""
-        return self.config.width // self.config.heads <= FLASH_WIDTH
+        return self.config.head_width <= FLASH_WIDTH
 
     def pack_attention(self) -> None:
         """Sets all blocks' `SegmentAttention.packed`."""

@@ -283,4 +283,8 @@ class ContrastiveTask(Task):
         """The model that the run starts from, and its tokenizer."""
         model = init.read_model()
         init.check("task.model", asdict(self.config.model), asdict(model.config))
+        if model.config != self.config.model:  # rotary positions, which `check` lets one add
+            extended = NaViTCLIP(self.config.model, model.tokenizer, model.preprocess)
+            extended.load_state_dict({**extended.state_dict(), **model.state_dict()})
+            model = extended
         return model.train(), model.tokenizer

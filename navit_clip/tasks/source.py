@@ -97,7 +97,8 @@ class InitConfig:
     def check(self, name: str, given: Any, known: Any) -> None:
         """Refuses a part of the configuration, such as ``task.model``, that is not as in the model.
 
-        Both have the form that `asdict` gives them.
+        Both have the form that `asdict` gives them. Rotary positions may be added to towers that
+        have none, which leaves all of the model's weights as they are.
 
         Raises:
             UserError: Naming the first field that differs.
@@ -112,6 +113,8 @@ class InitConfig:
 def _differences(name: str, given: Any, known: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(given, dict):
         for key, value in given.items():
+            if key == "rotary" and known[key]["kind"] == "none":
+                continue
             yield from _differences(f"{name}.{key}", value, known[key])
     elif given != known:
         yield name, given, known

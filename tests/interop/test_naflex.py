@@ -53,6 +53,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tanh-module": {"act_layer": partial(nn.GELU, approximate="tanh")},
     "epsilon": {"norm_layer": partial(nn.LayerNorm, eps=1e-2)},
     "norms-without-bias": {"norm_layer": partial(nn.LayerNorm, bias=False)},
+    "axial": {"rope_type": "axial"},
+    "axial-alone": {"rope_type": "axial", "pos_embed": "none", "rope_temperature": 50.0},
+    "axial-half": {"rope_type": "axial", "rope_rotate_half": True, "qk_norm": True},
+    "axial-columns-first": {"rope_type": "axial", "rope_grid_indexing": "xy", "init_values": 0.1},
+    "mixed": {"rope_type": "mixed", "qk_norm": True, "reg_tokens": 2, "rope_temperature": 10.0},
+    "mixed-columns-first": {
+        "rope_type": "mixed",
+        "rope_grid_indexing": "xy",
+        "pos_embed": "factorized",
+    },
+    "dinov3": {"rope_type": "dinov3", "rope_temperature": 100.0, "pos_embed": "none"},
+    "dinov3-class-token": {
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "rope_grid_indexing": "xy",
+        "global_pool": "token",
+        "class_token": True,
+        "reg_tokens": 4,
+    },
     "odd-mlp": {"embed_dim": 52, "mlp_ratio": 213.1 / 52},
 }
 
@@ -199,7 +218,13 @@ def test_gradients_of_a_padded_stream_equal_timms():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_type": "axial"}, r"\(rope\)"),
+        (
+            {"rope_type": "mrope", "rope_mrope_section": (2, 2, 2)},
+            "queries and keys by RotaryEmbeddingMRope",
+        ),
+        ({"rope_type": "axial", "rope_grid_offset": 1.0}, "rotations have an offset"),
+        ({"rope_type": "axial", "rope_ref_feat_shape": (4, 4)}, "grid of reference"),
+        ({"rope_type": "axial", "qkv_fused": False}, "layers of their own"),
         ({"pos_embed": "none"}, "no position embedding"),
         ({"pos_embed_grid_size": (4, 6)}, "positions is 4 x 6, not square"),
         ({"pos_embed_grid_size": (1, 1)}, "positions has a single place"),

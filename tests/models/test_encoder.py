@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.pooling import MapPooling, build_pooling
 from navit_clip.models.position import PositionConfig
-from navit_clip.models.rope import Rotary
+from navit_clip.models.rope import Rotary, RotaryConfig
 from navit_clip.models.text_tower import TextTower, TextTowerConfig
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, Mlp, SegmentAttention
 from navit_clip.packed.images import ImagePatches, pack_images
@@ -100,24 +100,38 @@ def mlp(x: Tensor, layer: Mlp, activation: str) -> Tensor:
     return affine(hidden, layer.down)
 
 
-def attention(x: Tensor, layer: SegmentAttention, config: EncoderConfig) -> Tensor:
+def rotate(x: Tensor, angles: Tensor | None) -> Tensor:
+    """One head of one example, [n, D]: each pair (i, i + D / 2) turned by its angle [n, D / 2]."""
+    if angles is None:
+        return x
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angles)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def attention(
+    x: Tensor, layer: SegmentAttention, config: EncoderConfig, angles: Tensor | None = None
+) -> Tensor:
+    """With angles [H, n, D / 2] of queries and keys, if they are turned."""
     q, k, v = affine(x, layer.qkv).split(config.width, dim=-1)
     size = config.width // config.heads
     heads = []
-    for begin in range(0, config.width, size):
+    for head, begin in enumerate(range(0, config.width, size)):
         qh, kh, vh = (y[:, begin : begin + size] for y in (q, k, v))
         qh, kh = norm(qh, layer.q_norm, config), norm(kh, layer.k_norm, config)
+        own = None if angles is None else angles[head]
+        qh, kh = rotate(qh, own), rotate(kh, own)
         heads.append(attend(qh, kh, vh, config.causal))
     return affine(torch.cat(heads, dim=-1), layer.out)
 
 
-def encode(x: Tensor, encoder: Encoder) -> Tensor:
-    """One example's tokens [n, C] through the encoder."""
+def encode(x: Tensor, encoder: Encoder, angles: Tensor | None = None) -> Tensor:
+    """One example's tokens [n, C] through the encoder, turned by [blocks, H, n, D / 2]."""
     config = encoder.config
     x = norm(x, encoder.pre_norm, config)
-    for block in encoder.blocks:
+    for i, block in enumerate(encoder.blocks):
         assert isinstance(block, Block)
-        x = x + attention(norm(x, block.attention_norm, config), block.attention, config)
+        own = None if angles is None else angles[i]
+        x = x + attention(norm(x, block.attention_norm, config), block.attention, config, own)
         x = x + mlp(norm(x, block.mlp_norm, config), block.mlp, config.activation)
     return norm(x, encoder.norm, config)
 
@@ -225,26 +239,16 @@ def test_the_order_of_blocks_and_chunks_changes_no_bit(config, recompute, monkey
         assert torch.equal(a, e)
 
 
-def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """One head of one token, [D] by [D / 2] angles: each pair (i, i + D / 2) by a 2 x 2 matrix."""
-    turned = x.clone()
-    for i, angle in enumerate(angles.tolist()):
-        matrix = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        pair = [i, i + len(angles)]
-        turned[pair] = torch.tensor(matrix, dtype=x.dtype) @ x[pair]
-    return turned
-
-
 @pytest.mark.parametrize("each_head", [False, True])
 def test_rotary_turns_each_pair_of_dimensions(each_head):
     heads, width = 3, 6
     x = torch.randn(5, heads, width, dtype=torch.float64)
-    angles = torch.randn(5, *[heads] * each_head, width // 2, dtype=torch.float64)
-    actual = Rotary.from_angles(angles).rotate(x)
-    for token in range(5):
-        for head in range(heads):
-            own = angles[token, head] if each_head else angles[token]
-            torch.testing.assert_close(actual[token, head], rotate_pairs(x[token, head], own))
+    positions = torch.randn(5, 2, dtype=torch.float64)
+    speeds = torch.randn(2, heads if each_head else 1, width // 2, dtype=torch.float64)
+    (actual,) = Rotary(positions, speeds).rotate(x)
+    for head in range(heads):
+        angles = positions @ speeds[:, head * each_head]
+        torch.testing.assert_close(actual[:, head], rotate(x[:, head], angles))
 
 
 @every_switch
@@ -256,10 +260,10 @@ def test_rotary_makes_an_encoder_see_differences_of_positions(config, chunk_toke
     segments = Segments.from_lengths([3, 3, 1, 7], padding=2)
     x = torch.randn(segments.num_tokens, config.width, dtype=torch.float64)
     position = torch.randint(50, (segments.num_tokens, 1), dtype=torch.float64)
-    speeds = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    speeds = torch.tensor([[[1.0, 0.1]]], dtype=torch.float64)
 
     def encode_at(position: Tensor) -> Tensor:
-        rotary = Rotary.from_angles(position * speeds)
+        rotary = [Rotary(position, speeds)] * config.depth
         return encoder(x, segments, rotary)[: segments.num_real_tokens]
 
     expected = encode_at(position)
@@ -332,8 +336,11 @@ def image_tokens(tower: ImageTower, image: ImagePatches) -> Tensor:
             (int(value) / 255 - config.pixel_mean[i % 3]) / config.pixel_std[i % 3]
             for i, value in enumerate(patch)
         ]
-        position = tower.position(torch.tensor([[row, column]]), torch.tensor([image.grid]))
-        tokens.append(affine(torch.tensor(pixels, dtype=torch.float64), tower.embed) + position[0])
+        token = affine(torch.tensor(pixels, dtype=torch.float64), tower.embed)
+        if tower.position is not None:
+            place = torch.tensor([[row, column]]), torch.tensor([image.grid])
+            token = token + tower.position(*place)[0]
+        tokens.append(token)
     prefix = []
     if tower.class_token is not None:
         own_place = 0 if tower.class_position is None else tower.class_position
@@ -342,9 +349,36 @@ def image_tokens(tower: ImageTower, image: ImagePatches) -> Tensor:
     return torch.stack([*prefix, *registers, *tokens])
 
 
+def image_angles(tower: ImageTower, image: ImagePatches) -> Tensor | None:
+    """What turns one image's queries and keys, [blocks, H, n, D / 2], angle by angle."""
+    rotary, encoder = tower.config.rotary, tower.config.encoder
+    if tower.rotary is None:
+        return None
+    before = int(tower.class_token is not None) + tower.config.registers
+    pairs = encoder.head_width // 2
+    shape = (encoder.depth, encoder.heads, before + len(image.coords), pairs)
+    angles = torch.zeros(shape, dtype=torch.float64)
+    for block, head, n, pair in itertools.product(*map(range, shape)):
+        if n < before:
+            continue
+        row, column = image.coords[n - before].tolist()
+        if rotary.coordinates == "normalised":
+            rows, columns = [max(image.grid)] * 2 if rotary.keep_aspect else image.grid
+            row = 2 * math.pi * ((2 * row + 1) / rows - 1)
+            column = 2 * math.pi * ((2 * column + 1) / columns - 1)
+        if rotary.kind == "mixed":
+            learned = tower.rotary.learned.view(encoder.depth, 2, encoder.heads, pairs)
+            by_row, by_column = learned[block, :, head, pair]
+            angles[block, head, n, pair] = row * by_row + column * by_column
+        else:
+            place, i = (row, pair) if pair < pairs // 2 else (column, pair - pairs // 2)
+            angles[block, head, n, pair] = place * rotary.theta ** (-i / (pairs // 2))
+    return angles
+
+
 def image_reference(tower: ImageTower, image: ImagePatches) -> Tensor:
     config = tower.config
-    x = encode(image_tokens(tower, image), tower.encoder)
+    x = encode(image_tokens(tower, image), tower.encoder, image_angles(tower, image))
     patches = len(image.patches)
     classes = x[: int(tower.class_token is not None)]
     pooled = pool(torch.cat([classes, x[-patches:]]), tower.pool, config.pooling, config.encoder)
@@ -382,6 +416,42 @@ def test_image_tower(pooling, switches):
     torch.testing.assert_close(tower(pack_images(images)), expected, rtol=1e-6, atol=1e-6)
 
 
+ROTARY = [
+    RotaryConfig("axial"),
+    RotaryConfig("mixed", theta=10.0),
+    RotaryConfig("axial", "normalised"),
+    RotaryConfig("mixed", "normalised", keep_aspect=True),
+]
+
+
+@pytest.mark.parametrize("chunk_tokens", [6, 2048])
+@pytest.mark.parametrize("kind", ["none", "factorised"])
+@pytest.mark.parametrize("rotary", ROTARY, ids=lambda c: f"{c.kind}-{c.coordinates}")
+def test_image_tower_with_rotary_positions(rotary, kind, chunk_tokens, monkeypatch):
+    monkeypatch.setattr("navit_clip.packed.segments.CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr("navit_clip.models.transformer._UNCHUNKED_ELEMENTS", 0)
+    config = ImageTowerConfig(
+        patch_size=2,
+        encoder=EncoderConfig(width=16, depth=2, heads=2, mlp_ratio=1.5),
+        position=PositionConfig(kind, table_side=8),
+        pooling="cls",
+        registers=1,
+        rotary=rotary,
+    )
+    tower = double(ImageTower(config))
+    images = [random_image(0, (3, 4)), random_image(1, (1, 1)), random_image(2, (5, 5), keep=4)]
+    results = []
+    for actual in (
+        tower(pack_images(images, budget=20)),
+        torch.stack([image_reference(tower, image) for image in images]),
+    ):
+        grads = torch.autograd.grad(actual.sin().sum(), list(tower.parameters()))
+        results.append([actual, *grads])
+    for found, expected in zip(*results, strict=True):
+        # As above.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["map", "cls"])
 @pytest.mark.parametrize("registers", [0, 2])
 def test_tokens_of_an_image_are_its_patches_encoded(pooling, registers):
@@ -415,6 +485,24 @@ def test_text_tower(pooling, causal):
     for ids in captions:
         x = torch.stack([tower.token[token] + tower.position[i] for i, token in enumerate(ids)])
         expected.append(pool(encode(x, tower.encoder), tower.pool, pooling, encoder))
+    torch.testing.assert_close(tower(pack_texts(captions)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_text_tower_with_rotary_positions(position):
+    encoder = EncoderConfig(**SMALL, causal=True)
+    rotary = RotaryConfig("axial", theta=50.0)
+    config = TextTowerConfig(11, 6, encoder, "last", position=position, rotary=rotary)
+    tower = double(TextTower(config))
+    captions = [random_caption(seed, length) for seed, length in enumerate((4, 1, 6, 4))]
+    expected = []
+    for ids in captions:
+        x = tower.token[torch.tensor(ids)]
+        if tower.position is not None:
+            x = x + tower.position[: len(ids)]
+        angles = torch.arange(len(ids))[:, None] * torch.tensor([1.0, 50**-0.5]).double()
+        x = encode(x, tower.encoder, angles.expand(2, 2, -1, -1))
+        expected.append(pool(x, tower.pool, "last", encoder))
     torch.testing.assert_close(tower(pack_texts(captions)), torch.stack(expected))
 
 

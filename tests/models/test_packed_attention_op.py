@@ -164,7 +164,7 @@ def test_an_encoder_computes_the_same(case, autocast, kernels):
     plain.load_state_dict(packed.state_dict())
     packed.pack_attention()
     segments = Segments.from_lengths([1, 2, 5, 9], padding=3)
-    rotary = Rotary.from_angles(torch.randn(20, 4)) if case == "rotary" else None
+    rotary = [Rotary(torch.randn(20, 2), torch.randn(2, 1, 4))] * 2 if case == "rotary" else ()
     x_TC = torch.randn(20, 16)
     results = []
     for encoder in (packed, plain):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from packed_examples import random_caption, random_image
-from step_cases import new_stepper, tiny_config, with_task
+from step_cases import new_stepper, rotary, tiny_config, with_task
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.shared_batch import SharedBatch
+from navit_clip.models.rope import Rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig, compiled_block
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import pack_images
@@ -102,7 +103,7 @@ UNLIKE = replace(
 )
 CASES = {
     "padded": {},
-    "unlike towers, one locked in part, micro-batches": {
+    "unlike rotary towers, one locked in part, micro-batches": {
         "lock": LockConfig(image=True, image_unlocked_blocks=1),
         "accumulate": 2,
         "precision": "bf16",
@@ -114,7 +115,7 @@ CASES = {
 def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
     config = tiny_config(steps=1000, parallel=COMPILED, **CASES[case])
     if "unlike" in case:
-        config = with_task(config, model=UNLIKE)
+        config = rotary(with_task(config, model=UNLIKE))
     stepper = new_stepper(config)
 
     def step(number: int) -> None:
@@ -163,8 +164,8 @@ def test_a_run_past_the_limit_of_compilations_says_so_and_goes_on(without_kernel
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler here")
 @torch._inductor.config.patch(compile_threads=1)  # processes of its own would take seconds more
 @torch.no_grad()  # those of the backward pass take as long again to build
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiled_kernels_agree_and_are_built_once(packed):
+@pytest.mark.parametrize(("packed", "turned"), [(False, True), (True, False)])
+def test_compiled_kernels_agree_and_are_built_once(packed, turned):
     torch.manual_seed(0)
     config = EncoderConfig(width=16, depth=2, heads=2)
     compiled, plain = Encoder(config), Encoder(config)
@@ -177,7 +178,9 @@ def test_compiled_kernels_agree_and_are_built_once(packed):
         segments = varied_batch(number).inputs.images.segments
         x_TC = torch.randn(segments.num_tokens, 16)
         real = segments.num_real_tokens
-        found, expected = (encoder(x_TC, segments)[:real] for encoder in (compiled, plain))
+        rotation = Rotary(torch.randn(segments.num_tokens, 2), torch.randn(2, 2, 4))
+        turns = [rotation] * config.depth if turned else ()
+        found, expected = (encoder(x_TC, segments, turns)[:real] for encoder in (compiled, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     assert compiled_late(step) == 0

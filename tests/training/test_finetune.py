@@ -119,6 +119,32 @@ def test_a_run_starts_from_the_weights_the_shape_and_the_tokenizer(data, tmp_pat
     assert config.task.model == SQUARE
 
 
+def test_rotary_positions_may_be_added_and_are_all_that_is_new(data, tmp_path, monkeypatch):
+    still = {"optim__lr": 1e-30, "optim__weight_decay": 0.0}
+    added = {
+        "task__model__image__rotary__kind": "mixed",
+        "task__model__text__rotary__kind": "axial",
+    }
+    run_dir = tmp_path / "run"
+    assert run(monkeypatch, finetune_flags(data, run_dir, 1, **still, **added)) == 0
+    source = NaViTCLIP.from_directory(data / "square")
+    found = NaViTCLIP.from_directory(run_dir / "model")
+    assert found.config.image.rotary.kind == "mixed"
+    assert replace(found.config.image, rotary=SQUARE.image.rotary) == SQUARE.image
+    assert found.state_dict().keys() - source.state_dict().keys() == {"image.rotary.learned"}
+    for name, weight in source.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=1e-29)
+    image = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    assert not torch.allclose(found.encode_image([image]), source.encode_image([image]))
+    # The run knows its own shape from its checkpoint.
+    assert run(monkeypatch, finetune_flags(data, run_dir, 2, **still)) == 0
+    assert NaViTCLIP.from_directory(run_dir / "model").config == found.config
+    with pytest.raises(
+        UserError, match=r"have image.rotary.kind=\"none\", this model has \"mixed\""
+    ):
+        found.to_open_clip()
+
+
 EVERYTHING = {
     "optim__layer_decay": 0.8,
     "task__lock__image": "true",

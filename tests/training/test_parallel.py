@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from step_cases import ALONE, measurements, new_stepper, tiny_config
+from step_cases import ALONE, measurements, new_stepper, rotary, tiny_config
 from tiny_run import tiny_flags, write_tiny_data
 from torch._dynamo.utils import counters
 
@@ -35,8 +35,8 @@ CASES = {
         "ddp": (tiny_config(ema=AVERAGED), FLOAT, 30),
         "ddp, 3 micro-batches": (tiny_config(accumulate=3), FLOAT, 30),
         "fsdp": (tiny_config(parallel=FSDP, ema=AVERAGED), FLOAT, 30),
-        "fsdp, 3 micro-batches": (
-            tiny_config(kind="sigmoid", parallel=KEPT, accumulate=3),
+        "fsdp, 3 micro-batches, rotary": (
+            rotary(tiny_config(kind="sigmoid", parallel=KEPT, accumulate=3)),
             DOUBLE,
             6,
         ),

@@ -26,6 +26,7 @@ SIGMOID_MAX_SCALE = 1000.0
 
 _BOTH = {
     "image.position.kind": "learned_1d",
+    "image.rotary.kind": "none",
     "image.registers": 0,
     "image.pooled_norm": False,
     "image.encoder.qk_norm": False,
@@ -33,6 +34,8 @@ _BOTH = {
     "image.encoder.norm_bias": True,
     "image.encoder.mlp_bias": True,
     "image.encoder.final_norm": True,
+    "text.position": "learned",
+    "text.rotary.kind": "none",
     "text.pooling": "last",
     "text.encoder.qk_norm": False,
     "text.encoder.qkv_bias": True,
