@@ -33,6 +33,10 @@ class Metric:
         is_headline: Whether it is in curves, breakdowns and log lines; every result must have it.
         lower_is_better: Whether a smaller value is the better one.
         is_fraction: Whether it is displayed as a percentage.
+        queries: Which count of a result it is a fraction of, such as ``images``; empty if it is
+            none of single ones.
+        guesses: How many answers of a query count, and
+        among: which count of a result they are drawn from: together, what guessing gives.
     """
 
     label: str
@@ -41,6 +45,9 @@ class Metric:
     is_headline: bool = False
     lower_is_better: bool = False
     is_fraction: bool = True
+    queries: str = ""
+    guesses: int = 0
+    among: str = ""
 
     @property
     def name(self) -> str:
@@ -52,6 +59,15 @@ class Metric:
         if self.is_fraction or value is None or math.isnan(value):
             return percent(value)
         return f"{value:g}"
+
+
+def wilson_interval(value: float, queries: int) -> tuple[float, float]:
+    """The 95% interval of a fraction of independent queries (Wilson, 1927, no correction)."""
+    z2 = 1.959964**2
+    middle = (value + z2 / (2 * queries)) / (1 + z2 / queries)
+    root = math.sqrt(value * (1 - value) / queries + z2 / (4 * queries**2))
+    half = math.sqrt(z2) * root / (1 + z2 / queries)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def percent(value: float | None) -> str:
@@ -191,6 +207,21 @@ class EvalResult:
     def headline(self) -> dict[str, Metric]:
         """The metrics of curves and log lines."""
         return {key: metric for key, metric in self.metrics.items() if metric.is_headline}
+
+    def chance(self, key: str) -> float | None:
+        """What guessing gives of a metric, if it is known."""
+        metric = self.metrics[key]
+        count = self.counts.get(metric.among, 0)
+        return min(1.0, metric.guesses / count) if count > 0 else None
+
+    def margin(self, key: str) -> float | None:
+        """How far the 95% interval of a metric reaches from it, at most among all rows."""
+        count, margins = self.counts.get(self.metrics[key].queries, 0), []
+        for value in (row.metrics.get(key, math.nan) for row in self.rows):
+            if count > 0 and 0 <= value <= 1:
+                low, high = wilson_interval(value, count)
+                margins.append(max(value - low, high - value))
+        return max(margins, default=None)
 
     @property
     def heading(self) -> str:

@@ -70,9 +70,13 @@ class RetrievalSpec(EvalSpec):
         return self.data or self.captions or ""
 
 
-def _metrics(key: str, group: str, abbreviation: str) -> dict[str, Metric]:
+def _metrics(key: str, group: str, abbreviation: str, queries: str) -> dict[str, Metric]:
+    # An image has as many captions as there are for each image, and as many chances to be guessed.
     metrics = {
-        f"{key}/R@{k}": Metric(f"R@{k}", group, abbreviation, is_headline=k == 1) for k in RECALL_AT
+        f"{key}/R@{k}": Metric(
+            f"R@{k}", group, abbreviation, k == 1, queries=queries, guesses=k, among="images"
+        )
+        for k in RECALL_AT
     }
     median = Metric("median", group, abbreviation, lower_is_better=True, is_fraction=False)
     return {**metrics, f"{key}/median_rank": median}
@@ -87,8 +91,8 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
     gallery = "sample images with their best captions"
     Spec = RetrievalSpec
     METRICS: ClassVar = {
-        **_metrics(I2T, "image → text", "I→T"),
-        **_metrics(T2I, "text → image", "T→I"),
+        **_metrics(I2T, "image → text", "I→T", "images"),
+        **_metrics(T2I, "text → image", "T→I", "captions"),
     }
     counted = "captions"
 

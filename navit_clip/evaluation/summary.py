@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import EVALUATORS, read_result
-from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
+from navit_clip.evaluation.results import EvalResult, Metric, Row, percent, shorten
 from navit_clip.files import reading
 
 _COLUMNS = 100  # of a terminal; the model's name gives way, but not below
@@ -25,7 +26,7 @@ def table(result: EvalResult, file: str = "") -> str:
     """
     metrics = result.measured
     names = ["setting", "tokens", "GFLOPs", *(metric.label for metric in metrics.values())]
-    rows = [names, *(_cells(row, metrics) for row in result.rows)]
+    rows = [names, *(_cells(row, metrics) for row in result.rows), *_notes(result)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))
@@ -35,9 +36,10 @@ def table(result: EvalResult, file: str = "") -> str:
         models = [shorten(row.model, most) for row in result.rows]
         width = max(len(model) for model in [*models, "model"])
         first = ["model", "─" * width, *models]
-        lines = [f"{c.ljust(width)}  {line}" for c, line in zip(first, lines, strict=True)]
+        named = zip_longest(first, lines, fillvalue="")
+        lines = [f"{c.ljust(width)}  {line}" for c, line in named]
         above = [" " * (width + 2) + line for line in above]
-    foot = ["* the model's own setting"]
+    foot = ["* the model's own setting; 95%: the widest interval of the column"]
     if result.skipped:
         foot.append("skipped: " + ", ".join(f"{why} {n}" for why, n in result.skipped.items()))
     return "\n".join([result.heading + (f" ({file})" if file else ""), *above, *lines, *foot])
@@ -58,6 +60,14 @@ def _cells(row: Row, metrics: Mapping[str, Metric]) -> list[str]:
     values = [metric.format(row.metrics.get(key)) for key, metric in metrics.items()]
     label = f"{row.setting.label} *" if row.is_own else row.setting.label
     return [label, f"{row.mean_tokens:.1f}", gflops, *values]
+
+
+def _notes(result: EvalResult) -> list[list[str]]:
+    """Rows for what guessing gives, and how far metrics are to be trusted."""
+    chance = [percent(result.chance(key)) for key in result.measured]
+    margins = [result.margin(key) for key in result.measured]
+    trusted = ["–" if margin is None else f"±{percent(margin)}" for margin in margins]
+    return [["chance", "", "", *chance], ["95%", "", "", *trusted]]
 
 
 def summarise(directory: Path) -> str:

@@ -79,9 +79,13 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
     description = "zero-shot classification of labelled images"
     Spec = ZeroShotSpec
     METRICS: ClassVar = {
-        "top1": Metric("top-1", is_headline=True),
-        "top5": Metric("top-5", is_headline=True),
-        "mean_per_class": Metric("mean per class"),
+        **{
+            f"top{k}": Metric(
+                f"top-{k}", is_headline=True, queries="images", guesses=k, among="classes"
+            )
+            for k in (1, 5)
+        },
+        "mean_per_class": Metric("mean per class", guesses=1, among="classes"),
         "ece": Metric("ECE", lower_is_better=True),
     }
     counted = "classes"

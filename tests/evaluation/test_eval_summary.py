@@ -9,6 +9,8 @@ import random
 
 import pytest
 from eval_cases import run
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from report_cases import KINDS, SETTINGS, make_result, metrics_of
@@ -17,7 +19,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import read_result
 from navit_clip.evaluation.report import charts
 from navit_clip.evaluation.report.charts import COSTS, draw_curve, lines_of
-from navit_clip.evaluation.results import Metric
+from navit_clip.evaluation.results import Metric, wilson_interval
 from navit_clip.evaluation.summary import summarise, table
 
 
@@ -228,7 +230,7 @@ def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
     assert lines[-1] == "skipped: unreadable_image 3"
     assert f"1,200 images, 30 {'classes' if kind == 'zeroshot' else 'captions'}" in lines[0]
     entries = [e for b in result["baselines"] for e in b["views"]]
-    body = lines[-2 - len(SETTINGS) - len(entries) : -2]
+    body = lines[-4 - len(SETTINGS) - len(entries) : -4]
     for line, entry in zip(body, [*result["views"], *entries], strict=True):
         assert entry["label"] + (" *" if entry["own"] else "") in line
         words = line.split()
@@ -237,6 +239,35 @@ def test_tables_fit_a_terminal_and_say_everything(kind, baselines):
         assert ("3.5" in words) == (kind == "retrieval")
     assert ("ViT-B-32" in printed or "weights" in printed) == bool(baselines)
     assert ("runs/a/model" in printed) == bool(baselines)
+
+
+def test_a_table_says_what_guessing_gives_and_how_far_metrics_are_to_be_trusted():
+    result = make_result("zeroshot", baselines=0)
+    for entry in result["views"]:
+        entry |= {"top1": 0.9, "top5": 1.0}
+    result["views"][1]["top1"] = 0.5
+    *_, chance, interval, _, _ = table(read_result(result)).splitlines()
+    assert chance.split() == ["chance", "3.3%", "16.7%", "3.3%", "–"]
+    # Of 1,200 images; that of 0.5 is the wider one of the column.
+    assert interval.split() == ["95%", "±2.8%", "±0.3%", "–", "–"]
+    found = read_result(make_result("retrieval"))
+    assert found.chance("image_to_text/R@5") == found.chance("text_to_image/R@5") == 5 / 1200
+    assert found.chance("text_to_image/median_rank") is None
+    assert found.margin("text_to_image/median_rank") is None
+    # Queries of this direction are the 30 captions.
+    assert found.margin("text_to_image/R@1") > 4 * found.margin("image_to_text/R@1")
+
+
+@given(hits=st.integers(0, 400), queries=st.integers(1, 400))
+def test_wilson_intervals_are_the_fractions_that_a_test_would_not_reject(hits, queries):
+    value = min(hits, queries) / queries
+    low, high = wilson_interval(value, queries)
+    assert 0 <= low <= value + 1e-9
+    assert value - 1e-9 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            deviations = abs(value - end) / math.sqrt(end * (1 - end) / queries)
+            assert deviations == pytest.approx(1.959964, rel=1e-4)
 
 
 def test_a_summary_lists_results_reports_and_pictures(tmp_path, capsys):
