@@ -38,6 +38,8 @@ OBJECT = re.compile(
     rf"(?: with ({'|'.join(TEXTURE_OF)}))?"
 )
 
+STYLES = pytest.mark.parametrize("style", [scenes.EASY, scenes.HARD], ids=["easy", "hard"])
+
 
 def main(arguments: list[str]) -> int:
     """``navit-clip data shapes`` in this process; returns its exit code."""
@@ -47,11 +49,13 @@ def main(arguments: list[str]) -> int:
         return int(stop.code or 0)
 
 
-def sample_scenes(count: int) -> list[tuple[Scene, np.random.Generator]]:
+def sample_scenes(
+    count: int, style: scenes.Style = scenes.EASY
+) -> list[tuple[Scene, np.random.Generator]]:
     result = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        result.append((scenes.lay_out(scenes.sample_description(rng), rng), rng))
+        result.append((scenes.lay_out(scenes.sample_description(rng), rng, style), rng))
     return result
 
 
@@ -70,8 +74,9 @@ def files_below(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_objects_lie_inside_and_apart():
-    for scene, _ in sample_scenes(1000):
+@STYLES
+def test_objects_lie_inside_and_apart(style):
+    for scene, _ in sample_scenes(1000, style):
         for o in scene.objects:
             assert o.side / 2 <= o.x <= scene.width - o.side / 2
             assert o.side / 2 <= o.y <= scene.height - o.side / 2
@@ -79,19 +84,21 @@ def test_objects_lie_inside_and_apart():
             assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.side + b.side) / 2
 
 
-def test_every_scene_of_several_objects_has_a_clear_relation():
-    for scene, _ in sample_scenes(1000):
+@STYLES
+def test_every_scene_of_several_objects_has_a_clear_relation(style):
+    for scene, _ in sample_scenes(1000, style):
         pairs = list(itertools.combinations(scene.objects, 2))
         assert not pairs or any(scenes.relation(a, b) for a, b in pairs)
 
 
-def test_image_sizes():
-    drawn = [scene for scene, _ in sample_scenes(2000)]
+@STYLES
+def test_image_sizes(style):
+    drawn = [scene for scene, _ in sample_scenes(2000, style)]
     sides = np.array([(scene.width, scene.height) for scene in drawn])
     aspect = sides.max(axis=1) / sides.min(axis=1)
     assert sides.min() >= 48
-    assert sides.max() <= 320
-    assert aspect.max() <= 3.0
+    assert sides.max() <= style.max_side
+    assert 0.9 * style.max_aspect < aspect.max() <= style.max_aspect
     assert 0.4 < (aspect > 1.2).mean() < 0.6
     assert 0.4 < (sides[:, 0] > sides[:, 1]).mean() < 0.6
     counts = Counter(len(scene.objects) for scene in drawn)
@@ -99,9 +106,10 @@ def test_image_sizes():
     np.testing.assert_allclose(shares, scenes.OBJECT_COUNT_WEIGHTS, atol=0.04)
 
 
-def test_small_and_large_do_not_meet():
+@STYLES
+def test_small_and_large_do_not_meet(style):
     extents: dict[str, list[float]] = {"small": [], "large": []}
-    for scene, _ in sample_scenes(500):
+    for scene, _ in sample_scenes(500, style):
         for o in scene.objects:
             extents[o.attributes.size].append(o.side / (scene.width * scene.height) ** 0.5)
     assert min(extents["large"]) > 1.04 * max(extents["small"])
@@ -206,6 +214,15 @@ def test_textures_change_the_inside_of_an_object():
             assert 0.1 < min(shares) < max(shares) < 0.9
 
 
+def test_hard_marks_are_smaller_and_single_ones_fit_every_shape_of_image():
+    """Else small or large, and the shape of the image, would say something of each other."""
+    for number, easy in scenes.EASY.sides.items():
+        hard = scenes.HARD.sides[number]
+        assert all(hard[size][1] < 0.75 * easy[size][1] for size in scenes.SIZES)
+    room = scenes.HARD.max_aspect**-0.5 - 2 * scenes.GAP
+    assert scenes.HARD.sides[1]["large"][1] < room
+
+
 def test_retrieval_captions_fit_one_picture_only():
     descriptions = list(itertools.islice(retrieval_descriptions(seed=0), 400))
     for a, b in itertools.permutations(descriptions, 2):
@@ -281,6 +298,15 @@ def test_training_shards(written):
             extensions.add(extension)
     assert len(set(seen)) == len(seen) == 23
     assert extensions == {"jpg", "png"}
+
+
+def test_hard_pictures_are_others_with_the_same_names(written, tmp_path):
+    output = tmp_path / "hard"
+    assert main(["--output", str(output), *SMALL, "--workers", "1", "--hard"]) == 0
+    easy, hard = files_below(written), files_below(output)
+    assert {name.split(".")[0] for name in hard} == {name.split(".")[0] for name in easy}
+    assert not set(hard.values()) & {easy[name] for name in easy if "templates" not in name}
+    assert main(["--output", str(output), *SMALL]) == 2
 
 
 def test_zeroshot_folders(written):

@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.to
         ("--workers", 1, os.cpu_count() or 1, "processes"),
     ):
         parser.add_argument(flag, type=number(least), default=default, help=text)
+    parser.add_argument(
+        "--hard",
+        action="store_true",
+        help="small marks, fine textures and long strips, whose labels need resolution",
+    )
     return run_command(parser, _write, argv, "interrupted; the same command starts over")
 
 

@@ -46,24 +46,58 @@ CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
 TEXTURE_WEIGHTS = (0.49, 0.17, 0.17, 0.17)
 OBJECT_COUNT_WEIGHTS = (0.7, 0.18, 0.12)
-MIN_SIDE, MAX_SIDE = 48, 320
-MAX_ASPECT = 3.0
+MIN_SIDE = 48
 NEAR_SQUARE_ASPECT = 1.2
-
-# Object side as a fraction of sqrt(width * height), by number of objects: as large as the number
-# lets them be, since a shape is learnt from the few patches it covers. Over all numbers small ends
-# at 0.43 and large begins at 0.45, and within each the two words are far apart.
-SIDE_RANGES = {
-    1: {"small": (0.39, 0.43), "large": (0.70, 0.78)},
-    2: {"small": (0.30, 0.33), "large": (0.49, 0.53)},
-    3: {"small": (0.27, 0.30), "large": (0.45, 0.48)},
-}
 GAP = 0.025
 
 # A pair is "left of" or "above" only if one axis clearly dominates the other.
 DOMINANCE = 1.5
 
 HELD_OUT_BUCKETS = 16
+
+
+@dataclass(frozen=True)
+class Style:
+    """How large objects are in their pictures, and how long these.
+
+    Attributes:
+        sides: Object side as a fraction of sqrt(width * height), by number of objects and size.
+            Within each number, and over all of them, the two words are far apart.
+        units: Smallest and largest sqrt(width * height) in pixels.
+        max_side: Most pixels of a side.
+        max_aspect: Most that the long side is of the short one.
+    """
+
+    sides: dict[int, dict[str, tuple[float, float]]]
+    units: tuple[float, float]
+    max_side: int
+    max_aspect: float
+
+
+# As large as their number lets them be, since a shape is learnt from the few patches it covers. The
+# smallest images still give an object enough pixels for its texture.
+EASY = Style(
+    sides={
+        1: {"small": (0.39, 0.43), "large": (0.70, 0.78)},
+        2: {"small": (0.30, 0.33), "large": (0.49, 0.53)},
+        3: {"small": (0.27, 0.30), "large": (0.45, 0.48)},
+    },
+    units=(88.0, 224.0),
+    max_side=320,
+    max_aspect=3.0,
+)
+# A small mark in many tokens has as many pixels as a large one in few, which is learnt first; in
+# few tokens it cannot be read. In strips marks are smaller still, and squashing bends their shape.
+HARD = Style(
+    sides={
+        1: {"small": (0.20, 0.24), "large": (0.40, 0.44)},
+        2: {"small": (0.18, 0.22), "large": (0.34, 0.38)},
+        3: {"small": (0.17, 0.20), "large": (0.32, 0.35)},
+    },
+    units=(96.0, 224.0),
+    max_side=480,
+    max_aspect=4.0,
+)
 
 
 class Attributes(NamedTuple):
@@ -148,12 +182,12 @@ def describe_classes(rng: np.random.Generator, classes: Iterable[int]) -> Descri
     return Description(background, tuple(objects))
 
 
-def lay_out(description: Description, rng: np.random.Generator) -> Scene:
+def lay_out(description: Description, rng: np.random.Generator, style: Style = EASY) -> Scene:
     """Draws an image size that holds the objects, and places them inside and apart."""
     while True:
-        width, height = _sample_size(rng)
+        width, height = _sample_size(style, rng)
         unit = math.sqrt(width * height)
-        ranges = SIDE_RANGES[len(description.objects)]
+        ranges = style.sides[len(description.objects)]
         sides = np.array([rng.uniform(*ranges[o.size]) for o in description.objects]) * unit
         centres = _place(sides, width, height, GAP * unit, rng)
         # Three large objects do not fit every aspect ratio; another image size will.
@@ -166,18 +200,19 @@ def lay_out(description: Description, rng: np.random.Generator) -> Scene:
     return Scene(width, height, description.background, placed)
 
 
-def _sample_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Half of the images within 20% of square, half from there to 3:1, either way up."""
+def _sample_size(style: Style, rng: np.random.Generator) -> tuple[int, int]:
+    """Half of the images within 20% of square, half from there to the longest, either way up."""
     near_square, landscape = rng.random(2) < 0.5
-    low, high = (1.0, NEAR_SQUARE_ASPECT) if near_square else (NEAR_SQUARE_ASPECT, MAX_ASPECT)
+    most = style.max_aspect
+    low, high = (1.0, NEAR_SQUARE_ASPECT) if near_square else (NEAR_SQUARE_ASPECT, most)
     aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
     root = math.sqrt(aspect)
-    # The smallest images still give an object enough pixels for its texture.
-    smallest, largest = max(88.0, MIN_SIDE * root), min(224.0, MAX_SIDE / root)
+    smallest = max(style.units[0], MIN_SIDE * root)
+    largest = min(style.units[1], style.max_side / root)
     unit = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
     long, short = round(unit * root), round(unit / root)
-    # Rounding must not push a thin image past 3:1.
-    long = min(long, int(MAX_ASPECT * short), MAX_SIDE)
+    # Rounding must not push an image past the longest.
+    long = min(long, int(most * short), style.max_side)
     return (long, short) if landscape else (short, long)
 
 

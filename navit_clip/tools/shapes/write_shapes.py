@@ -33,9 +33,12 @@ from navit_clip.errors import UserError
 from navit_clip.tools.shapes.render import encode, render
 from navit_clip.tools.shapes.scene import (
     CLASSES,
+    EASY,
+    HARD,
     Attributes,
     Description,
     Scene,
+    Style,
     describe_classes,
     lay_out,
     sample_description,
@@ -68,20 +71,20 @@ class Sample(NamedTuple):
     extension: str
 
 
-def train_sample(seed: int, index: int) -> Sample:
+def train_sample(seed: int, index: int, style: Style = EASY) -> Sample:
     """Training picture `index`, with several captions, the first of them full."""
     rng = _generator(seed, "train", index)
     description = sample_description(rng)
     while description.is_reserved():
         description = sample_description(rng)
-    scene = lay_out(description, rng)
+    scene = lay_out(description, rng, style)
     return _finish(scene, training_captions(scene, rng), rng)
 
 
-def zeroshot_sample(seed: int, class_index: int, number: int) -> Sample:
+def zeroshot_sample(seed: int, class_index: int, number: int, style: Style = EASY) -> Sample:
     """Picture `number` of `CLASSES[class_index]`, with one full caption."""
     rng = _generator(seed, "zeroshot", class_index, number)
-    scene = lay_out(describe_classes(rng, [class_index]), rng)
+    scene = lay_out(describe_classes(rng, [class_index]), rng, style)
     return _finish(scene, [full_caption(scene, rng)], rng)
 
 
@@ -111,10 +114,12 @@ def retrieval_descriptions(seed: int) -> Iterator[Description]:
         yield description
 
 
-def retrieval_sample(seed: int, index: int, description: Description) -> Sample:
+def retrieval_sample(
+    seed: int, index: int, description: Description, style: Style = EASY
+) -> Sample:
     """Retrieval picture `index`, of the `index`-th of `retrieval_descriptions`."""
     rng = _generator(seed, "retrieval", 1, index)
-    scene = lay_out(description, rng)
+    scene = lay_out(description, rng, style)
     return _finish(scene, [full_caption(scene, rng)], rng)
 
 
@@ -127,6 +132,7 @@ def write_shapes(
     zeroshot_per_class: int,
     retrieval: int,
     workers: int,
+    hard: bool = False,
 ) -> bool:
     """Writes all splits below `output`, or nothing if they are there already.
 
@@ -139,6 +145,7 @@ def write_shapes(
         zeroshot_per_class: Pictures of each of the 48 zero-shot classes.
         retrieval: Number of retrieval pictures, with one caption each.
         workers: Number of processes, at least 1; it does not change what is written.
+        hard: Small marks, fine textures and long strips, see `scene.HARD`.
 
     Returns:
         False if `output` was complete with the same arguments, True if it was written now.
@@ -154,7 +161,9 @@ def write_shapes(
         "shard_size": shard_size,
         "zeroshot_per_class": zeroshot_per_class,
         "retrieval": retrieval,
+        **({"hard": True} if hard else {}),
     }
+    style = HARD if hard else EASY
     record = json.dumps(arguments, indent=2) + "\n"
     if _is_complete(output, record):
         return False
@@ -167,16 +176,16 @@ def write_shapes(
     images.mkdir()
 
     tasks: list[Callable[[], _Written]] = [
-        partial(_write_shard, seed, first, last, output / "train" / f"{shard:05d}.tar")
+        partial(_write_shard, style, seed, first, last, output / "train" / f"{shard:05d}.tar")
         for shard, (first, last) in enumerate(_ranges(train, shard_size))
     ]
     tasks += [
-        partial(_write_class, seed, index, zeroshot_per_class, output / "zeroshot")
+        partial(_write_class, style, seed, index, zeroshot_per_class, output / "zeroshot")
         for index in range(len(CLASSES))
     ]
     descriptions = list(itertools.islice(retrieval_descriptions(seed), retrieval))
     tasks += [
-        partial(_write_retrieval, seed, first, descriptions[first:last], images)
+        partial(_write_retrieval, style, seed, first, descriptions[first:last], images)
         for first, last in _ranges(retrieval, RETRIEVAL_CHUNK)
     ]
     total = train + zeroshot_per_class * len(CLASSES) + retrieval
@@ -215,10 +224,10 @@ def _is_complete(output: Path, record: str) -> bool:
     return False
 
 
-def _write_shard(seed: int, first: int, last: int, path: Path) -> _Written:
+def _write_shard(style: Style, seed: int, first: int, last: int, path: Path) -> _Written:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in range(first, last):
-            sample = train_sample(seed, index)
+            sample = train_sample(seed, index, style)
             fields = {
                 "captions": sample.captions[:FULL_CAPTIONS],
                 "names": sample.captions[FULL_CAPTIONS],
@@ -232,21 +241,21 @@ def _write_shard(seed: int, first: int, last: int, path: Path) -> _Written:
     return last - first, []
 
 
-def _write_class(seed: int, class_index: int, count: int, folder: Path) -> _Written:
+def _write_class(style: Style, seed: int, class_index: int, count: int, folder: Path) -> _Written:
     class_folder = folder / "_".join(CLASSES[class_index])
     class_folder.mkdir()
     for number in range(count):
-        sample = zeroshot_sample(seed, class_index, number)
+        sample = zeroshot_sample(seed, class_index, number, style)
         (class_folder / f"{number:05d}.{sample.extension}").write_bytes(sample.data)
     return count, []
 
 
 def _write_retrieval(
-    seed: int, first: int, descriptions: list[Description], folder: Path
+    style: Style, seed: int, first: int, descriptions: list[Description], folder: Path
 ) -> _Written:
     listed = []
     for index, description in enumerate(descriptions, start=first):
-        sample = retrieval_sample(seed, index, description)
+        sample = retrieval_sample(seed, index, description, style)
         name = f"{index:05d}.{sample.extension}"
         (folder / name).write_bytes(sample.data)
         size = {"width": sample.width, "height": sample.height}
