@@ -104,6 +104,7 @@ class Interval:
             "tokens_per_s": tokens / seconds,
             **{f"{name}_tokens_per_s": count / seconds for name, count in by_stream.items()},
             "step_s": seconds / max(1, self.steps),
+            "flops": sums["flops"],
             "model_flops_per_s": sums["flops"] / seconds,
             "padding": 1 - tokens / sums["slots"],
             "token_drop": 1 - tokens / sums["before_drop"],

@@ -79,6 +79,7 @@ def test_an_interval_of_several_batches(monkeypatch, padding):
             "image_tokens_per_s": images / 4,
             "text_tokens_per_s": texts / 4,
             "step_s": 4 / 3,
+            "flops": 15_000,
             "model_flops_per_s": 15_000 / 4,
             "padding": 12 * padding / (images + texts + 12 * padding),
             "token_drop": 1 - (images + texts) / before,
