@@ -16,6 +16,7 @@ import yaml
 
 from navit_clip.errors import UserError
 from navit_clip.files import reading, write_output
+from navit_clip.training.optimizers import ADAMW
 
 _NAME = re.compile(r"^step-(\d{8})\.yaml$")
 _UNSET = "unset"
@@ -31,8 +32,8 @@ def check_changes(before: Path, resolved: str, start: int, steps: int) -> list[s
         steps: Of the whole run, as the command says.
 
     Raises:
-        UserError: If a run cannot go on so: with fewer steps than are done, another task or another
-            architecture, whose weights may well have the same shapes.
+        UserError: If a run cannot go on so: with fewer steps than are done, another task, another
+            architecture, whose weights may well have the same shapes, or another optimiser.
     """
     if steps < start:
         raise UserError(
@@ -41,13 +42,14 @@ def check_changes(before: Path, resolved: str, start: int, steps: int) -> list[s
         )
     with reading(before, yaml.YAMLError):
         old = _flat(yaml.safe_load(before.read_text()))
+    old.setdefault("optim.name", ADAMW)  # of runs begun before there were others
     new = _flat(yaml.safe_load(resolved))
     changes = []
     for name in dict.fromkeys([*old, *new]):
         there, here = old.get(name, _UNSET), new.get(name, _UNSET)
         if there == here or name == "run_dir":
             continue
-        if name == "task.kind" or name.startswith("task.model."):
+        if name in ("task.kind", "optim.name") or name.startswith("task.model."):
             raise UserError(
                 f"cannot resume from {before.parent}: {name} is {here}, was {there}: keep it, or "
                 "use another run_dir"

@@ -1,30 +1,38 @@
-"""The optimiser: AdamW, with decay where it belongs and a learning rate by depth.
+"""The optimiser, AdamW or another, with decay where it belongs and a learning rate by depth.
 
 `navit_clip.training.schedule` says how the learning rate moves over the steps, the groups here how
-it differs between parameters.
+it differs between parameters; others than AdamW are made by `optimizers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from navit_clip.training.optimizers import ADAMW, check_optimizer, make_optimizer
 from navit_clip.training.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate.
+    """The optimiser and its learning rate.
 
     Attributes:
+        name: ``adamw``, any of timm's (`timm.optim.list_optimizers`: lion, lamb, muon, sgd, …, with
+            the defaults of its `create_optimizer_v2`), or a class of PyTorch's such as
+            ``torch.SGD``. Those of muon take it for the matrices of linear layers, AdamW for the
+            rest.
         lr: Peak learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of matrices and tables; norms, biases, probe and scale have
-            none.
+        betas: Of adamw: decay of the first and second moment.
+        eps: Of adamw: added to the root of the second moment.
+        args: Further arguments of the optimiser by name, such as {momentum: 0.9}; betas and eps of
+            another than adamw too.
+        weight_decay: Decay of matrices and tables, decoupled unless the optimiser has another kind
+            (sgd adds it to the gradient); norms, biases, probe and scale have none.
         layer_decay: Each layer of a tower learns at this share of the rate of the one above it
             (BEiT): final norm, pooling, projection and scale at the full rate, embeddings slowest.
             1 trains all alike; fine-tuning takes 0.65 to 0.9.
@@ -35,9 +43,11 @@ class OptimConfig:
         ValueError: If a field is out of range; the message names it.
     """
 
+    name: str = ADAMW
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
+    args: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.1
     layer_decay: float = 1.0
     clip_norm: float = 1.0
@@ -52,12 +62,13 @@ class OptimConfig:
             raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
         if self.clip_norm < 0:
             raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
+        check_optimizer(self.name, self.args)
 
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, layers_above: Callable[[str], int]
-) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW over the parameters that are trained, in groups by learning rate and decay.
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """An optimiser of the parameters that are trained, in groups by learning rate and decay.
 
     Decay is for matrices and tables only. Scalars have a group of their own: under FSDP they are
     not sharded, and no operator takes sharded and other tensors together.
@@ -69,15 +80,28 @@ def build_optimizer(
 
     Returns:
         The optimiser, and what the learning rate of each of its groups is multiplied by.
+
+    Raises:
+        UserError: If this optimiser cannot be used, see `make_optimizer`.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    muon = config.name.endswith("muon")
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = config.layer_decay ** layers_above(name)
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((factor, decay, parameter.ndim == 0), []).append(parameter)
-    options = [{"params": group, "weight_decay": decay} for (_, decay, _), group in groups.items()]
-    optimizer = torch.optim.AdamW(
-        options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    return optimizer, [factor for factor, _, _ in groups]
+            kind = (factor, decay, parameter.ndim == 0, muon and parameter not in linear)
+            groups.setdefault(kind, []).append(parameter)
+    options: list[dict[str, Any]] = []
+    for (_, decay, _, fallback), group in groups.items():
+        options.append({"params": group, "weight_decay": decay})
+        if fallback:
+            options[-1]["use_fallback"] = True  # AdamW in timm's Muon
+    factors = [factor for factor, *_ in groups]
+    if config.name != ADAMW:
+        return make_optimizer(config.name, options, config.lr, config.args), factors
+    args: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
+    if config.args:
+        return make_optimizer(ADAMW, options, config.lr, args | config.args), factors
+    return torch.optim.AdamW(options, lr=config.lr, **args), factors

@@ -27,6 +27,7 @@ from navit_clip.training.gradcache import cached_backward
 from navit_clip.training.late import LateScalars
 from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_examples
 from navit_clip.training.optim import OptimConfig, build_optimizer
+from navit_clip.training.optimizers import update
 from navit_clip.training.parallel import (
     ParallelConfig,
     ParallelModel,
@@ -157,8 +158,9 @@ class Stepper:
     ) -> PendingStep:
         """Begins one step; every rank calls it with as many micro-batches.
 
-        Nothing waits for the device. Whether the step was finite is decided there: if not, weights,
-        moments, step counters and averages stay as they are.
+        Nothing waits for the device, unless the optimiser is another than fused AdamW. Whether the
+        step was finite is decided there: if not, weights, moments, step counters and averages stay
+        as they are.
 
         Args:
             batches: This rank's micro-batches, on its device; their examples and those of all ranks
@@ -182,10 +184,7 @@ class Stepper:
             # Nor does what is begun before the host knows change the weights.
             found_inf = self._found_inf = torch.maximum(found_inf, self._found_inf)
         before = [p.detach().clone() for p in self._parameters] if measure else []
-        # Not in the constructor of the fused AdamW, which looks for it in each step.
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        update(self.optimizer, found_inf)
         self.optimizer.zero_grad()
         self.task.after_step(self.model)
         if self.ema is not None:
@@ -230,13 +229,22 @@ class Stepper:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned, or from a checkpoint loaded into it."""
+        """Goes on from what `state` returned, or from a checkpoint loaded into it.
+
+        Decay, momentum and what else the configuration says of the optimiser is as it says now.
+        """
+        configured = [
+            {name: group[name] for name in self.optimizer.defaults}
+            for group in self.optimizer.param_groups
+        ]
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)
         self.guard = replace(self.guard, **state["guard"])
         if self.ema is not None:
             self.ema.load_weights(state["ema"])
