@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -109,16 +109,16 @@ def _find(name: str) -> type[Optimizer]:
     }
     if name in ours:
         return ours[name]
-    names = [*list_optimizers(), *ours]
+    names = [*map(str, list_optimizers()), *ours]
     if name not in names:
         raise ValueError(
             f"optim.name={name} is unknown{_hint(name, names)}; there are {', '.join(names)}"
         )
     try:
-        kind: type[Optimizer] = get_optimizer_class(name, bind_defaults=False)
+        found: Any = get_optimizer_class(name, bind_defaults=False)
     except (ImportError, AssertionError) as error:
         raise ValueError(f"optim.name={name}: {error}") from error
-    return kind
+    return cast("type[Optimizer]", found)
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
