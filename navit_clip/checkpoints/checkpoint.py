@@ -87,12 +87,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.keep_every < 0 or self.keep_every % max(1, self.every_steps):
             raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} must be 0 or a multiple of "
-                f"checkpoint.every_steps={self.every_steps}"
+                f"keep_every={self.keep_every} must be 0 or a multiple of "
+                f"every_steps={self.every_steps}"
             )
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Checkpoints:

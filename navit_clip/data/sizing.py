@@ -33,11 +33,11 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         if self.images < 0:
-            raise ValueError(f"curriculum.images must not be negative, got {self.images}")
+            raise ValueError(f"images must not be negative, got {self.images}")
         grows = self.start_side is not None or self.start_tokens is not None
         if grows != (self.images > 0):
             raise ValueError(
-                "curriculum.images and curriculum.start_side or start_tokens go together, got "
+                "images and start_side or start_tokens go together, got "
                 f"images={self.images} start_side={self.start_side} "
                 f"start_tokens={self.start_tokens}"
             )

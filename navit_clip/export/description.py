@@ -65,8 +65,8 @@ class Description:
             if values["kind"] != KIND:
                 raise UserError(f"{path} describes a {values['kind']}, this version reads {KIND}")
             return cls(
-                config_from_dict(CLIPConfig, values["model"]),
-                config_from_dict(Preprocess, values["preprocess"]),
+                config_from_dict(CLIPConfig, values["model"], "model"),
+                config_from_dict(Preprocess, values["preprocess"], "preprocess"),
                 values.get("weights_sha256"),
             )
 

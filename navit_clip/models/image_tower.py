@@ -46,8 +46,9 @@ class ImageTowerConfig:
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
-            causal, `pooling` is unknown, `class_position` is set without a class token,
-            `registers` is negative, or heads are too narrow for `rotary`.
+            causal or of a width that its positions cannot have, `pooling` is unknown,
+            `class_position` is set without a class token, `registers` is negative, or heads are too
+            narrow for `rotary`.
     """
 
     patch_size: int = 16
@@ -70,6 +71,13 @@ class ImageTowerConfig:
             raise ValueError(f"pixel_std must be positive, got {self.pixel_std}")
         if self.encoder.causal:
             raise ValueError("encoder.causal must be false for images: patches have no order")
+        position, width = self.position, self.encoder.width
+        if width % position.width_divisor:
+            raise ValueError(
+                f"encoder.width must be a multiple of {position.width_divisor} for "
+                f"position.combine={position.combine} position.embedding={position.embedding}, "
+                f"got {width}"
+            )
         if self.class_position and self.pooling != "cls":
             raise ValueError(f"class_position needs pooling: cls, got pooling={self.pooling}")
         if self.registers < 0:

@@ -77,6 +77,13 @@ class PositionConfig:
             )
 
     @property
+    def width_divisor(self) -> int:
+        """What the width is a multiple of: rows beside columns, sines beside cosines."""
+        if self.kind != "factorised":
+            return 1
+        return (2 if self.combine == "stack" else 1) * (2 if self.embedding == "fourier" else 1)
+
+    @property
     def max_grid_side(self) -> int:
         """Most rows or columns of patches that have an embedding."""
         relative = self.kind in ("learned_1d", "none") or (
@@ -97,8 +104,6 @@ class Factorised(nn.Module):
 
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
-        if config.combine == "stack" and width % 2:
-            raise ValueError(f"width must be even to stack positions, got {width}")
         self.combine = config.combine
         self.keep_aspect = config.coordinates == "interpolated" and config.keep_aspect
         axis_width = width // 2 if config.combine == "stack" else width
@@ -177,8 +182,6 @@ class FourierAxis(nn.Module):
 
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
-        if width % 2:
-            raise ValueError(f"width must be even for fourier positions, got {width}")
         self.table_side = None if config.coordinates == "fractional" else config.table_side
         std = config.table_side / 8
         self.frequency = nn.Parameter(torch.randn(width // 2) * std)

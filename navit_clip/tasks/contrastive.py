@@ -61,7 +61,7 @@ class ContrastiveLossConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"task.loss.chunk_size must be at least 1, got {self.chunk_size}")
+            raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class ContrastiveConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_captions("task.captions", self.captions)
+        check_captions("captions", self.captions)
         self.lock.check(self.model)
         if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
             raise ValueError(
-                "task.loss.kind sigmoid and task.model.init_bias go together (SigLIP uses -10); got"
-                f" task.loss.kind={self.loss.kind} task.model.init_bias={self.model.init_bias}"
+                "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10), got "
+                f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
             )
 
     def check(self, data: DataConfig) -> None:

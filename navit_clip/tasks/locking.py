@@ -36,9 +36,9 @@ class LockConfig:
             name = f"{tower}_unlocked_blocks"
             blocks = getattr(self, name)
             if blocks < 0:
-                raise ValueError(f"task.lock.{name} must not be negative, got {blocks}")
+                raise ValueError(f"{name} must not be negative, got {blocks}")
             if blocks and not getattr(self, tower):
-                raise ValueError(f"task.lock.{name}={blocks} needs task.lock.{tower}: true")
+                raise ValueError(f"{name}={blocks} needs {tower}: true")
 
     @property
     def unlocked_blocks(self) -> dict[str, int]:
@@ -56,8 +56,8 @@ class LockConfig:
             depth = getattr(model, tower).encoder.depth
             if blocks > depth:
                 raise ValueError(
-                    f"task.lock.{tower}_unlocked_blocks={blocks} exceeds the {depth} blocks of "
-                    f"task.model.{tower}.encoder"
+                    f"lock.{tower}_unlocked_blocks={blocks} exceeds the {depth} blocks of "
+                    f"model.{tower}.encoder"
                 )
 
     def trained_fraction(self, model: CLIPConfig, tower: str) -> float | None:

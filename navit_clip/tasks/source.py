@@ -39,9 +39,7 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.open_clip_name is None:
-            raise ValueError(
-                f"init.weights belongs to init.model: open_clip:NAME, got init.model={self.model}"
-            )
+            raise ValueError(f"weights belongs to model: open_clip:NAME, got model={self.model}")
 
     @property
     def open_clip_name(self) -> str | None:

@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from navit_clip.checkpoints.checkpoint import CheckpointConfig
-from navit_clip.configs import check_choices, check_finite, leaves
+from navit_clip.configs import check_choices, check_finite, config_from_dict, leaves, parser_message
 from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -110,8 +110,9 @@ class TrainConfig:
         schedule = self.optim.schedule
         if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
             raise ValueError(
-                f"steps={self.steps} cannot hold {schedule.warmup_steps} warm-up and "
-                f"{schedule.cooldown_steps} cool-down steps: lower optim.schedule's or raise steps"
+                f"steps={self.steps} cannot hold optim.schedule.warmup_steps="
+                f"{schedule.warmup_steps} and optim.schedule.cooldown_steps="
+                f"{schedule.cooldown_steps}: lower those or raise steps"
             )
         self.task.check(self.data)
 
@@ -143,21 +144,19 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     parser.add_class_arguments(task, "task")
     try:
         namespace = parser.parse_args(argv)
-        init = InitConfig(**namespace["init"].as_dict())
+        init = config_from_dict(InitConfig, namespace["init"].as_dict(), "init")
         run_dir = Path(namespace["run_dir"])
         # What the configuration leaves out is as in the model that the run starts from.
         defaults = task.defaults_from(init, run_dir)
         if defaults:
             parser.set_defaults({f"task.{name}": value for name, value in defaults.items()})
             namespace = parser.parse_args(argv)
-        values = parser.instantiate(namespace)
-        config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+        values = {f.name: namespace.as_dict()[f.name] for f in fields(TrainConfig)}
+        values["task"] = config_from_dict(task, values["task"], "task")
+        config = config_from_dict(TrainConfig, values)
         _check_null(config)
     except (ArgumentError, ValueError, TypeError, OverflowError) as error:
-        message = str(error).replace("Parser key ", "").replace("<class '", "").replace("'>", "")
-        # What follows is about classes in Python.
-        subclass = r"Not a valid subclass of (\w+)\. (Got value: [^\n]*)\n.*"
-        message = re.sub(subclass, r"Expected fields of \1. \2", message, flags=re.S)
+        message = parser_message(error)
         raise UserError(message + _hint(message, parser.get_defaults().keys())) from error
     given = asdict(values["task"])
     for name, known in defaults.items():

@@ -31,7 +31,7 @@ class EMAConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+            raise ValueError(f"decay must be at least 0 and below 1, got {self.decay}")
 
 
 class EMA:

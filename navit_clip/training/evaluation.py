@@ -21,6 +21,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from navit_clip.configs import config_from_dict, parser_message
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
@@ -60,7 +61,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ValueError(f"eval.workers must not be negative, got {self.workers}")
+            raise ValueError(f"workers must not be negative, got {self.workers}")
         self.plans()
 
     def plans(self) -> dict[str, Plan]:
@@ -84,26 +85,25 @@ class Plan(NamedTuple):
 
 def _plan(name: str, values: dict[str, Any]) -> Plan:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError(f"evaluators: {name!r} is no name of letters, digits, '_', '.' and '-'")
+    kind = EVALUATORS.get(str(named := values.pop("kind", None)))
+    if kind is None:
         raise ValueError(
-            f"eval.evaluators: {name!r} is no name of letters, digits, '_', '.' and '-'"
-        )
-    kind = values.pop("kind", None)
-    if kind not in EVALUATORS:
-        raise ValueError(
-            f"eval.evaluators.{name}.kind must be one of {', '.join(EVALUATORS)}, got {kind!r}"
+            f"evaluators.{name}.kind must be one of {', '.join(EVALUATORS)}, got {named!r}"
         )
     # Not types of the run's own parser: it would report every kind's objections to a mistake.
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--every_steps", type=PositiveInt)
-    parser.add_class_arguments(EVALUATORS[kind].Spec, "spec")
+    parser.add_class_arguments(kind.Spec)
     every_steps = values.pop("every_steps", 1000)
+    path = f"evaluators.{name}"
     try:
-        fields = parser.parse_object({"every_steps": every_steps, "spec": values})
-        parsed = parser.instantiate(fields)
-        return Plan(EVALUATORS[kind], parsed.spec, parsed.every_steps)
+        parsed = parser.parse_object({"every_steps": every_steps, **values})
     except (ArgumentError, ValueError, TypeError, OverflowError) as error:
-        said = str(error).replace("Parser key ", "").replace("spec.", "")
-        raise ValueError(f"eval.evaluators.{name}: {said}") from error
+        raise ValueError(parser_message(error, path)) from error
+    values = parsed.as_dict()
+    every_steps = values.pop("every_steps")
+    return Plan(kind, config_from_dict(kind.Spec, values, path), every_steps)
 
 
 class Evaluations:

@@ -46,7 +46,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
-            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
+            raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
 
 
 class Interval:

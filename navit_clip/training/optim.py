@@ -55,13 +55,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+            raise ValueError(f"lr must be positive, got {self.lr}")
         if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
+            raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if self.clip_norm < 0:
-            raise ValueError(f"optim.clip_norm must not be negative, got {self.clip_norm}")
+            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
         check_optimizer(self.name, self.args)
 
 

@@ -70,9 +70,9 @@ class ParallelConfig:
         check_choices(self)
         if self.shard_ranks is not None:
             if self.shard_ranks < 1:
-                raise ValueError(f"parallel.shard_ranks must be at least 1, got {self.shard_ranks}")
+                raise ValueError(f"shard_ranks must be at least 1, got {self.shard_ranks}")
             if self.kind != "fsdp":
-                raise ValueError("parallel.shard_ranks needs parallel.kind fsdp")
+                raise ValueError(f"shard_ranks needs kind fsdp, got kind={self.kind}")
 
 
 class ParallelModel:

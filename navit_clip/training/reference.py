@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from navit_clip.configs import descriptions
+from navit_clip.configs import configs_in, descriptions
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.registry import task_config
@@ -79,7 +79,7 @@ def _short_help(prog: str) -> str:
         config: Any = TrainConfig
         *groups, last = name.split(".")
         for group in groups:
-            config = next(_configs(get_type_hints(config)[group]))
+            config = next(configs_in(get_type_hints(config)[group]))
         hint = get_type_hints(config)[last]
         text = re.split(r"[.;:] ", descriptions(config)[last])[0].rstrip(".")
         if get_origin(hint) is Literal:
@@ -116,7 +116,7 @@ def _lines(config: type, task: type[TaskConfig], pad: str) -> Iterator[str]:
             yield f"{comment}{field.name}: {_type(hint)}, required"
         else:
             yield f"{pad}{field.name}: {_yaml(default)}  # {_type(hint)}"
-        for inner in _configs(hint):
+        for inner in configs_in(hint):
             defaults = {each.name: _default(each) for each in fields(inner)}
             items = [f"{n}: {'…' if d is MISSING else _yaml(d)}" for n, d in defaults.items()]
             named = "NAME: " if get_origin(hint) is dict else ""
@@ -125,14 +125,6 @@ def _lines(config: type, task: type[TaskConfig], pad: str) -> Iterator[str]:
 
 def _hints(config: type, task: type[TaskConfig]) -> dict[str, Any]:
     return {n: task if hint is TaskConfig else hint for n, hint in get_type_hints(config).items()}
-
-
-def _configs(hint: Any) -> Iterator[type]:
-    """Config dataclasses in a type."""
-    if is_dataclass(hint):
-        yield hint  # type: ignore[misc]
-    for part in get_args(hint):
-        yield from _configs(part)
 
 
 def _default(field: Field[Any]) -> Any:

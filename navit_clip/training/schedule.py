@@ -30,13 +30,11 @@ class ScheduleConfig:
         for name in ("warmup_steps", "cooldown_steps"):
             steps = getattr(self, name)
             if steps < 0:
-                raise ValueError(f"optim.schedule.{name} must not be negative, got {steps}")
+                raise ValueError(f"{name} must not be negative, got {steps}")
         if self.timescale < 1:
-            raise ValueError(f"optim.schedule.timescale must be at least 1, got {self.timescale}")
+            raise ValueError(f"timescale must be at least 1, got {self.timescale}")
         if not 0 <= self.final_share <= 1:
-            raise ValueError(
-                f"optim.schedule.final_share must lie in [0, 1], got {self.final_share}"
-            )
+            raise ValueError(f"final_share must lie in [0, 1], got {self.final_share}")
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:

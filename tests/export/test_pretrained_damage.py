@@ -82,36 +82,45 @@ DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
     "another kind": (change_config(lambda c: c.update(kind="detector")), "describes a detector"),
     "no kind": (change_config(lambda c: c.pop("kind")), "'kind' is missing"),
     "no model": (change_config(lambda c: c.pop("model")), "'model' is missing"),
-    "unknown key": (change_config(lambda c: c["model"].update(colour=1)), "'colour'"),
+    "unknown key": (
+        change_config(lambda c: c["model"].update(colour=1)),
+        "unknown key model.colour",
+    ),
     "unknown key, deep": (
         change_config(lambda c: c["model"]["image"]["encoder"].update(depht=3)),
-        "'depht' for EncoderConfig",
+        "unknown key model.image.encoder.depht",
     ),
-    "unknown key of preprocessing": (change_config(lambda c: c["preprocess"].update(a=1)), "'a'"),
+    "unknown key of preprocessing": (
+        change_config(lambda c: c["preprocess"].update(a=1)),
+        "preprocess.a",
+    ),
     "refused value": (
         change_config(lambda c: c["model"]["image"]["encoder"].update(heads=3)),
-        "heads must divide width",
+        "model.image.encoder.heads must divide width",
     ),
     "refused choice": (
         change_config(lambda c: c["model"]["image"].update(pooling="max")),
-        "pooling must be one of map, mean, cls, last, got 'max'",
+        "model.image.pooling must be one of map, mean, cls, last, got 'max'",
     ),
     "refused choice, deep": (
         change_config(lambda c: c["model"]["text"]["encoder"].update(activation="relu")),
-        "activation must be one of gelu, gelu_tanh, quick_gelu, got 'relu'",
+        "model.text.encoder.activation must be one of gelu, gelu_tanh, quick_gelu, got 'relu'",
     ),
     "a number where a group belongs": (
         change_config(lambda c: c["model"].update(image=3)),
-        "ImageTowerConfig needs keys and values, got 3",
+        "model.image needs keys and values, got 3",
     ),
-    "a list where a group belongs": (change_config(lambda c: c.update(model=[])), "CLIPConfig"),
+    "a list where a group belongs": (
+        change_config(lambda c: c.update(model=[])),
+        "model needs keys",
+    ),
     "text where a number belongs": (
         change_config(lambda c: c["model"]["text"].update(vocab_size="many")),
-        "vocab_size of TextTowerConfig must be int, got 'many'",
+        "model.text.vocab_size must be int, got 'many'",
     ),
     "a fraction where a count belongs": (
         change_config(lambda c: c["model"]["image"]["encoder"].update(depth=1.5)),
-        "depth of EncoderConfig must be int, got 1.5",
+        "model.image.encoder.depth must be int, got 1.5",
     ),
     "a width that positions cannot have": (
         change_config(
@@ -120,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], str], str]] = {
                 position={"embedding": "fourier"},
             )
         ),
-        "width must be even",
+        "model.image.encoder.width must be a multiple of 2",
     ),
     "configuration of another model": (
         change_config(lambda c: c["model"].update(embed_dim=7)),

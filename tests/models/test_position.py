@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from packed_examples import FACTORISED, POSITIONS, position_name, randomise
 from torch import Tensor, nn
 
+from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import (
     ANY_SIDE,
     Factorised,
@@ -21,6 +22,7 @@ from navit_clip.models.position import (
     SquareTable,
     build_position,
 )
+from navit_clip.models.transformer import EncoderConfig
 
 WIDTH = 8
 GRIDS = [(1, 1), (3, 3), (2, 9), (9, 1), (4, 4), (5, 7)]
@@ -214,13 +216,16 @@ def test_fourier_features_tell_neighbours_apart_and_do_not_alias():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PositionConfig(combine="stack"), "width must be even to stack positions, got 7"),
-        (PositionConfig(embedding="fourier"), "width must be even for fourier positions, got 7"),
+        (PositionConfig(combine="stack"), "must be a multiple of 2 for position.combine=stack"),
+        (PositionConfig(embedding="fourier"), "must be a multiple of 2 .* position.embedding=four"),
+        (PositionConfig(combine="stack", embedding="fourier"), "must be a multiple of 4 "),
     ],
 )
-def test_odd_widths_are_refused_where_halves_are_needed(config, message):
-    with pytest.raises(ValueError, match=message):
-        build_position(config, 7)
+def test_widths_are_refused_where_parts_of_them_are_needed(config, message):
+    encoder = EncoderConfig(width=2 * 5 if config.width_divisor == 4 else 7, heads=1)
+    with pytest.raises(ValueError, match=rf"^encoder\.width {message}"):
+        ImageTowerConfig(position=config, encoder=encoder)
+    ImageTowerConfig(position=replace(config, kind="learned_2d"), encoder=encoder)
 
 
 def test_max_side_is_checked():

@@ -213,7 +213,7 @@ def test_weights_of_another_shape_than_configured_are_refused(data, tmp_path):
 MISTAKES = [
     ({"init__model": "nowhere"}, "init.model=nowhere"),
     ({"init__model": "open_clip:RN50"}, "RN50"),
-    ({"init__weights": "w.pt"}, "init.weights belongs to init.model: open_clip:NAME"),
+    ({"init__weights": "w.pt"}, "init.weights belongs to model: open_clip:NAME"),
     ({"tokenizer__path": "missing.model"}, "missing.model"),
     ({"task__lock__image": "true", "task__lock__image_unlocked_blocks": 3}, "exceeds the 2 blocks"),
     ({"optim__layer_decay": 0}, "optim.layer_decay"),

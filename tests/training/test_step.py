@@ -419,18 +419,18 @@ def test_a_run_that_skips_says_so_and_stops_at_last(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EMAConfig(1.0), "ema.decay must be at least 0 and below 1, got 1.0"),
+        (lambda: EMAConfig(1.0), "decay must be at least 0 and below 1, got 1.0"),
         (lambda: ParallelConfig("tp"), "kind must be one of ddp, fsdp, got 'tp'"),
-        (lambda: OptimConfig(layer_decay=0.0), r"optim.layer_decay must lie in \(0, 1\], got 0.0"),
-        (lambda: OptimConfig(layer_decay=1.1), "optim.layer_decay must lie in"),
+        (lambda: OptimConfig(layer_decay=0.0), r"layer_decay must lie in \(0, 1\], got 0.0"),
+        (lambda: OptimConfig(layer_decay=1.1), "layer_decay must lie in"),
         (
             lambda: LockConfig(text_unlocked_blocks=1),
-            "text_unlocked_blocks=1 needs task.lock.",
+            "text_unlocked_blocks=1 needs text: true",
         ),
         (lambda: LockConfig(True, image_unlocked_blocks=-1), "image_unlocked_blocks must not be n"),
         (
             lambda: tiny_config(lock=LockConfig(True, image_unlocked_blocks=3)),
-            "task.lock.image_unlocked_blocks=3 exceeds the 2 blocks",
+            "lock.image_unlocked_blocks=3 exceeds the 2 blocks",
         ),
         (lambda: tiny_config(accumulate=0), "accumulate must be at least 1, got 0"),
         (lambda: tiny_config(max_skipped_in_row=0), "max_skipped_in_row must be at least 1"),
