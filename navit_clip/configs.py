@@ -22,7 +22,7 @@ _PARSER_NOISE = (
     (r"<class '([\w.]+)'>", r"\1"),
     (r"a typing\.Literal", "one of "),
     (r"Problem with given class_path '[\w.]+':\s*", ""),
-    (r"Does not validate .*?Errors:\s+- (.*?)\s+- Expected a NoneType.*", r"\1"),
+    (r"Does not validate .*?Errors:\s+- (.*?)\s+- Expected a NoneType.*Given v", r"\1. Given v"),
     (r"Not a valid subclass of (\w+)\. (Got value: [^\n]*)\n.*", r"Expected fields of \1. \2"),
 )
 

@@ -17,7 +17,10 @@ from navit_clip.distributed import Ranks, failing_at_once, join_ranks
 from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.cache import Cache
+from navit_clip.evaluation.models import PackedModel
+from navit_clip.evaluation.results import EvalResult
 from navit_clip.evaluation.summary import summarise, table
+from navit_clip.export.card import add_evaluation
 from navit_clip.files import write_output, writing
 from navit_clip.precision import slow_precision
 
@@ -56,6 +59,8 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
         print(f"skipped {printable(line)}")
     if args.output is not None:
         write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
+        if args.run is None and isinstance(model, PackedModel):
+            _add_to_card(Path(args.model), result)
     print(table(result))
     # Imported here: matplotlib takes a second to load, and most evaluations draw nothing.
     if args.report is not None:
@@ -71,6 +76,21 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
     if (gallery := getattr(args, "gallery", None)) is not None:
         evaluator.draw_gallery(gallery)
         print(f"Picture: {gallery}")
+
+
+def _add_to_card(directory: Path, result: EvalResult) -> None:
+    """Lists the result in the card of the evaluated model, if that can be written."""
+    own, metrics = result.own, result.measured
+    counts = ", ".join(f"{count:,} {what}" for what, count in result.counts.items())
+    most = own.setting.max_tokens
+    counts += f", {f'at most {most} patches' if most else own.setting.label}, {result.precision}"
+    results = [
+        f"{metric.name} {metric.format(own.metrics.get(k))}" for k, metric in metrics.items()
+    ]
+    try:
+        add_evaluation(directory, result.title, result.data, counts, ", ".join(results))
+    except UserError as error:  # a model may be read only
+        _log(f"{error}; the result is in --output alone")
 
 
 def _log(line: str) -> None:

@@ -74,27 +74,23 @@ def summarise(directory: Path) -> str:
     """All results in a directory of evaluations, whatever their names, and what else is there.
 
     Raises:
-        UserError: If there is none, or one is damaged.
+        UserError: If there is none.
     """
     found: list[tuple[int, str]] = []
-    others, in_training = [], 0
+    left_out, in_training = [], 0
     order = list(EVALUATORS)
     for path in sorted(directory.glob("*.json")):
         try:
-            with reading(path, ValueError, UserError, hint="; evaluate again"):
+            with reading(path.name, ValueError, UserError):
                 content = json.loads(path.read_text(encoding="utf-8"))
                 result = read_result(content)
-        except UserError:
-            # Known by its name, it is one that is damaged; else it may be anything.
-            if path.name.startswith(tuple(EVALUATORS)):
-                raise
-            others.append(path.name)
+        except UserError as error:
+            left_out.append(f"Not a result: {error}")
             continue
         if _STEP in content:
             in_training += 1
         else:
             found.append((order.index(result.kind), table(result, path.name)))
-    left_out = [f"Not a result: {name}" for name in others]
     if in_training:
         left_out.append(f"Made during training, see metrics.jsonl: {in_training}")
     if not found:

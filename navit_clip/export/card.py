@@ -1,14 +1,17 @@
 """The model card: README.md of an exported model, for people and for the Hub.
 
-Holds what the files beside it say, and what its caller adds: the trainer adds how the model was
-trained. A model's merits are for its evaluation and its author.
+Holds what the files beside it say, and what its caller adds: the trainer how the model was trained,
+each evaluation of it a line with its results.
 """
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -43,8 +46,15 @@ probabilities = model.classify(["photo.jpg"], ["dog", "cat"])
 ```"""
 
 
+_EVALUATIONS = re.compile(
+    r"\n## Evaluation\n\n<!-- of the weights (\w+) -->\n\n\|.*\n\|.*\n((?:\|.*\n)*)"
+)
+
+
 def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str] = ()) -> None:
     """Writes README.md into an exported model, over one that is there.
+
+    Evaluations of the same weights that it lists stay.
 
     Args:
         directory: The model's, as `navit_clip.export.pretrained.save_pretrained` wrote it.
@@ -66,8 +76,66 @@ def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str
         _model_table(description, _count_parameters(directory / WEIGHTS_FILE)),
         *sections,
     ]
-    with writing(f"the model card of {directory}"):
-        atomic_write(directory / CARD_FILE, "\n\n".join(parts) + "\n")
+    path = directory / CARD_FILE
+    with writing(f"the model card of {directory}", ValueError):
+        rows = _evaluations(path.read_text(encoding="utf-8"), description) if path.is_file() else []
+        text = "\n\n".join(parts) + "\n"
+        atomic_write(path, _with_evaluations(text, rows, description) if rows else text)
+
+
+def add_evaluation(directory: Path, what: str, data: str, counts: str, results: str) -> None:
+    """Puts a line into the table of evaluations of the card in an exported model.
+
+    In place of an earlier one of the same `what` and `data`; those of other weights go. Processes
+    that do so at once wait for each other. A card that was removed, or is a link, is left alone.
+
+    Args:
+        directory: The model's.
+        what: Name of the evaluation.
+        data: Name or path of its data.
+        counts: How much that was.
+        results: The metrics.
+
+    Raises:
+        UserError: If the card cannot be read or written.
+    """
+    path = directory / CARD_FILE
+    if path.is_symlink() or not path.exists():
+        return
+    description, line = Description.read(directory / CONFIG_FILE), [what, data, counts, results]
+    new = markdown_table(line, []).partition("\n")[0]
+    key = markdown_table([what, data], []).partition("\n")[0]
+    with writing(f"the model card of {directory}", ValueError), _alone(directory):
+        text = path.read_text(encoding="utf-8")
+        rows = [row for row in _evaluations(text, description) if not row.startswith(key)]
+        atomic_write(path, _with_evaluations(text, [*rows, new], description))
+
+
+def _evaluations(text: str, description: Description) -> list[str]:
+    """Lines of the table in a card, if they are of these weights."""
+    found = _EVALUATIONS.search(text)
+    return found[2].splitlines() if found and found[1] == str(description.weights_sha256) else []
+
+
+def _with_evaluations(text: str, rows: Sequence[str], description: Description) -> str:
+    """A card with these lines in the place of those that it has, or at its end."""
+    header = markdown_table(["", "data", "", "results"], [])
+    mark = f"<!-- of the weights {description.weights_sha256} -->"
+    section = "\n".join(["", "## Evaluation", "", mark, "", header, *rows, ""])
+    found = _EVALUATIONS.search(text)
+    return text[: found.start()] + section + text[found.end() :] if found else text + section
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Waits until no other process of this host is inside for the same directory."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -48,7 +48,7 @@ class RotaryConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         if not 1 < self.theta < math.inf:
-            raise ValueError(f"rotary.theta must be above 1, got {self.theta}")
+            raise ValueError(f"theta must be above 1, got {self.theta}")
 
     def check_width(self, encoder: EncoderConfig, axes: int) -> None:
         """Refuses heads whose dimensions cannot be distributed over the axes in pairs.

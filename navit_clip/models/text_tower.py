@@ -56,7 +56,7 @@ class TextTowerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rotary.kind == "mixed" or self.rotary.coordinates == "normalised":
             raise ValueError(
-                "rotary of text takes kind: axial and coordinates: integer, got "
+                "rotary.kind axial and rotary.coordinates integer are what text takes, got "
                 f"{self.rotary.kind} and {self.rotary.coordinates}"
             )
         self.rotary.check_width(self.encoder, axes=1)

@@ -1,4 +1,4 @@
-"""The model card of a trained model: how it was trained, and what its run's evaluations measured.
+"""The model card of a trained model: how it was trained, and what evaluations measured meanwhile.
 
 Written by a task with its export, on top of what `navit_clip.export.card.write_card` says of every
 model.
@@ -7,16 +7,14 @@ model.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
 from navit_clip.errors import printable
-from navit_clip.export.card import markdown_table, plain_text, write_card
+from navit_clip.export.card import markdown_table, write_card
 from navit_clip.files import writing
 
 _METRICS = ("loss", "logit_scale", "examples_per_s")
@@ -27,16 +25,15 @@ def write_run_card(directory: Path, run_dir: Path) -> None:
 
     Args:
         directory: Of the exported model.
-        run_dir: Of the run. The card holds what is found of ``config.yaml``, ``metrics.jsonl``
-            (with the last results of evaluations during the training),
-            ``eval/zeroshot.json``, ``eval/retrieval.json`` and ``eval/*.png``; pictures are copied
-            beside it. Web addresses lose passwords and queries, commands are not repeated.
+        run_dir: Of the run. The card holds what is found of ``config.yaml`` and ``metrics.jsonl``,
+            with the last results of evaluations during the training. Web addresses lose passwords
+            and queries, commands are not repeated.
 
     Raises:
         UserError: If the model's files cannot be read, or the card cannot be written.
     """
     with writing(f"the model card of {directory}", ValueError, KeyError, TypeError):
-        sections = _training(run_dir) + _evaluation(run_dir / "eval", directory)
+        sections = _training(run_dir)
     write_card(directory, run_dir.resolve().name, sections)
 
 
@@ -116,40 +113,6 @@ def _public(spec: str) -> str:
 
 def _settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {values[name]}" for name in names if values.get(name) is not None)
-
-
-def _evaluation(folder: Path, directory: Path) -> list[str]:
-    """Results at the model's own token limit, and pictures."""
-    parts: list[str] = []
-    zeroshot, retrieval = (
-        _values(_text(folder / f"{name}.json"), json.loads) for name in ("zeroshot", "retrieval")
-    )
-    if "top1" in zeroshot:
-        accuracy = [[f"top-{k}", f"{zeroshot[f'top{k}']:.1%}"] for k in (1, 5)]
-        parts += [
-            f"Zero-shot classification: {zeroshot.get('images', 0):,} images, "
-            f"{zeroshot.get('classes', 0):,} classes, at most {zeroshot.get('max_tokens')} patches "
-            "per image.",
-            markdown_table(["", "accuracy"], accuracy),
-        ]
-    if "image_to_text" in retrieval:
-        ways = {"image to text": "image_to_text", "text to image": "text_to_image"}
-        ks = [k for k in retrieval["image_to_text"] if k.startswith("R@")]
-        parts += [
-            f"Retrieval: {retrieval.get('images', 0):,} images, {retrieval.get('captions', 0):,} "
-            f"captions, at most {retrieval.get('max_tokens')} patches per image.",
-            markdown_table(
-                ["", *ks],
-                [[way, *(f"{retrieval[key][k]:.1%}" for k in ks)] for way, key in ways.items()],
-            ),
-        ]
-    for picture in sorted(folder.glob("*.png")):
-        # A link might lead to any file, which an upload would publish.
-        if picture.is_symlink() or not picture.is_file():
-            continue
-        shutil.copyfile(picture, directory / picture.name)
-        parts.append(f"![{plain_text(picture.stem)}]({quote(picture.name)})")
-    return ["## Evaluation", *parts] if parts else []
 
 
 def _group(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -282,9 +282,10 @@ def test_a_summary_lists_results_reports_and_pictures(tmp_path, capsys):
     assert places == sorted(places)
     assert "other.txt" not in printed
     (tmp_path / "zeroshot.json").write_bytes(b"\xff\xfe{")
-    assert run("summary", tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "zeroshot.json" in line
+    assert run("summary", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "Not a result: cannot read zeroshot.json: 'utf-8' codec can't decode" in printed
+    assert "Retrieval: 1,200" in printed
 
 
 def test_a_summary_knows_results_by_what_they_say(tmp_path):
@@ -295,6 +296,7 @@ def test_a_summary_knows_results_by_what_they_say(tmp_path):
         (tmp_path / f"coco-step-{step:08d}.json").write_text(json.dumps({"step": step, **result}))
     (tmp_path / "map.json").write_text('{"folder": 3}')
     (tmp_path / "half.json").write_text("{")
+    (tmp_path / "zeroshot-b.json").write_text('{"kind": "zeroshot"}')
     lines = summarise(tmp_path).splitlines()
     headings = [line for line in lines if line.startswith("Zero-shot")]
     assert [line.rpartition(" ")[2] for line in headings] == [
@@ -302,11 +304,10 @@ def test_a_summary_knows_results_by_what_they_say(tmp_path):
         "(retrieval-of-classes.json)",
         "(zeroshot-step-00000010.json)",
     ]
-    assert lines[-3:] == [
-        "Not a result: half.json",
-        "Not a result: map.json",
-        "Made during training, see metrics.jsonl: 2",
-    ]
+    unread = ("half.json: Exp", "map.json: no result of", "zeroshot-b.json: damaged result: ")
+    for line, start in zip(lines[-4:-1], unread, strict=True):
+        assert line.startswith(f"Not a result: cannot read {start}")
+    assert lines[-1] == "Made during training, see metrics.jsonl: 2"
 
 
 def test_a_summary_of_training_alone_says_so(tmp_path):

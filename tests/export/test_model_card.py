@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from eval_cases import run, write_classes
 from huggingface_hub import ModelCard
 
 from navit_clip import NaViTCLIP
 from navit_clip.errors import UserError
-from navit_clip.export.card import write_card
+from navit_clip.export import card
+from navit_clip.export.card import add_evaluation, write_card
+from navit_clip.export.description import Description
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.training.config import parse_config
 
@@ -94,24 +100,77 @@ def test_a_card_of_a_run(directory):
     assert "## Evaluation" not in body
 
 
-def test_results_and_pictures_are_in_the_card(directory):
-    run_dir = directory.parent
-    (run_dir / "eval").mkdir()
-    zeroshot = {"top1": 0.5125, "top5": 0.875, "images": 1200, "classes": 10, "max_tokens": 12}
-    recall = {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "median_rank": 4}
-    retrieval = {"image_to_text": recall, "text_to_image": recall, "images": 5, "captions": 25}
-    (run_dir / "eval/zeroshot.json").write_text(json.dumps(zeroshot))
-    (run_dir / "eval/retrieval.json").write_text(json.dumps(retrieval))
-    (run_dir / "eval/curve.png").write_bytes(b"a picture")
-    write_run_card(directory, run_dir)
-    _, body = split(directory)
-    assert rows(body)["top-1"] == "51.2%"
-    assert rows(body)["top-5"] == "87.5%"
-    assert "1,200 images, 10 classes, at most 12 patches" in body
-    assert "| image to text | 25.0% | 50.0% | 75.0% |" in body
-    assert "![curve](curve.png)" in body
-    assert (directory / "curve.png").read_bytes() == b"a picture"
-    NaViTCLIP.from_pretrained(directory)  # the picture disturbs nothing
+def evaluations(directory: Path) -> list[str]:
+    """Lines of the table of evaluations."""
+    section = (directory / "README.md").read_text().partition("## Evaluation\n")[2]
+    return [line for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_an_evaluation_becomes_a_line_of_the_card(directory):
+    file = directory / "README.md"
+    file.write_text(file.read_text().replace("# license: choose one", "license: mit #"))
+    before = file.read_text()
+    add_evaluation(directory, "Zero-shot", "a|b", "9 images", "top-1 50%")
+    add_evaluation(directory, "Retrieval", "a|b", "9 images", "R@1 20%")
+    assert file.read_text().startswith(before)
+    file.write_text(file.read_text() + "\nMore of mine.\n")
+    add_evaluation(directory, "Zero-shot", "a|b", "9 images", "top-1 60%")
+    assert evaluations(directory) == [
+        "| Retrieval | a\\|b | 9 images | R@1 20% |",
+        "| Zero-shot | a\\|b | 9 images | top-1 60% |",
+    ]
+    assert file.read_text().startswith(before)
+    assert file.read_text().endswith("\n\nMore of mine.\n")
+    NaViTCLIP.from_pretrained(directory).save_pretrained(directory)
+    write_run_card(directory, directory.parent)  # the same run started again
+    assert len(evaluations(directory)) == 2
+
+
+def test_results_of_other_weights_do_not_stay(directory):
+    add_evaluation(directory, "Zero-shot", "a", "9 images", "top-1 50%")
+    config = directory / "config.json"
+    trained_on = replace(Description.read(config), weights_sha256="0" * 64)
+    trained_on.write(config)
+    add_evaluation(directory, "Retrieval", "a", "9 images", "R@1 20%")
+    assert evaluations(directory) == ["| Retrieval | a | 9 images | R@1 20% |"]
+    replace(trained_on, weights_sha256="1" * 64).write(config)
+    write_run_card(directory, directory.parent)
+    assert "## Evaluation" not in (directory / "README.md").read_text()
+
+
+def test_evaluations_at_once_all_get_their_line(directory):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: add_evaluation(directory, "Zero-shot", f"{i}", "", ""), range(32)))
+    assert len(evaluations(directory)) == 32
+
+
+def test_a_card_that_was_removed_or_is_a_link_is_left_alone(directory, tmp_path):
+    (directory / "README.md").rename(tmp_path / "card")
+    add_evaluation(directory, "Zero-shot", "a", "", "")
+    assert not (directory / "README.md").exists()
+    (directory / "README.md").symlink_to(tmp_path / "card")
+    add_evaluation(directory, "Zero-shot", "a", "", "")
+    assert "## Evaluation" not in (tmp_path / "card").read_text()
+
+
+def test_the_command_adds_its_result_or_says_why_not(directory, tmp_path, monkeypatch, capsys):
+    data = write_classes(tmp_path / "classes")
+    words = ["zeroshot", "--model", directory, "--data", data, "--templates", "plain"]
+    assert run(*words, "--workers", 0) == 0
+    assert evaluations(directory) == []
+    assert run(*words, "--workers", 0, "--output", tmp_path / "r.json") == 0
+    (line,) = evaluations(directory)
+    top1 = json.loads((tmp_path / "r.json").read_text())["top1"]
+    assert line.startswith(f"| Zero-shot | {data} | 11 images, 4 classes, at most 12 patches, fp32")
+    assert f"| top-1 {top1:.1%}, top-5 " in line
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(card, "atomic_write", refuse)
+    assert run(*words, "--workers", 0, "--output", tmp_path / "r.json") == 0
+    said = capsys.readouterr().err
+    assert f"cannot write the model card of {directory}: Read-only file system; the result" in said
 
 
 @pytest.mark.parametrize(
@@ -163,8 +222,7 @@ def test_the_last_results_of_evaluations_during_training_are_listed(directory):
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\x00", "{data: 3}", "a: [", "null"])
 def test_a_run_of_odd_files_still_gets_a_card(directory, content):
     run_dir = directory.parent
-    (run_dir / "eval").mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "eval/zeroshot.json", "eval/retrieval.json"):
+    for name in ("config.yaml", "metrics.jsonl"):
         (run_dir / name).write_text(content)
     write_run_card(directory, run_dir)
     assert split(directory)[0]["library_name"] == "navit-clip"
@@ -183,16 +241,11 @@ def test_no_model_no_card(tmp_path):
         write_run_card(tmp_path, tmp_path)
 
 
-def test_a_cards_names_are_plain_text_and_links_are_not_followed(directory, tmp_path):
-    run = tmp_path / "run <img src=x> [a](b)"
-    (run / "eval").mkdir(parents=True)
-    (tmp_path / "secret").write_text("secret")
-    (run / "eval" / "x.png").symlink_to(tmp_path / "secret")
-    write_run_card(directory, run)
-    card = (directory / "README.md").read_text()
-    assert "<img" not in card
-    assert "[a]" not in card
-    assert not (directory / "x.png").exists()
+def test_a_cards_names_are_plain_text(directory, tmp_path):
+    write_run_card(directory, tmp_path / "run <img src=x> [a](b)")
+    text = (directory / "README.md").read_text()
+    assert "<img" not in text
+    assert "[a]" not in text
 
 
 def test_weights_may_be_read_by_whom_the_rest_may(model_dir):

@@ -123,7 +123,7 @@ def test_learned_speeds_start_as_in_the_paper_and_have_no_weight_decay():
             "coordinates: integer, got axial and normalised",
         ),
         (lambda: RotaryConfig("spiral"), "kind must be one of none, axial, mixed"),
-        (lambda: RotaryConfig(theta=1.0), "rotary.theta must be above 1, got 1.0"),
+        (lambda: RotaryConfig(theta=1.0), "theta must be above 1, got 1.0"),
     ],
 )
 def test_what_cannot_be_is_named(build, message):

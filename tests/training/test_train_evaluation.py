@@ -293,7 +293,7 @@ MISTAKES = [
     ({"a": {"kind": "zeroshot", "data": "nowhere", "every_steps": 0}}, {}, "every_steps"),
     ({"a": {"kind": "zeroshot", "data": "nowhere"}}, {}, "nowhere"),
     ({"a": {"kind": "retrieval"}}, {}, "data"),
-    ({"a": {"kind": "retrieval", "images": "no", "captions": "no.json"}}, {}, "no"),
+    ({"a": {"kind": "retrieval", "images": "away", "captions": "c.json"}}, {}, "at away"),
     ("retrieval", {"eval__best": "held-out/R@1"}, "'held-out/R@1'"),
     ("retrieval", {"eval__best": f"held-out/64/{I2T}/R@1"}, f"held-out/{I2T}/R@1"),
     ("retrieval", {"eval__workers": -1}, "eval.workers"),
