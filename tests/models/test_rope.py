@@ -117,10 +117,10 @@ def test_learned_speeds_start_as_in_the_paper_and_have_no_weight_decay():
             ),
             "divisible by 2, got encoder.width=9",
         ),
-        (lambda: TextTowerConfig(rotary=RotaryConfig("mixed")), "text takes kind: axial"),
+        (lambda: TextTowerConfig(rotary=RotaryConfig("mixed")), "rotary.kind axial and"),
         (
             lambda: TextTowerConfig(rotary=RotaryConfig("axial", "normalised")),
-            "coordinates: integer, got axial and normalised",
+            "what text takes, got axial and normalised",
         ),
         (lambda: RotaryConfig("spiral"), "kind must be one of none, axial, mixed"),
         (lambda: RotaryConfig(theta=1.0), "theta must be above 1, got 1.0"),
