@@ -39,10 +39,10 @@ def check_optimizer(name: str, args: Mapping[str, Any]) -> None:
     known = list(inspect.signature(_find(name)).parameters)
     for argument in args:
         if argument in _FIELDS or (name == ADAMW and argument in ("betas", "eps")):
-            raise ValueError(f"optim.args.{argument}: write it as optim.{argument}")
+            raise ValueError(f"args.{argument}: write it as optim.{argument}")
         if argument not in known:
             raise ValueError(
-                f"{name} has no optim.args.{argument}{_hint(argument, known)}; it has "
+                f"args.{argument} is none of {name}{_hint(argument, known)}; it has "
                 + ", ".join(word for word in known if word not in _FIELDS)
             )
 
@@ -112,12 +112,12 @@ def _find(name: str) -> type[Optimizer]:
     names = [*map(str, list_optimizers()), *ours]
     if name not in names:
         raise ValueError(
-            f"optim.name={name} is unknown{_hint(name, names)}; there are {', '.join(names)}"
+            f"name={name} is unknown{_hint(name, names)}; there are {', '.join(names)}"
         )
     try:
         found: Any = get_optimizer_class(name, bind_defaults=False)
     except (ImportError, AssertionError) as error:
-        raise ValueError(f"optim.name={name}: {error}") from error
+        raise ValueError(f"name={name}: {error}") from error
     return cast("type[Optimizer]", found)
 
 
