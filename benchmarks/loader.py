@@ -33,7 +33,7 @@ from benchmarks.measure import in_turn
 from benchmarks.needs import need_peer
 from benchmarks.pairs import COCO, MAX_SIDE, MIN_SIDE, pair_builder, samples_of
 from benchmarks.sizes import CONTEXT, PATCH, SQUARE
-from navit_clip.data.builders import pairs as sample
+from navit_clip.data.builders import images as sample
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.patterns import expand_shards

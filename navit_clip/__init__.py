@@ -16,6 +16,7 @@ S       tokens of a second stream (keys and values), or places of a table
 E       examples (segments) of one packed stream
 H, D    attention heads and the width of one head; D alone: embedding width
 C       model width
+L       classes
 N       pairs over all ranks
 P       side of a patch in pixels
 2       row and column
@@ -36,7 +37,7 @@ leftover        samples that were read and are in no batch yet, when a run is st
 reader          one data worker's way through its part of the shards
 ==============  =================================================================
 
-``from navit_clip import NaViTCLIP`` is all that using a model takes.
+``from navit_clip import NaViTCLIP`` is all that using a model takes, or ``NaViTClassifier``.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from navit_clip.classifier import NaViTClassifier
     from navit_clip.model import NaViTCLIP
 
-__all__ = ["NaViTCLIP"]
+__all__ = ["NaViTCLIP", "NaViTClassifier"]
 __version__ = "0.1.0"
 
 
@@ -56,4 +58,8 @@ def __getattr__(name: str) -> Any:
         from navit_clip.model import NaViTCLIP
 
         return NaViTCLIP
+    if name == "NaViTClassifier":
+        from navit_clip.classifier import NaViTClassifier
+
+        return NaViTClassifier
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

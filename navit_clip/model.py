@@ -1,36 +1,30 @@
 """NaViTCLIP, the model as users know it: images and sentences in, vectors out.
 
 The towers are `navit_clip.models.clip.CLIP`'s, which the trainer trains; here stands what a user
-needs around them. Images and texts of any form are checked and sized here; packing and the towers'
-forward passes are `navit_clip.inference.embed`'s, which the evaluation uses too.
+needs around them. Images of any form are checked and sized by `navit_clip.inference.images`;
+packing and forward passes are `navit_clip.inference.embed`'s, which the evaluation uses too.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin
-from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.in_memory import ImageInput, open_image
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.data.in_memory import ImageInput
+from navit_clip.errors import UserError
 from navit_clip.export.card import LIBRARY, TAGS, TASK
-from navit_clip.export.pretrained import find_directory, load_pretrained, save_pretrained
-from navit_clip.inference.embed import image_vectors, size_image, text_vectors
+from navit_clip.export.description import Description
+from navit_clip.export.hub import PretrainedModel
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.embed import image_vectors, text_vectors
+from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.clip import CLIP, CLIPConfig
-from navit_clip.packed.images import ImagePatches
-from navit_clip.precision import PrecisionChoice, autocast, choose_precision
 from navit_clip.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,29 +32,19 @@ if TYPE_CHECKING:
 
 PLAIN_TEMPLATE = "a photo of a {}."
 
-_ONE_IMAGE = (str, bytes, os.PathLike, Image.Image)
-_WINDOW = 256  # images that are sized and wait for the towers; bounds memory
-_THREADS = 8  # Pillow decodes and resizes without the interpreter's lock
 _PROMPTS = 4096  # whose vectors are held at once
 
 
-class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS)):
-    """A CLIP with its tokenizer and preprocessing.
-
-    The ``encode_`` methods work without gradients and on the model's device; results are float32 on
-    the host. Put the model into ``eval()``. ``push_to_hub`` is huggingface_hub's own.
+class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS)):
+    """A CLIP with its tokenizer and preprocessing; see `PretrainedModel`.
 
     Args:
         config: The architecture.
         tokenizer: For texts; None for a model that will get none.
         preprocess: How the model wants its images; None likewise.
-
-    Attributes:
-        precision: Of the ``encode_`` methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU,
-            and leaves an autocast of the caller's as it is.
     """
 
-    precision: PrecisionChoice = "auto"
+    kind = "clip"
 
     def __init__(
         self,
@@ -73,52 +57,10 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
         self.preprocess = preprocess
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        directory_or_repo: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
-        """A trained model with its tokenizer and preprocessing, in evaluation mode.
-
-        Args:
-            directory_or_repo: An exported model, such as ``RUN_DIR/model``; or a repository of the
-                Hub, such as ``name/model``, where there is no such directory.
-            device: Where the model goes.
-            revision: Branch, tag or commit of a repository; None for its main branch.
-            token: For a private repository; None for the one of ``hf auth login``.
-            cache_dir: Where downloads are kept; None for huggingface_hub's own place.
-            force_download: Download again what is in the cache.
-            local_files_only: Take a repository from the cache, without the network.
-
-        Raises:
-            UserError: If there is no such model, it cannot be had, or its files are damaged.
-        """
-        # Not the mixin's own: it reads config.json as arguments of the class, which ours are not,
-        # and what it raises about a damaged one is several lines.
-        directory = find_directory(
-            directory_or_repo,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        return cls.from_directory(directory, device)
-
-    @classmethod
-    def from_directory(cls, directory: Path, device: torch.device | str = "cpu") -> Self:
-        """`from_pretrained` of a directory alone, which never asks the network.
-
-        Raises:
-            UserError: If there is no model, or its files are damaged.
-        """
-        return load_pretrained(directory, cls).to(device).eval()
+    def from_description(cls, description: Description, tokenizer: Tokenizer | None) -> Self:
+        """A model with random weights."""
+        assert isinstance(description.model, CLIPConfig)
+        return cls(description.model, tokenizer, description.preprocess)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Writes the model's directory: configuration, weights, tokenizer and a model card.
@@ -196,41 +138,9 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        if (
-            isinstance(images, _ONE_IMAGE)
-            or hasattr(images, "read")
-            or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
-        ):
-            raise ValueError(
-                f"images must be a list, got one {type(images).__name__}: give [image]"
-            )
-        if max_tokens is None:
-            if self.preprocess is None:
-                raise UserError(
-                    "this model has no preprocess to say how large images may be: give max_tokens"
-                )
-            max_tokens = self.preprocess.max_tokens
-        if not isinstance(max_tokens, int) or not 1 <= max_tokens < 1 << 31:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}")
-        square = self.preprocess is not None and self.preprocess.square
-
-        def size(numbered: tuple[int, ImageInput]) -> ImagePatches:
-            index, image = numbered
-            try:
-                return size_image(open_image(image), self.config.image, max_tokens, square=square)
-            except SkipSampleError as error:
-                raise ValueError(f"images[{index}]: {error.detail}") from error
-            except ValueError as error:
-                raise ValueError(f"images[{index}]: {error}") from error
-
-        def sized() -> Iterator[ImagePatches]:
-            waiting = enumerate(images)
-            with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-                while window := list(islice(waiting, _WINDOW)):
-                    yield from threads.map(size, window)
-
+        sized = size_images(images, self.config.image, self.preprocess, max_tokens)
         with self._autocast():
-            return image_vectors(self, sized(), normalize=normalize)
+            return image_vectors(self, sized, normalize=normalize)
 
     def encode_text(self, texts: Iterable[str], normalize: bool = True) -> Tensor:
         """Embeds texts, cut at the model's context.
@@ -254,11 +164,6 @@ class NaViTCLIP(CLIP, ModelHubMixin, library_name=LIBRARY, pipeline_tag=TASK, ta
         strings = _checked_strings(texts, "texts")
         with self._autocast():
             return text_vectors(self, self.tokenizer, strings, normalize=normalize)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "auto" and torch.is_autocast_enabled(self.device.type):
-            return nullcontext()
-        return autocast(choose_precision(self.precision, self.device), self.device)
 
     def similarity(
         self, images: Iterable[ImageInput], texts: Iterable[str], max_tokens: int | None = None

@@ -26,13 +26,14 @@ from navit_clip.checkpoints.tensor_files import read_index, read_tensors
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.files import reading
-from navit_clip.model import NaViTCLIP
+from navit_clip.load import AnyModel, build_model
+from navit_clip.tokenizers.base import DESCRIPTION_FILE
 from navit_clip.tokenizers.load import load_tokenizer
 
 
 def load_run(
     run_dir: Path, step: int | None, device: torch.device | str = "cpu"
-) -> tuple[NaViTCLIP, int]:
+) -> tuple[AnyModel, int]:
     """The model as it was at a checkpoint; the EMA of its weights if the run keeps one.
 
     Args:
@@ -52,7 +53,8 @@ def load_run(
     step = _choose(run_dir, step)
     folder = step_folder(directory, step)
     description = Description.read(folder / RUN_MODEL)
-    model = NaViTCLIP(description.model, load_tokenizer(folder), description.preprocess)
+    tokenizer = load_tokenizer(folder) if (folder / DESCRIPTION_FILE).is_file() else None
+    model = build_model(description, tokenizer)
     _load(folder, model)
     return model.to(device).eval(), step
 
@@ -79,7 +81,7 @@ def _choose(run_dir: Path, step: int | None) -> int:
     return step
 
 
-def _load(folder: Path, model: NaViTCLIP) -> None:
+def _load(folder: Path, model: AnyModel) -> None:
     damage = (ValueError, KeyError, TypeError, RuntimeError, dcp.CheckpointException)
     with reading(f"checkpoint {folder}", *damage):
         manifest = Manifest.read(folder)

@@ -15,9 +15,9 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.baselines import OpenClipModel
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
-from navit_clip.evaluation.models import Model, PackedModel
+from navit_clip.evaluation.models import Model, packed_model
 from navit_clip.evaluation.registry import EVALUATORS
-from navit_clip.model import NaViTCLIP
+from navit_clip.load import load_model
 from navit_clip.precision import choose_precision
 
 _OPEN_CLIP = "open_clip:"
@@ -152,8 +152,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
         )
     precision = choose_precision(args.precision, ranks.device)
     if args.run is not None:
-        packed, step = load_run(args.run, args.step, ranks.device)
-        model: Model = PackedModel(packed, f"{args.run} step {step}", precision)
+        loaded, step = load_run(args.run, args.step, ranks.device)
+        model: Model = packed_model(loaded, f"{args.run} step {step}", precision)
     else:
         model = _load(args.model, args.weights, args, ranks)
     weights = iter(args.baseline_weights)
@@ -167,7 +167,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
 def _load(name: str, weights: Path | None, args: argparse.Namespace, ranks: Ranks) -> Model:
     precision = choose_precision(args.precision, ranks.device)
     if not name.startswith(_OPEN_CLIP):
-        return PackedModel(NaViTCLIP.from_directory(Path(name), ranks.device), name, precision)
+        return packed_model(load_model(Path(name), ranks.device), name, precision)
     seed = args.random_weights if weights is None else None
     architecture = name.removeprefix(_OPEN_CLIP)
     return OpenClipModel(architecture, weights, seed, ranks.device, args.square, precision)

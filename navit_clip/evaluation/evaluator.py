@@ -96,6 +96,7 @@ class Evaluator(ABC, Generic[S]):
         Spec: Its specification's class, a flag per field.
         METRICS: By key. Slashes in a key are levels of the JSON of results.
         counted: What a result counts beside images.
+        reads_texts: Whether models have to read texts.
     """
 
     kind: ClassVar[str]
@@ -105,6 +106,7 @@ class Evaluator(ABC, Generic[S]):
     Spec: ClassVar[type[EvalSpec]]
     METRICS: ClassVar[Mapping[str, Metric]]
     counted: ClassVar[str]
+    reads_texts: ClassVar[bool] = False
 
     def __init__(self, spec: S) -> None:
         self.spec = spec
@@ -208,10 +210,30 @@ class EmbeddingEvaluator(Evaluator[S]):
             UserError: If labels and names do not go together.
         """
 
-    def check(self, model: Model) -> None:
-        """Opens the data and looks for an image that can be read."""
+    def accept(self, model: Model) -> None:
+        """Refuses a model that cannot be evaluated so, whatever its settings.
+
+        Raises:
+            UserError: If it is one.
+        """
+        if self.reads_texts and not model.reads_texts:
+            raise UserError(
+                f"{self.kind} compares images with texts, which {model.name} cannot read"
+            )
+
+    def check_model(self, model: Model) -> None:
+        """Refuses a model, or a setting that is impossible for it.
+
+        Raises:
+            UserError: If so.
+        """
+        self.accept(model)
         for setting in self.spec.settings:
             model.check(setting)
+
+    def check(self, model: Model) -> None:
+        """Opens the data and looks for an image that can be read."""
+        self.check_model(model)
         first: SkipSampleError | None = None
         for item in islice(self.open().read(0, 1), _PROBED):
             if not isinstance(item.data, SkipSampleError):
@@ -231,9 +253,10 @@ class EmbeddingEvaluator(Evaluator[S]):
     ) -> EvalResult | None:
         """Embeds on all ranks and scores on rank 0."""
         asked = self.spec.settings
-        for setting in asked:
-            model.check(setting)
+        self.check_model(model)
         models = [model, *baselines]
+        for baseline in baselines:
+            self.accept(baseline)
         settings = []
         for one in models:
             taken = [one.own_setting]

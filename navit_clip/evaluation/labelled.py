@@ -12,15 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.annotations.class_names import index_of, read_places
+from navit_clip.data.annotations.class_names import index_of, names_beside
 from navit_clip.data.annotations.folders import is_image, read_class_folders
 from navit_clip.data.annotations.labels import ClassMap, load_class_map, read_label_file
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import LEFT_OUT, EvalDataset, FileDataset, ShardDataset
 from navit_clip.files import reading, storable
-
-CLASSNAMES = "classnames.txt"  # written by make_shards beside shards of class folders
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ def open_labelled(path: str, labels: str | None = None, class_map: str | None = 
         return _label_file(root, labels, known)
     if not root.is_dir() or any(root.glob("*.tar")):
         shards = expand_shards([path])
-        file = Path(shards[0]).with_name(CLASSNAMES)
-        names = read_places(str(file), "class names") if file.is_file() else None
+        names = names_beside(shards[0])
         if known is None:
             return Labelled(ShardDataset(shards), names=names)
         # A map knows the classes by their names, where the data has names for its numbers.

@@ -1,7 +1,7 @@
 """Models as the evaluators see them: they size images and embed them and captions.
 
-`PackedModel` is one of ours, in memory or exported; `navit_clip.evaluation.baselines` holds others
-to compare with.
+`PackedModel` and `PackedClassifier` are ours, in memory or exported;
+`navit_clip.evaluation.baselines` holds others to compare with.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from navit_clip.classifier import NaViTClassifier
 from navit_clip.data.decode import EncodedImage
 from navit_clip.errors import UserError
 from navit_clip.evaluation.cache import tensors_digest
 from navit_clip.evaluation.settings import EvalSetting
-from navit_clip.inference.embed import image_vectors, size_image, text_vectors
+from navit_clip.inference.embed import (
+    feature_vectors,
+    image_vectors,
+    size_image,
+    text_vectors,
+)
+from navit_clip.load import AnyModel
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -38,6 +46,7 @@ class Model(ABC):
             worker processes. Raises `SkipSampleError` if the pixels cannot be decoded.
         precision: Of its forward passes; similarities and metrics are float32 in any case.
         padding_tokens: Tokens of padding that `embed_images` has computed so far.
+        reads_texts: Whether it has `embed_texts` and `scale`.
     """
 
     name: str
@@ -45,6 +54,7 @@ class Model(ABC):
     sizer: Sizer
     precision: Precision
     padding_tokens: int = 0
+    reads_texts: bool = True
 
     @abstractmethod
     def check(self, setting: EvalSetting) -> None:
@@ -60,7 +70,10 @@ class Model(ABC):
 
     @abstractmethod
     def embed_images(self, images: Sequence[Any]) -> Tensor:
-        """Sized images of one setting to float32 [E, D] unit vectors on the host, in order."""
+        """Sized images of one setting to float32 [E, D] on the host, in order.
+
+        Unit vectors of a model that reads texts; what its head reads of a classifier.
+        """
 
     @abstractmethod
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -93,11 +106,11 @@ def _size(
     return size_image(image, config, setting.max_tokens, square=square)
 
 
-class PackedModel(Model):
-    """A model of this library.
+class _Packed(Model):
+    """What our models have in common.
 
     Args:
-        model: With its tokenizer and preprocessing.
+        model: With its preprocessing.
         name: For tables and results.
         precision: Of forward passes.
         around: A context for each of them.
@@ -105,21 +118,21 @@ class PackedModel(Model):
 
     def __init__(
         self,
-        model: NaViTCLIP,
+        model: NaViTCLIP | NaViTClassifier,
         name: str,
         precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        assert model.tokenizer is not None
         assert model.preprocess is not None
-        self.model, self.name, self.precision, self._around = model, name, precision, around
-        self.tokenizer, self.preprocess = model.tokenizer, model.preprocess
+        self._tower: nn.Module = model.image
+        self._config, self._device, self.preprocess = model.config, model.device, model.preprocess
+        self.name, self.precision, self._around = name, precision, around
         self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
         self.sizer = partial(_size, model.config.image, self.preprocess.square)
 
     def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches within the position table."""
-        side, config = setting.side, self.model.config.image
+        side, config = setting.side, self._config.image
         if side is None:
             return
         patch, most = config.patch_size, config.position.max_grid_side
@@ -142,21 +155,44 @@ class PackedModel(Model):
     def embed_images(self, images: Sequence[ImagePatches]) -> Tensor:
         """In packed streams."""
         # Counted where the tower sees it: how streams are made is not this module's business.
-        with self.model.image.register_forward_pre_hook(self._count), self._running():
-            return image_vectors(self.model, images)
+        with self._tower.register_forward_pre_hook(self._count), self._running():
+            return self._embed(images)
+
+    @abstractmethod
+    def _embed(self, images: Sequence[ImagePatches]) -> Tensor: ...
 
     def _count(self, tower: nn.Module, inputs: tuple[PackedImages, ...]) -> None:
         self.padding_tokens += inputs[0].segments.padding
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._around(), autocast(self.precision, self._device):
+            yield
+
+
+class PackedModel(_Packed):
+    """A CLIP of this library; arguments as of `_Packed`."""
+
+    model: NaViTCLIP
+
+    def __init__(
+        self,
+        model: NaViTCLIP,
+        name: str,
+        precision: Precision = "fp32",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        assert model.tokenizer is not None
+        super().__init__(model, name, precision, around)
+        self.model, self.tokenizer = model, model.tokenizer
+
+    def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
+        return image_vectors(self.model, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """In packed streams."""
         with self._running():
             return text_vectors(self.model, self.tokenizer, texts)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with self._around(), autocast(self.precision, self.model.device):
-            yield
 
     @property
     def scale(self) -> float:
@@ -180,3 +216,55 @@ class PackedModel(Model):
             self.precision,
             *files,
         )
+
+
+class PackedClassifier(_Packed):
+    """A classifier of this library, which evaluators see before its head; as `_Packed`."""
+
+    reads_texts = False
+
+    def __init__(
+        self,
+        model: NaViTClassifier,
+        name: str,
+        precision: Precision = "fp32",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        super().__init__(model, name, precision, around)
+        self.model = model
+
+    def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
+        return feature_vectors(self.model, images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """There are none."""
+        return torch.zeros(len(texts), 0)
+
+    @property
+    def scale(self) -> float:
+        """Logits are products as they are."""
+        return 1.0
+
+    def image_flops(self, tokens: int) -> int:
+        """By `navit_clip.models.flops`, head included."""
+        return image_flops(self.model.config.image, len(self.model.classes), tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tower: the head reads what is kept."""
+        return tensors_digest(
+            self.model.image.state_dict(),
+            repr(self.model.config.image),
+            repr(self.preprocess),
+            self.model.device.type,
+            self.precision,
+        )
+
+
+def packed_model(
+    model: AnyModel, name: str, precision: Precision
+) -> PackedModel | PackedClassifier:
+    """One of ours as evaluators see it, whichever it is."""
+    if isinstance(model, NaViTCLIP):
+        return PackedModel(model, name, precision)
+    return PackedClassifier(model, name, precision)

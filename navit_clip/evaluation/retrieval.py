@@ -94,6 +94,7 @@ class Retrieval(EmbeddingEvaluator[RetrievalSpec]):
         **_metrics(I2T, "image → text", "I→T", "images"),
         **_metrics(T2I, "text → image", "T→I", "captions"),
     }
+    reads_texts = True
     counted = "captions"
 
     def open(self) -> EvalDataset:

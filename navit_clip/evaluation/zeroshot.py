@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from navit_clip.data.annotations.class_names import read_class_names, read_text
+from navit_clip.data.annotations.class_names import CLASSNAMES, read_class_names, read_text
 from navit_clip.data.annotations.labels import load_class_map
 from navit_clip.errors import UserError
 from navit_clip.evaluation.calibration import expected_calibration_error
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
-from navit_clip.evaluation.labelled import CLASSNAMES, Labelled, open_labelled
+from navit_clip.evaluation.labelled import Labelled, open_labelled
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.ranking import ClassTable, Predictions, classify, fraction
 from navit_clip.evaluation.report.samples import ReportSamples, classification_samples
@@ -88,6 +88,7 @@ class ZeroShot(EmbeddingEvaluator[ZeroShotSpec]):
         "mean_per_class": Metric("mean per class", guesses=1, among="classes"),
         "ece": Metric("ECE", lower_is_better=True),
     }
+    reads_texts = True
     counted = "classes"
 
     labelled: Labelled

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from navit_clip.errors import printable
 from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import atomic_write, reading, writing
+from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
 
@@ -28,15 +29,20 @@ CARD_FILE = "README.md"
 LIBRARY = "navit-clip"
 TASK = "zero-shot-image-classification"
 TAGS = ("clip", "image-text-retrieval", "navit")
+CLASSIFIER_TASK, CLASSIFIER_TAGS = "image-classification", ("navit",)
 
 _LICENSE = (
     "# license: choose one before you publish, see https://hf.co/docs/hub/repositories-licenses"
 )
-_ABOUT = (
-    "An image tower and a text tower with one embedding space (CLIP). Images keep their aspect "
-    "ratio and, up to the token limit, their size; they are packed without padding (NaViT)."
+_IMAGES = (
+    "Images keep their aspect ratio and, up to the token limit, their size; they are packed "
+    "without padding (NaViT)."
 )
-_USE = """```python
+_CLIP = """An image tower and a text tower with one embedding space (CLIP). {images}
+
+## Use
+
+```python
 from navit_clip import NaViTCLIP
 
 model = NaViTCLIP.from_pretrained("path/to/this/directory")
@@ -44,6 +50,18 @@ image_vectors = model.encode_image(["photo.jpg"])  # paths, PIL images, arrays o
 text_vectors = model.encode_text(["a photo of a dog"])
 probabilities = model.classify(["photo.jpg"], ["dog", "cat"])
 ```"""
+_CLASSIFIER = """An image tower with a head over {classes} classes: {names}. {images}
+
+## Use
+
+```python
+from navit_clip import NaViTClassifier
+
+model = NaViTClassifier.from_pretrained("path/to/this/directory")
+probabilities = model.classify(["photo.jpg"])  # paths, PIL images, arrays or tensors
+names = [model.classes[index] for index in probabilities.argmax(1)]
+```"""
+_NAMED = 20  # classes
 
 
 _EVALUATIONS = re.compile(
@@ -51,7 +69,7 @@ _EVALUATIONS = re.compile(
 )
 
 
-def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str] = ()) -> None:
+def write_card(directory: Path, name: str = "NaViT", sections: Sequence[str] = ()) -> None:
     """Writes README.md into an exported model, over one that is there.
 
     Evaluations of the same weights that it lists stay.
@@ -65,13 +83,17 @@ def write_card(directory: Path, name: str = "NaViT CLIP", sections: Sequence[str
         UserError: If the model's files cannot be read, or the card cannot be written.
     """
     description = Description.read(directory / CONFIG_FILE)
-    header = ModelCardData(library_name=LIBRARY, pipeline_tag=TASK, tags=list(TAGS))
+    is_clip = isinstance(description.model, CLIPConfig)
+    task, tags = (TASK, TAGS) if is_clip else (CLASSIFIER_TASK, CLASSIFIER_TAGS)
+    header = ModelCardData(library_name=LIBRARY, pipeline_tag=task, tags=list(tags))
+    names = [*map(plain_text, description.classes[:_NAMED])]
+    more = ["…"] * (len(description.classes) > _NAMED)
     parts = [
         f"---\n{header.to_yaml()}\n{_LICENSE}\n---",
         f"# {plain_text(name)}",
-        _ABOUT,
-        "## Use",
-        _USE,
+        (_CLIP if is_clip else _CLASSIFIER).format(
+            images=_IMAGES, classes=f"{len(description.classes):,}", names=", ".join(names + more)
+        ),
         "## Model",
         _model_table(description, _count_parameters(directory / WEIGHTS_FILE)),
         *sections,
@@ -168,14 +190,18 @@ def _model_table(description: Description, parameters: int) -> str:
         )
 
     model, preprocess = description.model, description.preprocess
-    image, text = model.image, model.text
+    image = model.image
     shape = "squashed to a square" if preprocess.square else "at their aspect ratio"
     rows = [
         ["parameters", f"{parameters / 1e6:.1f}M"],
-        ["embedding", f"{model.embed_dim} numbers"],
         ["image tower", f"{tower(image)}, patches of {image.patch_size}×{image.patch_size}"],
-        ["text tower", tower(text)],
         ["images", f"at most {preprocess.max_tokens} patches each, {shape}"],
-        ["texts", f"at most {text.context_length} of {text.vocab_size:,} tokens"],
     ]
+    if isinstance(model, CLIPConfig):
+        text = model.text
+        rows.insert(1, ["embedding", f"{model.embed_dim} numbers"])
+        rows.insert(3, ["text tower", tower(text)])
+        rows.append(["texts", f"at most {text.context_length} of {text.vocab_size:,} tokens"])
+    else:
+        rows.append(["classes", f"{len(description.classes):,}, {model.output}"])
     return markdown_table(["", ""], rows)

@@ -15,11 +15,17 @@ from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, reading
 from navit_clip.inference.preprocess import Preprocess
-from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.classifier import Classifier, ClassifierConfig
+from navit_clip.models.clip import CLIP, CLIPConfig
 
 CONFIG_FILE = "config.json"  # of an exported model
 FORMAT = 2
-KIND = "clip"
+
+ModelConfig = CLIPConfig | ClassifierConfig
+_KINDS: dict[str, type[CLIPConfig] | type[ClassifierConfig]] = {
+    "clip": CLIPConfig,
+    "classifier": ClassifierConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,31 @@ class Description:
         model: The architecture.
         preprocess: How the model wants its images.
         weights_sha256: Checksum of the weights' file beside the description; None without one.
+        classes: Names of a classifier's classes, by index.
+
+    Raises:
+        ValueError: If a classifier has fewer than two classes.
     """
 
-    model: CLIPConfig
+    model: ModelConfig
     preprocess: Preprocess
     weights_sha256: str | None = None
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, ClassifierConfig) and len(self.classes) < 2:
+            raise ValueError(f"a classifier has at least 2 classes, got {len(self.classes)}")
+
+    @property
+    def kind(self) -> str:
+        """``clip`` or ``classifier``."""
+        return next(kind for kind, config in _KINDS.items() if isinstance(self.model, config))
+
+    def build(self) -> CLIP | Classifier:
+        """The bare model, with random weights."""
+        if isinstance(self.model, CLIPConfig):
+            return CLIP(self.model)
+        return Classifier(self.model, len(self.classes))
 
     def write(self, path: Path) -> None:
         """Writes the file atomically.
@@ -42,9 +68,11 @@ class Description:
         Raises:
             OSError: If the disk does not take it.
         """
-        values = {"format": FORMAT, "kind": KIND, **asdict(self)}
+        values = {"format": FORMAT, "kind": self.kind, **asdict(self)}
         if self.weights_sha256 is None:
             del values["weights_sha256"]
+        if not self.classes:
+            del values["classes"]
         atomic_write(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -62,12 +90,14 @@ class Description:
                 )
             if values["format"] == 1:
                 values = _from_format_1(values)
-            if values["kind"] != KIND:
-                raise UserError(f"{path} describes a {values['kind']}, this version reads {KIND}")
+            if values["kind"] not in _KINDS:
+                known = " and ".join(_KINDS)
+                raise UserError(f"{path} describes a {values['kind']}, this version reads {known}")
             return cls(
-                config_from_dict(CLIPConfig, values["model"], "model"),
+                config_from_dict(_KINDS[values["kind"]], values["model"], "model"),
                 config_from_dict(Preprocess, values["preprocess"], "preprocess"),
                 values.get("weights_sha256"),
+                tuple(map(str, values.get("classes", ()))),
             )
 
 
@@ -76,4 +106,4 @@ def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
     position = values["model"]["image"].get("position", {})
     if "max_side" in position:
         position["table_side"] = position.pop("max_side")
-    return {**values, "kind": KIND}
+    return {**values, "kind": "clip"}

@@ -1,30 +1,33 @@
 """A model's directory: all that inference needs, and nothing that runs code.
 
-``config.json`` (architecture, preprocessing, checksum of the weights), ``model.safetensors``
-(weights), the tokenizer's own files, and a model card. Written by the trainer at its end and by
-`NaViTCLIP.save_pretrained`, read by `NaViTCLIP.from_pretrained`, the evaluation and the trainer.
-A repository of the Hugging Face Hub holds the same files: pushing is
-`huggingface_hub.ModelHubMixin.push_to_hub`, which uploads what `save_pretrained` writes.
+``config.json`` (architecture, preprocessing, checksum of the weights, a classifier's class names),
+``model.safetensors`` (weights), the tokenizer's own files if there is one, and a model card.
+Written by the trainer at its end and by a model's ``save_pretrained``, read by its
+``from_pretrained`` (`navit_clip.export.hub`), the evaluation and the trainer. A repository of the
+Hugging Face Hub holds the same files: pushing is `huggingface_hub.ModelHubMixin.push_to_hub`,
+which uploads what `save_pretrained` writes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
 from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.classifier import Classifier
 from navit_clip.models.clip import CLIP, CLIPConfig
-from navit_clip.tokenizers.base import DESCRIPTION_FILE, TOKENIZER_FILES, Tokenizer
+from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
 from navit_clip.tokenizers.load import load_tokenizer
 
 # All that loading reads, and the card for whoever finds it.
@@ -32,7 +35,7 @@ MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, CARD_FILE)
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-Model = TypeVar("Model", bound=CLIP)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
@@ -54,11 +57,22 @@ def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
 
 
 def save_pretrained(
-    directory: Path, model: CLIP, tokenizer: Tokenizer, preprocess: Preprocess
+    directory: Path,
+    model: CLIP | Classifier,
+    tokenizer: Tokenizer | None,
+    preprocess: Preprocess,
+    classes: Sequence[str] = (),
 ) -> None:
     """Writes a model's directory, each file atomically.
 
     A model card that is there already stays as it is.
+
+    Args:
+        directory: Made if need be.
+        model: With its weights.
+        tokenizer: None for a classifier.
+        preprocess: How the model wants its images.
+        classes: Names of a classifier's classes.
 
     Raises:
         UserError: If the disk does not take it.
@@ -68,21 +82,27 @@ def save_pretrained(
     }
     with writing(f"the model to {directory}", SafetensorError):
         directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(directory)
-        with replacing(directory / WEIGHTS_FILE) as partial:
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        path = directory / WEIGHTS_FILE
+        with replacing(path) as partial:
             save_file(weights, partial)
-            description = Description(model.config, preprocess, sha256_of(partial))
-            # safetensors gives it to its owner alone; others may read it as they may the rest.
-            partial.chmod((directory / DESCRIPTION_FILE).stat().st_mode & 0o777)
-        description.write(directory / CONFIG_FILE)
+            checksum = sha256_of(partial)
+        Description(model.config, preprocess, checksum, tuple(classes)).write(
+            directory / CONFIG_FILE
+        )
+        # safetensors gives it to its owner alone; others may read it as they may the rest.
+        path.chmod((directory / CONFIG_FILE).stat().st_mode & 0o777)
         if not (directory / CARD_FILE).exists():
             write_card(directory)
 
 
 def load_pretrained(
-    directory: Path, build: Callable[[CLIPConfig, Tokenizer, Preprocess], Model]
+    directory: Path, build: Callable[[Description, Tokenizer | None], Model]
 ) -> Model:
     """Reads a model's directory into what `build` makes, such as a `NaViTCLIP`, on the host.
+
+    `build` gets None in place of the tokenizer that a classifier has not.
 
     Raises:
         UserError: If a file is missing, damaged, or does not fit the others.
@@ -91,10 +111,11 @@ def load_pretrained(
     if not path.is_file():
         raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
     description = Description.read(path)
-    tokenizer = _load_tokenizer(directory, description.model)
-    _check_size(path, directory / WEIGHTS_FILE, description.model)
+    config = description.model
+    tokenizer = _load_tokenizer(directory, config) if isinstance(config, CLIPConfig) else None
+    _check_size(path, directory / WEIGHTS_FILE, description)
     with reading(path, ValueError):  # such as a width that the positions cannot have
-        model = build(description.model, tokenizer, description.preprocess)
+        model = build(description, tokenizer)
     weights_path = directory / WEIGHTS_FILE
     with reading(weights_path, SafetensorError, RuntimeError, hint="; export it again"):
         model.load_state_dict(load_file(weights_path))
@@ -108,17 +129,20 @@ def load_pretrained(
     return model
 
 
-def _check_size(path: Path, weights_path: Path, config: CLIPConfig) -> None:
+def _check_size(path: Path, weights_path: Path, description: Description) -> None:
     """Refuses an architecture far larger than its weights before memory is taken for it."""
     with reading(weights_path, SafetensorError, hint="; export it again"):
         with safe_open(weights_path, framework="pt") as weights:
             tensors = len(weights.keys())
         stored = weights_path.stat().st_size
-    depth = max(config.image.encoder.depth, config.text.encoder.depth)
+    config = description.model
+    depth = config.image.encoder.depth
+    if isinstance(config, CLIPConfig):
+        depth = max(depth, config.text.encoder.depth)
     numbers = 0
     if depth <= tensors:
         with reading(path, ValueError, RuntimeError, TypeError), torch.device("meta"):
-            numbers = sum(parameter.numel() for parameter in CLIP(config).parameters())
+            numbers = sum(parameter.numel() for parameter in description.build().parameters())
     # A number takes at least a byte; loading names what a little is missing from.
     if depth > tensors or numbers > stored + 10_000_000:
         raise UserError(

@@ -1,7 +1,7 @@
 """Embedding images and captions with a trained model, packed by token budget.
 
-What the evaluation and `navit_clip.model` stand on: any number of images of any size in, vectors
-in the same order out, no token of padding computed.
+What the evaluation, `navit_clip.model` and `navit_clip.classifier` stand on: any number of images
+of any size in, vectors in the same order out, no token of padding computed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from navit_clip.data.decode import EncodedImage, OpenedImage
 from navit_clip.data.patches import cut_patches
 from navit_clip.data.sizing import fit_grid
+from navit_clip.models.classifier import Classifier
 from navit_clip.models.clip import CLIP
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, pack_images
@@ -72,7 +73,18 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
             return model.embed_images(packed)
         return model.image_projection(model.image(packed))
 
-    return _embed(model, images, lambda image: len(image.patches), embed)
+    return _embed(model.config.embed_dim, images, lambda image: len(image.patches), embed)
+
+
+def feature_vectors(model: Classifier, images: Iterable[ImagePatches]) -> Tensor:
+    """What a classifier's head reads, float32 [E, C], as `image_vectors` are made."""
+
+    def embed(batch: Sequence[ImagePatches]) -> Tensor:
+        vectors: Tensor = model.image(pack_images(batch).to(model.device))
+        return vectors
+
+    width = model.config.image.encoder.width
+    return _embed(width, images, lambda image: len(image.patches), embed)
 
 
 def text_vectors(
@@ -87,19 +99,20 @@ def text_vectors(
             return model.embed_texts(packed)
         return model.text_projection(model.text(packed))
 
-    return _embed(model, (tokenizer.encode(text, context) for text in texts), len, embed)
+    ids = (tokenizer.encode(text, context) for text in texts)
+    return _embed(model.config.embed_dim, ids, len, embed)
 
 
 # Not inference_mode: its tensors could not be trained on, by a linear probe for one.
 @torch.no_grad()
 def _embed(
-    model: CLIP,
+    width: int,
     items: Iterable[T],
     length: Callable[[T], int],
     embed: Callable[[Sequence[T]], Tensor],
 ) -> Tensor:
     parts = [embed(batch).float().cpu() for batch in _streams(items, length)]
-    return torch.cat(parts) if parts else torch.zeros(0, model.config.embed_dim)
+    return torch.cat(parts) if parts else torch.zeros(0, width)
 
 
 def _streams(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

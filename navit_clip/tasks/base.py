@@ -120,6 +120,10 @@ class Task(ABC):
         """How many layers stand above a parameter, for layer-wise learning rates; 0 at the top."""
         return 0
 
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter is of a head, which may have a weight decay of its own."""
+        return False
+
     @abstractmethod
     def flops(self, inputs: Inputs) -> float:
         """FLOPs of one forward and one backward pass, padding and loss left out."""
@@ -130,6 +134,13 @@ class Task(ABC):
 
         Raises:
             OSError: If the disk does not take it.
+        """
+
+    def check_checkpoint(self, folder: Path) -> None:  # noqa: B027  weights alone fit most
+        """Refuses a checkpoint of the run that does not mean what the task now would.
+
+        Raises:
+            UserError: If so.
         """
 
     @abstractmethod
@@ -203,6 +214,8 @@ class TaskConfig(ABC):
     @classmethod
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
         """Values of fields that `init` gives, as `asdict` has them; others are refused.
+
+        Names of fields within fields have dots, as in ``model.image``.
 
         The run of `run_dir` may have begun.
 

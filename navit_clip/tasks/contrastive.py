@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,6 @@ from navit_clip.configs import check_choices
 from navit_clip.data.builders.pairs import PairBuilder, PairInputs
 from navit_clip.data.config import DataConfig, check_captions
 from navit_clip.data.mixture import Mixture
-from navit_clip.data.sizing import default_max_tokens
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.export.description import Description
@@ -30,12 +28,11 @@ from navit_clip.packed.batch import Inputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
 from navit_clip.tasks.caption_report import report_captions
+from navit_clip.tasks.images import check_squares, layers_above, preprocess_of
 from navit_clip.tasks.locking import LockConfig, lock_towers
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
-
-_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,7 @@ class ContrastiveConfig(TaskConfig):
             "text": (self.model.text.context_length, "task.model.text.context_length"),
         }
         data.budget.check(longest)
-        square = max(1, resolution.max_side // image.patch_size)
-        if resolution.mode == "square" and (
-            square**2 > resolution.max_tokens or square > image.position.max_grid_side
-        ):
-            raise ValueError(
-                f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
-                f"past data.resolution.max_tokens={resolution.max_tokens} or "
-                f"task.model.image.position.table_side={image.position.table_side}"
-            )
+        check_squares(data, image)
 
     def build(self, data: DataConfig) -> ContrastiveTask:
         """The task on this data."""
@@ -125,6 +114,8 @@ class ContrastiveConfig(TaskConfig):
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
         """The architecture of the model that the run starts from."""
         model = init.read_config(run_dir)
+        if model is not None and not isinstance(model, CLIPConfig):
+            raise UserError(f"init.model={init.model} is a classifier, without a text tower")
         return {} if model is None else {"model": asdict(model)}
 
 
@@ -144,11 +135,7 @@ class ContrastiveTask(Task):
     @property
     def preprocess(self) -> Preprocess:
         """How the trained model wants its images: as large as the largest of training."""
-        resolution = self.data.resolution
-        return Preprocess(
-            default_max_tokens(resolution, self.config.model.image.patch_size),
-            square=resolution.mode == "square",
-        )
+        return preprocess_of(self.data, self.config.model.image)
 
     def build_model(self) -> CLIP:
         """A new model with random weights, on the host."""
@@ -220,17 +207,11 @@ class ContrastiveTask(Task):
         lock_towers(cast(CLIP, model), self.config.lock)
 
     def layers_above(self, name: str) -> int:
-        """How many layers of its tower stand above a parameter.
-
-        Final norm, pooling, projection and scale have none above them; embeddings lie one layer
-        below the first block.
-        """
+        """Those of its tower; projections and scale have none above them."""
         tower, _, rest = name.partition(".")
-        if tower not in ("image", "text") or rest.startswith(("encoder.norm.", "pool.")):
+        if tower not in ("image", "text"):
             return 0
-        depth: int = getattr(self.config.model, tower).encoder.depth
-        block = _BLOCK.match(rest)
-        return depth - int(block[1]) if block else depth + 1
+        return layers_above(rest, getattr(self.config.model, tower).encoder.depth)
 
     def flops(self, inputs: Inputs) -> float:
         """FLOPs of one forward and one backward pass of both towers.
@@ -281,7 +262,7 @@ class ContrastiveTask(Task):
 
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
         """The model that the run starts from, and its tokenizer."""
-        model = init.read_model()
+        model = cast(NaViTCLIP, init.read_model())
         init.check("task.model", asdict(self.config.model), asdict(model.config))
         if model.config != self.config.model:  # rotary positions, which `check` lets one add
             extended = NaViTCLIP(self.config.model, model.tokenizer, model.preprocess)

@@ -6,9 +6,13 @@ import difflib
 
 from navit_clip.errors import UserError
 from navit_clip.tasks.base import TaskConfig
+from navit_clip.tasks.classify import ClassifyConfig
 from navit_clip.tasks.contrastive import ContrastiveConfig
 
-_TASKS: dict[str, type[TaskConfig]] = {"contrastive": ContrastiveConfig}
+_TASKS: dict[str, type[TaskConfig]] = {
+    "contrastive": ContrastiveConfig,
+    "classify": ClassifyConfig,
+}
 
 
 def register(kind: str, config: type[TaskConfig]) -> None:

@@ -17,7 +17,7 @@ from navit_clip.errors import printable
 from navit_clip.export.card import markdown_table, write_card
 from navit_clip.files import writing
 
-_METRICS = ("loss", "logit_scale", "examples_per_s")
+_METRICS = ("loss", "accuracy", "logit_scale", "examples_per_s")
 
 
 def write_run_card(directory: Path, run_dir: Path) -> None:

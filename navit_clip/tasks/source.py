@@ -14,9 +14,9 @@ from typing import Any
 
 from navit_clip.checkpoints.folder import RUN_MODEL, find_damage, saved_steps, step_folder
 from navit_clip.errors import UserError
-from navit_clip.export.description import CONFIG_FILE, Description
+from navit_clip.export.description import CONFIG_FILE, Description, ModelConfig
+from navit_clip.load import AnyModel, load_model
 from navit_clip.model import NaViTCLIP
-from navit_clip.models.clip import CLIPConfig
 
 OPEN_CLIP = "open_clip:"
 
@@ -48,7 +48,7 @@ class InitConfig:
             return None
         return self.model.removeprefix(OPEN_CLIP)
 
-    def read_config(self, run_dir: Path) -> CLIPConfig | None:
+    def read_config(self, run_dir: Path) -> ModelConfig | None:
         """Architecture of the model, None without one.
 
         Args:
@@ -76,7 +76,7 @@ class InitConfig:
             )
         return Description.read(path).model
 
-    def read_model(self) -> NaViTCLIP:
+    def read_model(self) -> AnyModel:
         """The model with its weights, on the host.
 
         Raises:
@@ -84,7 +84,7 @@ class InitConfig:
         """
         assert self.model is not None
         if self.open_clip_name is None:
-            return NaViTCLIP.from_directory(Path(self.model))
+            return load_model(Path(self.model))
         if self.weights is None:
             raise UserError(
                 f"init.weights is missing for init.model={self.model}: give a checkpoint's path, "

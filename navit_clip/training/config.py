@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -160,7 +162,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
         raise UserError(message + _hint(message, parser.get_defaults().keys())) from error
     given = asdict(values["task"])
     for name, known in defaults.items():
-        init.check(f"task.{name}", given[name], known)
+        init.check(f"task.{name}", reduce(getitem, name.split("."), given), known)
     return config, parser.dump(namespace)
 
 

@@ -6,13 +6,14 @@ it differs between parameters; others than AdamW are made by `optimizers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from navit_clip.errors import UserError
+from navit_clip.tasks.base import Task
 from navit_clip.training.optimizers import ADAMW, check_optimizer, make_optimizer
 from navit_clip.training.schedule import ScheduleConfig
 
@@ -33,6 +34,7 @@ class OptimConfig:
             another than adamw too.
         weight_decay: Decay of matrices and tables, decoupled unless the optimiser has another kind
             (sgd adds it to the gradient); norms, biases, probe and scale have none.
+        head_weight_decay: That of a head over classes instead; null is `weight_decay`.
         layer_decay: Each layer of a tower learns at this share of the rate of the one above it
             (BEiT): final norm, pooling, projection and scale at the full rate, embeddings slowest.
             1 trains all alike; fine-tuning takes 0.65 to 0.9.
@@ -49,6 +51,7 @@ class OptimConfig:
     eps: float = 1e-8
     args: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.1
+    head_weight_decay: float | None = None
     layer_decay: float = 1.0
     clip_norm: float = 1.0
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -56,8 +59,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "head_weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if self.clip_norm < 0:
@@ -66,7 +70,7 @@ class OptimConfig:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, layers_above: Callable[[str], int]
+    model: nn.Module, config: OptimConfig, task: Task
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """An optimiser of the parameters that are trained, in groups by learning rate and decay.
 
@@ -76,21 +80,30 @@ def build_optimizer(
     Args:
         model: Possibly sharded.
         config: Of the optimiser.
-        layers_above: How many layers stand above a parameter, by its name.
+        task: Says of a parameter, by its name, how many layers stand above it and whether it is of
+            a head.
 
     Returns:
         The optimiser, and what the learning rate of each of its groups is multiplied by.
 
     Raises:
-        UserError: If this optimiser cannot be used, see `make_optimizer`.
+        UserError: If this optimiser cannot be used, see `make_optimizer`, or there is a decay for
+            heads and no head.
     """
+    heads = [name for name, _ in model.named_parameters() if task.is_head(name)]
+    if config.head_weight_decay is not None and not heads:
+        raise UserError("optim.head_weight_decay: the model has no head: leave it out")
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     muon = config.name.endswith("muon")
     groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = config.layer_decay ** layers_above(name)
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            factor = config.layer_decay ** task.layers_above(name)
+            decay = config.weight_decay
+            if config.head_weight_decay is not None and name in heads:
+                decay = config.head_weight_decay
+            if parameter.ndim < 2:
+                decay = 0.0
             kind = (factor, decay, parameter.ndim == 0, muon and parameter not in linear)
             groups.setdefault(kind, []).append(parameter)
     options: list[dict[str, Any]] = []

@@ -37,6 +37,7 @@ def starting_point(
             another one than that of the checkpoint, or has another vocabulary than that of `init`.
     """
     if checkpoint is not None:
+        task.check_checkpoint(checkpoint)
         own = load_tokenizer(checkpoint) if (checkpoint / DESCRIPTION_FILE).is_file() else None
         if own is not None and tokenizer is not None:
             _check_same(tokenizer, own, checkpoint)

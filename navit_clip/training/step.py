@@ -125,7 +125,7 @@ class Stepper:
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
         self.kernels = self._parallel.kernels
         self._parameters = list(model.parameters())  # looking them up takes milliseconds
-        self.optimizer, self._lr_factors = build_optimizer(model, optim, task.layers_above)
+        self.optimizer, self._lr_factors = build_optimizer(model, optim, task)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
         self._found_inf = torch.zeros((), device=ranks.device)

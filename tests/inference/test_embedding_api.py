@@ -21,6 +21,7 @@ from navit_clip.data.decode import EncodedImage
 from navit_clip.data.sizing import fit_grid
 from navit_clip.errors import UserError
 from navit_clip.inference import embed as embedding
+from navit_clip.inference import images as images_module
 from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.packed.images import ImagePatches, pack_images
@@ -73,7 +74,7 @@ def text_by_hand(model: NaViTCLIP, text: str) -> torch.Tensor:
 def small_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many forward passes, many windows, groups of labels that the templates do not divide."""
     monkeypatch.setattr(embedding, "STREAM_TOKENS", 25)
-    monkeypatch.setattr(model_module, "_WINDOW", 5)
+    monkeypatch.setattr(images_module, "_WINDOW", 5)
     monkeypatch.setattr(model_module, "_PROMPTS", 5)
 
 

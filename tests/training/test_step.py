@@ -221,7 +221,7 @@ def test_there_are_as_few_groups_as_there_are_kinds(decay):
     factors = factors_by_module(model, decay)
     kinds = {(factors[n], p.ndim >= 2, p.ndim == 0) for n, p in model.named_parameters()}
     optim = OptimConfig(layer_decay=decay)
-    optimizer, found = build_optimizer(model, optim, stepper.task.layers_above)
+    optimizer, found = build_optimizer(model, optim, stepper.task)
     assert len(found) == len(optimizer.param_groups) == len(kinds)
     members = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in model.parameters())

@@ -13,6 +13,8 @@ from pathlib import Path
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 
+CLASSNAMES = "classnames.txt"  # written by make_shards beside shards of class folders
+
 _INDEX = re.compile(r"[0-9]{1,9}(?:\.0*)?")
 _NUMBERED = re.compile(r"([0-9]{1,9})[\s.:,;)]+\S.*")
 
@@ -62,6 +64,16 @@ def read_places(path: str, what: str, names: str = "") -> list[str]:
             "the class at its place: fill it in or delete it"
         )
     return lines
+
+
+def names_beside(shard: str) -> list[str] | None:
+    """Class names that lie beside a shard, by index; None if there are none.
+
+    Raises:
+        UserError: If the file cannot be read, or has a blank line.
+    """
+    file = Path(shard).with_name(CLASSNAMES)
+    return read_places(str(file), "class names") if file.is_file() else None
 
 
 def read_class_names(path: str, folders: Sequence[str] | None, names: str = "") -> list[str]:

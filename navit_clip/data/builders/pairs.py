@@ -1,7 +1,7 @@
 """One raw sample to one image–caption pair, and many pairs to two packed streams.
 
-The middle of the pipeline: choose a caption, tokenise, read the header, draw a size, decode to it,
-cut into patches, drop some. Everything random about it follows from (seed, epoch, id).
+The middle of the pipeline: choose a caption, make the image (`images`), tokenise. Everything random
+about it follows from (seed, epoch, id).
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.images import sample_image, trim_image
 from navit_clip.data.captions import choose_caption
-from navit_clip.data.decode import EncodedImage, find_image
-from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
-from navit_clip.data.patches import cut_patches
-from navit_clip.data.seeding import generator, sample_generator
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import RawSample
-from navit_clip.data.sizing import ResolutionConfig, sample_grid
+from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.texts import PackedTexts, pack_texts
@@ -63,9 +60,7 @@ class Pair:
 
         A function of (seed, epoch, id) and `tokens`, as every choice about a sample is.
         """
-        rng = generator(self.seed, self.origin.epoch, "trim", self.id)
-        keep = np.sort(rng.permutation(len(self.image.patches))[:tokens])
-        return replace(self, image=self.image.kept(keep))
+        return replace(self, image=trim_image(self.image, tokens, self.seed, self.origin, self.id))
 
 
 @dataclass(frozen=True)
@@ -120,20 +115,15 @@ class PairBuilder:
         """
         rng = sample_generator(self.seed, origin.epoch, raw.id)
         caption = choose_caption(raw.members, fields or self.captions, rng)
-        image = EncodedImage(find_image(raw.members))
-        rows, columns = sample_grid(
-            self.resolution,
-            image.height,
-            image.width,
-            self.patch_size,
-            self.max_grid_side,
+        patches = sample_image(
+            raw.members,
             rng,
             origin.images_seen,
+            resolution=self.resolution,
+            drop=self.drop,
+            patch_size=self.patch_size,
+            max_grid_side=self.max_grid_side,
         )
-        rate = sample_rate(self.drop, rows * columns, origin.images_seen, rng)
-        keep = keep_patches(rows * columns, rate, rng)
-        pixels = image.pixels(rows * self.patch_size, columns * self.patch_size)
-        patches = cut_patches(pixels, self.patch_size, keep)
         token_ids = self.tokenizer.encode(caption, self.context_length)
         return Pair(raw.id, origin, patches, token_ids, self.seed)
 

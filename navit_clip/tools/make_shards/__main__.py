@@ -151,7 +151,17 @@ def _open_classes(folder: Path, names: Path | None) -> ImageList:
     if names is not None:
         classnames = read_class_names(str(names), found.names)
     rows = [Row(name, (classnames[label],), label) for name, label in found.images]
-    return ImageList(folder, rows, classnames, skipped=found.skipped, skips=found.skips)
+    used = {label for _, label in found.images}
+    empty = [name for label, name in enumerate(found.names) if label not in used]
+    notes = [f"no image of {len(empty)} of {len(found.names)} classes: {', '.join(empty[:_SHOWN])}"]
+    return ImageList(
+        folder,
+        rows,
+        classnames,
+        notes=notes if empty else [],
+        skipped=found.skipped,
+        skips=found.skips,
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from navit_clip.data.annotations.class_names import CLASSNAMES
 from navit_clip.data.annotations.rows import ImageList
 from navit_clip.data.seeding import generator
 from navit_clip.data.workers import run_unordered
@@ -22,7 +23,6 @@ from navit_clip.tools.make_shards.shard_manifest import (
 )
 from navit_clip.tools.make_shards.write_shard import ShardRecord, ShardTask, write_shard
 
-CLASSNAMES = "classnames.txt"
 _PROBED = 100  # rows whose files are looked for before anything is written
 
 

@@ -1,0 +1,110 @@
+"""NaViTClassifier, the model as users know it: images in, probabilities of named classes out.
+
+The tower and head are `navit_clip.models.classifier.Classifier`'s, which the trainer trains; here
+stands what a user needs around them, as in `navit_clip.model` for CLIP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from navit_clip.data.in_memory import ImageInput
+from navit_clip.errors import UserError
+from navit_clip.export.card import CLASSIFIER_TAGS, CLASSIFIER_TASK, LIBRARY
+from navit_clip.export.description import Description
+from navit_clip.export.hub import PretrainedModel
+from navit_clip.export.pretrained import save_pretrained
+from navit_clip.inference.embed import feature_vectors
+from navit_clip.inference.images import size_images
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.classifier import Classifier, ClassifierConfig
+from navit_clip.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class NaViTClassifier(
+    Classifier,
+    PretrainedModel,
+    library_name=LIBRARY,
+    pipeline_tag=CLASSIFIER_TASK,
+    tags=list(CLASSIFIER_TAGS),
+):
+    """A classifier with the names of its classes and its preprocessing; see `PretrainedModel`.
+
+    Args:
+        config: The architecture.
+        classes: Names by index, at least two.
+        preprocess: How the model wants its images; None for one that will get none.
+    """
+
+    kind = "classifier"
+
+    def __init__(
+        self,
+        config: ClassifierConfig,
+        classes: Sequence[str],
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        super().__init__(config, len(classes))
+        self.classes, self.preprocess = tuple(classes), preprocess
+
+    @classmethod
+    def from_description(cls, description: Description, tokenizer: Tokenizer | None) -> Self:
+        """A model with random weights."""
+        assert isinstance(description.model, ClassifierConfig)
+        return cls(description.model, description.classes, description.preprocess)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes the model's directory: configuration, weights and a model card.
+
+        Args:
+            save_directory: Made if need be. A card that is there already stays.
+            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
+                ours replace.
+
+        Raises:
+            UserError: If the model has no preprocess, or the disk does not take it.
+        """
+        if self.preprocess is None:
+            raise UserError("this model has no preprocess to save: set model.preprocess first")
+        save_pretrained(Path(save_directory), self, None, self.preprocess, self.classes)
+
+    def features(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
+        """What the head reads: the image tower's vectors, such as for a classifier of your own.
+
+        Args:
+            images: As in `classify`.
+            max_tokens: Likewise.
+
+        Returns:
+            float32 [E, C] on the host, in the order of `images`.
+        """
+        sized = size_images(images, self.config.image, self.preprocess, max_tokens)
+        with self._autocast():
+            return feature_vectors(self, sized)
+
+    @torch.no_grad()
+    def classify(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
+        """Which of `classes` each image shows; any size, each at its own aspect ratio.
+
+        Args:
+            images: Paths, Pillow images, arrays, tensors or bytes, as `size_images` takes them.
+            max_tokens: Most patches of one image; None for the model's own limit.
+
+        Returns:
+            float32 [E, classes] on the host: rows sum to 1 for a softmax, and are independent
+            probabilities for a sigmoid.
+
+        Raises:
+            ValueError: If something is no image or cannot be read; names its index.
+            UserError: If the model has no limit of its own and none is given.
+        """
+        features_EC = self.features(images, max_tokens)
+        return self.probabilities(features_EC.to(self.device)).cpu()

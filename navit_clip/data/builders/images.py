@@ -1,0 +1,57 @@
+"""The image of a sample at its random size, some of its patches left out; for every task's builder.
+
+Everything random follows from the generator that is handed down, of (seed, epoch, id).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
+from navit_clip.data.patches import cut_patches
+from navit_clip.data.seeding import generator
+from navit_clip.data.sizing import ResolutionConfig, sample_grid
+from navit_clip.packed.images import ImagePatches
+
+
+def sample_image(
+    members: dict[str, bytes],
+    rng: np.random.Generator,
+    images_seen: int,
+    *,
+    resolution: ResolutionConfig,
+    drop: DropConfig,
+    patch_size: int,
+    max_grid_side: int,
+) -> ImagePatches:
+    """Reads the header, draws a size, decodes to it, cuts into patches, drops some.
+
+    Args:
+        members: Of the sample, by extension.
+        rng: Of the sample; drawn from for the size first, then for the drop.
+        images_seen: For what follows a schedule.
+        resolution: How large an image becomes.
+        drop: Which patches are left out.
+        patch_size: P.
+        max_grid_side: Most rows or columns that the model's positions know.
+
+    Raises:
+        SkipSampleError: If there is no image, or it cannot be decoded.
+    """
+    image = EncodedImage(find_image(members))
+    rows, columns = sample_grid(
+        resolution, image.height, image.width, patch_size, max_grid_side, rng, images_seen
+    )
+    rate = sample_rate(drop, rows * columns, images_seen, rng)
+    keep = keep_patches(rows * columns, rate, rng)
+    return cut_patches(image.pixels(rows * patch_size, columns * patch_size), patch_size, keep)
+
+
+def trim_image(
+    image: ImagePatches, tokens: int, seed: int, origin: Origin, name: str
+) -> ImagePatches:
+    """A random subset of so many patches, in their order: a function of (seed, epoch, id)."""
+    rng = generator(seed, origin.epoch, "trim", name)
+    return image.kept(np.sort(rng.permutation(len(image.patches))[:tokens]))

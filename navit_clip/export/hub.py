@@ -1,0 +1,115 @@
+"""Loading and saving a model as its users do: a directory, or a repository of the Hub.
+
+`navit_clip.model.NaViTCLIP` and `navit_clip.classifier.NaViTClassifier` are both a
+`PretrainedModel` beside the bare model that the trainer trains.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from huggingface_hub import ModelHubMixin
+
+from navit_clip.errors import UserError
+from navit_clip.export.description import Description
+from navit_clip.export.pretrained import find_directory, load_pretrained
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.precision import PrecisionChoice, autocast, choose_precision
+from navit_clip.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PretrainedModel(ModelHubMixin):
+    """A trained model with what it needs beside its weights; a base beside that of the bare model.
+
+    Its methods for images and texts work without gradients and on the model's device; results are
+    float32 on the host. Put the model into ``eval()``. ``push_to_hub`` is huggingface_hub's own.
+
+    Attributes:
+        kind: Of `Description`.
+        preprocess: How the model wants its images; None for one that will get none.
+        precision: Of those methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU, and leaves
+            an autocast of the caller's as it is.
+    """
+
+    kind: ClassVar[str]
+    preprocess: Preprocess | None
+    precision: PrecisionChoice = "auto"
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, description: Description, tokenizer: Tokenizer | None) -> Self:
+        """A model of the class's own kind, with random weights."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        directory_or_repo: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A trained model with all that belongs to it, in evaluation mode.
+
+        Args:
+            directory_or_repo: An exported model, such as ``RUN_DIR/model``; or a repository of the
+                Hub, such as ``name/model``, where there is no such directory.
+            device: Where the model goes.
+            revision: Branch, tag or commit of a repository; None for its main branch.
+            token: For a private repository; None for the one of ``hf auth login``.
+            cache_dir: Where downloads are kept; None for huggingface_hub's own place.
+            force_download: Download again what is in the cache.
+            local_files_only: Take a repository from the cache, without the network.
+
+        Raises:
+            UserError: If there is no such model, it cannot be had, or its files are damaged.
+        """
+        # Not the mixin's own: it reads config.json as arguments of the class, which ours are not,
+        # and what it raises about a damaged one is several lines.
+        directory = find_directory(
+            directory_or_repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        return cls.from_directory(directory, device)
+
+    @classmethod
+    def from_directory(cls, directory: Path, device: torch.device | str = "cpu") -> Self:
+        """`from_pretrained` of a directory alone, which never asks the network.
+
+        Raises:
+            UserError: If there is no model, its files are damaged, or it is of another kind.
+        """
+
+        def build(description: Description, tokenizer: Tokenizer | None) -> Any:
+            if description.kind != cls.kind:
+                raise UserError(
+                    f"{directory} holds a {description.kind}, {cls.__name__} loads a {cls.kind}"
+                )
+            return cls.from_description(description, tokenizer)
+
+        model: Self = load_pretrained(directory, build).to(device).eval()
+        return model
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "auto" and torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
+        return autocast(choose_precision(self.precision, self.device), self.device)

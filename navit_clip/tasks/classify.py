@@ -1,0 +1,244 @@
+"""Classification: an image tower and a head, trained by a sigmoid or a softmax over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from navit_clip.checkpoints.folder import RUN_MODEL
+from navit_clip.classifier import NaViTClassifier
+from navit_clip.configs import check_choices
+from navit_clip.data.annotations.class_names import CLASSNAMES, names_beside, read_places
+from navit_clip.data.builders.labelled import LabelledBuilder, LabelledInputs
+from navit_clip.data.config import DataConfig
+from navit_clip.data.labels import LabelReader
+from navit_clip.data.mixture import Mixture
+from navit_clip.errors import UserError
+from navit_clip.evaluation.models import PackedClassifier
+from navit_clip.export.description import Description
+from navit_clip.inference.preprocess import Preprocess
+from navit_clip.losses.classification import count_hits, sigmoid_loss, softmax_loss
+from navit_clip.models.classifier import Classifier, ClassifierConfig, ClassifierOutput
+from navit_clip.models.flops import LengthSums, backward_flops, tower_flops
+from navit_clip.packed.batch import Inputs
+from navit_clip.precision import Precision
+from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
+from navit_clip.tasks.images import check_squares, layers_above, preprocess_of
+from navit_clip.tasks.run_card import write_run_card
+from navit_clip.tasks.source import InitConfig
+from navit_clip.tokenizers.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(TaskConfig):
+    """Classification of images.
+
+    Attributes:
+        kind: ``classify``.
+        model: Architecture; that of `init` for the image tower if it is given.
+        classes: Text file with a class name in each line; null takes the classnames.txt that
+            make_shards writes beside shards of class folders.
+        labels: Where a sample has its labels: a text member such as ``cls``, or ``json.FIELD``. A
+            number is a class index, a text a name; several for an image are lines of the member, or
+            a list in the JSON.
+
+    Raises:
+        ValueError: If a field is out of range; names it.
+    """
+
+    kind: Literal["classify"] = "classify"
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    classes: str | None = None
+    labels: str = "cls"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.labels in ("", "json", "json."):
+            raise ValueError(
+                f"labels must be cls or json.FIELD, such as json.label, got {self.labels!r}"
+            )
+
+    def check(self, data: DataConfig) -> None:
+        """Compares budget and sizes with what the tower takes."""
+        limit = data.resolution.max_tokens, "data.resolution.max_tokens"
+        data.budget.check({"image": limit})
+        check_squares(data, self.model.image)
+        for name, dataset in data.mix.items():
+            if dataset.captions is not None:
+                raise ValueError(f"data.mix.{name}.captions: task.kind classify reads no captions")
+
+    def build(self, data: DataConfig) -> ClassifyTask:
+        """The task on this data, whose class names are read here."""
+        return ClassifyTask(self, data)
+
+    @classmethod
+    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
+        """The image tower of the model that the run starts from."""
+        model = init.read_config(run_dir)
+        return {} if model is None else {"model.image": asdict(model.image)}
+
+
+class ClassifyTask(Task):
+    """An image tower with a head, labelled images, and a loss that is a mean over the images.
+
+    Args:
+        config: Model and labels.
+        data: What is read, and how images are sized and dropped.
+
+    Attributes:
+        names: Class names by index.
+
+    Raises:
+        UserError: If there is no list of class names, or it does not fit the shards.
+    """
+
+    def __init__(self, config: ClassifyConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+        self.names = tuple(_read_names(config.classes, data))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How the trained model wants its images."""
+        return preprocess_of(self.data, self.config.model.image)
+
+    @property
+    def description(self) -> Description:
+        """Of the model."""
+        return Description(self.config.model, self.preprocess, classes=self.names)
+
+    def build_model(self) -> Classifier:
+        """A new model with random weights and a head of zeros, on the host."""
+        return Classifier(self.config.model, len(self.names))
+
+    def build_samples(self, tokenizer: Tokenizer | None, seed: int) -> LabelledBuilder:
+        """What makes labelled images of samples."""
+        image = self.config.model.image
+        single = self.config.model.output == "softmax"
+        return LabelledBuilder(
+            LabelReader(self.config.labels, self.names, single),
+            self.data.resolution,
+            self.data.drop,
+            image.patch_size,
+            image.position.max_grid_side,
+            seed,
+        )
+
+    def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:
+        """Which classes there are."""
+        more = ", …" if len(self.names) > 3 else ""
+        yield (
+            f"{len(self.names):,} classes ({', '.join(self.names[:3])}{more}), "
+            f"labels read from {self.config.labels}"
+        )
+
+    def count(self, inputs: Inputs) -> float:
+        """Images."""
+        assert isinstance(inputs, LabelledInputs)
+        return len(inputs.labels)
+
+    def loss(
+        self, outputs: ClassifierOutput, inputs: Sequence[Inputs], counts: Sequence[float]
+    ) -> Loss:
+        """The mean over the images of all ranks; this micro-batch's part of it."""
+        (part,), images = inputs, sum(counts)
+        assert isinstance(part, LabelledInputs)
+        loss = softmax_loss if self.config.model.output == "softmax" else sigmoid_loss
+        hits = count_hits(outputs.logits_EL, part.labels)
+        return Loss(loss(outputs.logits_EL, part.labels) / images, {"accuracy": hits / images})
+
+    def is_head(self, name: str) -> bool:
+        """The linear layer over the classes."""
+        return name.startswith("head.")
+
+    def layers_above(self, name: str) -> int:
+        """Those of the tower; the head has none above it."""
+        tower, _, rest = name.partition(".")
+        return layers_above(rest, self.config.model.image.encoder.depth) if tower == "image" else 0
+
+    def flops(self, inputs: Inputs) -> float:
+        """FLOPs of one forward and one backward pass, head included."""
+        assert isinstance(inputs, LabelledInputs)
+        segments = inputs.images.segments
+        sums = LengthSums.of(segments.lengths[: segments.num_examples])
+        forward = tower_flops(self.config.model.image, len(self.names), sums)
+        return sum(forward) + backward_flops(forward)
+
+    def describe(self, folder: Path) -> None:
+        """Writes architecture, class names and preprocessing as model.json."""
+        self.description.write(folder / RUN_MODEL)
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuses other class names than the run was begun with: labels would mean others."""
+        before = Description.read(folder / RUN_MODEL).classes
+        for index, (old, new) in enumerate(zip_longest(before, self.names)):
+            if old != new:
+                raise UserError(
+                    f"cannot resume from {folder}: class {index} is {new!r}, was {old!r}: put the "
+                    "list of classes back, or use another run_dir"
+                )
+
+    def export(
+        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
+    ) -> NaViTClassifier:
+        """The model with class names and preprocessing, in evaluation mode."""
+        # What it draws for its first weights must not cost the caller's generator anything.
+        with torch.random.fork_rng(devices=[]):
+            model = NaViTClassifier(self.config.model, self.names, self.preprocess)
+        if weights is not None:
+            model.load_state_dict(dict(weights), assign=True)
+        return model.eval()
+
+    def write_card(self, directory: Path, run_dir: Path) -> None:
+        """Writes the model card of an export."""
+        write_run_card(directory, run_dir)
+
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        precision: Precision = "fp32",
+        around: Around = nullcontext,
+    ) -> PackedClassifier:
+        """The tower's vectors, packed, and the head."""
+        return PackedClassifier(cast(NaViTClassifier, model), name, precision, around)
+
+    def start_from(self, init: InitConfig) -> tuple[nn.Module, None]:
+        """The image tower of the model that the run starts from, under a new head of zeros."""
+        source = init.read_model()
+        init.check("task.model.image", asdict(self.config.model.image), asdict(source.config.image))
+        model = self.build_model()
+        model.image = source.image
+        return model.train(), None
+
+
+def _read_names(path: str | None, data: DataConfig) -> list[str]:
+    """Class names of the list, or of those beside the shards."""
+    found: list[str] | None = None
+    if path is not None:
+        found = read_places(path, "task.classes")
+    mixture = Mixture.find(data)
+    for dataset in mixture.datasets:
+        beside = names_beside(mixture.shards[dataset.shards[0]])
+        if found is None:
+            found = beside
+        # A list of one's own may have other words for them.
+        elif beside is not None and found != beside and (path is None or set(found) == set(beside)):
+            raise UserError(
+                f"{CLASSNAMES} beside the shards of {dataset.name} has other classes, or another "
+                "order, than the list before it: class indices would mean others; use one list"
+            )
+    if found is None:
+        raise UserError(
+            "task.classes is missing: give a text file with a class name in each line, or shards "
+            f"with {CLASSNAMES} beside them, as make_shards writes for class folders"
+        )
+    if len(found) < 2:
+        raise UserError(f"one class alone ({found[0]}) can only be right: give at least two")
+    return found

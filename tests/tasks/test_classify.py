@@ -1,0 +1,317 @@
+"""The task of classification: one step against the obvious way, whole runs, and bad input."""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from classify_cases import (
+    ALONE,
+    NAMES,
+    classify_flags,
+    examples,
+    micro_batches,
+    pack,
+    write_labelled,
+)
+from distributed import run_ranks
+from shard_factory import encode, photo, write_shard
+from tiny_run import run
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from navit_clip import NaViTClassifier
+from navit_clip.data.config import DataConfig
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.models.classifier import ClassifierConfig
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
+from navit_clip.training.ema import EMAConfig
+from navit_clip.training.nonfinite import NonFiniteGuard
+from navit_clip.training.optim import OptimConfig, build_optimizer
+from navit_clip.training.parallel import ParallelConfig
+from navit_clip.training.schedule import ScheduleConfig
+from navit_clip.training.step import Stepper
+
+TOWER = ImageTowerConfig(2, EncoderConfig(width=16, depth=2, heads=2), PositionConfig(table_side=9))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_labelled(tmp_path_factory.mktemp("labelled"))
+
+
+# One step
+
+
+class Task(ClassifyTask):
+    """Without shards, whose class names it would read."""
+
+    def __init__(self, output):
+        self.config, self.data = ClassifyConfig(model=ClassifierConfig(TOWER, output)), DataConfig()
+        self.names = NAMES
+
+
+def new_stepper(output="sigmoid", ranks=ALONE, parallel=None, precision="fp32", **optim):
+    torch.manual_seed(0)
+    task = Task(output)
+    model = task.build_model()
+    with torch.no_grad():  # at zero, the head passes nothing down
+        model.head.weight.normal_(std=0.5)
+    return Stepper(
+        task,
+        model.double() if precision == "fp32" else model,
+        ranks,
+        steps=20,
+        optim=OptimConfig(
+            **{"lr": 1e-2, "eps": 1e-6, "schedule": ScheduleConfig(warmup_steps=1)} | optim
+        ),
+        parallel=parallel or ParallelConfig(),
+        ema=EMAConfig(0.5),
+        guard=NonFiniteGuard("stop", 3),
+        precision=precision,
+    )
+
+
+def loss_slowly(model, output, part):
+    """One image at a time, with one-hot targets."""
+    losses, hits = [], 0
+    for example in part:
+        (logits,) = model(pack([example]).inputs).logits_EL
+        labels = torch.from_numpy(example[2])
+        target = torch.zeros_like(logits)
+        target[labels] = 1
+        if output == "sigmoid":
+            losses.append(F.binary_cross_entropy_with_logits(logits, target, reduction="sum"))
+        else:
+            losses.append(-logits.log_softmax(0)[labels[0]])
+        hits += int(logits.argmax() in labels)
+    return torch.stack(losses).mean(), hits / len(part)
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(output, accumulate):
+    stepper, plain = new_stepper(output), new_stepper(output).model
+    part = examples(0, single=output == "softmax")
+    inputs = [batch.inputs for batch in micro_batches(part, ALONE, accumulate)]
+    loss, _ = stepper._backward(inputs, stepper.announce(inputs))
+    expected, accuracy = loss_slowly(plain, output, part)
+    expected.backward()
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.metrics["accuracy"].item() == pytest.approx(accuracy)
+    for (name, found), other in zip(
+        stepper.model.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def train_steps(ranks, parallel, accumulate, steps=3):
+    stepper = new_stepper(ranks=ranks, parallel=parallel)
+    rows = []
+    for step in range(steps):
+        result = stepper.step(micro_batches(examples(step), ranks, accumulate), step)
+        rows.append((result.loss, result.grad_norm, result.metrics["accuracy"]))
+    weights = stepper.host_weights()
+    return np.array(rows), weights and {n: w.numpy() for n, w in weights.items()}
+
+
+CASES = {"ddp": ParallelConfig(), "fsdp": ParallelConfig("fsdp")}
+
+
+def train_cases():
+    ranks = Ranks(int(os.environ["RANK"]), 2, torch.device("cpu"))
+    return {name: train_steps(ranks, case, 2) for name, case in CASES.items()}
+
+
+def test_two_ranks_with_micro_batches_train_like_one_process():
+    expected, expected_weights = train_steps(ALONE, ParallelConfig(), 1)
+    for rank, results in enumerate(run_ranks(train_cases, 2)):
+        for found, weights in results.values():
+            np.testing.assert_allclose(found, expected, rtol=1e-6)  # accuracy is float32
+            np.testing.assert_allclose(found[:, :2], expected[:, :2], rtol=1e-11)
+            assert (weights is not None) == (rank == 0)
+            for name, weight in (weights or {}).items():
+                np.testing.assert_allclose(weight, expected_weights[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "softmax"])
+def test_bfloat16_is_near_float64(output):
+    part = examples(1, single=output == "softmax")
+    exact, found = (
+        new_stepper(output, precision=precision).step([pack(part)], 0)
+        for precision in ("fp32", "bf16")
+    )
+    assert found.loss == pytest.approx(exact.loss, rel=0.02)
+    assert found.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
+
+
+def test_the_head_has_a_decay_of_its_own():
+    config = OptimConfig(weight_decay=0.03, head_weight_decay=3.0, layer_decay=0.5)
+    task = Task("sigmoid")
+    model = task.build_model()
+    optimizer, factors = build_optimizer(model, config, task)
+    found = {
+        id(parameter): (group["weight_decay"], factor)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True)
+        for parameter in group["params"]
+    }
+    decays = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert decays["head.weight"] == (3.0, 1.0)
+    assert decays["head.bias"] == (0.0, 1.0)
+    assert decays["image.pool.kv.weight"] == (0.03, 1.0)
+    assert decays["image.encoder.blocks.0.mlp.up.weight"] == (0.03, 0.25)
+    assert decays["image.embed.weight"][1] == 0.125
+
+
+def test_flops_are_those_of_tower_and_head():
+    task, batch = Task("sigmoid"), pack(examples(0))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task.build_model()(batch.inputs).logits_EL.sum().backward()
+    assert task.flops(batch.inputs) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+# Whole runs
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("output", "labels"), [("softmax", "cls"), ("sigmoid", "json.tags")], ids=["one", "many"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit_and_is_exported(
+    data, tmp_path, monkeypatch, output, labels
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {
+        "task__model__output": output,
+        "task__labels": labels,
+        "accumulate": 2,
+        "ema__decay": 0.5,
+        "optim__head_weight_decay": 1.0,
+    }
+    assert run(monkeypatch, classify_flags(data, whole, 5, **options)) == 0
+    for steps in (2, 5):  # all of 45 images, and again
+        assert run(monkeypatch, classify_flags(data, parts, steps, **options)) == 0
+    curves = [
+        [(v["step"], v["loss"], v["grad_norm"], v["accuracy"]) for v in metrics(one)]
+        for one in (whole, parts)
+    ]
+    assert curves[0] == curves[1]
+    assert {"image_tokens_per_s", "token_drop", "model_flops_per_s"} <= metrics(whole)[-1].keys()
+    models = [NaViTClassifier.from_pretrained(one / "model") for one in (whole, parts)]
+    for name, weight in models[0].state_dict().items():
+        assert torch.equal(models[1].state_dict()[name], weight), name
+    model = models[0]
+    assert model.classes == NAMES
+    images = [photo(i, 20 + i, 30) for i in range(5)]
+    found = model.classify(images)
+    assert found.shape == (5, 3)
+    assert torch.allclose(found.sum(1), torch.ones(5)) == (output == "softmax")
+    torch.testing.assert_close(model.classify(images[3:], max_tokens=24), found[3:])
+    card = (whole / "model/README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "red, green, blue" in card
+
+
+def test_the_first_loss_is_that_of_guessing(data, tmp_path, monkeypatch):
+    for output, labels, expected in (
+        ("softmax", "cls", math.log(3)),
+        ("sigmoid", "cls", -math.log(1 / 4) - 2 * math.log(3 / 4)),  # σ(−ln 3) is 1/4
+    ):
+        flags = classify_flags(
+            data, tmp_path / output, 1, task__model__output=output, task__labels=labels
+        )
+        assert run(monkeypatch, flags) == 0
+        assert metrics(tmp_path / output)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_unusable_labels_are_counted_and_named(tmp_path, monkeypatch, capsys):
+    picture = encode(photo(0, 20, 20))
+    samples = {str(i): {"png": picture, "cls": str(i % 3).encode()} for i in range(9)}
+    samples |= {
+        "past": {"png": picture, "cls": b"3"},
+        "none": {"png": picture},
+        "two": {"png": picture, "cls": b"0\n1"},
+    }
+    write_shard(tmp_path / "data/00000.tar", samples)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    flags = classify_flags(
+        tmp_path / "data", tmp_path / "run", 3, task__classes=tmp_path / "names.txt"
+    )
+    assert run(monkeypatch, flags) == 0
+    said = capsys.readouterr().out
+    for reason in ("bad_label", "no_label", "two_labels"):
+        assert f"{reason} " in said
+    assert "00000/past: bad_label: cls is 3, none of the 3 classes" in said
+
+
+MISTAKES = [
+    ({"task__classes": "nowhere.txt"}, "task.classes nowhere.txt"),
+    ({"task__labels": "json"}, "labels must be cls or json.FIELD"),
+    ({"task__model__output": "relu"}, "task.model.output"),
+    ({"data__budget__tokens": '{"image": 60, "text": 60}'}, "data.budget.tokens must name"),
+    ({"optim__head_weight_decay": -1}, "head_weight_decay must not be negative"),
+    ({"task__labels": "json.nothing", "data__max_bad_samples": 20}, "20 unusable samples in a row"),
+    ({"data__resolution__max_tokens": 61}, "cannot hold one example"),
+    ({"init__model": "nowhere"}, "no model at init.model=nowhere"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), MISTAKES)
+def test_a_mistake_is_one_line(data, tmp_path, monkeypatch, capsys, change, named):
+    assert run(monkeypatch, classify_flags(data, tmp_path / "run", **change)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert named in line
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def config_of(data, **changes):
+    return ClassifyConfig(**changes), DataConfig(train=str(data))
+
+
+def test_class_names_must_be_known_and_of_one_order(data, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(data, bare)
+    (bare / "classnames.txt").unlink()
+    config, read = config_of(bare)
+    with pytest.raises(UserError, match=r"task\.classes is missing"):
+        config.build(read)
+    (bare / "classnames.txt").write_text("red\n")
+    with pytest.raises(UserError, match="one class alone"):
+        config.build(read)
+    (tmp_path / "other.txt").write_text("green\nred\nblue\n")
+    config, read = config_of(data, classes=str(tmp_path / "other.txt"))
+    with pytest.raises(UserError, match="another order"):
+        config.build(read)
+    (tmp_path / "words.txt").write_text("Red\nGreen\nBlue\n")
+    config, read = config_of(data, classes=str(tmp_path / "words.txt"))
+    assert config.build(read).names == ("Red", "Green", "Blue")
+
+
+def test_a_run_goes_on_with_its_own_classes_only(data, tmp_path, monkeypatch, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(data, shards)
+    assert run(monkeypatch, classify_flags(shards, tmp_path / "run", 2)) == 0
+    (shards / "classnames.txt").write_text("red\nblue\ngreen\n")
+    capsys.readouterr()
+    assert run(monkeypatch, classify_flags(shards, tmp_path / "run", 4)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "class 1 is 'blue', was 'green'" in line
+
+
+def test_a_contrastive_run_has_no_head_to_decay():
+    from step_cases import new_stepper as contrastive_stepper
+    from step_cases import tiny_config
+
+    with pytest.raises(UserError, match="the model has no head"):
+        contrastive_stepper(tiny_config(optim=OptimConfig(head_weight_decay=1.0)))
