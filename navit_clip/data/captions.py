@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from navit_clip.data.decode import describe_members
 from navit_clip.errors import SkipSampleError
 
 ALL = "all"
@@ -68,7 +69,7 @@ def choose_caption(
     if not present:
         raise SkipSampleError(
             "no_caption",
-            f"none of {', '.join(weights)} has a caption; members: {', '.join(members)}",
+            f"none of {', '.join(weights)} has a caption; {describe_members(members)}",
         )
     field = present[0]
     if len(present) > 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -303,4 +304,13 @@ def find_image(members: dict[str, bytes]) -> bytes:
     for extension in IMAGE_EXTENSIONS:
         if extension in members:
             return members[extension]
-    raise SkipSampleError("no_image", f"members: {', '.join(members) or 'none'}")
+    raise SkipSampleError("no_image", describe_members(members))
+
+
+def describe_members(members: Mapping[str, bytes]) -> str:
+    """The members of a sample that lacks one, for a message."""
+    text = f"members: {', '.join(members) or 'none'}"
+    if members.keys() <= {*IMAGE_EXTENSIONS} or members.keys() <= {"txt", "json", "cls"}:
+        # As where a tar holds all images first and all captions behind them.
+        text += "; those of one sample must be neighbours in the tar: a.jpg, a.txt, b.jpg, b.txt"
+    return text

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from navit_clip.data.annotations.class_names import index_of
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
-from navit_clip.data.decode import find_image
+from navit_clip.data.decode import describe_members, find_image
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
@@ -187,9 +187,8 @@ class ShardDataset(EvalDataset):
                     else:
                         found.append(caption)
             if not found:
-                fields, members = ", ".join(self.captions), ", ".join(sample.members)
-                problem = f"none of the fields {fields}; members: {members}"
-                raise SkipSampleError("no_caption", problem)
+                fields, members = ", ".join(self.captions), describe_members(sample.members)
+                raise SkipSampleError("no_caption", f"none of the fields {fields}; {members}")
             return Item(key, sample.id, data, captions=tuple(found))
         except SkipSampleError as error:
             return Item(key, sample.id, error)
@@ -197,8 +196,8 @@ class ShardDataset(EvalDataset):
     def _classes(self, sample: RawSample) -> tuple[int, ...]:
         written = sample.members.get("cls")
         if written is None:
-            members = ", ".join(sample.members)
-            raise SkipSampleError("no_label", f"no .cls member with its class; members: {members}")
+            members = describe_members(sample.members)
+            raise SkipSampleError("no_label", f"no .cls member with its class; {members}")
         label = written.decode(errors="replace").strip()
         index = index_of(label)
         if index is not None and index < len(self.names):

@@ -24,10 +24,14 @@ from image_cases import (
 )
 from loader_cases import ONE_BY_ONE, PATCH, take
 from PIL import Image
-from shard_factory import HTML, encode, photo, png_of_size, write_shard
+from shard_factory import HTML, encode, photo, png_of_size, write_shard, write_tar
 
+from navit_clip.data.captions import choose_caption
+from navit_clip.data.decode import find_image
 from navit_clip.data.drop import DropConfig
+from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.errors import SkipSampleError
 from navit_clip.packed.batch import Batch
 
 CONTEXT = 24  # of `loader_cases.pair_pipeline`
@@ -213,3 +217,22 @@ def test_an_image_too_large_takes_no_memory(name, first_batches):
     first_batches(CASES[name])
     # In kB; the pixels alone are 2.7 GB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_members_that_stand_apart_are_told_from_missing_ones(tmp_path):
+    images, texts = ([(f"{i}.{e}", GOOD[e]) for i in range(2)] for e in ("png", "txt"))
+    write_tar(tmp_path / "apart.tar", [*images, *texts])
+    write_tar(tmp_path / "words.tar", [("0.png", GOOD["png"]), ("0.words.txt", b"a bird")])
+    details = []
+    for shard in ("apart", "words"):
+        for sample in read_shard(str(tmp_path / f"{shard}.tar")):
+            with pytest.raises(SkipSampleError) as caught:
+                choose_caption(sample.members, {"json.alt": 1}, np.random.default_rng(0))
+            details.append(caught.value.detail)
+    hint = "; those of one sample must be neighbours in the tar: a.jpg, a.txt, b.jpg, b.txt"
+    lacks = "none of json.alt has a caption; members: "
+    assert details == [f"{lacks}{e}{hint}" for e in ("png", "png", "txt", "txt")] + [
+        f"{lacks}png, words.txt"
+    ]
+    with pytest.raises(SkipSampleError, match=f"no_image: members: txt{hint}"):
+        find_image({"txt": b""})
