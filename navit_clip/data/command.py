@@ -28,7 +28,7 @@ class CommandStream(ForwardStream):
     """
 
     def __init__(self, command: str) -> None:
-        super().__init__()
+        super().__init__(command)
         # A file: a pipe that nobody reads would block a talkative command.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from tarfile import BLOCKSIZE
 
+from navit_clip.data.waiting import note, noted
+
 # Per read: asked for a whole image at once, Python takes that memory for each piece that arrives.
 CHUNK = 1 << 18
 
@@ -19,9 +21,14 @@ class RemoteError(OSError):
 
 
 class ForwardStream(ABC):
-    """As much of a binary file as reading a tar takes: read, tell, seek ahead or a block back."""
+    """As much of a binary file as reading a tar takes: read, tell, seek ahead or a block back.
 
-    def __init__(self) -> None:
+    Args:
+        name: What is waited for, in reports.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = noted(name)
         self._position = 0  # where the caller is
         self._reached = 0  # where the source is, at or after it
         self._last = b""  # the bytes just before `_reached`
@@ -70,7 +77,11 @@ class ForwardStream(ABC):
             count -= len(chunk)
 
     def _take(self, size: int) -> bytes:
-        chunk = self._receive(size)
+        note(self._name)
+        try:
+            chunk = self._receive(size)
+        finally:
+            note(b"")
         self._reached += len(chunk)
         self._last = (self._last + chunk[-BLOCKSIZE:])[-BLOCKSIZE:]
         return chunk

@@ -67,7 +67,7 @@ class HttpStream(ForwardStream):
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__()
+        super().__init__(url)
         self._url = url
         # Not shared: a pool carried through a fork would hand one socket to two workers.
         self._pool = urllib3.PoolManager()

@@ -22,6 +22,7 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.data.reader import Reader
 from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.data.state import DataState, open_state
+from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import batches_of, prepare_worker
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, Inputs
@@ -32,12 +33,16 @@ AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 class _Readers(IterableDataset[Batch[Any] | SharedBatch | UserError]):
     """The readers of one rank; each worker process runs one of them."""
 
-    def __init__(self, readers: Sequence[Reader[Any, Any]], state: DataState) -> None:
-        self.readers, self.state = readers, state
+    def __init__(
+        self, readers: Sequence[Reader[Any, Any]], state: DataState, board: WaitBoard | None
+    ) -> None:
+        self.readers, self.state, self.board = readers, state, board
 
     def __iter__(self) -> Iterator[Batch[Any] | SharedBatch | UserError]:
         info = get_worker_info()
         worker = info.id if info else 0
+        if self.board is not None:
+            self.board.join(worker)
         # A DataLoader asks worker 0 first; after a resume it must be whoever's turn it was.
         reader = self.readers[(worker + self.state.batches) % len(self.readers)]
         try:
@@ -70,6 +75,7 @@ def load_batches(
     world_size: int = 1,
     state: DataState | None = None,
     pin_memory: bool = False,
+    board: WaitBoard | None = None,
 ) -> Generator[Batch[AnyInputs], None, None]:
     """Yields one rank's batches without end.
 
@@ -83,6 +89,7 @@ def load_batches(
         state: Where to go on, from `open_state`; the caller advances its own copy with each batch
             that it consumes. None begins at the first sample.
         pin_memory: Hand out batches in page-locked memory.
+        board: Shows what the workers wait for; with a line for each, and at least one.
 
     Raises:
         UserError: If the shards are missing, empty or unusable, or the token budgets are not those
@@ -98,7 +105,7 @@ def load_batches(
         for reader in range(rank * per_rank, (rank + 1) * per_rank)
     ]
     loader: DataLoader[Batch[Any] | SharedBatch | UserError] = DataLoader(
-        _Readers(readers, state),
+        _Readers(readers, state, board),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,

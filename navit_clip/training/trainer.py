@@ -25,6 +25,7 @@ from navit_clip.data.fingerprint import Fingerprint, difference, fingerprints
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.state import DataState, open_state
+from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -138,7 +139,10 @@ class _Run:
         )
         self.shards: dict[str, Fingerprint] = {}
         self.checkpoints.describe = self._describe
-        self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s)
+        self.board = WaitBoard(max(1, config.data.workers))
+        self.watchdog = Watchdog(
+            self.directory, ranks.rank, config.stall_timeout_s, self.board.lines
+        )
         self.progress = Progress(config.steps, self.start, visible=ranks.is_first)
         self.metrics: MetricsLog | None = None
         self.samples: StepLog | None = None
@@ -202,6 +206,7 @@ class _Run:
                 world_size=ranks.world_size,
                 state=self.data_state,
                 pin_memory=ranks.device.type == "cuda",
+                board=self.board,
             )
             with self._patience():
                 self.first = [next(self.batches)]

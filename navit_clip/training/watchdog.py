@@ -14,7 +14,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,11 +33,18 @@ class Watchdog:
         rank: This rank.
         timeout_s: Seconds without progress before the report, and again before the end; 0 watches
             nothing.
+        waits: Lines on what data workers wait for.
     """
 
-    def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        timeout_s: float,
+        waits: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         self.path = run_dir / "stalls" / f"rank-{rank}.txt"
-        self.rank, self.timeout_s = rank, timeout_s
+        self.rank, self.timeout_s, self.waits = rank, timeout_s, waits
         self._what, self._limit_s, self._since = "", 0.0, 0.0
         self._ended = threading.Event()
 
@@ -85,9 +92,10 @@ class Watchdog:
                 end_process(STALL_EXIT_CODE)
 
     def _report(self, silent_s: float, outlook: str) -> None:
+        what = "; ".join([self._what, *self.waits(), outlook])
         line = (
-            f"rank {self.rank} stalled: no progress for {silent_s:.0f} s in {self._what}; "
-            f"{outlook}. Stacks of its threads, also in {self.path}:\n"
+            f"rank {self.rank} stalled: no progress for {silent_s:.0f} s in {what}. "
+            f"Stacks of its threads, also in {self.path}:\n"
         )
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(_STDERR)

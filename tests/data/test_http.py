@@ -22,7 +22,10 @@ from navit_clip.data import command as command_stream
 from navit_clip.data import http as remote
 from navit_clip.data.command import CommandStream
 from navit_clip.data.http import HttpStream
+from navit_clip.data.loader import load_batches
 from navit_clip.data.shards import ShardError, read_shard
+from navit_clip.data.waiting import WaitBoard
+from navit_clip.training.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -443,3 +446,29 @@ def test_the_same_batches_from_a_server_that_drops_every_tenth_connection(
     assert len(from_server) == 200
     for ours, theirs in zip(from_server, from_disk, strict=True):
         assert content(ours) == content(theirs)
+
+
+def test_a_stall_names_the_shard_that_a_data_worker_waits_for(
+    tokenizer, shard, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.5)
+    board = WaitBoard(1)
+    watchdog = Watchdog(tmp_path, 0, 1.0, board.lines)
+
+    def report():
+        deadline = time.monotonic() + 60
+        while not board.lines() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        watchdog._report(9, "patience")
+
+    site = Site({"0.tar": shard.read_bytes()}, stall=lambda number: None if number else 5000)
+    with serve(site):
+        thread = threading.Thread(target=report)
+        thread.start()
+        pipeline = pair_pipeline([f"{site.url}/0.tar?key=secret"], tokenizer, workers=1)
+        with closing(load_batches(pipeline.build, pipeline.config, 0, board=board)) as batches:
+            next(batches)
+        thread.join()
+    report = (tmp_path / "stalls" / "rank-0.txt").read_text()
+    assert re.search(rf"; data worker 0 has waited \d s for {site.url}/0.tar; patience", report)
+    assert "secret" not in report
