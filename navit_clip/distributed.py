@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.util import get_temp_dir
 from typing import Literal, TypeVar
 
 import torch
@@ -205,6 +207,7 @@ def end_process(code: int) -> None:
     """Ends this process and its data workers at once, whatever its threads wait for."""
     for child in multiprocessing.active_children():
         child.kill()  # data workers; those that hang would outlive this process
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # of their sockets
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -6,6 +6,7 @@ Only the standard library: entry points import it before torch.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -29,13 +30,26 @@ def follow_torchrun() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = _torchrun = os.getppid()
+    log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents[3:4]
 
     def follow() -> None:
-        while os.getppid() == parent:
+        killed = _was_killed(parent)
+        while os.getppid() == parent and not killed:
             time.sleep(_LOOK_S)
+        for folder in log:
+            if folder.name.startswith("torchelastic_"):  # in the temporary directory: no --log-dir
+                shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=follow, name="follow_torchrun", daemon=True).start()
+
+
+def _was_killed(parent: int) -> bool:
+    """Whether torchrun had ended before this process looked for it, which others then adopted."""
+    with suppress(OSError):
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        return bool(command) and b"python" not in command and b"torch" not in command
+    return False
 
 
 def report(line: str, *, final: bool) -> None:

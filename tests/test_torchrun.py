@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import ROOT, is_running, launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=2"]
 HERE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
@@ -25,6 +28,20 @@ with one_line_errors("prog"), join_ranks("cpu") as ranks, failing_at_once(ranks)
     if ranks.rank in {wrong}:
         raise {error}("wrong\\n here")
     ranks.barrier()
+"""
+LATE = """
+import os, time
+from pathlib import Path
+from navit_clip.torchrun import follow_torchrun
+
+parent = os.getpid()
+if pid := os.fork():
+    Path("{out}").write_text(str(pid))
+    os._exit(0)
+while os.getppid() == parent:
+    time.sleep(0.001)
+follow_torchrun()
+time.sleep(60)
 """
 
 
@@ -59,6 +76,19 @@ def test_an_outage_is_said_once_an_attempt_and_tried_again(tmp_path):
     status, output = said([*HERE, str(script)], tmp_path / "out")
     assert status == 1
     assert output.count("prog: error: wrong here") == 3
+
+
+def test_a_rank_notices_that_torchrun_was_killed_before_it_looked(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(LATE.format(out=tmp_path / "pid"))
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "a", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(script)], env=env) as parent:
+        assert parent.wait() == 0
+    rank = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while is_running(rank):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

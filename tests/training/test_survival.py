@@ -3,12 +3,15 @@
 ``python -m pytest -m slow tests/training/test_survival.py --kills 20`` kills a run twenty times.
 """
 
+import getpass
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -179,8 +182,11 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["start", "step"])
-def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment):
+def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment, monkeypatch):
     flags, whole = run
+    # Not in tmp_path: the path of a socket has 100 characters.
+    temporary = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("TMPDIR", str(temporary))
     run_dir = tmp_path / "run"
     command = two_ranks([*flags, "--run_dir", str(run_dir)])
     with launch(command, tmp_path / "output.txt") as running:
@@ -194,7 +200,10 @@ def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment):
         while left := [pid for pid in orphans if is_running(pid)]:
             assert time.monotonic() < deadline, f"{left} outlive torchrun:\n{running.tail()}"
             time.sleep(0.05)
+    if moment == "step":
+        assert {path.name for path in temporary.iterdir()} <= {f"torchinductor_{getpass.getuser()}"}
     run_to_end(command, tmp_path / "output.txt")
+    shutil.rmtree(temporary)
     assert read_losses(run_dir) == read_losses(whole)
     assert same_weights(run_dir, whole)
 
