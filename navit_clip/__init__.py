@@ -46,9 +46,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from navit_clip.classifier import NaViTClassifier
+    from navit_clip.masked_image import NaViTMaskedImage
     from navit_clip.model import NaViTCLIP
 
-__all__ = ["NaViTCLIP", "NaViTClassifier"]
+__all__ = ["NaViTCLIP", "NaViTClassifier", "NaViTMaskedImage"]
 __version__ = "0.1.0"
 
 
@@ -62,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from navit_clip.classifier import NaViTClassifier
 
         return NaViTClassifier
+    if name == "NaViTMaskedImage":
+        from navit_clip.masked_image import NaViTMaskedImage
+
+        return NaViTMaskedImage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,6 @@ from navit_clip.export.card import CLASSIFIER_TAGS, CLASSIFIER_TASK, LIBRARY
 from navit_clip.export.description import Description
 from navit_clip.export.hub import PretrainedModel
 from navit_clip.export.pretrained import save_pretrained
-from navit_clip.inference.embed import feature_vectors
-from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import Classifier, ClassifierConfig
 from navit_clip.tokenizers.base import Tokenizer
@@ -75,20 +73,6 @@ class NaViTClassifier(
         if self.preprocess is None:
             raise UserError("this model has no preprocess to save: set model.preprocess first")
         save_pretrained(Path(save_directory), self, None, self.preprocess, self.classes)
-
-    def features(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
-        """What the head reads: the image tower's vectors, such as for a classifier of your own.
-
-        Args:
-            images: As in `classify`.
-            max_tokens: Likewise.
-
-        Returns:
-            float32 [E, C] on the host, in the order of `images`.
-        """
-        sized = size_images(images, self.config.image, self.preprocess, max_tokens)
-        with self._autocast():
-            return feature_vectors(self, sized)
 
     @torch.no_grad()
     def classify(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:

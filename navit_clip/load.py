@@ -9,11 +9,12 @@ import torch
 from navit_clip.classifier import NaViTClassifier
 from navit_clip.export.description import Description
 from navit_clip.export.pretrained import load_pretrained
+from navit_clip.masked_image import NaViTMaskedImage
 from navit_clip.model import NaViTCLIP
 from navit_clip.tokenizers.base import Tokenizer
 
-AnyModel = NaViTCLIP | NaViTClassifier
-_CLASSES: tuple[type[NaViTCLIP] | type[NaViTClassifier], ...] = (NaViTCLIP, NaViTClassifier)
+AnyModel = NaViTCLIP | NaViTClassifier | NaViTMaskedImage
+_CLASSES: tuple[type[AnyModel], ...] = (NaViTCLIP, NaViTClassifier, NaViTMaskedImage)
 
 
 def build_model(description: Description, tokenizer: Tokenizer | None) -> AnyModel:

@@ -49,6 +49,14 @@ def patchify(pixels_HWK: np.ndarray, patch_size: int, keep: np.ndarray | None = 
     return patches[np.divmod(keep, columns)].view(np.uint8)
 
 
+def join_patches(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The inverse of `patchify` for all patches of a grid: uint8 [rows·P, columns·P, 3]."""
+    rows, columns = grid
+    side = round((patches.shape[1] // 3) ** 0.5)
+    pixels = patches.reshape(rows, columns, side, side, 3).swapaxes(1, 2)
+    return pixels.reshape(rows * side, columns * side, 3)
+
+
 @lru_cache(maxsize=4096)
 def _grid_coords(rows: int, columns: int) -> np.ndarray:
     """int32 [rows·columns, 2]: row and column of each patch of a grid, read-only."""

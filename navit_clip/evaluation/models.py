@@ -27,6 +27,7 @@ from navit_clip.inference.embed import (
     text_vectors,
 )
 from navit_clip.load import AnyModel
+from navit_clip.masked_image import NaViTMaskedImage
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -118,7 +119,7 @@ class _Packed(Model):
 
     def __init__(
         self,
-        model: NaViTCLIP | NaViTClassifier,
+        model: AnyModel,
         name: str,
         precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -218,23 +219,23 @@ class PackedModel(_Packed):
         )
 
 
-class PackedClassifier(_Packed):
-    """A classifier of this library, which evaluators see before its head; as `_Packed`."""
+class PackedTower(_Packed):
+    """A model of this library without texts, as its image tower; arguments as of `_Packed`."""
 
     reads_texts = False
 
     def __init__(
         self,
-        model: NaViTClassifier,
+        model: NaViTClassifier | NaViTMaskedImage,
         name: str,
         precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         super().__init__(model, name, precision, around)
-        self.model = model
+        self.tower = model.image
 
     def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
-        return feature_vectors(self.model, images)
+        return feature_vectors(self.tower, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """There are none."""
@@ -246,25 +247,43 @@ class PackedClassifier(_Packed):
         return 1.0
 
     def image_flops(self, tokens: int) -> int:
-        """By `navit_clip.models.flops`, head included."""
-        return image_flops(self.model.config.image, len(self.model.classes), tokens)
+        """By `navit_clip.models.flops`."""
+        return image_flops(self.tower.config, 0, tokens)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tower: the head reads what is kept."""
+        """Of the tower: a head reads what is kept."""
         return tensors_digest(
-            self.model.image.state_dict(),
-            repr(self.model.config.image),
+            self.tower.state_dict(),
+            repr(self.tower.config),
             repr(self.preprocess),
-            self.model.device.type,
+            self._device.type,
             self.precision,
         )
 
 
-def packed_model(
-    model: AnyModel, name: str, precision: Precision
-) -> PackedModel | PackedClassifier:
+class PackedClassifier(PackedTower):
+    """A classifier of this library, which evaluators see before its head; as `_Packed`."""
+
+    def __init__(
+        self,
+        model: NaViTClassifier,
+        name: str,
+        precision: Precision = "fp32",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        super().__init__(model, name, precision, around)
+        self.model = model
+
+    def image_flops(self, tokens: int) -> int:
+        """By `navit_clip.models.flops`, head included."""
+        return image_flops(self.tower.config, len(self.model.classes), tokens)
+
+
+def packed_model(model: AnyModel, name: str, precision: Precision) -> PackedModel | PackedTower:
     """One of ours as evaluators see it, whichever it is."""
     if isinstance(model, NaViTCLIP):
         return PackedModel(model, name, precision)
-    return PackedClassifier(model, name, precision)
+    if isinstance(model, NaViTClassifier):
+        return PackedClassifier(model, name, precision)
+    return PackedTower(model, name, precision)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from navit_clip.errors import printable
 from navit_clip.export.description import CONFIG_FILE, Description
 from navit_clip.files import atomic_write, reading, writing
+from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -29,6 +30,7 @@ CARD_FILE = "README.md"
 LIBRARY = "navit-clip"
 TASK = "zero-shot-image-classification"
 TAGS = ("clip", "image-text-retrieval", "navit")
+MASKED_TASK, MASKED_TAGS = "image-feature-extraction", ("navit", "masked-autoencoder")
 CLASSIFIER_TASK, CLASSIFIER_TAGS = "image-classification", ("navit",)
 
 _LICENSE = (
@@ -61,7 +63,24 @@ model = NaViTClassifier.from_pretrained("path/to/this/directory")
 probabilities = model.classify(["photo.jpg"])  # paths, PIL images, arrays or tensors
 names = [model.classes[index] for index in probabilities.argmax(1)]
 ```"""
+_MASKED = """An image tower pretrained by predicting hidden patches, and the decoder that predicts
+them (MAE). {images}
+
+## Use
+
+```python
+from navit_clip import NaViTMaskedImage
+
+model = NaViTMaskedImage.from_pretrained("path/to/this/directory")
+features = model.features(["photo.jpg"])  # paths, PIL images, arrays or tensors
+predictions = model.predict(["photo.jpg"], rate=0.75)
+```"""
 _NAMED = 20  # classes
+_KINDS = {
+    "clip": (TASK, TAGS, _CLIP),
+    "classifier": (CLASSIFIER_TASK, CLASSIFIER_TAGS, _CLASSIFIER),
+    "masked_image": (MASKED_TASK, MASKED_TAGS, _MASKED),
+}
 
 
 _EVALUATIONS = re.compile(
@@ -83,15 +102,14 @@ def write_card(directory: Path, name: str = "NaViT", sections: Sequence[str] = (
         UserError: If the model's files cannot be read, or the card cannot be written.
     """
     description = Description.read(directory / CONFIG_FILE)
-    is_clip = isinstance(description.model, CLIPConfig)
-    task, tags = (TASK, TAGS) if is_clip else (CLASSIFIER_TASK, CLASSIFIER_TAGS)
+    task, tags, text = _KINDS[description.kind]
     header = ModelCardData(library_name=LIBRARY, pipeline_tag=task, tags=list(tags))
     names = [*map(plain_text, description.classes[:_NAMED])]
     more = ["…"] * (len(description.classes) > _NAMED)
     parts = [
         f"---\n{header.to_yaml()}\n{_LICENSE}\n---",
         f"# {plain_text(name)}",
-        (_CLIP if is_clip else _CLASSIFIER).format(
+        text.format(
             images=_IMAGES, classes=f"{len(description.classes):,}", names=", ".join(names + more)
         ),
         "## Model",
@@ -202,6 +220,8 @@ def _model_table(description: Description, parameters: int) -> str:
         rows.insert(1, ["embedding", f"{model.embed_dim} numbers"])
         rows.insert(3, ["text tower", tower(text)])
         rows.append(["texts", f"at most {text.context_length} of {text.vocab_size:,} tokens"])
-    else:
+    elif isinstance(model, ClassifierConfig):
         rows.append(["classes", f"{len(description.classes):,}, {model.output}"])
+    else:
+        rows.append(["decoder", f"width {model.decoder.width}, depth {model.decoder.depth}"])
     return markdown_table(["", ""], rows)

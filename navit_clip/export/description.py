@@ -17,14 +17,17 @@ from navit_clip.files import atomic_write, reading
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import Classifier, ClassifierConfig
 from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
 
 CONFIG_FILE = "config.json"  # of an exported model
 FORMAT = 2
 
-ModelConfig = CLIPConfig | ClassifierConfig
-_KINDS: dict[str, type[CLIPConfig] | type[ClassifierConfig]] = {
+ModelConfig = CLIPConfig | ClassifierConfig | MaskedImageConfig
+BareModel = CLIP | Classifier | MaskedImage
+_KINDS: dict[str, type[ModelConfig]] = {
     "clip": CLIPConfig,
     "classifier": ClassifierConfig,
+    "masked_image": MaskedImageConfig,
 }
 
 
@@ -53,13 +56,15 @@ class Description:
 
     @property
     def kind(self) -> str:
-        """``clip`` or ``classifier``."""
+        """``clip``, ``classifier`` or ``masked_image``."""
         return next(kind for kind, config in _KINDS.items() if isinstance(self.model, config))
 
-    def build(self) -> CLIP | Classifier:
+    def build(self) -> BareModel:
         """The bare model, with random weights."""
         if isinstance(self.model, CLIPConfig):
             return CLIP(self.model)
+        if isinstance(self.model, MaskedImageConfig):
+            return MaskedImage(self.model)
         return Classifier(self.model, len(self.classes))
 
     def write(self, path: Path) -> None:
@@ -91,7 +96,7 @@ class Description:
             if values["format"] == 1:
                 values = _from_format_1(values)
             if values["kind"] not in _KINDS:
-                known = " and ".join(_KINDS)
+                known = ", ".join(_KINDS)
                 raise UserError(f"{path} describes a {values['kind']}, this version reads {known}")
             return cls(
                 config_from_dict(_KINDS[values["kind"]], values["model"], "model"),

@@ -1,23 +1,30 @@
 """Loading and saving a model as its users do: a directory, or a repository of the Hub.
 
-`navit_clip.model.NaViTCLIP` and `navit_clip.classifier.NaViTClassifier` are both a
-`PretrainedModel` beside the bare model that the trainer trains.
+`navit_clip.model.NaViTCLIP`, `navit_clip.classifier.NaViTClassifier` and
+`navit_clip.masked_image.NaViTMaskedImage` are each a `PretrainedModel` beside the bare model that
+the trainer trains.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub import ModelHubMixin
+from torch import Tensor
 
+from navit_clip.data.in_memory import ImageInput
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.export.pretrained import find_directory, load_pretrained
+from navit_clip.inference.embed import feature_vectors
+from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.image_tower import ImageTower
 from navit_clip.precision import PrecisionChoice, autocast, choose_precision
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -33,12 +40,14 @@ class PretrainedModel(ModelHubMixin):
 
     Attributes:
         kind: Of `Description`.
+        image: The tower.
         preprocess: How the model wants its images; None for one that will get none.
         precision: Of those methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU, and leaves
             an autocast of the caller's as it is.
     """
 
     kind: ClassVar[str]
+    image: ImageTower
     preprocess: Preprocess | None
     precision: PrecisionChoice = "auto"
 
@@ -108,6 +117,24 @@ class PretrainedModel(ModelHubMixin):
 
         model: Self = load_pretrained(directory, build).to(device).eval()
         return model
+
+    def features(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
+        """The image tower's pooled vectors, which a head reads, for a classifier of your own.
+
+        Args:
+            images: Paths, Pillow images, arrays, tensors or bytes, as `size_images` takes them.
+            max_tokens: Most patches of one image; None for the model's own limit.
+
+        Returns:
+            float32 [E, C] on the host, in the order of `images`.
+
+        Raises:
+            ValueError: If something is no image or cannot be read; names its index.
+            UserError: If the model has no limit of its own and none is given.
+        """
+        sized = size_images(images, self.image.config, self.preprocess, max_tokens)
+        with self._autocast():
+            return feature_vectors(self.image, sized)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "auto" and torch.is_autocast_enabled(self.device.type):

@@ -22,11 +22,11 @@ from torch import nn
 
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
-from navit_clip.export.description import CONFIG_FILE, Description
+from navit_clip.export.description import CONFIG_FILE, BareModel, Description
 from navit_clip.files import one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
-from navit_clip.models.classifier import Classifier
-from navit_clip.models.clip import CLIP, CLIPConfig
+from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.masked_image import MaskedImageConfig
 from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
 from navit_clip.tokenizers.load import load_tokenizer
 
@@ -58,7 +58,7 @@ def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
 
 def save_pretrained(
     directory: Path,
-    model: CLIP | Classifier,
+    model: BareModel,
     tokenizer: Tokenizer | None,
     preprocess: Preprocess,
     classes: Sequence[str] = (),
@@ -70,7 +70,7 @@ def save_pretrained(
     Args:
         directory: Made if need be.
         model: With its weights.
-        tokenizer: None for a classifier.
+        tokenizer: None for a model that reads no texts.
         preprocess: How the model wants its images.
         classes: Names of a classifier's classes.
 
@@ -102,7 +102,7 @@ def load_pretrained(
 ) -> Model:
     """Reads a model's directory into what `build` makes, such as a `NaViTCLIP`, on the host.
 
-    `build` gets None in place of the tokenizer that a classifier has not.
+    `build` gets None in place of the tokenizer of a model that reads no texts.
 
     Raises:
         UserError: If a file is missing, damaged, or does not fit the others.
@@ -139,6 +139,8 @@ def _check_size(path: Path, weights_path: Path, description: Description) -> Non
     depth = config.image.encoder.depth
     if isinstance(config, CLIPConfig):
         depth = max(depth, config.text.encoder.depth)
+    elif isinstance(config, MaskedImageConfig):
+        depth = max(depth, config.decoder.depth)
     numbers = 0
     if depth <= tensors:
         with reading(path, ValueError, RuntimeError, TypeError), torch.device("meta"):

@@ -15,9 +15,8 @@ from torch import Tensor
 from navit_clip.data.decode import EncodedImage, OpenedImage
 from navit_clip.data.patches import cut_patches
 from navit_clip.data.sizing import fit_grid
-from navit_clip.models.classifier import Classifier
 from navit_clip.models.clip import CLIP
-from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.base import Tokenizer
@@ -76,14 +75,15 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
     return _embed(model.config.embed_dim, images, lambda image: len(image.patches), embed)
 
 
-def feature_vectors(model: Classifier, images: Iterable[ImagePatches]) -> Tensor:
-    """What a classifier's head reads, float32 [E, C], as `image_vectors` are made."""
+def feature_vectors(tower: ImageTower, images: Iterable[ImagePatches]) -> Tensor:
+    """What a head reads of each image, float32 [E, C], as `image_vectors` are made."""
+    device = tower.embed.weight.device
 
     def embed(batch: Sequence[ImagePatches]) -> Tensor:
-        vectors: Tensor = model.image(pack_images(batch).to(model.device))
+        vectors: Tensor = tower(pack_images(batch).to(device))
         return vectors
 
-    width = model.config.image.encoder.width
+    width = tower.config.encoder.width
     return _embed(width, images, lambda image: len(image.patches), embed)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.masked_image import MaskedImageConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
 
@@ -84,6 +85,16 @@ def tower_flops(
         encoder_flops(config.encoder, sums.longer(added)),
         _pooling_flops(config.encoder, config.pooling, sums),
         2 * width * embed_dim * sums.examples,
+    )
+
+
+def decoder_flops(config: MaskedImageConfig, visible: LengthSums, whole: LengthSums) -> int:
+    """Forward FLOPs of a masked image decoder, by the sums over visible and over all patches."""
+    width = config.decoder.width
+    return (
+        2 * config.image.encoder.width * width * visible.tokens
+        + encoder_flops(config.decoder, whole)
+        + 6 * width * config.image.patch_size**2 * whole.tokens
     )
 
 

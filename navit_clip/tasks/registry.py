@@ -8,10 +8,12 @@ from navit_clip.errors import UserError
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.classify import ClassifyConfig
 from navit_clip.tasks.contrastive import ContrastiveConfig
+from navit_clip.tasks.masked_image import MaskedImageTaskConfig
 
 _TASKS: dict[str, type[TaskConfig]] = {
     "contrastive": ContrastiveConfig,
     "classify": ClassifyConfig,
+    "masked_image": MaskedImageTaskConfig,
 }
 
 

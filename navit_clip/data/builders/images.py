@@ -53,5 +53,10 @@ def trim_image(
     image: ImagePatches, tokens: int, seed: int, origin: Origin, name: str
 ) -> ImagePatches:
     """A random subset of so many patches, in their order: a function of (seed, epoch, id)."""
+    return image.kept(trim_places(len(image.patches), tokens, seed, origin, name))
+
+
+def trim_places(count: int, tokens: int, seed: int, origin: Origin, name: str) -> np.ndarray:
+    """Which of so many patches `trim_image` leaves: int64 [tokens], rising."""
     rng = generator(seed, origin.epoch, "trim", name)
-    return image.kept(np.sort(rng.permutation(len(image.patches))[:tokens]))
+    return np.sort(rng.permutation(count)[:tokens])

@@ -1,0 +1,117 @@
+"""One raw sample to one image with hidden patches, and many of them to two packed streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.images import sample_image, trim_places
+from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
+from navit_clip.data.seeding import sample_generator
+from navit_clip.data.shards import RawSample
+from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.errors import SkipSampleError
+from navit_clip.packed.images import ImagePatches
+from navit_clip.packed.masked import MaskedInputs, pack_masked
+
+
+@dataclass(frozen=True)
+class MaskedSample:
+    """One image and which of its patches are visible, ready to be packed; a `Sample`.
+
+    Attributes:
+        id: ``shard/key``.
+        origin: Where it was read.
+        image: All patches.
+        visible: int64 [n], rising.
+        seed: Of the run.
+    """
+
+    id: str
+    origin: Origin
+    image: ImagePatches
+    visible: np.ndarray
+    seed: int
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Visible patches, and all."""
+        return len(self.visible), len(self.image.patches)
+
+    @property
+    def full_lengths(self) -> tuple[int, int]:
+        """All patches, in both streams."""
+        return len(self.image.patches), len(self.image.patches)
+
+    @property
+    def bucket(self) -> tuple[()]:
+        """All images may share a batch."""
+        return ()
+
+    def trimmed(self, tokens: int) -> MaskedSample:
+        """The same with fewer visible patches."""
+        kept = trim_places(len(self.visible), tokens, self.seed, self.origin, self.id)
+        return replace(self, visible=self.visible[kept])
+
+
+@dataclass(frozen=True)
+class MaskedBuilder:
+    """Builds images with hidden patches; the same for the same sample and epoch.
+
+    Attributes:
+        resolution: How large an image becomes.
+        drop: Which patches are hidden.
+        patch_size: P.
+        max_grid_side: Most rows or columns that tower and decoder have positions for.
+        seed: Of the run.
+    """
+
+    resolution: ResolutionConfig
+    drop: DropConfig
+    patch_size: int
+    max_grid_side: int
+    seed: int
+
+    @property
+    def streams(self) -> tuple[str, str]:
+        """What the tower reads, and what the decoder reads."""
+        return "image", "decoder"
+
+    def __call__(
+        self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
+    ) -> MaskedSample:
+        """Builds one image with hidden patches.
+
+        Raises:
+            SkipSampleError: If the sample has no usable image, or one of a single patch.
+        """
+        rng = sample_generator(self.seed, origin.epoch, raw.id)
+        image = sample_image(
+            raw.members,
+            rng,
+            origin.images_seen,
+            resolution=self.resolution,
+            drop=DropConfig(),
+            patch_size=self.patch_size,
+            max_grid_side=self.max_grid_side,
+        )
+        tokens = len(image.patches)
+        if tokens < 2:
+            raise SkipSampleError("one_patch", "the image has a single patch, none to predict")
+        rate = sample_rate(self.drop, tokens, origin.images_seen, rng)
+        # One patch at least must be hidden, however low the rate.
+        visible = keep_patches(tokens, max(rate, 1 / tokens), rng)
+        return MaskedSample(raw.id, origin, image, visible, self.seed)
+
+    def collate(
+        self, samples: Sequence[MaskedSample], pad_to: tuple[int, ...] | None
+    ) -> MaskedInputs:
+        """Packs visible patches and whole images into two streams."""
+        return pack_masked(
+            [one.image for one in samples],
+            [one.visible for one in samples],
+            None if pad_to is None else (pad_to[0], pad_to[1]),
+        )

@@ -1,0 +1,48 @@
+"""A small masked image model and its loss one image at a time, in loops."""
+
+import torch
+from packed_examples import randomise
+
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.images import pack_images
+
+PATCH = 2
+
+
+def build(pooling="mean", registers=0):
+    torch.manual_seed(0)
+    config = MaskedImageConfig(
+        ImageTowerConfig(
+            PATCH, EncoderConfig(16, 2, 2), PositionConfig(table_side=9), pooling,
+            registers=registers,
+        ),
+        EncoderConfig(12, 1, 3),
+    )  # fmt: skip
+    model = MaskedImage(config).double()
+    randomise(model, 1)
+    return model
+
+
+def one_by_one(model, images, visible):
+    """The sum over images of the mean error over hidden patches, in loops."""
+    total = torch.zeros((), dtype=torch.float64)
+    for image, kept in zip(images, visible, strict=True):
+        seen = model.to_decoder(model.image.tokens(pack_images([image.kept(kept)])).x_TC)
+        tokens, rows = [], iter(seen)
+        for index in range(len(image.patches)):
+            tokens.append(next(rows) if index in kept else model.mask_token)
+        whole = pack_images([image])
+        x_TC = torch.stack(tokens)
+        x_TC = x_TC + model.position(whole.coords, whole.grids[whole.segments.ids])
+        predicted = model.to_pixels(model.decoder(x_TC, whole.segments))
+        errors = []
+        for index in set(range(len(image.patches))) - set(kept.tolist()):
+            pixels = torch.tensor(image.patches[index] / 255.0)
+            spread = (pixels - pixels.mean()).square().sum() / (len(pixels) - 1)
+            target = (pixels - pixels.mean()) / (spread + 1e-6).sqrt()
+            errors.append((predicted[index] - target).square().mean())
+        total = total + sum(errors) / len(errors)
+    return total

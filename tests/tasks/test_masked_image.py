@@ -1,0 +1,253 @@
+"""The task of masked image pretraining: steps against the obvious way, whole runs, bad input."""
+
+import json
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from classify_cases import ALONE, classify_flags, write_labelled
+from distributed import run_ranks
+from masked_cases import build, one_by_one
+from packed_examples import random_image
+from shard_factory import encode, photo, write_shard
+from tiny_run import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from navit_clip import NaViTClassifier, NaViTMaskedImage
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.masked import MaskedBuilder
+from navit_clip.data.config import DataConfig
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.shards import RawSample
+from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.distributed import Ranks
+from navit_clip.models.transformer import compiled_block
+from navit_clip.packed.batch import Batch, BatchCounts
+from navit_clip.packed.masked import pack_masked
+from navit_clip.tasks.masked_image import MaskedImageTask, MaskedImageTaskConfig
+from navit_clip.training.ema import EMAConfig
+from navit_clip.training.nonfinite import NonFiniteGuard
+from navit_clip.training.optim import OptimConfig
+from navit_clip.training.parallel import ParallelConfig
+from navit_clip.training.schedule import ScheduleConfig
+from navit_clip.training.step import Stepper
+
+
+def new_task():
+    return MaskedImageTask(MaskedImageTaskConfig(model=build().config), DataConfig())
+
+
+def new_stepper(ranks=ALONE, parallel=None, precision="fp32"):
+    model = build()
+    return Stepper(
+        new_task(),
+        model if precision == "fp32" else model.float(),
+        ranks,
+        steps=20,
+        optim=OptimConfig(lr=1e-2, eps=1e-6, schedule=ScheduleConfig(warmup_steps=1)),
+        parallel=parallel or ParallelConfig(),
+        ema=EMAConfig(0.5),
+        guard=NonFiniteGuard("stop", 3),
+        precision=precision,
+    )
+
+
+def examples(step):
+    """(image, visible patches) of all ranks and micro-batches at one step."""
+    rng = np.random.default_rng(step)
+    found = []
+    for index in range(int(rng.integers(9, 14))):
+        grid = int(rng.integers(1, 5)), int(rng.integers(2, 5))
+        image = random_image(100 * step + index, grid)
+        count = int(rng.integers(1, len(image.patches)))
+        found.append((image, np.sort(rng.permutation(len(image.patches))[:count])))
+    return found
+
+
+def pack(part):
+    inputs = pack_masked(*zip(*part, strict=True))
+    return Batch(inputs, tuple(map(str, range(len(part)))), BatchCounts(len(part)))
+
+
+def micro_batches(part, ranks, accumulate):
+    mine = part[ranks.rank :: ranks.world_size]
+    return [pack(mine[number::accumulate]) for number in range(accumulate)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate):
+    stepper, plain = new_stepper(), build()
+    part = examples(0)
+    inputs = [batch.inputs for batch in micro_batches(part, ALONE, accumulate)]
+    loss, _ = stepper._backward(inputs, stepper.announce(inputs))
+    expected = one_by_one(plain, *zip(*part, strict=True)) / len(part)
+    expected.backward()
+    # Targets are float32.
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, found), other in zip(
+        stepper.model.named_parameters(), plain.parameters(), strict=True
+    ):
+        scale = other.grad.abs().max().item()
+        torch.testing.assert_close(found.grad, other.grad, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def train_steps(ranks, parallel, accumulate, steps=3):
+    stepper = new_stepper(ranks, parallel)
+    rows = []
+    for step in range(steps):
+        result = stepper.step(micro_batches(examples(step), ranks, accumulate), step)
+        rows.append((result.loss, result.grad_norm))
+    weights = stepper.host_weights()
+    return np.array(rows), weights and {n: w.numpy() for n, w in weights.items()}
+
+
+CASES = {"ddp": ParallelConfig(), "fsdp": ParallelConfig("fsdp")}
+
+
+def train_cases():
+    ranks = Ranks(int(os.environ["RANK"]), 2, torch.device("cpu"))
+    return {name: train_steps(ranks, case, 2) for name, case in CASES.items()}
+
+
+def test_two_ranks_with_micro_batches_train_like_one_process():
+    expected, expected_weights = train_steps(ALONE, ParallelConfig(), 1)
+    for results in run_ranks(train_cases, 2):
+        for found, weights in results.values():
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+            for name, weight in (weights or {}).items():
+                np.testing.assert_allclose(weight, expected_weights[name], rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_is_near_float64():
+    part = examples(1)
+    exact, found = (
+        new_stepper(precision=precision).step([pack(part)], 0) for precision in ("fp32", "bf16")
+    )
+    assert found.loss == pytest.approx(exact.loss, rel=0.02)
+    assert found.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
+
+
+def test_compiled_blocks_of_tower_and_decoder_give_the_same(monkeypatch):
+    part = examples(2)
+    expected = new_stepper().step([pack(part)], 0)
+    monkeypatch.setattr(
+        "navit_clip.models.transformer.torch.compile", partial(torch.compile, backend="aot_eager")
+    )
+    compiled_block.cache_clear()
+    found = new_stepper(parallel=ParallelConfig(compile=True)).step([pack(part)], 0)
+    compiled_block.cache_clear()
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-9)
+
+
+def test_flops_are_those_of_tower_and_decoder():
+    batch = pack(examples(0))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build()(batch.inputs).pixels_TK.sum().backward()
+    assert new_task().flops(batch.inputs) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_labelled(tmp_path_factory.mktemp("images"))
+
+
+def flags(data, run_dir, steps=4, **changes):
+    options = {
+        "task__kind": "masked_image",
+        "task__model__decoder__width": 16,
+        "task__model__decoder__depth": 1,
+        "task__model__decoder__heads": 2,
+        "data__drop__kind": "fixed",
+        "data__drop__rate": 0.6,
+        "data__budget__tokens": '{"image": 40, "decoder": 80}',
+    }
+    return classify_flags(data, run_dir, steps, **options | changes)
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_and_what_it_exports_is_used(data, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(monkeypatch, flags(data, whole, 5, accumulate=2, ema__decay=0.5)) == 0
+    for steps in (2, 5):
+        assert run(monkeypatch, flags(data, parts, steps, accumulate=2, ema__decay=0.5)) == 0
+    curves = [[(v["step"], v["loss"], v["grad_norm"]) for v in metrics(d)] for d in (whole, parts)]
+    assert curves[0] == curves[1]
+    last = metrics(whole)[-1]
+    assert {"image_tokens_per_s", "decoder_tokens_per_s", "model_flops_per_s"} <= last.keys()
+    models = [NaViTMaskedImage.from_pretrained(one / "model") for one in (whole, parts)]
+    for name, weight in models[0].state_dict().items():
+        assert torch.equal(models[1].state_dict()[name], weight), name
+    assert "masked-autoencoder" in (whole / "model/README.md").read_text()
+
+    images = [photo(i, 30 + i, 40) for i in range(3)]
+    assert models[0].features(images).shape == (3, 16)
+    for one, again in zip(models[0].predict(images), models[1].predict(images), strict=True):
+        assert one.image.shape == one.masked.shape == one.predicted.shape
+        grey = (one.masked == 128).all(-1)
+        assert 0.5 < grey.mean() < 0.8  # of whole patches of 8 pixels, three quarters
+        assert np.array_equal(one.predicted[~grey], one.image[~grey])
+        assert np.array_equal(one.predicted, again.predicted)
+    with pytest.raises(ValueError, match=r"images\[0\] has a single patch"):
+        models[0].predict([photo(0, 8, 8)])
+
+    # From pretraining on.
+    assert run(monkeypatch, tuned_flags(data, tmp_path / "tuned", whole / "model")) == 0
+    classifier = NaViTClassifier.from_pretrained(tmp_path / "tuned/model")
+    assert classifier.config.image == models[0].config.image
+
+
+def tuned_flags(data, run_dir, model):
+    """Of a classifier that starts from a model, whose architecture its own is."""
+    given = classify_flags(data, run_dir, 1, init__model=model)
+    pairs = zip(given[::2], given[1::2], strict=True)
+    return [word for pair in pairs if ".model.image." not in pair[0] for word in pair]
+
+
+def test_images_of_one_patch_are_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    samples = {str(i): {"png": encode(photo(i, 24, 24))} for i in range(9)}
+    samples["dot"] = {"png": encode(photo(0, 8, 8))}
+    write_shard(tmp_path / "data/00000.tar", samples)
+    assert run(monkeypatch, flags(tmp_path / "data", tmp_path / "run", 3)) == 0
+    assert "00000/dot: one_patch: the image has a single patch" in capsys.readouterr().out
+
+
+MISTAKES = [
+    ({"data__drop__kind": "none"}, "data.drop.kind must not be none for task.kind masked_image"),
+    ({"task__model__image__pooling": "map"}, "image.pooling must be mean or cls"),
+    ({"task__model__position__kind": "none"}, "position.kind must not be none"),
+    (
+        {"data__budget__tokens": '{"image": 60}'},
+        "must name the streams image, decoder",
+    ),
+    ({"data__budget__tokens": '{"image": 60, "decoder": 9}'}, "data.budget.tokens.decoder=9"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), MISTAKES)
+def test_a_mistake_is_one_line(data, tmp_path, monkeypatch, capsys, change, named):
+    assert run(monkeypatch, flags(data, tmp_path / "run", **change)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert named in line
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_few_hidden_patches_are_at_least_one():
+    resolution = ResolutionConfig(min_side=16, max_side=64, max_tokens=30)
+    builder = MaskedBuilder(resolution, DropConfig("fixed", 0.001), 8, 32, 0)
+    for index in range(20):
+        raw = RawSample(f"a/{index}", index, {"png": encode(photo(index, 24, 24 + index))})
+        sample = builder(raw, Origin(0, 0, index, 0))
+        assert len(sample.visible) == len(sample.image.patches) - 1
+        fewer = sample.trimmed(3)
+        assert fewer.lengths == (3, len(sample.image.patches))
+        assert set(fewer.visible) < set(sample.visible)
