@@ -1,0 +1,199 @@
+"""Writes the page of a study, its tables and plot, from the results of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from navit_clip.errors import UserError
+from navit_clip.evaluation.report.charts import COLOURS, save_figure
+from navit_clip.evaluation.results import BREAKDOWNS
+from navit_clip.files import write_output
+from studies.compare import DRAWS, Curves, Estimate, Result, by_group, by_setting, last
+from studies.runs import best_lr, read_result, validated
+from studies.study import Run, Study, trials
+
+_Results = Mapping[str, Sequence[Result]]
+_Curves = Mapping[tuple[str, str], Curves]
+
+
+def write_report(study: Study, name: str, out: Path, docs: Path) -> Path:
+    """Writes ``NAME.md`` and ``NAME.png``.
+
+    Args:
+        study: What was run.
+        name: Of its page.
+        out: Where its runs are.
+        docs: Folder of the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: If the baseline or all other arms have not been run with any seed.
+    """
+    results, missing = _finished(study, out)
+    some = results[study.baseline][0]
+    tests = [(test, way) for test in study.tests for way in last(some, test)["image_of"]]
+    curves = {pair: Curves(results, *pair, study.right_within) for pair in tests}
+    lines = [f"# {study.title}", "", *_findings(study, results, curves), study.question, ""]
+    if missing:
+        lines += [f"Not done yet: {', '.join(missing)}.", ""]
+    lines += [*_arms(study, results, curves), f"![Accuracy over training compute]({name}.png)", ""]
+    lines += [
+        *_breakdowns(study, results, tests),
+        *_rates(study, out),
+        *_made(study, name, results),
+    ]
+    _draw(curves, docs / f"{name}.png")
+    page = docs / f"{name}.md"
+    write_output(page, "\n".join(lines))
+    return page
+
+
+def _finished(study: Study, out: Path) -> tuple[_Results, list[str]]:
+    """Results of the arms whose learning rate is chosen, and the runs that are missing."""
+    missing = [run for run in trials(study) if read_result(study, run, out) is None]
+    results = {}
+    for arm in study.arms:
+        if arm not in {run.arm for run in missing}:
+            runs = [Run(arm, best_lr(study, arm, out), seed) for seed in study.seeds]
+            found = [read_result(study, run, out) for run in runs]
+            results[arm] = [result for result in found if result is not None]
+            missing += [run for run, one in zip(runs, found, strict=True) if one is None]
+    names = [run.name for run in missing]
+    if study.baseline not in results or len(results) < 2:
+        raise UserError(f"too few runs are done to compare: {', '.join(names)} are missing")
+    return results, names
+
+
+def _findings(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
+    base = study.baseline
+    for (test, way), one in curves.items():
+        needed = {a: one.compute_to_reach(a, base) for a in results if a != base}
+        arm = min(needed, key=lambda name: needed[name].value)
+        images = _mean(results[arm], "images") / _mean(results[base], "images")
+        yield (
+            f"On {test} ({way}) `{arm}` needs {_times(needed[arm])} of the compute that `{base}` "
+            f"takes to its best, and sees {images:.2f} times as many images with the whole budget."
+        )
+    yield ""
+
+
+def _arms(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
+    base = study.baseline
+    yield "## At equal compute\n"
+    yield (
+        f"Mean of the seeds, with 95% intervals of {DRAWS:,} draws of seeds and test images, each "
+        f"arm at the setting it was trained for; right is within {study.right_within}. Compute is "
+        f"relative to that with which `{base}` reached its best; a dash says that an arm did not "
+        "get there. Points before the end have a learning rate that has not fallen yet, which "
+        "overstates it, if anything.\n"
+    )
+    heads = ["arm", "lr", "seeds", "images seen", "training FLOPs", "minutes"]
+    rows = [
+        [arm, f"{runs[0]['lr']:g}", str(len(runs)), f"{_mean(runs, 'images'):,.0f}",
+         f"{_mean(runs, 'flops'):.3g}", f"{_mean(runs, 'seconds') / 60:.1f}"]
+        for arm, runs in results.items()
+    ]  # fmt: skip
+    yield from _table(heads, rows)
+    for (test, way), one in curves.items():
+        rows = [
+            [
+                arm,
+                _percent(one.accuracy(arm)[-1]),
+                "–" if arm == base else _points(one.gain(arm, base)),
+                "1" if arm == base else _times(one.compute_to_reach(arm, base)),
+            ]
+            for arm in results
+        ]
+        yield from _table([f"{test}, {way}", "right", "difference", "compute"], rows)
+
+
+def _breakdowns(study: Study, results: _Results, tests: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield "## By setting, aspect ratio and size\n"
+    yield "A number is a token limit at native aspect ratio, 96px a square.\n"
+    for test, way in tests:
+        asked = test, way, study.right_within
+        settings = {arm: by_setting(runs, *asked) for arm, runs in results.items()}
+        yield from _compared(f"{test}, {way}", settings)
+        for key, what in BREAKDOWNS.items():
+            groups = {arm: by_group(runs, *asked, key) for arm, runs in results.items()}
+            yield from _compared(f"{test}, {way}, by {what}", groups)
+
+
+def _rates(study: Study, out: Path) -> Iterator[str]:
+    yield f"## Learning rates\n\nValidation with seed {study.seeds[0]}.\n"
+    found: dict[str, dict[str, float]] = {arm: {} for arm in study.arms}
+    for run in trials(study):
+        if read_result(study, run, out) is not None:
+            found[run.arm][f"{run.lr:g}"] = validated(study, run, out)
+    yield from _compared("arm", found)
+
+
+def _made(study: Study, name: str, results: _Results) -> Iterator[str]:
+    made = [run["made"] for runs in results.values() for run in runs]
+    facts = {
+        "commits": {one["commit"] for one in made},
+        "machines": {f"{one['machine']}, threads: {one['threads']}" for one in made},
+        "torch": {one["versions"]["torch"] for one in made},
+    }
+    yield "## How it was made\n"
+    yield (
+        f"`python -m studies run {name}`, then `report`; arms and recipe are in "
+        f"[{name}.yaml](../../studies/{name}.yaml), {study.flops:.3g} training FLOPs a run, seeds "
+        f"{', '.join(map(str, study.seeds))}. "
+        + "; ".join(f"{what} {', '.join(sorted(values))}" for what, values in facts.items())
+        + ".\n"
+    )
+
+
+def _draw(curves: _Curves, path: Path) -> None:
+    figure = Figure((5 * len(curves), 4), layout="constrained", dpi=120)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, ((test, way), one) in zip(panels, curves.items(), strict=True):
+        for (arm, xs), colour in zip(one.flops.items(), COLOURS * 3, strict=False):
+            values, lows, highs = zip(*one.accuracy(arm), strict=True)
+            axes.plot(xs, values, "o-", ms=3, color=colour, label=arm)
+            axes.fill_between(xs, lows, highs, alpha=0.12, color=colour, lw=0)
+        axes.set(xscale="log", title=f"{test}, {way}", xlabel="training FLOPs", ylabel="right")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _compared(head: str, found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """A row for each arm of what is by setting, group or rate."""
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [
+        [arm, *(f"{values[name]:.1%}" if name in values else "–" for name in names)]
+        for arm, values in found.items()
+    ]
+    yield from _table([head, *names], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + " --- |" + " ---: |" * (len(heads) - 1)
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
+def _mean(runs: Sequence[Result], what: str) -> float:
+    return float(np.mean([run["points"][-1][what] for run in runs]))
+
+
+def _percent(one: Estimate) -> str:
+    return f"{one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
+
+
+def _points(one: Estimate) -> str:
+    return f"{100 * one.value:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+
+
+def _times(one: Estimate) -> str:
+    value, low, high = (f"{x:.2f}" if np.isfinite(x) else "–" for x in one)
+    return f"{value} ({low} to {high})"

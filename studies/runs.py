@@ -1,0 +1,193 @@
+"""Trains and evaluates what is missing of a study; killed anywhere, the same command goes on.
+
+A run is trained by the trainer from the ``train.yaml`` in its folder, which can be given to
+``navit-clip train`` by hand as well, and resumes as every run does. Once its ``result.json`` is
+there it is done, and its checkpoints are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.command import describe_run
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
+from navit_clip.files import reading, write_output
+from navit_clip.training.config import parse_config
+from navit_clip.training.trainer import train
+from studies.budget import Length, length_of
+from studies.scores import load_for_scores, score
+from studies.study import VALIDATION, Run, Study, merged, trials
+
+RESULT, RECIPE = "result.json", "train.yaml"
+_SAVES = 4  # checkpoints for each that is evaluated
+
+
+def run_study(study: Study, out: Path, ranks: Ranks, workers: int) -> None:
+    """Runs all that has no result yet.
+
+    Args:
+        study: What is run.
+        out: Of the study; gets its data, and a folder for each run.
+        ranks: This process alone.
+        workers: Decoding processes of evaluations.
+
+    Raises:
+        UserError: If data is missing or a recipe is wrong; or the study has changed since.
+    """
+    for made, command in study.prepare.items():
+        if not Path(made).exists():
+            _say(f"python -m {command}")
+            words = [sys.executable, "-m", *shlex.split(command)]
+            if subprocess.run(words, check=False).returncode:
+                raise UserError(f"python -m {command} failed: see above")
+    for run in trials(study):
+        _complete(study, run, out, ranks, workers)
+    for seed in study.seeds[1:]:
+        for arm in study.arms:
+            _complete(study, Run(arm, best_lr(study, arm, out), seed), out, ranks, workers)
+    _say(f"all runs of the study are in {out / 'runs'}")
+
+
+def read_result(study: Study, run: Run, out: Path) -> dict[str, Any] | None:
+    """What a run found, None if it is not done.
+
+    Raises:
+        UserError: If it is damaged, or was done before the study had all of its tests.
+    """
+    path = out / "runs" / run.name / RESULT
+    if not path.exists():
+        return None
+    hint = "; delete it, and run the study again"
+    with reading(path, ValueError, KeyError, TypeError, hint=hint):
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        lacking = study.tests.keys() - result["points"][-1]["scores"].keys()
+    if lacking:
+        raise UserError(f"{path} lacks the tests {', '.join(lacking)}: name another --out")
+    return result
+
+
+def best_lr(study: Study, arm: str, out: Path) -> float:
+    """The learning rate of an arm with the most queries of the validation answered right.
+
+    Raises:
+        UserError: If one of its trials has not been run.
+    """
+    return max(study.lrs, key=lambda lr: validated(study, Run(arm, lr, study.seeds[0]), out))
+
+
+def validated(study: Study, run: Run, out: Path) -> float:
+    """Fraction of right answers in the validation, mean of both ways.
+
+    Raises:
+        UserError: If the run is not done.
+    """
+    if (result := read_result(study, run, out)) is None:
+        raise UserError(f"{run.name} is not done: run the study first")
+    found = result["points"][-1]["scores"][VALIDATION]
+    ways = found["ranks"][found["own"]].values()
+    right = study.right_within
+    return statistics.fmean(sum(rank < right for rank in way) / len(way) for way in ways)
+
+
+def _complete(study: Study, run: Run, out: Path, ranks: Ranks, workers: int) -> None:
+    folder = out / "runs" / run.name
+    if (folder / RESULT).exists():
+        return
+    length, points = _length(study, run.arm, out)
+    _say(f"{run.name}: {length.steps} steps, about {length.images:,} images")
+    config, resolved = parse_config(["--config", str(_write_recipe(study, run, folder, length))])
+    train(config, resolved, ranks)
+    plans, found = study.evaluators().plans(), []
+    for number, step in enumerate(points, start=1):
+        last = number == len(points)
+        model, own = load_for_scores(folder, step, ranks.device)
+        # Rates are chosen by the end, and other settings than its own are of interest there.
+        scores = {
+            name: score(plan, model, own, ranks, workers, only_own=not last or name == VALIDATION)
+            for name, plan in plans.items()
+            if last or name != VALIDATION
+        }
+        found.append({**_spent(folder, step), "scores": scores})
+        _say(f"{run.name}: evaluated step {step}")
+    made = describe_run()
+    made.pop("command")
+    result = {"arm": run.arm, "lr": run.lr, "seed": run.seed, "points": found, "made": made}
+    write_output(folder / RESULT, json.dumps(result) + "\n")
+    shutil.rmtree(folder / "checkpoints")
+
+
+def _length(study: Study, arm: str, out: Path) -> tuple[Length, list[int]]:
+    """Steps and images of an arm, found once, and the steps after which it is evaluated."""
+    path = out / "arms" / f"{arm}.json"
+    asked = {"flops": study.flops, "points": study.points, "recipe": study.recipe_of(arm)}
+    if path.exists():
+        with reading(path, ValueError, KeyError, TypeError):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            length = Length(*before["length"])
+        if before["asked"] != asked:
+            raise UserError(
+                f"{path} is of another budget or recipe: name another --out for the changed study"
+            )
+    else:
+        length = Length(10**6, 1)
+        for _ in range(2):  # what follows the images of the whole run needs to know them
+            recipe = _recipe(study, Run(arm, study.lrs[0], study.seeds[0]), out / "arms", length)
+            write_output(out / "arms" / f"{arm}.yaml", yaml.safe_dump(recipe, sort_keys=False))
+            config, _ = parse_config(["--config", str(out / "arms" / f"{arm}.yaml")])
+            length = length_of(config, study.flops)
+        write_output(path, json.dumps({"asked": asked, "length": length}) + "\n")
+    each = max(1, round(length.steps / study.points / _SAVES)) * _SAVES
+    points = [each * number for number in range(1, study.points + 1)]
+    return Length(points[-1], length.images), points
+
+
+def _recipe(study: Study, run: Run, folder: Path, length: Length) -> dict[str, Any]:
+    saves = max(1, length.steps // study.points // _SAVES)
+    return merged(
+        study.recipe_of(run.arm, max(1, length.images)),
+        {
+            "run_dir": str(folder),
+            "steps": length.steps,
+            "seed": run.seed,
+            "optim": {"lr": run.lr},
+            # Each step is logged: after a restart all that has been computed is still counted.
+            "log": {"every_steps": 1},
+            "checkpoint": {"every_steps": saves, "keep_every": saves * _SAVES, "keep": 1},
+        },
+    )
+
+
+def _write_recipe(study: Study, run: Run, folder: Path, length: Length) -> Path:
+    path = folder / RECIPE
+    text = yaml.safe_dump(_recipe(study, run, folder, length), sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path} is of another study: name another --out for the changed one")
+    write_output(path, text)
+    return path
+
+
+def _spent(folder: Path, step: int) -> Mapping[str, float]:
+    """What a run had used after a step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    taken = [line for line in lines if line["step"] <= step]
+    return {
+        "step": step,
+        "flops": sum(line["flops"] for line in taken),
+        "images": sum(line["examples"] for line in taken),
+        "seconds": sum(line["step_s"] for line in taken),
+    }
+
+
+def _say(line: str) -> None:
+    print(f"studies: {line}", flush=True)

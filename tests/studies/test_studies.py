@@ -1,0 +1,288 @@
+"""Studies: a small one that is interrupted and goes on, and what is made of results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_run import run as train_by_hand
+from tiny_run import write_tiny_data
+
+from navit_clip.data.shards import add_member
+from navit_clip.errors import UserError
+from navit_clip.training.trainer import Progress
+from studies import __file__ as package
+from studies import compare, runs
+from studies.__main__ import main
+from studies.compare import Curves, Estimate, reach
+from studies.split import part_of, split
+from studies.study import Run, merged, read_study
+
+HERE = Path(package).parent
+ENCODER = {"width": 16, "depth": 1, "heads": 2}
+NAMES = {"kind": "zeroshot", "data": "$data/shapes/zeroshot", "templates": "plain"}
+STUDY = {
+    "title": "Tiny",
+    "question": "Does it run?",
+    "flops": 8e7,
+    "points": 1,
+    "baseline": "square",
+    "lrs": [1e-3],
+    "seeds": [0],
+    "recipe": {
+        "steps": 1,
+        "tokenizer": {"path": "$data/tok.model"},
+        "task": {
+            "model": {
+                "embed_dim": 8,
+                "image": {"encoder": ENCODER},
+                "text": {"vocab_size": 128, "context_length": 32, "encoder": ENCODER},
+            }
+        },
+        "data": {
+            "train": "$data/shapes/train",
+            "workers": 0,
+            "shuffle_buffer": 16,
+            "look_ahead": 4,
+            "resolution": {"min_side": 32, "max_side": 48, "max_tokens": 9},
+            "budget": {"tokens": {"image": 48, "text": 512}, "max_examples": 32},
+        },
+    },
+    "arms": {
+        "square": {"data": {"resolution": {"mode": "square"}}},
+        "falling": {
+            "data": {"drop": {"kind": "beta", "schedule": "sigmoid", "schedule_images": "$images"}}
+        },
+    },
+    "validation": NAMES,
+    "tests": {
+        "names": {**NAMES, "max_tokens": [4], "square": [32]},
+        "captions": {
+            "kind": "retrieval",
+            "images": "$data/shapes/retrieval/images",
+            "captions": "$data/shapes/retrieval/captions.json",
+        },
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other take several times as long beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_data(root)
+    return root
+
+
+def write_study(folder: Path, **changes: object) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}))
+    return path
+
+
+def command(*words: object) -> int:
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: line[k] for k in ("step", "loss", "grad_norm", "flops", "examples")} for line in lines
+    ]
+
+
+def test_a_study_goes_on_where_it_was_interrupted(data, tmp_path, monkeypatch, capsys):
+    path, out = write_study(tmp_path), tmp_path / "out"
+    words = (path, "--data", data, "--out", out)
+    advance, score, calls = Progress.advance, runs.score, []
+
+    def interrupted(self: Progress) -> None:
+        calls.append(0)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(Progress, "advance", interrupted)
+    assert command("run", *words, "--workers", "0") == 130
+    monkeypatch.setattr(Progress, "advance", advance)
+    monkeypatch.setattr(runs, "score", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command("run", *words, "--workers", "0") == 130
+    assert command("report", *words) == 2
+    assert "square-lr0.001-seed0" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "score", score)
+    assert command("run", *words, "--workers", "0") == 0
+
+    results = {}
+    for arm in STUDY["arms"]:
+        folder = out / "tiny/runs" / Run(arm, 1e-3, 0).name
+        assert not (folder / "checkpoints").exists()
+        results[arm] = json.loads((folder / "result.json").read_text())
+        end = results[arm]["points"][-1]
+        assert end["step"] == len(metrics(folder))
+        assert end["flops"] == sum(line["flops"] for line in metrics(folder))
+        assert end["flops"] == pytest.approx(STUDY["flops"], rel=0.5)
+    interrupted_run = out / "tiny/runs/square-lr0.001-seed0"
+    hand = ["--config", str(interrupted_run / "train.yaml"), "--run_dir", str(tmp_path / "hand")]
+    assert train_by_hand(monkeypatch, hand) == 0
+    assert metrics(interrupted_run) == metrics(tmp_path / "hand")
+    assert results["falling"]["points"][-1]["images"] > results["square"]["points"][-1]["images"]
+    names = results["square"]["points"][-1]["scores"]["names"]
+    assert names["own"] == "48px"
+    assert set(names["ranks"]) == {"4", "9", "32px", "48px"}
+    assert len(names["ranks"]["4"]["top-1"]) == len(names["sizes"]) == 48
+
+    assert command("report", *words, "--docs", tmp_path / "docs") == 0
+    page = (tmp_path / "docs/tiny.md").read_text()
+    assert "On captions (T→I) `falling` needs" in page
+    assert (tmp_path / "docs/tiny.png").stat().st_size > 10_000
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert command("run", *words) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    write_study(tmp_path, tests={**STUDY["tests"], "more": NAMES})
+    assert command("report", *words) == 2
+    assert "lacks the tests more" in capsys.readouterr().err
+    write_study(tmp_path, flops=9e7)
+    (out / "tiny/runs/square-lr0.001-seed0/result.json").unlink()
+    assert command("run", *words) == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(data, tmp_path):
+    """As above, with a real SIGKILL; slow for the start of two processes."""
+    path = write_study(tmp_path, arms={"square": STUDY["arms"]["square"]}, flops=3e8)
+    words = ["--data", data, "--workers", "0"]
+    killed = [sys.executable, "-m", "studies", "run", path, *words, "--out", tmp_path / "killed"]
+    folder = "tiny/runs/square-lr0.001-seed0"
+    with subprocess.Popen(list(map(str, killed)), stdout=subprocess.DEVNULL) as process:
+        log = tmp_path / "killed" / folder / "metrics.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") > 9):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert 9 < len(metrics(log.parent)) < 40
+    for out in ("killed", "whole"):
+        assert command("run", path, *words, "--out", tmp_path / out) == 0
+    killed_run, whole = (tmp_path / out / folder for out in ("killed", "whole"))
+    assert metrics(killed_run) == metrics(whole)
+    results = [json.loads((one / "result.json").read_text()) for one in (killed_run, whole)]
+    assert results[0]["points"][-1]["scores"] == results[1]["points"][-1]["scores"]
+
+
+def run_with(hits: np.ndarray, flops: list[float]) -> dict[str, object]:
+    """A result of [points, queries], two queries to an image."""
+    sizes, image_of = [[10, 10]] * (hits.shape[1] // 2), [i // 2 for i in range(hits.shape[1])]
+    scores = [
+        {"own": "9", "sizes": sizes, "image_of": {"T→I": image_of},
+         "ranks": {"9": {"T→I": (1 - row).tolist()}}}
+        for row in hits.astype(int)
+    ]  # fmt: skip
+    return {
+        "points": [
+            {"flops": used, "scores": {"t": one}} for used, one in zip(flops, scores, strict=True)
+        ]
+    }
+
+
+def test_intervals_are_those_of_drawing_seeds_and_images_one_by_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    hits = {arm: rng.random((3, 2, 12)) < p for arm, p in {"a": 0.3, "b": 0.6}.items()}
+    curves = Curves(
+        {arm: [run_with(one, [1e3, 1e4]) for one in hits[arm]] for arm in hits}, "t", "T→I", 1
+    )
+    again, slow = np.random.default_rng(0), []
+    images = again.multinomial(6, np.full(6, 1 / 6), compare.DRAWS)
+    seeds = again.multinomial(3, np.full(3, 1 / 3), compare.DRAWS)
+    for image, seed in zip(images, seeds, strict=True):
+        drawn = [q for i, n in enumerate(image) for _ in range(n) for q in (2 * i, 2 * i + 1)]
+        runs_ = [s for s, n in enumerate(seed) for _ in range(n)]
+        slow.append({arm: np.mean(hits[arm][runs_][:, :, drawn], axis=(0, 2)) for arm in hits})
+    for arm in hits:
+        np.testing.assert_allclose(curves.draws[arm][0], hits[arm].mean((0, 2)))
+        np.testing.assert_allclose(curves.draws[arm][1:], [one[arm] for one in slow])
+    gains = np.sort([one["b"][-1] - one["a"][-1] for one in slow])
+    low, high = curves.gain("b", "a")[1:]
+    assert (low, high) == pytest.approx((gains[25], gains[974]))
+
+
+def test_compute_to_reach():
+    flops = np.array([1e2, 1e4, 1e6])
+    curve = np.array([0.1, 0.5, 0.4])
+    assert reach(curve, flops, 0.05) == 1e2
+    assert reach(curve, flops, 0.3) == pytest.approx(1e3)
+    assert reach(curve, flops, 0.5) == pytest.approx(1e4)
+    assert reach(curve, flops, 0.6) == np.inf
+    assert Estimate.of(np.array([1.0] + [np.inf] * 500 + [2.0] * 500)) == (1.0, 2.0, np.inf)
+
+
+def test_a_part_depends_on_the_sample_alone(tmp_path):
+    names = [f"{i:04d}" for i in range(400)]
+    with tarfile.open(tmp_path / "book.tar", "w") as tar:
+        for name in names:
+            add_member(tar, f"{name}.jpg", name.encode())
+            add_member(tar, f"{name}.txt", b"a text")
+    split([str(tmp_path / "book.tar")], tmp_path / "parts")
+    found = {}
+    for part in ("train", "validation", "test"):
+        with tarfile.open(tmp_path / "parts" / f"{part}.tar") as tar:
+            members = tar.getnames()
+        keys = [name.removesuffix(".jpg") for name in members[::2]]
+        assert members == [f"{key}.{ext}" for key in keys for ext in ("jpg", "txt")]
+        assert all(part_of(key) == part for key in keys)
+        found[part] = len(keys)
+    assert sum(found.values()) == 400
+    assert all(0.5 < found[part] / (4 * n) < 1.5 for part, n in (("test", 15), ("validation", 10)))
+
+
+@pytest.mark.parametrize(
+    "name", ["square_or_native_shapes", "square_or_native_photos", "aspect_figures"]
+)
+def test_studies_are_valid(name):
+    study = read_study(name, {"out": "o", "data": "d"})
+    assert set(study.evaluators().plans()) == {"validation", *study.tests}
+    assert study.recipe_of(study.baseline)["data"]["resolution"]["mode"] == "square"
+    assert "$" not in repr({**vars(study), "arms": ()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"flops": 0}, "flops"),
+        ({"baseline": "none"}, "baseline"),
+        ({"seeds": []}, "seeds"),
+        ({"tests": {"names": {"kind": "what"}}}, "names.kind"),
+        ({"arm": {}}, "arm"),
+    ],
+)
+def test_mistakes_are_one_line(changes, named, tmp_path, capsys):
+    path = write_study(tmp_path, **changes)
+    assert command("run", path, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_study_names_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="aspect_figures"):
+        read_study("none", {})
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
