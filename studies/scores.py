@@ -31,8 +31,13 @@ def load_for_scores(
 
     That is a token limit or, for a model of squares, a square. All models take token limits at
     native aspect ratio then, however they were trained.
+
+    Raises:
+        UserError: If it is no model of images and texts.
     """
     model, _ = load_run(run_dir, step, device)
+    if not isinstance(model, NaViTCLIP):
+        raise UserError("recipe.task.kind must be contrastive: other models have no texts")
     assert model.preprocess is not None
     own = EvalSetting("capped", model.preprocess.max_tokens)
     if model.preprocess.square:
