@@ -2,12 +2,14 @@
 
 Every folder that img2dataset writes has the same names. A checkpoint therefore keeps the size of
 each shard and hashes of its first and last bytes, which cost no more than to open it; of many
-shards, and of those that come over a network, a few are looked at.
+shards, and of those that come over a network, a few are looked at. Of shards of `make_shards` it
+also keeps what their manifest says: how many samples they have, and the SHA-256 of the whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +22,18 @@ import urllib3
 from navit_clip.data.command import CommandStream
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.patterns import COMMAND, is_url
+from navit_clip.data.shards import MANIFEST
 
 _HEAD, _TAIL = 4096, 32768  # a tar ends with up to 20 blocks of zeros, so many say nothing
 _LOCAL, _REMOTE, _COMMANDS = 512, 16, 2
 _THREADS = 16
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=10.0)
 
-# Size in bytes, and hashes of the first and the last bytes; None where it is not known.
+# Size in bytes, and hashes of the first and the last bytes; None where it is not known. With a
+# manifest also the number of samples and the hash of all bytes.
 Fingerprint = Sequence[Any]
 _UNKNOWN: Fingerprint = (None, None, None)
+_PARTS = ("bytes", "first bytes", "last bytes", "samples", "content")
 
 
 def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
@@ -45,17 +50,35 @@ def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
     ]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda task: task[1](shards[task[0]]), tasks)
-        return {name: one for (name, _), one in zip(tasks, found, strict=True) if any(one)}
+        known = {name: one for (name, _), one in zip(tasks, found, strict=True) if any(one)}
+    paths = {name: Path(shards[name]) for name in local if name in known}
+    manifests = {folder: _read_manifest(folder) for folder in {p.parent for p in paths.values()}}
+    for name, path in paths.items():
+        size, *recorded = manifests[path.parent].get(path.name, (None,))
+        if size == known[name][0]:
+            known[name] = (*known[name], *recorded)
+    return known
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, int, str]]:
+    """Bytes, samples and SHA-256 of each shard that `make_shards` recorded in a folder."""
+    found = {}
+    # A damaged one is for `make_shards --verify` to name.
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        for line in (folder / MANIFEST).read_text(encoding="utf-8").split("\n")[1:-1]:
+            record = json.loads(line)
+            found[record["shard"]] = record["bytes"], record["samples"], record["sha256"]
+    return found
 
 
 def difference(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> str | None:
     """The first shard that is another one than before, as "NAME has …", None if none is known."""
     for name in before.keys() & now.keys():
-        for what, there, here in zip(
-            ("bytes", "first bytes", "last bytes"), before[name], now[name], strict=True
-        ):
+        # Either may have been taken without a manifest.
+        for what, there, here in zip(_PARTS, before[name], now[name], strict=False):
             if there is not None and here is not None and there != here:
-                detail = f"{here:,} bytes, not {there:,}" if what == "bytes" else f"other {what}"
+                counted = what in ("bytes", "samples")
+                detail = f"{here:,} {what}, not {there:,}" if counted else f"other {what}"
                 return f"{name} has {detail}"
     return None
 

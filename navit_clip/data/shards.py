@@ -33,6 +33,8 @@ _COMPRESSED = {
 }
 
 
+# Of a folder of shards that `navit_clip.tools.make_shards` made.
+MANIFEST = "manifest.jsonl"
 # Of a sample's members together. Images have a cap of their own (`navit_clip.data.decode`).
 MAX_SAMPLE_BYTES = 128 << 20
 

@@ -76,3 +76,30 @@ def test_of_many_shards_all_sizes_and_some_contents_are_compared(tmp_path, monke
     found = of(str(tmp_path))
     assert [found[path.stem][0] for path in shards] == [path.stat().st_size for path in shards]
     assert sum(one[1] is not None for one in found.values()) == 3
+
+
+def test_a_manifest_tells_more_and_older_checkpoints_are_still_compared(tmp_path):
+    shards = make_shards(tmp_path, [2, 3])
+    before = of(str(tmp_path))
+    records = [
+        {"shard": path.name, "samples": n, "bytes": path.stat().st_size, "sha256": str(n)}
+        for path, n in zip(shards, (2, 3), strict=True)
+    ]
+
+    def write(text="\n", **changed):
+        lines = [{"version": 2}, records[0], {**records[1], **changed}]
+        (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)) + text)
+        return of(str(tmp_path))
+
+    now = write()
+    assert [found[3:] for found in now.values()] == [(2, "2"), (3, "3")]
+    name = shards[1].stem
+    assert difference(now, write(samples=4)) == f"{name} has 4 samples, not 3"
+    assert difference(now, write(sha256="5")) == f"{name} has other content"
+    # Of other files; damaged.
+    for other in (write(samples=4, bytes=1), write("\n{\n")):
+        assert difference(now, other) is None
+    for one, other in ((before, now), (now, before)):
+        assert difference(one, other) is None
+    shards[1].write_bytes(shards[1].read_bytes() + bytes(10240))
+    assert "bytes, not" in difference(before, of(str(tmp_path)))

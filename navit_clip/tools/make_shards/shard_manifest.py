@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from navit_clip.data.shards import MANIFEST
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, reading, sha256_of
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
-MANIFEST = "manifest.jsonl"
 VERSION = 2  # raised when the same rows and files give other bytes
 
 
