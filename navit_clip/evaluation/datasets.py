@@ -22,8 +22,6 @@ from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
 
-Key = tuple[int, int]
-
 LEFT_OUT = "class_left_out"  # by a class map, on purpose: it is counted, and no error if `strict`
 
 # Items that are embedded together, wherever that is: neighbours in a batch change the last digits
@@ -31,25 +29,34 @@ LEFT_OUT = "class_left_out"  # by a class map, on purpose: it is counted, and no
 BLOCK = 64
 
 
-def block_of(key: Key) -> Key:
+def block_of(key: int) -> int:
     """The block of neighbouring items that the item at `key` belongs to."""
-    return key[0], key[1] // BLOCK
+    return key // BLOCK
 
 
-@dataclass(frozen=True)
 class _Part:
-    """Indices, within one file of a dataset, that a part reads: every `parts`-th block.
+    """Indices within one file after another that a part of a dataset reads: every so many blocks.
 
-    `number` is the file's, so that the first block of every small one is not the same part's.
+    Blocks go on over the ends of files, so that they are the same however data is split into
+    shards.
+
+    Attributes:
+        first: Index in the dataset of the present file's first item.
     """
 
-    part: int
-    parts: int
-    number: int = 0
+    def __init__(self, part: int, parts: int) -> None:
+        self.first, self._part, self._parts = 0, part, parts
+        self._asked = 0
 
     def __contains__(self, index: object) -> bool:
+        """Whether this part reads an item of the present file; asked for each in order."""
         assert isinstance(index, int)
-        return (self.number + index // BLOCK) % self.parts == self.part
+        self._asked = index + 1
+        return block_of(self.first + index) % self._parts == self._part
+
+    def end_file(self) -> None:
+        """All of the present file was asked for; the next one begins."""
+        self.first, self._asked = self.first + self._asked, 0
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,14 @@ class Item:
     """One image of a dataset.
 
     Attributes:
-        key: File and index in it.
+        key: Its place in the dataset.
         name: File or sample, for messages and pictures.
         data: The encoded image, or why there is none.
         classes: Indices of the classes that are right, none for captioned data.
         captions: Its captions, none for labelled data.
     """
 
-    key: Key
+    key: int
     name: str
     data: bytes | SkipSampleError
     classes: tuple[int, ...] = ()
@@ -128,7 +135,7 @@ class FileDataset(EvalDataset):
             else:
                 data = _read(path)
             name = "a row" if path is None else storable(path)
-            yield Item((0, index), name, data, self.classes[index], captions)
+            yield Item(index, name, data, self.classes[index], captions)
 
 
 def _read(path: Path) -> bytes | SkipSampleError:
@@ -161,17 +168,17 @@ class ShardDataset(EvalDataset):
         self.class_map = class_map or ClassMap("index")
 
     def read(self, part: int, parts: int) -> Iterator[Item]:
-        """Reads every `parts`-th block of samples of each shard."""
-        for number, path in enumerate(self.shards):
-            wanted = _Part(part, parts, number)
+        """Reads blocks `part`, `part` + `parts`, … of samples; the others are skipped unread."""
+        wanted = _Part(part, parts)
+        for path in self.shards:
             try:
                 for sample in read_shard(path, wanted):
-                    if sample.index in wanted:
-                        yield self._item((number, sample.index), sample)
+                    yield self._item(wanted.first + sample.index, sample)
             except ShardError as error:
                 raise UserError(f"{error}; fetch the shard again") from error
+            wanted.end_file()
 
-    def _item(self, key: Key, sample: RawSample) -> Item:
+    def _item(self, key: int, sample: RawSample) -> Item:
         try:
             sample.check()
             data = find_image(sample.members)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from eval_cases import ALONE, SETTINGS, embed, open_dataset, run, small_blocks, write_all
+from shard_factory import sample, write_shard
 
 from navit_clip import distributed
 from navit_clip.distributed import Ranks
@@ -20,6 +22,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation import __main__ as command
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation import embed as embedding
+from navit_clip.evaluation.datasets import ShardDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
@@ -158,10 +161,31 @@ def test_blocks_are_whole_wherever_they_are_read(data, blocks):
         for parts in (2, 3, 5):
             read = [[item.key for item in dataset.read(part, parts)] for part in range(parts)]
             assert sorted(key for part in read for key in part) == whole
-            owners: dict[tuple[int, int], set[int]] = {}
+            owners: dict[int, set[int]] = {}
             for part, keys in enumerate(read):
                 assert keys == sorted(keys)
                 for key in keys:
                     owners.setdefault(datasets.block_of(key), set()).add(part)
             assert all(len(parts_of_block) == 1 for parts_of_block in owners.values())
             assert len(set().union(*owners.values())) > 1
+
+
+@pytest.mark.usefixtures("blocks")
+def test_embeddings_do_not_depend_on_where_shards_end(model_dir, tmp_path):
+    model, found = PackedModel(NaViTCLIP.from_directory(model_dir), "tiny"), []
+    for number, counts in enumerate(([8], [3, 5], [1, 1, 4, 2])):
+        small_blocks()
+        samples, shards = iter(range(8)), []
+        for shard, count in enumerate(counts):
+            content = {str(i): sample(i) for i in islice(samples, count)}
+            shards.append(str(write_shard(tmp_path / f"{number}/{shard}.tar", content)))
+        dataset = ShardDataset(shards, ["txt"])
+        for parts in (1, 3):
+            whole = sorted(
+                (item for part in range(parts) for item in dataset.read(part, parts)),
+                key=lambda item: item.key,
+            )
+            assert [item.key for item in whole] == list(range(8))
+        found.append(embed(model, dataset))
+    for one in found[1:]:
+        assert_equal(replace(one, names=found[0].names), found[0])
