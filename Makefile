@@ -33,8 +33,11 @@ demo: $(INSTALLED)
 	@echo
 	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 
+# Files of tests in processes beside each other: much of a test is waiting for processes that start.
+TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(TEST)
 
 # The oldest PyTorch that pyproject.toml allows. Its Triton's interpreter fails with a newer NumPy.
 OLDEST := .venv.oldest
@@ -45,7 +48,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(TEST)
 
 # Minutes each; before a release.
 test-slow: $(INSTALLED)

@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+
+from navit_clip import before_torch  # noqa: F401  first: tests share their cores with processes
+
+import torch  # isort: skip
 from hypothesis import settings
 from loader_cases import Pipeline, pair_pipeline
 from shard_factory import CAPTIONS, write_shard
