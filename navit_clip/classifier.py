@@ -75,12 +75,18 @@ class NaViTClassifier(
         save_pretrained(Path(save_directory), self, None, self.preprocess, self.classes)
 
     @torch.no_grad()
-    def classify(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
+    def classify(
+        self,
+        images: Iterable[ImageInput],
+        max_tokens: int | None = None,
+        patch_size: int | None = None,
+    ) -> Tensor:
         """Which of `classes` each image shows; any size, each at its own aspect ratio.
 
         Args:
             images: Paths, Pillow images, arrays, tensors or bytes, as `size_images` takes them.
             max_tokens: Most patches of one image; None for the model's own limit.
+            patch_size: Side of a patch in pixels, as in `NaViTCLIP.encode_image`.
 
         Returns:
             float32 [E, classes] on the host: rows sum to 1 for a softmax, and are independent
@@ -90,5 +96,5 @@ class NaViTClassifier(
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        features_EC = self.features(images, max_tokens)
+        features_EC = self.features(images, max_tokens, patch_size)
         return self.probabilities(features_EC.to(self.device)).cpu()

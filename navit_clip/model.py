@@ -121,6 +121,7 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
         images: Iterable[ImageInput],
         max_tokens: int | None = None,
         normalize: bool = True,
+        patch_size: int | None = None,
     ) -> Tensor:
         """Embeds images of any size, each at its own aspect ratio and never enlarged.
 
@@ -130,15 +131,18 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
                 understood. An iterator is consumed a few hundred at a time.
             max_tokens: Most patches of one image; None for the model's own limit.
             normalize: Unit vectors, whose products are cosines; else the projections as they are.
+            patch_size: Side of a patch in pixels, to which the model's kernel is resized; the
+                model's own limit of patches then covers the same area. None for its own size.
 
         Returns:
             float32 [E, D] on the host, in the order of `images`.
 
         Raises:
-            ValueError: If something is no image or cannot be read; names its index.
+            ValueError: If something is no image or cannot be read, names its index; or if the
+                model's positions cannot be had at this `patch_size`.
             UserError: If the model has no limit of its own and none is given.
         """
-        sized = size_images(images, self.config.image, self.preprocess, max_tokens)
+        sized = size_images(images, self.config.image, self.preprocess, max_tokens, patch_size)
         with self._autocast():
             return image_vectors(self, sized, normalize=normalize)
 

@@ -59,6 +59,9 @@ class ResolutionConfig:
         by: Whether u maps linearly to the ``side`` or to the ``area``.
         max_tokens: Most patches of one image, before any are dropped.
         upscale: Allow images to be enlarged past their native size.
+        patch_sizes: Sides of patches in pixels and how often a sample is cut into such patches,
+            {8: 1, 16: 2, 32: 1} say (FlexiViT); the model's kernel is resized to each. Samples of
+            different sizes share no batch. Empty cuts all by the model's own size.
         curriculum: How the limits of `max_side` and `max_tokens` are reached.
 
     Raises:
@@ -74,6 +77,7 @@ class ResolutionConfig:
     by: Literal["side", "area"] = "side"
     max_tokens: int = 1024
     upscale: bool = False
+    patch_sizes: dict[int, float] = field(default_factory=dict)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,16 @@ class ResolutionConfig:
             raise ValueError(f"mean must lie in [-1, 1], got {self.mean}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        for size, weight in self.patch_sizes.items():
+            if size < 1 or not 0 < weight < math.inf:
+                raise ValueError(
+                    "patch_sizes must be sizes of at least 1 with positive weights, got "
+                    f"{size}: {weight}"
+                )
+            if self.mode == "square" and self.max_side % size:
+                raise ValueError(f"patch_sizes: {size} does not divide max_side={self.max_side}")
+            if self.mode == "sampled" and size > self.min_side:
+                raise ValueError(f"patch_sizes: {size} is past min_side={self.min_side}")
         side, tokens = self.curriculum.start_side, self.curriculum.start_tokens
         if side is not None:
             if self.mode != "sampled":
@@ -130,6 +144,14 @@ def default_max_tokens(config: ResolutionConfig, patch_size: int) -> int:
     if config.mode == "native":
         return config.max_tokens
     return min(config.max_tokens, max(1, config.max_side // patch_size) ** 2)
+
+
+def sample_patch_size(config: ResolutionConfig, own_size: int, rng: np.random.Generator) -> int:
+    """Draws the side of a sample's patches; nothing is drawn where all are of `own_size`."""
+    if not config.patch_sizes:
+        return own_size
+    weights = np.array(list(config.patch_sizes.values()))
+    return list(config.patch_sizes)[rng.choice(len(weights), p=weights / weights.sum())]
 
 
 def sample_side(config: ResolutionConfig, max_side: float, rng: np.random.Generator) -> float:

@@ -54,6 +54,11 @@ def _common() -> Parser:
     models.add_argument("--step", type=number(0), help="with --run: the checkpoint of this step")
     models.add_argument("--weights", type=Path, help="checkpoint for --model open_clip:NAME")
     models.add_argument(
+        "--patch-size",
+        type=number(1),
+        help="side of patches in pixels, to which this model's kernel is resized (FlexiViT)",
+    )
+    models.add_argument(
         "--baseline",
         action="append",
         default=[],
@@ -156,6 +161,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
         model: Model = packed_model(loaded, f"{args.run} step {step}", precision)
     else:
         model = _load(args.model, args.weights, args, ranks)
+    if args.patch_size is not None:
+        model.set_patch_size(args.patch_size)
     weights = iter(args.baseline_weights)
     baselines = [
         _load(name, next(weights, None) if name.startswith(_OPEN_CLIP) else None, args, ranks)

@@ -65,6 +65,14 @@ class Model(ABC):
             UserError: If it is; names the option.
         """
 
+    def set_patch_size(self, size: int) -> None:
+        """Has images cut into patches of another size, if the model reads such.
+
+        Raises:
+            UserError: If it does not.
+        """
+        raise UserError(f"--patch-size: {self.name} has one size of patches: leave it out")
+
     @abstractmethod
     def length(self, sized: Any) -> int:
         """Tokens of a sized image."""
@@ -128,12 +136,25 @@ class _Packed(Model):
         self._tower: nn.Module = model.image
         self._config, self._device, self.preprocess = model.config, model.device, model.preprocess
         self.name, self.precision, self._around = name, precision, around
-        self.own_setting = EvalSetting("capped", self.preprocess.max_tokens)
-        self.sizer = partial(_size, model.config.image, self.preprocess.square)
+        self._set_image(model.config.image)
+
+    def _set_image(self, image: ImageTowerConfig) -> None:
+        self._image = image
+        tokens = self.preprocess.tokens_at(image.patch_size / self._config.image.patch_size)
+        self.own_setting = EvalSetting("capped", tokens)
+        self.sizer = partial(_size, image, self.preprocess.square)
+
+    def set_patch_size(self, size: int) -> None:
+        """Resizes the model's kernel to it; its own setting then covers the same area."""
+        try:
+            self._set_image(self._image.with_patch_size(size))
+        except ValueError as error:
+            raise UserError(f"--patch-size {size}: {error}") from error
+        self.name += f" in patches of {size} px"
 
     def check(self, setting: EvalSetting) -> None:
         """Squares must be whole patches within the position table."""
-        side, config = setting.side, self._config.image
+        side, config = setting.side, self._image
         if side is None:
             return
         patch, most = config.patch_size, config.position.max_grid_side
@@ -202,8 +223,7 @@ class PackedModel(_Packed):
 
     def image_flops(self, tokens: int) -> int:
         """By `navit_clip.models.flops`."""
-        config = self.model.config
-        return image_flops(config.image, config.embed_dim, tokens)
+        return image_flops(self._image, self.model.config.embed_dim, tokens)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -212,6 +232,7 @@ class PackedModel(_Packed):
         return tensors_digest(
             self.model.state_dict(),
             repr(self.model.config),
+            repr(self._image.patch_size),
             repr(self.preprocess),
             self.model.device.type,
             self.precision,
@@ -248,14 +269,14 @@ class PackedTower(_Packed):
 
     def image_flops(self, tokens: int) -> int:
         """By `navit_clip.models.flops`."""
-        return image_flops(self.tower.config, 0, tokens)
+        return image_flops(self._image, 0, tokens)
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the tower: a head reads what is kept."""
         return tensors_digest(
             self.tower.state_dict(),
-            repr(self.tower.config),
+            repr(self._image),
             repr(self.preprocess),
             self._device.type,
             self.precision,
@@ -277,7 +298,7 @@ class PackedClassifier(PackedTower):
 
     def image_flops(self, tokens: int) -> int:
         """By `navit_clip.models.flops`, head included."""
-        return image_flops(self.tower.config, len(self.model.classes), tokens)
+        return image_flops(self._image, len(self.model.classes), tokens)
 
 
 def packed_model(model: AnyModel, name: str, precision: Precision) -> PackedModel | PackedTower:

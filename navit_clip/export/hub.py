@@ -118,12 +118,18 @@ class PretrainedModel(ModelHubMixin):
         model: Self = load_pretrained(directory, build).to(device).eval()
         return model
 
-    def features(self, images: Iterable[ImageInput], max_tokens: int | None = None) -> Tensor:
+    def features(
+        self,
+        images: Iterable[ImageInput],
+        max_tokens: int | None = None,
+        patch_size: int | None = None,
+    ) -> Tensor:
         """The image tower's pooled vectors, which a head reads, for a classifier of your own.
 
         Args:
             images: Paths, Pillow images, arrays, tensors or bytes, as `size_images` takes them.
             max_tokens: Most patches of one image; None for the model's own limit.
+            patch_size: Side of a patch in pixels, as in `NaViTCLIP.encode_image`.
 
         Returns:
             float32 [E, C] on the host, in the order of `images`.
@@ -132,7 +138,7 @@ class PretrainedModel(ModelHubMixin):
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        sized = size_images(images, self.image.config, self.preprocess, max_tokens)
+        sized = size_images(images, self.image.config, self.preprocess, max_tokens, patch_size)
         with self._autocast():
             return feature_vectors(self.image, sized)
 

@@ -28,6 +28,7 @@ def size_images(
     config: ImageTowerConfig,
     preprocess: Preprocess | None,
     max_tokens: int | None,
+    patch_size: int | None = None,
 ) -> Iterator[ImagePatches]:
     """Sizes images by `size_image`, in threads, a few hundred ahead of the consumer.
 
@@ -36,11 +37,14 @@ def size_images(
             float in [0, 1]; bytes of encoded files; or paths. Grey and opacity are understood.
         config: Of the tower.
         preprocess: Of the model.
-        max_tokens: Most patches of one image; None for the model's own limit.
+        max_tokens: Most patches of one image; None for the model's own limit, at another
+            `patch_size` for as many as cover the same area.
+        patch_size: P; None for that of the tower.
 
     Raises:
         ValueError: If something is no image or cannot be read; names its index. What is wrong with
-            the arguments themselves is raised at once, not with the first image.
+            the arguments themselves, such as a `patch_size` that the tower cannot read, is raised
+            at once, not with the first image.
         UserError: If the model has no limit of its own and none is given.
     """
     if (
@@ -49,12 +53,15 @@ def size_images(
         or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
     ):
         raise ValueError(f"images must be a list, got one {type(images).__name__}: give [image]")
+    own_size = config.patch_size
+    if patch_size is not None:
+        config = config.with_patch_size(patch_size)
     if max_tokens is None:
         if preprocess is None:
             raise UserError(
                 "this model has no preprocess to say how large images may be: give max_tokens"
             )
-        max_tokens = preprocess.max_tokens
+        max_tokens = preprocess.tokens_at(config.patch_size / own_size)
     if not isinstance(max_tokens, int) or not 1 <= max_tokens < 1 << 31:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens!r}")
     square = preprocess is not None and preprocess.square

@@ -27,3 +27,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+    def tokens_at(self, scale: float) -> int:
+        """The token limit for patches of `scale` times the model's own side: the same area."""
+        return max(1, round(self.max_tokens / scale**2))

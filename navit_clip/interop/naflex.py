@@ -1,4 +1,4 @@
-"""timm's NaFlex ViTs, SigLIP 2 NaFlex among them, as packed image towers.
+"""timm's NaFlex ViTs, SigLIP 2 NaFlex among them, and its FlexiViTs, as packed image towers.
 
 timm pads images to one length and masks what is padding; the packed tower takes the same patches
 without padding and gives the same vectors. What a model is made of is read off timm's own module,
@@ -76,7 +76,8 @@ def naflex_image_tower(
     grid. Dropout and the like are left out: they are settings of a training run.
 
     Args:
-        model: timm's module, or its name, such as ``naflexvit_base_patch16_siglip``.
+        model: timm's module, or its name, such as ``naflexvit_base_patch16_siglip`` or
+            ``flexivit_base``, of which timm keeps the kernel for 16 pixels.
         state_dict: Its weights under timm's names; by default those of the module. A name needs
             some.
         pixel_mean: Mean per channel on [0, 1]; by default the one in timm's settings of the model.
@@ -98,6 +99,8 @@ def naflex_image_tower(
         if isinstance(model, str):
             raise UserError(f"no weights for {name}: give state_dict, or timm's module itself")
         state_dict = theirs.state_dict()
+    if "patch_embed.proj.weight" in state_dict:  # a plain ViT's names
+        state_dict = _naflex_module().checkpoint_filter_fn(dict(state_dict), theirs)
     state = _without_head(state_dict)
     given, expected = (
         {key: tensor.shape for key, tensor in weights.items()}
@@ -145,9 +148,13 @@ def _skeleton(name: str, **changes: Any) -> nn.Module:
     import timm
 
     _naflex_module()
-    if name not in timm.list_models("naflexvit_*"):
+    if name in timm.list_models("flexivit_*"):
+        # What the released ones want, as timm resizes their positions in its plain ViT.
+        changes |= {"pos_embed_interp_mode": "bilinear", "pos_embed_antialias": False}
+        changes["use_naflex"] = True
+    elif name not in timm.list_models("naflexvit_*"):
         supported = ", ".join(supported_naflex_models())
-        raise UserError(f"timm has no NaFlex model {name!r}; supported are {supported}")
+        raise UserError(f"timm has no NaFlex model {name!r}; supported are {supported}, flexivit_*")
     with torch.device("meta"):
         return timm.create_model(name, **changes)
 

@@ -1,10 +1,10 @@
 """Counted floating-point operations of the towers: accuracy against cost, and the trainer's MFU.
 
 A multiply–add counts as two. Matrix products only, attention's included, as is usual; norms,
-activations, rotations and gathers are left out (below 1%), and causal attention counts whole. What
-a packed stream costs depends on how many examples it holds and on the sums of their lengths and of
-their squares (`LengthSums`): nothing is counted token by token. Padding costs time, but no FLOPs
-here.
+activations, rotations, gathers and the resize of a kernel are left out (below 1%), and causal
+attention counts whole. What a packed stream costs depends on how many examples it holds and on the
+sums of their lengths and of their squares (`LengthSums`): nothing is counted token by token.
+Padding costs time, but no FLOPs here.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ coordinate, encodes the stream and pools each image; or leaves out the last step
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,8 @@ class ImageTowerConfig:
     """Architecture of the image tower.
 
     Attributes:
-        patch_size: P, side of a patch in pixels.
+        patch_size: P, side of a patch in pixels, for which the kernel is stored. For patches of
+            another size it is resized, if `position` does not count patches.
         encoder: The transformer over the patches.
         position: The position embedding of patches.
         pooling: How an image's tokens become one vector; ``cls`` puts a learned class token
@@ -83,6 +84,30 @@ class ImageTowerConfig:
         if self.registers < 0:
             raise ValueError(f"registers must not be negative, got {self.registers}")
         self.rotary.check_width(self.encoder, axes=2)
+
+    def check_patch_size(self, size: int) -> None:
+        """Refuses patches that the tower cannot read.
+
+        Raises:
+            ValueError: Naming what stands in the way.
+        """
+        if size < 1:
+            raise ValueError(f"patch sizes must be at least 1, got {size}")
+        if size != self.patch_size and not self.position.relative:
+            raise ValueError(
+                f"patches of {size} pixels need positions that do not count patches of "
+                f"{self.patch_size}: image.position.coordinates fractional or interpolated, or "
+                "kind learned_1d or none"
+            )
+
+    def with_patch_size(self, size: int) -> ImageTowerConfig:
+        """How the same tower sees images that are cut into patches of another size.
+
+        Raises:
+            ValueError: If it cannot read them.
+        """
+        self.check_patch_size(size)
+        return self if size == self.patch_size else replace(self, patch_size=size)
 
 
 class ImageTokens(NamedTuple):
@@ -159,6 +184,7 @@ class ImageTower(nn.Module):
         """
         segments = images.segments
         sides_T2 = images.grids[segments.ids]
+        self.config.check_patch_size(images.patch_size)
         x_TC = self.embed(images.patches)
         if self.position is not None:
             x_TC = x_TC + self.position(images.coords, sides_T2)
@@ -166,8 +192,12 @@ class ImageTower(nn.Module):
             x_TC = x_TC.to(self.embed.weight.dtype)
         positions_T2 = None
         if self.rotary is not None:
-            dtype = exact_dtype(self.embed.weight.dtype)
-            positions_T2 = self.config.rotary.positions(images.coords, sides_T2, 1.0, dtype)
+            positions_T2 = self.config.rotary.positions(
+                images.coords,
+                sides_T2,
+                scale=images.patch_size / self.config.patch_size,
+                dtype=exact_dtype(self.embed.weight.dtype),
+            )
         places_T, prefix = None, self._prefix()
         if prefix:
             x_TC, segments, places_T = _prepend(torch.stack(prefix), x_TC, segments)

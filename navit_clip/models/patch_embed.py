@@ -1,10 +1,17 @@
-"""Patches of pixels to tokens: the first layer of every tower that reads packed images."""
+"""Patches of pixels to tokens: the first layer of every tower that reads packed images.
+
+The kernel has one size; for patches of another it is resized (FlexiViT, Beyer et al., arXiv
+2212.08013), always from the one that is stored, to which the gradient goes back.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from navit_clip.models.linear import Linear
@@ -37,6 +44,7 @@ class PatchEmbed(Linear):
     ) -> None:
         pixels = patch_size**2
         super().__init__(3 * pixels, width, bias=bias)
+        self.patch_size = patch_size
         std, mean = torch.tensor(pixel_std), torch.tensor(pixel_mean)
         # (x/255 - mean) / std as one multiply and one add over a whole patch.
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
@@ -54,7 +62,43 @@ class PatchEmbed(Linear):
         return self
 
     def forward(self, patches_TK: Tensor) -> Tensor:
-        """uint8 [T, P·P·3], each patch row by row with channels last, to [T, C]."""
-        pixels_TK = patches_TK.to(self.pixel_scale.dtype)
-        pixels_TK = torch.addcmul(self.pixel_shift, pixels_TK, self.pixel_scale)
-        return super().forward(pixels_TK.to(self.weight.dtype))
+        """uint8 [T, P·P·3], each patch row by row with channels last, of any P, to [T, C]."""
+        scale, shift = self.pixel_scale, self.pixel_shift
+        pixels = patches_TK.shape[1] // 3
+        if resized := pixels != self.patch_size**2:
+            scale, shift = scale[:3].repeat(pixels), shift[:3].repeat(pixels)
+        pixels_TK = torch.addcmul(shift, patches_TK.to(scale.dtype), scale).to(self.weight.dtype)
+        if not resized:
+            return super().forward(pixels_TK)
+        kernel_CK = resize_kernel(self.weight, self.patch_size, math.isqrt(pixels))
+        return F.linear(pixels_TK, kernel_CK, self.bias)
+
+
+def resize_kernel(kernel_CK: Tensor, from_size: int, to_size: int) -> Tensor:
+    """A kernel for patches of another size: FlexiViT's PI-resize, w' = (Bᵀ)⁺ w.
+
+    B resizes a patch of `from_size` to `to_size`. A patch that is enlarged by it becomes the same
+    token as before; of a smaller one w' is the best approximation for random pixels.
+
+    Args:
+        kernel_CK: [C, from_size² · 3], pixels row by row with channels last.
+        from_size: Side of its patches.
+        to_size: Side of the patches wanted.
+
+    Returns:
+        [C, to_size² · 3] in the kernel's precision; multiplied in float32 at least.
+    """
+    dtype = torch.promote_types(kernel_CK.dtype, torch.float32)
+    inverse_QP = _inverse(from_size, to_size, dtype, kernel_CK.device)
+    kernel_CP3 = kernel_CK.to(dtype).unflatten(1, (-1, 3))
+    with torch.autocast(kernel_CK.device.type, enabled=False):
+        resized_CQ3 = torch.einsum("qp,cpk->cqk", inverse_QP, kernel_CP3)
+    return resized_CQ3.flatten(1).to(kernel_CK.dtype)
+
+
+@lru_cache(maxsize=32)
+def _inverse(from_size: int, to_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(Bᵀ)⁺ [to_size², from_size²], computed in float64; B is bilinear without antialiasing."""
+    pixels_P1HW = torch.eye(from_size**2, dtype=torch.float64).view(-1, 1, from_size, from_size)
+    resized_P1HW = F.interpolate(pixels_P1HW, (to_size, to_size), mode="bilinear")
+    return torch.linalg.pinv(resized_P1HW.flatten(1)).to(device, dtype)

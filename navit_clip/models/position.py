@@ -84,12 +84,15 @@ class PositionConfig:
         return (2 if self.combine == "stack" else 1) * (2 if self.embedding == "fourier" else 1)
 
     @property
+    def relative(self) -> bool:
+        """Whether positions are places in the image, not counted in patches."""
+        factorised = self.kind == "factorised"
+        return self.coordinates != "absolute" if factorised else self.kind != "learned_2d"
+
+    @property
     def max_grid_side(self) -> int:
         """Most rows or columns of patches that have an embedding."""
-        relative = self.kind in ("learned_1d", "none") or (
-            self.kind == "factorised" and self.coordinates != "absolute"
-        )
-        return ANY_SIDE if relative else self.table_side
+        return ANY_SIDE if self.relative else self.table_side
 
 
 def build_position(config: PositionConfig, width: int) -> nn.Module | None:

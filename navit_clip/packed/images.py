@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class ImagePatches:
     targets: np.ndarray | None = None
 
     @property
+    def patch_size(self) -> int:
+        """P, side of a patch in pixels."""
+        return math.isqrt(self.patches.shape[1] // 3)
+
+    @property
     def tokens_before_drop(self) -> int:
         """Patches of the whole grid."""
         return self.grid[0] * self.grid[1]
@@ -42,7 +48,7 @@ class ImagePatches:
 
 @dataclass(frozen=True)
 class PackedImages(Movable):
-    """Patches of many images, end to end.
+    """Patches of many images, all of one size, end to end.
 
     Attributes:
         patches: uint8 [T, P·P·3]; normalised on the device by the image tower.
@@ -59,6 +65,11 @@ class PackedImages(Movable):
     segments: Segments
     order: Tensor
     targets: Tensor | None = None
+
+    @property
+    def patch_size(self) -> int:
+        """P, side of a patch in pixels."""
+        return math.isqrt(self.patches.shape[1] // 3)
 
 
 def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) -> PackedImages:

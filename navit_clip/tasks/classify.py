@@ -30,7 +30,7 @@ from navit_clip.models.flops import LengthSums, backward_flops, tower_flops
 from navit_clip.packed.batch import Inputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
-from navit_clip.tasks.images import check_squares, layers_above, preprocess_of
+from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
@@ -69,7 +69,7 @@ class ClassifyConfig(TaskConfig):
         """Compares budget and sizes with what the tower takes."""
         limit = data.resolution.max_tokens, "data.resolution.max_tokens"
         data.budget.check({"image": limit})
-        check_squares(data, self.model.image)
+        check_sizes(data, self.model.image)
         for name, dataset in data.mix.items():
             if dataset.captions is not None:
                 raise ValueError(f"data.mix.{name}.captions: task.kind classify reads no captions")
@@ -167,7 +167,8 @@ class ClassifyTask(Task):
         assert isinstance(inputs, LabelledInputs)
         segments = inputs.images.segments
         sums = LengthSums.of(segments.lengths[: segments.num_examples])
-        forward = tower_flops(self.config.model.image, len(self.names), sums)
+        image = self.config.model.image.with_patch_size(inputs.images.patch_size)
+        forward = tower_flops(image, len(self.names), sums)
         return sum(forward) + backward_flops(forward)
 
     def describe(self, folder: Path) -> None:
@@ -214,7 +215,7 @@ class ClassifyTask(Task):
         source = init.read_model()
         init.check("task.model.image", asdict(self.config.model.image), asdict(source.config.image))
         model = self.build_model()
-        model.image = source.image
+        take_weights(model.image, source.image)
         return model.train(), None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,7 +28,7 @@ from navit_clip.packed.batch import Inputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
 from navit_clip.tasks.caption_report import report_captions
-from navit_clip.tasks.images import check_squares, layers_above, preprocess_of
+from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
 from navit_clip.tasks.locking import LockConfig, lock_towers
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
@@ -104,7 +104,7 @@ class ContrastiveConfig(TaskConfig):
             "text": (self.model.text.context_length, "task.model.text.context_length"),
         }
         data.budget.check(longest)
-        check_squares(data, image)
+        check_sizes(data, image)
 
     def build(self, data: DataConfig) -> ContrastiveTask:
         """The task on this data."""
@@ -225,6 +225,7 @@ class ContrastiveTask(Task):
             for segments in (inputs.images.segments, inputs.texts.segments)
         )
         model, lock = self.config.model, self.config.lock
+        model = replace(model, image=model.image.with_patch_size(inputs.images.patch_size))
         return sum(
             sum(forward)
             + backward_flops(forward, trained_fraction=lock.trained_fraction(model, tower))
@@ -266,6 +267,6 @@ class ContrastiveTask(Task):
         init.check("task.model", asdict(self.config.model), asdict(model.config))
         if model.config != self.config.model:  # rotary positions, which `check` lets one add
             extended = NaViTCLIP(self.config.model, model.tokenizer, model.preprocess)
-            extended.load_state_dict({**extended.state_dict(), **model.state_dict()})
+            take_weights(extended, model)
             model = extended
         return model.train(), model.tokenizer

@@ -26,7 +26,7 @@ from navit_clip.packed.batch import Inputs
 from navit_clip.packed.masked import MaskedInputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
-from navit_clip.tasks.images import check_squares, layers_above, preprocess_of
+from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
@@ -56,7 +56,12 @@ class MaskedImageTaskConfig(TaskConfig):
             )
         limit = data.resolution.max_tokens, "data.resolution.max_tokens"
         data.budget.check({"image": limit, "decoder": limit})
-        check_squares(data, self.model.image)
+        check_sizes(data, self.model.image)
+        if data.resolution.patch_sizes:
+            raise ValueError(
+                "data.resolution.patch_sizes: task.kind masked_image predicts pixels of patches of "
+                "one size: leave it out"
+            )
 
     def build(self, data: DataConfig) -> MaskedImageTask:
         """The task on this data."""
@@ -169,5 +174,5 @@ class MaskedImageTask(Task):
         source = init.read_model()
         init.check("task.model.image", asdict(self.config.model.image), asdict(source.config.image))
         model = self.build_model()
-        model.image = source.image
+        take_weights(model.image, source.image)
         return model.train(), None

@@ -139,6 +139,23 @@ def test_a_resume_with_two_buckets(packing, pipeline, tmp_path):
         state = advance(state, batches[:1])
 
 
+def test_a_resume_with_patches_of_several_sizes(pipeline, tmp_path):
+    sizes = {4: 1.0, 8: 2.0, 16: 1.0}
+    data = pipeline(
+        make_shards(tmp_path, [11, 9, 8]),
+        resolution=ResolutionConfig(min_side=16, max_side=48, max_tokens=48, patch_sizes=sizes),
+        look_ahead=2,
+    )
+    batches = take(data, 16)
+    found = [batch.inputs.images.patch_size for batch in batches]
+    assert set(found) == set(sizes)
+    whole = [content(batch) for batch in batches]
+    for done in (0, 3, 4, 9):
+        state = advance(data.begin(), batches[:done])
+        rest = take(data, 5, state=state)
+        assert [content(batch) for batch in rest] == whole[done : done + 5]
+
+
 # Torch thinks that so many are slow on few cores; these do next to nothing.
 MANY_WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 

@@ -16,6 +16,7 @@ from navit_clip.data.sizing import (
     default_max_tokens,
     fit_grid,
     sample_grid,
+    sample_patch_size,
     sample_side,
     truncated_normal,
 )
@@ -258,6 +259,15 @@ def test_a_models_default_budget():
     assert default_max_tokens(ResolutionConfig(mode="square", max_side=224), 16) == 196
 
 
+def test_patch_sizes_are_drawn_by_their_weights():
+    config = ResolutionConfig(patch_sizes={8: 1, 32: 3})
+    rng = np.random.default_rng(0)
+    drawn = [sample_patch_size(config, 16, rng) for _ in range(2000)]
+    assert set(drawn) == {8, 32}
+    assert drawn.count(32) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert sample_patch_size(ResolutionConfig(), 16, None) == 16  # nothing is drawn
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [
@@ -272,6 +282,13 @@ def test_a_models_default_budget():
         ("start_tokens", {"curriculum": CurriculumConfig(9, start_tokens=0)}),
         ("start_tokens", {"curriculum": CurriculumConfig(9, start_tokens=1025)}),
         ("start_tokens", {"mode": "square", "curriculum": CurriculumConfig(9, start_tokens=9)}),
+        ("patch_sizes .* 0: 1", {"patch_sizes": {0: 1}}),
+        ("patch_sizes .* 8: 0", {"patch_sizes": {8: 0}}),
+        ("patch_sizes: 65 is past min_side=64", {"patch_sizes": {8: 1, 65: 1}}),
+        (
+            "patch_sizes: 16 does not divide max_side=200",
+            {"mode": "square", "max_side": 200, "patch_sizes": {8: 1, 16: 1}},
+        ),
     ],
 )
 def test_bad_fields_are_named(field, values):

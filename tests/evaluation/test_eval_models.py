@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.settings import EvalSetting, order_settings
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
+from navit_clip.models.position import PositionConfig
 
 CPU = torch.device("cpu")
 TINY = {
@@ -96,6 +98,26 @@ def test_a_packed_model_sees_what_a_view_says(square, model_dir):
     for side, why in ((9, "patches of 8 pixels.* use 8"), (136, "128 pixels"), (1, "use 8")):
         with pytest.raises(UserError, match=why):
             model.check(EvalSetting("square", side))
+
+
+def test_a_packed_model_in_patches_of_another_size(model_dir):
+    ours = NaViTCLIP.from_directory(model_dir)
+    ours.preprocess = Preprocess(12)
+    position = PositionConfig("learned_1d", table_side=4)
+    ours.config = replace(ours.config, image=replace(ours.config.image, position=position))
+    model, before = PackedModel(ours, "tiny"), PackedModel(ours, "tiny")
+    model.set_patch_size(4)
+    assert model.own_setting == EvalSetting("capped", 48)
+    assert model.name == "tiny in patches of 4 px"
+    assert model.fingerprint != before.fingerprint
+    image = EncodedImage(encode(photo(0, 32, 24)))
+    fine, coarse = (one.sizer(image, one.own_setting) for one in (model, before))
+    assert fine.grid == (2 * coarse.grid[0], 2 * coarse.grid[1])
+    assert fine.patch_size == 4
+    assert model.image_flops(12) < before.image_flops(12)
+    model.check(EvalSetting("square", 20))
+    with pytest.raises(UserError, match="patches of 8 pixels"):
+        before.check(EvalSetting("square", 20))
 
 
 def test_each_image_is_decoded_once(model_dir, tmp_path, monkeypatch):
@@ -256,6 +278,12 @@ def test_baselines_beside_a_model_and_alone(tiny, model_dir, data, tmp_path, cap
         (["--model", "{model}", "--square", "160"], "128 pixels"),
         (["--model", "{model}", "--square", "0"], "--square"),
         (["--model", "{model}", "--square", "8.5"], "--square"),
+        (["--model", "{model}", "--patch-size", "0"], "--patch-size"),
+        (["--model", "{model}", "--patch-size", "4"], "--patch-size 4: patches of 4 pixels need"),
+        (
+            ["--model", "open_clip:tiny-test", "--random-weights", 0, "--patch-size", 4],
+            "(random weights, seed 0) has one size of patches",
+        ),
         (["--model", "{model}", "--cache", "{data}/templates.txt/c"], "--cache"),
         (["--model", "{model}", "--strict"], "1 skipped (unreadable_image 1)"),
         (["--model", "{model}", "--report", "{data}/templates.txt/r.html"], "cannot write"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from navit_clip.inference import embed as embedding
 from navit_clip.inference import images as images_module
 from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.models.patch_embed import resize_kernel
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import RotaryConfig
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 
@@ -197,6 +201,34 @@ def test_a_model_of_squares_squashes(model):
     expected = torch.stack([by_hand(model, pixels, 9, square=True) for pixels in ARRAYS])
     actual = squares.encode_image(ARRAYS, normalize=False)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [4, 12])
+def test_patches_of_another_size_are_embedded_by_a_resized_kernel(model, patch_size):
+    def with_image(**changes: object) -> NaViTCLIP:
+        changed = replace(model.config.image, **changes)
+        return NaViTCLIP(replace(model.config, image=changed), preprocess=Preprocess(BUDGET))
+
+    positions = {
+        "position": PositionConfig("learned_1d", table_side=4),
+        "rotary": RotaryConfig("axial", "normalised"),
+    }
+    flexible, fixed = with_image(**positions), with_image(patch_size=patch_size, **positions)
+    weights = flexible.state_dict()
+    weights["image.embed.weight"] = resize_kernel(weights["image.embed.weight"], PATCH, patch_size)
+    fixed.load_state_dict(weights)
+    same_area = round(BUDGET * PATCH**2 / patch_size**2)
+    found = flexible.encode_image(ARRAYS, patch_size=patch_size)
+    torch.testing.assert_close(found, fixed.encode_image(ARRAYS, same_area))
+    assert not torch.allclose(found, flexible.encode_image(ARRAYS), atol=1e-2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        flexible.encode_image(ARRAYS, patch_size=0)
+
+
+def test_positions_that_count_patches_have_one_size_of_them(model):
+    assert torch.equal(model.encode_image(ARRAYS, patch_size=PATCH), model.encode_image(ARRAYS))
+    with pytest.raises(ValueError, match=r"^patches of 4 pixels need positions .* of 8: image.pos"):
+        model.encode_image(ARRAYS, patch_size=4)
 
 
 @pytest.mark.usefixtures("small_streams")

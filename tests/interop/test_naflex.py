@@ -6,15 +6,19 @@ import json
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import timm
 import torch
 from packed_examples import random_image, randomise
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from navit_clip.configs import config_from_dict
+from navit_clip.data.patches import cut_patches
 from navit_clip.errors import UserError
 from navit_clip.interop.naflex import is_naflex, naflex_image_tower, supported_naflex_models
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
@@ -271,6 +275,25 @@ def test_a_name_must_be_known_and_have_weights():
         naflex_image_tower("naflexvit_base_patch16_map")
     with pytest.raises(UserError, match="radio_v3: it resizes positions with aligned corners"):
         naflex_image_tower("naflexvit_base_patch16_radio_v3", {})
+
+
+@torch.no_grad()
+def test_flexivit_in_patches_of_several_sizes():
+    torch.manual_seed(0)
+    shape = {"depth": 1}
+    model = perturbed(timm.create_model("flexivit_small", **shape), std=0.05)
+    with patch.object(timm, "create_model", partial(timm.create_model, depth=1)):
+        tower = naflex_image_tower("flexivit_small", model.state_dict())
+    assert tower.config.patch_size == 16
+    picture = np.random.default_rng(0).integers(0, 256, (240, 240, 3), dtype=np.uint8)
+    for size in (16, 8, 30):
+        plain = timm.create_model("flexivit_small", **shape, patch_size=size).eval()
+        bilinear = {"interpolation": "bilinear", "antialias": False}
+        plain.load_state_dict(checkpoint_filter_fn(model.state_dict(), plain, **bilinear))
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+        expected = plain.forward_head(plain.forward_features(pixels), pre_logits=True)
+        actual = tower(pack_images([cut_patches(picture, size)]))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])

@@ -71,6 +71,17 @@ def test_equal_steps_are_equal_turns_on_both_axes_if_the_aspect_is_kept():
         torch.testing.assert_close(row, ratio * column)
 
 
+@pytest.mark.parametrize("config", KINDS[:2], ids=lambda c: c.coordinates)
+def test_the_middle_of_four_patches_is_where_one_of_twice_the_side_is(config):
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    small = torch.stack([rows, columns], -1)
+    large = small[:2, :3].flatten(0, 1)
+    sides = torch.tensor([2, 3])
+    fine = config.positions(small, 2 * sides, 0.5, torch.float64)
+    middles = fine.unflatten(1, (3, 2)).unflatten(0, (2, 2)).mean((1, 3)).flatten(0, 1)
+    torch.testing.assert_close(middles, config.positions(large, sides, 1.0, torch.float64))
+
+
 def test_angles_are_float32_under_autocast():
     positions = torch.tensor([[1000.0, 999.0]])
     speeds = torch.tensor([[[1.0]], [[0.5]]])

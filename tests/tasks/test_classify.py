@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,11 +29,14 @@ from navit_clip import NaViTClassifier
 from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
+from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
+from navit_clip.tasks.source import InitConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig, build_optimizer
@@ -198,6 +202,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_is_exported(
         "accumulate": 2,
         "ema__decay": 0.5,
         "optim__head_weight_decay": 1.0,
+        "data__resolution__patch_sizes": "{4: 1, 8: 1, 16: 1}",
+        "task__model__image__position__coordinates": "interpolated",
     }
     assert run(monkeypatch, classify_flags(data, whole, 5, **options)) == 0
     for steps in (2, 5):  # all of 45 images, and again
@@ -218,9 +224,22 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_is_exported(
     assert found.shape == (5, 3)
     assert torch.allclose(found.sum(1), torch.ones(5)) == (output == "softmax")
     torch.testing.assert_close(model.classify(images[3:], max_tokens=24), found[3:])
+    assert not torch.allclose(model.classify(images, patch_size=4), found)
     card = (whole / "model/README.md").read_text()
     assert "pipeline_tag: image-classification" in card
     assert "red, green, blue" in card
+
+
+def test_rotary_positions_may_be_added_to_the_tower_it_starts_from(data, tmp_path):
+    image = ImageTowerConfig(patch_size=8, encoder=EncoderConfig(width=16, depth=2, heads=2))
+    source = NaViTClassifier(ClassifierConfig(image), NAMES, Preprocess(24))
+    source.save_pretrained(tmp_path / "source")
+    added = ClassifierConfig(replace(image, rotary=RotaryConfig("mixed")))
+    task = ClassifyTask(ClassifyConfig(model=added), DataConfig(train=str(data)))
+    model, _ = task.start_from(InitConfig(str(tmp_path / "source")))
+    assert model.image.state_dict().keys() - source.image.state_dict().keys() == {"rotary.learned"}
+    for name, weight in source.image.state_dict().items():
+        assert torch.equal(model.image.state_dict()[name], weight), name
 
 
 def test_the_first_loss_is_that_of_guessing(data, tmp_path, monkeypatch):

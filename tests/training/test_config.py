@@ -142,3 +142,26 @@ def test_dashes_stand_for_underscores_but_not_in_names_of_datasets():
     config, _ = parse_config([*FLAGS, *words])
     assert config.log.every_steps == 7
     assert list(config.data.mix) == ["my-set"]
+
+
+def test_sizes_of_patches_need_positions_that_do_not_count_them(tmp_path):
+    recipe = ["--config", "flexivit_shapes"]
+    config, resolved = parse_config(recipe)
+    assert config.data.resolution.patch_sizes == {8: 1, 16: 1, 32: 1}
+    (tmp_path / "config.yaml").write_text(resolved)
+    assert parse_config(["--config", str(tmp_path / "config.yaml")])[0] == config
+    one, _ = parse_config([*recipe, "--data.resolution.patch_sizes", "{}"])
+    assert one.data.resolution.patch_sizes == {}
+    with pytest.raises(UserError, match=r"patch_sizes: patches of 8 pixels need .* of 16: image"):
+        parse_config([*recipe, "--task.model.image.position.kind", "learned_2d"])
+    with pytest.raises(UserError, match="masked_image predicts pixels of patches of one"):
+        parse_config(
+            [
+                *("--task.kind", "masked_image", "--run_dir", "x", "--steps", "9"),
+                *("--data.drop.kind", "fixed", "--data.resolution.patch_sizes", "{16: 1, 32: 1}"),
+                *("--task.model.image.position.kind", "learned_1d"),
+                *("--data.budget.tokens", "{image: 2048, decoder: 2048}"),
+            ]
+        )
+    with pytest.raises(UserError, match=r"max_side=192 makes 24×24 patches, past .*=500"):
+        parse_config([*recipe, "--data.resolution.max_tokens", "500"])

@@ -153,6 +153,7 @@ EVERYTHING = {
     "data__resolution__curriculum__start_tokens": 4,
     "data__drop__kind": "beta",
     "data__drop__ramp_images": 90,
+    "data__resolution__patch_sizes": "{8: 1, 16: 1}",
     "ema__decay": 0.5,
     "accumulate": 2,
 }

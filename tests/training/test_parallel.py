@@ -111,12 +111,17 @@ def results(run_dirs):
     options |= {"ema__decay": 0.5, "accumulate": 2}
     fsdp = {"parallel__kind": "fsdp", **options}
     hsdp = {"parallel__shard_ranks": 2, **fsdp}
+    # Ranks and micro-batches of one step differ in the size of their patches.
+    sizes = {
+        "data__resolution__patch_sizes": "{8: 1, 16: 1, 32: 1}",
+        "task__model__image__position__coordinates": "interpolated",
+    }
     runs = {}
     runs[2] = [
-        tiny_flags(root, whole, 3, **fsdp),
-        tiny_flags(root, parts, 1, **fsdp),
-        tiny_flags(root, parts, 2, **fsdp),
-        tiny_flags(root, parts, 3, parallel__kind="ddp", **options),
+        tiny_flags(root, whole, 3, **fsdp, **sizes),
+        tiny_flags(root, parts, 1, **fsdp, **sizes),
+        tiny_flags(root, parts, 2, **fsdp, **sizes),
+        tiny_flags(root, parts, 3, parallel__kind="ddp", **options, **sizes),
     ]
     runs[4] = [
         tiny_flags(root, whole_4, 4, **options),

@@ -12,7 +12,7 @@ from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.patches import cut_patches
 from navit_clip.data.seeding import generator
-from navit_clip.data.sizing import ResolutionConfig, sample_grid
+from navit_clip.data.sizing import ResolutionConfig, sample_grid, sample_patch_size
 from navit_clip.packed.images import ImagePatches
 
 
@@ -26,21 +26,22 @@ def sample_image(
     patch_size: int,
     max_grid_side: int,
 ) -> ImagePatches:
-    """Reads the header, draws a size, decodes to it, cuts into patches, drops some.
+    """Draws sizes of patches and image, decodes to the latter, cuts into patches, drops some.
 
     Args:
         members: Of the sample, by extension.
-        rng: Of the sample; drawn from for the size first, then for the drop.
+        rng: Of the sample; drawn from for the sizes first, then for the drop.
         images_seen: For what follows a schedule.
         resolution: How large an image becomes.
         drop: Which patches are left out.
-        patch_size: P.
+        patch_size: P, unless `resolution` has others.
         max_grid_side: Most rows or columns that the model's positions know.
 
     Raises:
         SkipSampleError: If there is no image, or it cannot be decoded.
     """
     image = EncodedImage(find_image(members))
+    patch_size = sample_patch_size(resolution, patch_size, rng)
     rows, columns = sample_grid(
         resolution, image.height, image.width, patch_size, max_grid_side, rng, images_seen
     )

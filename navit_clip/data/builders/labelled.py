@@ -48,9 +48,9 @@ class LabelledImage:
         return (self.image.tokens_before_drop,)
 
     @property
-    def bucket(self) -> tuple[()]:
-        """All images may share a batch."""
-        return ()
+    def bucket(self) -> int:
+        """The size of patches, of which a batch has one."""
+        return self.image.patch_size
 
     def trimmed(self, tokens: int) -> LabelledImage:
         """The same with a random subset of its patches."""
@@ -78,7 +78,7 @@ class LabelledBuilder:
         labels: Reads the labels.
         resolution: How large an image becomes.
         drop: Which patches are left out.
-        patch_size: P.
+        patch_size: P, unless `resolution` has others.
         max_grid_side: Most rows or columns that the model's positions know.
         seed: Of the run.
     """

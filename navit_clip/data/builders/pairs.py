@@ -51,9 +51,9 @@ class Pair:
         return self.image.tokens_before_drop, len(self.token_ids)
 
     @property
-    def bucket(self) -> tuple[()]:
-        """All pairs may share a batch."""
-        return ()
+    def bucket(self) -> int:
+        """The size of patches, of which a batch has one."""
+        return self.image.patch_size
 
     def trimmed(self, tokens: int) -> Pair:
         """The pair with a random subset of its patches, in their order.
@@ -86,7 +86,7 @@ class PairBuilder:
         drop: Which patches are left out.
         tokenizer: Turns captions into ids.
         context_length: Most text tokens.
-        patch_size: P.
+        patch_size: P, unless `resolution` has others.
         max_grid_side: Most rows or columns that the model's positions know.
         seed: Of the run.
     """

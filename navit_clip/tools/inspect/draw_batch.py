@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,14 +64,9 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _side(image: ImagePatches) -> int:
-    """P, in pixels."""
-    return math.isqrt(image.patches.shape[1] // 3)
-
-
 def draw_on_grid(image: ImagePatches, blank: int) -> Image.Image:
     """An image's kept patches on their own grid, dropped ones left in a grey of 0 to 255."""
-    (rows, columns), side = image.grid, _side(image)
+    (rows, columns), side = image.grid, image.patch_size
     canvas = np.full((rows * side, columns * side, 3), blank, np.uint8)
     for patch, (y, x) in zip(image.patches, image.coords, strict=True):
         window = canvas[y * side : (y + 1) * side, x * side : (x + 1) * side]
@@ -132,7 +126,7 @@ def _draw_bar(
 
 
 def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
-    sides = [max(pair.image.grid) * _side(pair.image) for pair in shown]
+    sides = [max(pair.image.grid) * pair.image.patch_size for pair in shown]
     zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
@@ -160,7 +154,7 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
 def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
     """The image on its grid, with thin lines between the patches."""
     rows, columns = pair.image.grid
-    side = _side(pair.image) * zoom
+    side = pair.image.patch_size * zoom
     size = (max(1, round(columns * side)), max(1, round(rows * side)))
     picture = draw_on_grid(pair.image, _BLANK).resize(size, Image.Resampling.LANCZOS)
     if side < _LEAST_CELL:
@@ -198,7 +192,7 @@ def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
     y += 32
     draw, position = ImageDraw.Draw(canvas), 0
     for number, image in enumerate(images[:fitting]):
-        side = _side(image)
+        side = image.patch_size
         for patch in image.patches:
             left = _MARGIN + position % columns * (tile + 2)
             top = y + position // columns * line
