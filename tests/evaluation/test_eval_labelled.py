@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from shard_factory import sample, write_shard
@@ -69,7 +70,7 @@ def test_samples_without_a_label_are_counted(tmp_path):
     names = write(tmp_path / "names.txt", "a\nb\n")
     evaluator = ZeroShot(ZeroShotSpec(str(shard), classnames=names, templates="plain"))
     with pytest.raises(UserError, match=r"no image can be read: no_label: no \.cls member"):
-        evaluator.check(None)
+        evaluator.check(SimpleNamespace(reads_texts=True))
 
 
 @pytest.mark.parametrize("content", ["nothing", "class folders without images", "no such path"])
