@@ -17,7 +17,6 @@ from navit_clip.distributed import Ranks, failing_at_once, join_ranks
 from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
 from navit_clip.evaluation.cache import Cache
-from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.results import EvalResult
 from navit_clip.evaluation.summary import summarise, table
 from navit_clip.export.card import add_evaluation
@@ -59,7 +58,7 @@ def _run(args: argparse.Namespace, command: str, ranks: Ranks) -> None:
         print(f"skipped {printable(line)}")
     if args.output is not None:
         write_output(args.output, json.dumps(result.to_json(), indent=2) + "\n")
-        if args.run is None and isinstance(model, PackedModel):
+        if model.name == args.model:  # as it is: neither a run's step nor other patches
             _add_to_card(Path(args.model), result)
     print(table(result))
     # Imported here: matplotlib takes a second to load, and most evaluations draw nothing.

@@ -77,7 +77,8 @@ def _common() -> Parser:
         metavar="SEED",
         help="open_clip models without a checkpoint get random weights, for measuring",
     )
-    common.add_argument("--output", type=Path, help="JSON file to write")
+    output = "JSON file to write; the result also becomes a line of the model's card"
+    common.add_argument("--output", type=Path, help=output)
     common.add_argument("--report", type=Path, help="HTML file to write: metrics and pictures")
     common.add_argument("--curve", type=Path, help="PNG to write: accuracy against tokens")
     common.add_argument("--cache", type=Path, help="directory that keeps embeddings for next time")
