@@ -205,7 +205,7 @@ class TaskConfig(ABC):
 
     @abstractmethod
     def check(self, data: DataConfig) -> None:
-        """Raises a `ValueError` that names the fields if the task does not fit what it reads."""
+        """Raises a `ValueError` if the task does not fit what it reads; names full paths."""
 
     @abstractmethod
     def build(self, data: DataConfig) -> Task:
