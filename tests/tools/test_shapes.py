@@ -218,7 +218,7 @@ def test_hard_marks_are_smaller_and_single_ones_fit_every_shape_of_image():
     """Else small or large, and the shape of the image, would say something of each other."""
     for number, easy in scenes.EASY.sides.items():
         hard = scenes.HARD.sides[number]
-        assert all(hard[size][1] < 0.75 * easy[size][1] for size in scenes.SIZES)
+        assert all(hard[size][1] < 0.66 * easy[size][1] for size in scenes.SIZES)
     room = scenes.HARD.max_aspect**-0.5 - 2 * scenes.GAP
     assert scenes.HARD.sides[1]["large"][1] < room
 

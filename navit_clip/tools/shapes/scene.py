@@ -86,17 +86,17 @@ EASY = Style(
     max_side=320,
     max_aspect=3.0,
 )
-# A small mark in many tokens has as many pixels as a large one in few, which is learnt first; in
-# few tokens it cannot be read. In strips marks are smaller still, and squashing bends their shape.
+# A small mark in many tokens has about as many pixels as a large one in few, and cannot be read in
+# those. Long strips leave little height to a mark, and squashed to a square little width.
 HARD = Style(
     sides={
-        1: {"small": (0.20, 0.24), "large": (0.40, 0.44)},
-        2: {"small": (0.18, 0.22), "large": (0.34, 0.38)},
-        3: {"small": (0.17, 0.20), "large": (0.32, 0.35)},
+        1: {"small": (0.17, 0.20), "large": (0.29, 0.33)},
+        2: {"small": (0.16, 0.19), "large": (0.28, 0.32)},
+        3: {"small": (0.15, 0.18), "large": (0.26, 0.30)},
     },
     units=(96.0, 224.0),
-    max_side=480,
-    max_aspect=4.0,
+    max_side=640,
+    max_aspect=6.0,
 )
 
 
