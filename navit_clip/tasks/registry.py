@@ -27,6 +27,11 @@ def register(kind: str, config: type[TaskConfig]) -> None:
     _TASKS[kind] = config
 
 
+def task_kinds() -> tuple[str, ...]:
+    """The kinds that there are."""
+    return tuple(_TASKS)
+
+
 def task_config(kind: str) -> type[TaskConfig]:
     """The configuration class of a kind.
 

@@ -5,9 +5,10 @@ When a field has changed, ``python -m navit_clip.training.reference > docs/confi
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ import yaml
 from navit_clip.configs import configs_in, descriptions
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
-from navit_clip.tasks.registry import task_config
+from navit_clip.tasks.registry import task_config, task_kinds
 from navit_clip.training.config import DEFAULT_TASK, TrainConfig, task_kind
 
 _WIDTH = 100
@@ -48,6 +49,15 @@ All fields of a run with their defaults, as `navit-clip train --help-all` prints
 `task.kind: {kind}`. A file holds those that differ; each is a flag too, such as `--optim.lr 1e-3`.
 `navit-clip train --print_config` prints those of a command. This page is written by
 `python -m navit_clip.training.reference`.
+
+```yaml
+{fields}
+```
+"""
+_TASK = """
+## task.kind: {kind}
+
+{text}
 
 ```yaml
 {fields}
@@ -91,8 +101,17 @@ def _short_help(prog: str) -> str:
 
 
 def page() -> str:
-    """docs/configuration.md."""
-    return _PAGE.format(kind=DEFAULT_TASK, fields=reference(task_config(DEFAULT_TASK)))
+    """docs/configuration.md: all fields for one task, then those of the other tasks alone."""
+    first = task_config(DEFAULT_TASK)
+    parts = [_PAGE.format(kind=DEFAULT_TASK, fields=reference(first))]
+    known = {type(value) for value in _configs(first())}
+    for kind in task_kinds():
+        if kind != DEFAULT_TASK:
+            task = task_config(kind)
+            lines = "\n".join(["task:", *_lines(task, task, "  ", known)])
+            text = inspect.cleandoc(task.__doc__ or "").split("\n\n")[0]
+            parts.append(_TASK.format(kind=kind, text=text, fields=lines))
+    return "".join(parts)
 
 
 def reference(task: type[TaskConfig]) -> str:
@@ -100,18 +119,41 @@ def reference(task: type[TaskConfig]) -> str:
     return "\n".join(_lines(TrainConfig, task, ""))
 
 
-def _lines(config: type, task: type[TaskConfig], pad: str) -> Iterator[str]:
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and all within it."""
+    yield config
+    for field in fields(config):
+        if is_dataclass(value := getattr(config, field.name)):
+            yield from _configs(value)
+
+
+def _differing(value: Any) -> dict[str, Any]:
+    """Values of a configuration that are not the defaults of its class."""
+    return {
+        field.name: _differing(own) if is_dataclass(own) else own
+        for field in fields(value)
+        if (own := getattr(value, field.name)) != _default(field)
+    }
+
+
+def _lines(
+    config: type, task: type[TaskConfig], pad: str, known: Set[type] = frozenset()
+) -> Iterator[str]:
+    """Lines of a configuration; of those within it that are `known` only what differs."""
     described, hints = descriptions(config), _hints(config, task)
     for field in fields(config):
         hint, comment = hints[field.name], f"{pad}# "
         yield from textwrap.wrap(
             described[field.name], _WIDTH, initial_indent=comment, subsequent_indent=comment
         )
+        default = _default(field)
+        if hint in known:
+            yield f"{pad}{field.name}: {_yaml(_differing(default))}  # other fields as above"
+            continue
         if is_dataclass(hint):
             yield f"{pad}{field.name}:"
-            yield from _lines(hint, task, f"{pad}  ")  # type: ignore[arg-type]
+            yield from _lines(hint, task, f"{pad}  ", known)  # type: ignore[arg-type]
             continue
-        default = _default(field)
         if default is MISSING:
             yield f"{comment}{field.name}: {_type(hint)}, required"
         else:
