@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -41,7 +42,7 @@ def mutated_json(content: Any, rng: random.Random) -> Any:
                 elif isinstance(at, dict) and rng.random() < 0.2:
                     at[str(rng.choice(VALUES))] = at.pop(key)
                 else:
-                    at[key] = rng.choice(VALUES)
+                    at[key] = copy.deepcopy(rng.choice(VALUES))  # else changed by a later round
                 break
             at = at[key]
     return content
