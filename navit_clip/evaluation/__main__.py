@@ -1,4 +1,4 @@
-"""``navit-clip eval zeroshot | retrieval | summary``, alone or under torchrun."""
+"""``navit-clip eval EVALUATOR | summary``, alone or under torchrun."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _OPEN_CLIP = "open_clip:"
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    """Parses ``zeroshot | retrieval | summary`` and their flags.
+    """Parses the name of an evaluator, or ``summary``, and its flags.
 
     Raises:
         SystemExit: After ``--help``.
         UserError: For invalid arguments.
     """
-    parser = Parser(prog=prog, description="Zero-shot classification and retrieval.")
+    parser = Parser(prog=prog, description="Classification, retrieval and probes of models.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common()
     for kind, evaluator in EVALUATORS.items():
@@ -106,7 +106,9 @@ def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
         if hints[field.name] is bool:
             options["action"] = "store_true"
         elif hints[field.name] == tuple[int, ...]:
-            options |= {"type": _numbers, "default": ()}
+            options |= {"type": _numbers, "default": field.default}
+        elif hints[field.name] is int:
+            options |= {"type": number(1), "default": field.default}
         elif hints[field.name] == tuple[str, ...]:
             options |= {"action": "extend", "nargs": "+"}
         required = field.default is MISSING

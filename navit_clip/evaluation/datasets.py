@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from navit_clip.data.annotations.class_names import index_of
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import describe_members, find_image
+from navit_clip.data.labels import find_labels
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
@@ -154,6 +154,7 @@ class ShardDataset(EvalDataset):
         captions: Caption fields as in training; without any, labels are read.
         class_map: What the labels mean; class indices if not given.
         names: What the map calls the classes that are numbers in the data; none if not given.
+        field: Where labels are, ``cls`` or ``json.FIELD``.
     """
 
     def __init__(
@@ -162,8 +163,9 @@ class ShardDataset(EvalDataset):
         captions: Sequence[str] = (),
         class_map: ClassMap | None = None,
         names: Sequence[str] | None = None,
+        field: str = "cls",
     ) -> None:
-        self.shards, self.captions = shards, captions
+        self.shards, self.captions, self.field = shards, captions, field
         self.names = () if names is None or class_map == ClassMap("index") else names
         self.class_map = class_map or ClassMap("index")
 
@@ -201,16 +203,14 @@ class ShardDataset(EvalDataset):
             return Item(key, sample.id, error)
 
     def _classes(self, sample: RawSample) -> tuple[int, ...]:
-        written = sample.members.get("cls")
-        if written is None:
-            members = describe_members(sample.members)
-            raise SkipSampleError("no_label", f"no .cls member with its class; {members}")
-        label = written.decode(errors="replace").strip()
-        index = index_of(label)
-        if index is not None and index < len(self.names):
-            label = self.names[index]
-        classes = self.class_map.find(label)
-        if not classes:
-            reason = "bad_label" if classes is None else LEFT_OUT
-            raise SkipSampleError(reason, f"{written[:20]!r}")
-        return classes
+        found: list[int] = []
+        for label in find_labels(sample.members, self.field):
+            name = str(label)
+            if isinstance(label, int) and 0 <= label < len(self.names):
+                name = self.names[label]
+            classes = self.class_map.find(name)
+            if not classes:
+                reason = "bad_label" if classes is None else LEFT_OUT
+                raise SkipSampleError(reason, repr(label)[:60])
+            found += classes
+        return tuple(sorted(set(found)))

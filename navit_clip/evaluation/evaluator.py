@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -174,6 +174,7 @@ class EmbeddingEvaluator(Evaluator[S]):
 
     Attributes:
         dataset: The images; set by `open`, as are the attributes of a subclass.
+        device: Of the ranks.
         result: Of the last `run`; set on rank 0, as are the following.
         model: The model under evaluation.
         data: Its embeddings of the images.
@@ -181,6 +182,7 @@ class EmbeddingEvaluator(Evaluator[S]):
     """
 
     dataset: EvalDataset
+    device: torch.device
     result: EvalResult
     model: Model
     data: Embedded
@@ -192,6 +194,16 @@ class EmbeddingEvaluator(Evaluator[S]):
 
         Raises:
             UserError: If it cannot be read or does not fit together.
+        """
+
+    def prepare(
+        self, models: Sequence[Model], embed: Callable[[EvalDataset], list[Embedded]]
+    ) -> None:
+        """Embeds what else is needed, once the data is open; every rank calls it.
+
+        Args:
+            models: The model and its baselines.
+            embed: Gives the embeddings of a dataset by each of them.
         """
 
     @abstractmethod
@@ -265,14 +277,17 @@ class EmbeddingEvaluator(Evaluator[S]):
                     one.check(setting)
                     taken.append(setting)
             settings.append((one, order_settings(taken)))
-        self.dataset = self.open()
-        embedded = embed_dataset(settings, self.dataset, ranks, workers=workers, cache=cache)
+        self.dataset, self.device = self.open(), ranks.device
+
+        def embed(dataset: EvalDataset) -> list[Embedded]:
+            embedded = embed_dataset(settings, dataset, ranks, workers=workers, cache=cache)
+            if strict:
+                _check_skips(embedded[0])
+            return embedded
+
+        self.prepare(models, embed)
+        embedded = embed(self.dataset)
         data = embedded[0]
-        unwanted = Counter({why: n for why, n in data.skipped.items() if why != LEFT_OUT})
-        if strict and unwanted:
-            skips = [line for line in data.skips if not line.startswith(LEFT_OUT)]
-            found = describe_skips(unwanted, skips)
-            raise UserError(f"--strict: {found}: fix the data or leave out --strict")
         texts = self.texts(data)
         vectors = [embed_texts(one, texts, ranks, cache) for one in models]
         result = None
@@ -298,6 +313,14 @@ class EmbeddingEvaluator(Evaluator[S]):
             precision=models[0].precision,
             skip_examples=tuple(self.data.skips),
         )
+
+
+def _check_skips(data: Embedded) -> None:
+    unwanted = Counter({why: n for why, n in data.skipped.items() if why != LEFT_OUT})
+    if unwanted:
+        skips = [line for line in data.skips if not line.startswith(LEFT_OUT)]
+        found = describe_skips(unwanted, skips)
+        raise UserError(f"--strict: {found}: fix the data or leave out --strict")
 
 
 def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measure) -> Row:

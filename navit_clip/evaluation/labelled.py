@@ -60,7 +60,14 @@ class Labelled:
             )
 
 
-def open_labelled(path: str, labels: str | None = None, class_map: str | None = None) -> Labelled:
+def open_labelled(
+    path: str,
+    labels: str | None = None,
+    class_map: str | ClassMap | None = None,
+    *,
+    field: str = "cls",
+    names: Sequence[str] | None = None,
+) -> Labelled:
     """Opens class folders, a flat folder with a label file, or labelled shards.
 
     Args:
@@ -70,23 +77,28 @@ def open_labelled(path: str, labels: str | None = None, class_map: str | None = 
         class_map: What folders, labels and ``.cls`` mean, see `labels.load_class_map`. Without one
             class folders are numbered in sorted order, numbers are class indices, and a label
             file's names are numbered as folders would be.
+        field: Where samples of shards have their labels, ``cls`` or ``json.FIELD``.
+        names: What the map calls classes that are numbers in shards without names beside them.
 
     Raises:
         UserError: If there is nothing to read, or a class folder or label that the map lacks.
     """
-    known = load_class_map(class_map) if class_map is not None else None
+    known = load_class_map(class_map) if isinstance(class_map, str) else class_map
     root = Path(path)
+    is_shards = labels is None and (not root.is_dir() or any(root.glob("*.tar")))
+    if field != "cls" and not is_shards:
+        raise UserError(f"--field {field} goes with shards, and {path} is a folder of images")
     if labels is not None:
         if not root.is_dir():
             raise UserError(f"no folder at {path}: --labels goes with a folder of images")
         return _label_file(root, labels, known)
-    if not root.is_dir() or any(root.glob("*.tar")):
+    if is_shards:
         shards = expand_shards([path])
-        names = names_beside(shards[0])
-        if known is None:
-            return Labelled(ShardDataset(shards), names=names)
+        beside = names_beside(shards[0])
         # A map knows the classes by their names, where the data has names for its numbers.
-        return Labelled(ShardDataset(shards, class_map=known, names=names))
+        called = (beside or names) if known is not None else None
+        dataset = ShardDataset(shards, class_map=known, names=called, field=field)
+        return Labelled(dataset, names=beside if known is None else None)
     return _class_folders(root, known)
 
 

@@ -6,7 +6,7 @@ similarity matrix is never in memory all at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,44 @@ def pair_ranks(images_ED: Tensor, texts_TD: Tensor, image_T: Tensor) -> tuple[Te
 
 
 @dataclass(frozen=True)
+class Readout:
+    """What gives every image a logit for every class: a product of two vectors.
+
+    Attributes:
+        images_ED: Of the images.
+        classes_CD: Of the classes.
+        bias_C: Added to logits, None for none.
+        scale: Factor on products.
+        sigmoid: Whether logits become independent probabilities, and not a softmax.
+    """
+
+    images_ED: Tensor
+    classes_CD: Tensor
+    bias_C: Tensor | None = None
+    scale: float = 1.0
+    sigmoid: bool = False
+
+    def only(self, index: Tensor | slice) -> Readout:
+        """The same of some images."""
+        return replace(self, images_ED=self.images_ED[index])
+
+    def of(self, classes: list[int] | slice) -> Readout:
+        """The same of some classes."""
+        bias_C = None if self.bias_C is None else self.bias_C[classes]
+        return replace(self, classes_CD=self.classes_CD[classes], bias_C=bias_C)
+
+    def scores(self) -> Tensor:
+        """Logits of the images, float64 [E, C], before `scale`."""
+        scores_EC = self.images_ED.double() @ self.classes_CD.double().T
+        return scores_EC if self.bias_C is None else scores_EC + self.bias_C.double()
+
+    def probabilities(self, scores_EC: Tensor) -> Tensor:
+        """Of what `scores` gave."""
+        logits_EC = self.scale * scores_EC
+        return logits_EC.sigmoid() if self.sigmoid else logits_EC.softmax(-1)
+
+
+@dataclass(frozen=True)
 class ClassTable:
     """Which classes compete, and which are right for the images.
 
@@ -92,32 +130,61 @@ class Predictions:
     confidence_E: Tensor
 
 
-def classify(
-    images_ED: Tensor, classes_CD: Tensor, right_LC: Tensor, group_E: Tensor, scale: float
-) -> Predictions:
+def classify(readout: Readout, right_LC: Tensor, group_E: Tensor) -> Predictions:
     """Compares every image with every class, a block of images at a time.
 
     Args:
-        images_ED: Unit vectors of the images.
-        classes_CD: Unit vectors of the classes.
-        right_LC: Which classes are right, bool, a row per group of images; at least one in each.
+        readout: Of the images and classes.
+        right_LC: Which classes are right, bool, a row per group of images.
         group_E: Row of each image.
-        scale: The factor on cosine similarities that makes logits.
     """
-    classes_CD = classes_CD.double()
     parts = []
-    block = max(1, _SCORES // len(classes_CD))
-    for images, group in zip(images_ED.split(block), group_E.split(block), strict=True):
-        scores = images.double() @ classes_CD.T
-        right = right_LC[group]
+    readout = replace(readout, classes_CD=readout.classes_CD.double())  # once, not block by block
+    block = max(1, _SCORES // len(readout.classes_CD))
+    for start in range(0, len(group_E), block):
+        part = slice(start, start + block)
+        scores = readout.only(part).scores()
+        right = right_LC[group_E[part]]
         wrong = scores.masked_fill(right, -torch.inf)
         # Several may be right: the nearest counts, and none of them counts as wrong for another.
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         rank = (~(scores < best - TIE) & ~right).sum(1)
         nearest = torch.where(right.all(1), -1, wrong.argmax(1))
-        parts.append((rank, nearest, (scale * scores).softmax(1).amax(1)))
+        parts.append((rank, nearest, readout.probabilities(scores).amax(1)))
     rank_E, wrong_E, confidence_E = (torch.cat(part) for part in zip(*parts, strict=True))
     return Predictions(rank_E, wrong_E, confidence_E)
+
+
+def average_precision(readout: Readout, right_EC: Tensor) -> Tensor:
+    """How well each class's images come before all others, a block of classes at a time.
+
+    The sum over recall of the precision there, not interpolated; images of equal scores come
+    together, as in scikit-learn's ``average_precision_score``. NaN scores come last.
+
+    Args:
+        readout: Of the images and classes.
+        right_EC: Which classes are right for each image, bool.
+
+    Returns:
+        float64 [C], NaN for a class that no image shows.
+    """
+    images, classes = right_EC.shape
+    found = []
+    block = max(1, _SCORES // max(1, images))
+    for start in range(0, classes, block):
+        part = slice(start, start + block)
+        scores_EC = readout.of(part).scores().nan_to_num(nan=-torch.inf)
+        sorted_EC, order_EC = scores_EC.sort(0, descending=True)
+        right = right_EC[:, part].gather(0, order_EC).double()
+        place_E = torch.arange(1, images + 1, dtype=torch.float64)[:, None]
+        precision = right.cumsum(0) / place_E
+        # Of equal scores the precision after the last of them.
+        ends = torch.ones_like(order_EC, dtype=torch.bool)
+        ends[:-1] = sorted_EC[1:] < sorted_EC[:-1]
+        index = torch.where(ends, torch.arange(images)[:, None], images)
+        last = index.flip(0).cummin(0).values.flip(0)
+        found.append((right * precision.gather(0, last)).sum(0) / right.sum(0))
+    return torch.cat(found)
 
 
 def fraction(hits: Tensor) -> float:

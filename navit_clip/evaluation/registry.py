@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from navit_clip.errors import UserError
+from navit_clip.evaluation.classification import Classify
 from navit_clip.evaluation.evaluator import Evaluator
+from navit_clip.evaluation.fewshot import FewShot
+from navit_clip.evaluation.linear import Linear
 from navit_clip.evaluation.results import EvalResult, read_rows
 from navit_clip.evaluation.retrieval import Retrieval
 from navit_clip.evaluation.zeroshot import ZeroShot
 
 EVALUATORS: dict[str, type[Evaluator[Any]]] = {
-    evaluator.kind: evaluator for evaluator in (ZeroShot, Retrieval)
+    evaluator.kind: evaluator for evaluator in (ZeroShot, Retrieval, Classify, FewShot, Linear)
 }
 
 
@@ -28,7 +31,8 @@ def read_result(content: Any) -> EvalResult:
     if not isinstance(content, Mapping):
         raise UserError("no result of an evaluation: it is no JSON object")
     # Earlier versions did not write the kind.
-    firsts = {next(iter(e.METRICS)).split("/")[0]: kind for kind, e in EVALUATORS.items()}
+    kinds = reversed(EVALUATORS.items())  # of two with the same metrics the first is the older
+    firsts = {next(iter(e.METRICS)).split("/")[0]: kind for kind, e in kinds}
     kind = content.get("kind") or next((firsts[key] for key in firsts if key in content), None)
     if kind not in EVALUATORS:
         raise UserError(f"no result of an evaluation: neither {' nor '.join(firsts)} is in it")

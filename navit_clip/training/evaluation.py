@@ -42,7 +42,8 @@ class EvalConfig:
 
     Attributes:
         evaluators: By a name of your own, which metrics and files are called by. ``kind`` of each
-            is one of `navit_clip.evaluation.registry` (``zeroshot``, ``retrieval``),
+            is one of `navit_clip.evaluation.registry` (``zeroshot``, ``retrieval``, ``classify``,
+            ``fewshot``, ``linear``),
             ``every_steps`` its cadence (default 1000; one evaluation is also made after the last
             step), and all else a field of its specification, such as
             `navit_clip.evaluation.retrieval.RetrievalSpec`: data, images, captions, classnames,

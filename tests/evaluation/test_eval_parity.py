@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from navit_clip.evaluation.arguments import load_models, parse_arguments, read_evaluator
-from navit_clip.evaluation.ranking import classify, pair_ranks
+from navit_clip.evaluation.ranking import Readout, classify, pair_ranks
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import class_vectors
 
@@ -118,11 +118,9 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
     scores = images_ED @ classes_DC
     target = torch.arange(len(folders))
     found = classify(
-        evaluator.data.embeddings[EvalSetting("square", 224)],
-        classes_CD,
+        Readout(evaluator.data.embeddings[EvalSetting("square", 224)], classes_CD, scale=100.0),
         torch.eye(len(folders), dtype=torch.bool),
         target,
-        100.0,
     )
     certain = check_ranks(found.rank_E, scores, target[:, None].tolist())
     top = scores.topk(2, 1)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navit_clip.evaluation import ranking
-from navit_clip.evaluation.ranking import classify, pair_ranks, recall
+from navit_clip.evaluation.ranking import Readout, classify, pair_ranks, recall
 
 
 def dot(a, b) -> float:
@@ -118,7 +118,7 @@ def test_class_ranks_are_those_of_brute_force(seed, classes, several, values, sc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "_SCORES", scores)
         tensors = [torch.from_numpy(x) for x in (images, vectors)]
-        found = classify(*tensors, right_LC, torch.from_numpy(group), 3.0)
+        found = classify(Readout(*tensors, scale=3.0), right_LC, torch.from_numpy(group))
     expected = brute_class_ranks(images, vectors, [right[g] for g in group])
     assert found.rank_E.tolist() == expected
     for i, g in enumerate(group):
@@ -168,7 +168,7 @@ def test_a_model_that_says_the_same_of_everything_finds_nothing(value):
     for ranks in pair_ranks(images, texts, torch.arange(40) // 2):
         assert set(recall(ranks).values()) <= {0.0, 20.0, 39.0}
     classes, right_LC = torch.full((7, 4), value), torch.eye(7, dtype=torch.bool)
-    found = classify(images, classes, right_LC, torch.arange(20) % 7, 100.0)
+    found = classify(Readout(images, classes, scale=100.0), right_LC, torch.arange(20) % 7)
     assert found.rank_E.tolist() == [6] * 20
 
 
@@ -187,7 +187,7 @@ def test_copies_of_the_right_answer_are_ties_wherever_they_stand(width, dtype):
     assert set(to_image.tolist()) == {count - 1}
     right_LC = torch.eye(count, dtype=torch.bool)
     queries = query[None].repeat(count, 1)
-    found = classify(queries, copies, right_LC, torch.arange(count), 100.0)
+    found = classify(Readout(queries, copies, scale=100.0), right_LC, torch.arange(count))
     assert set(found.rank_E.tolist()) == {count - 1}
 
 
@@ -215,6 +215,6 @@ def test_a_class_without_an_image_competes():
     images = torch.tensor([[1.0, 0.2], [0.2, 1.0]])
     classes = torch.tensor([[0.9, 0.0], [0.0, 0.9], [1.0, 0.0]])
     right_LC = torch.eye(3, dtype=torch.bool)[:2]
-    found = classify(images, classes, right_LC, torch.arange(2), 1.0)
+    found = classify(Readout(images, classes), right_LC, torch.arange(2))
     assert found.rank_E.tolist() == [1, 0]
     assert found.wrong_E.tolist() == [2, 2]

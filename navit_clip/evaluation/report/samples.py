@@ -14,7 +14,7 @@ from torch import Tensor
 from navit_clip.evaluation.calibration import Bin, calibration_bins
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
-from navit_clip.evaluation.ranking import ClassTable, classify, pair_ranks
+from navit_clip.evaluation.ranking import ClassTable, Readout, classify, pair_ranks
 from navit_clip.evaluation.report.pictures import Picture, read_pictures
 
 _QUERIES = 12  # per direction, half of them hits where there are enough
@@ -86,10 +86,8 @@ class ReportSamples:
 def classification_samples(
     dataset: EvalDataset,
     data: Embedded,
-    images_ED: Tensor,
-    classes_CD: Tensor,
+    readout: Readout,
     classes: ClassTable,
-    scale: float,
     worst: Sequence[str],
 ) -> ReportSamples:
     """Chooses classified images, and measures confidence.
@@ -97,17 +95,15 @@ def classification_samples(
     Args:
         dataset: Read again for the pixels of the chosen images.
         data: The embedded images.
-        images_ED: Their embeddings at the model's own setting.
-        classes_CD: One vector per competing class.
+        readout: Of them at the model's own setting and the competing classes.
         classes: Which are right.
-        scale: The model's factor on similarities, for probabilities.
         worst: Names of the groups to give examples of.
 
     Raises:
         UserError: If the dataset can no longer be read.
     """
     groups, group_E = classes.groups, classes.group_E
-    found = classify(images_ED, classes_CD, classes.right_LC, group_E, scale)
+    found = classify(readout, classes.right_LC, group_E)
     right_E = found.rank_E < 1
     # The most confident first; a stable order makes ties the same everywhere.
     order_E = found.confidence_E.argsort(descending=True, stable=True)
@@ -121,7 +117,7 @@ def classification_samples(
 
     def query(index: int) -> Query:
         group = int(group_E[index])
-        scores_C = (scale * (classes_CD.double() @ images_ED[index].double())).softmax(0)
+        scores_C = readout.probabilities(readout.only(slice(index, index + 1)).scores())[0]
         right = set(classes.right_LC[group].nonzero()[:, 0].tolist())
         nearest = _nearest(scores_C, right, _GUESSES, classes.titles)
         return Query(bool(right_E[index]), nearest, groups[group], pictures[index])
