@@ -41,7 +41,8 @@ def find_labels(members: Mapping[str, bytes], field: str) -> list[int | str]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkipSampleError("bad_label", f"{field}: {error}") from error
     if found is None:
-        raise SkipSampleError("no_label", f"no {field}; members: {', '.join(members)}")
+        what = field if is_json else f".{field} member with its class"
+        raise SkipSampleError("no_label", f"no {what}; members: {', '.join(members)}")
     values = found if isinstance(found, list) else [found]
     return [_label(value, field, is_text=not is_json) for value in values]
 

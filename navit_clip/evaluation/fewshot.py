@@ -60,9 +60,9 @@ class FewShot(Probe[FewShotSpec]):
     description = "few-shot classification by ridge regression on frozen features"
     Spec = FewShotSpec
     METRICS: ClassVar = {
-        "top1": Metric("top-1, most shots", is_headline=True),
+        "top1": Metric("top-1, most shots", is_headline=True, guesses=1, among="classes"),
         "spread": Metric("± seeds"),
-        **{f"shots/{n}": Metric(f"{n}-shot") for n in _SHOTS},
+        **{f"shots/{n}": Metric(f"{n}-shot", guesses=1, among="classes") for n in _SHOTS},
     }
 
     def score(self, model: Model, data: Embedded, texts_TD: Tensor) -> Iterator[Row]:

@@ -13,7 +13,9 @@ from shard_factory import encode, photo, write_shard
 from test_eval_classify import new_model
 from tiny_run import run as run_training
 
+from navit_clip.data.seeding import generator
 from navit_clip.errors import UserError
+from navit_clip.evaluation import linear
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.fewshot import FewShot, FewShotSpec
 from navit_clip.evaluation.linear import Linear, LinearSpec, fit_validated
@@ -104,12 +106,19 @@ def test_logistic_regression_is_scikit_learns(l2):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_the_penalty_is_chosen_on_what_is_held_out():
-    x, labels = draw(4, 60, 40, 3)  # as many features as images: little penalty overfits
-    (x,) = whiten(torch.from_numpy(x))
-    weight, bias, l2 = fit_validated(x, torch.from_numpy(labels), 3)
-    assert l2 > 1e-3
-    again = fit_logistic(x, torch.from_numpy(labels), 3, l2)
+def test_the_penalty_is_chosen_on_what_is_held_out(monkeypatch):
+    monkeypatch.setattr(linear, "_L2", (10.0, 0.3, 0.01))
+    x, labels = draw(4, 60, 10, 3)
+    (x,), labels = whiten(torch.from_numpy(x)), torch.from_numpy(labels)
+    weight, bias, l2 = fit_validated(x, labels, 3)
+    order = torch.from_numpy(generator(0, "linear").permutation(60))
+    held, rest = order[:12], order[12:]
+    hits = {}
+    for penalty in (10.0, 0.3, 0.01):
+        w, b = fit_logistic(x[rest], labels[rest], 3, penalty)
+        hits[penalty] = int(((x[held] @ w.T + b).argmax(1) == labels[held]).sum())
+    assert l2 == max(hits, key=lambda penalty: (hits[penalty], penalty))
+    again = fit_logistic(x, labels, 3, l2)
     torch.testing.assert_close(weight, again[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(bias, again[1], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="at least two images"):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from navit_clip import NaViTClassifier
+from navit_clip import NaViTClassifier, NaViTCLIP
 from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -37,6 +37,7 @@ from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
 from navit_clip.tasks.source import InitConfig
+from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig, build_optimizer
@@ -334,3 +335,103 @@ def test_a_contrastive_run_has_no_head_to_decay():
 
     with pytest.raises(UserError, match="the model has no head"):
         contrastive_stepper(tiny_config(optim=OptimConfig(head_weight_decay=1.0)))
+
+
+# Fine-tuning
+
+
+def towerless(flags):
+    """Flags that leave the image tower to the model that the run starts from."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if not pair[0].startswith("--task.model.image") for word in pair]
+
+
+@pytest.fixture(scope="module")
+def sources(model_dir, tmp_path_factory):
+    """A contrastive model, a classifier of other classes, and open_clip's, with their towers."""
+    import open_clip
+
+    root = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(1)
+    classifier = NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16))
+    classifier.save_pretrained(root / "classifier")
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (root / "tiny-classify-source.json").write_text(json.dumps(config))
+    open_clip.add_model_config(root / "tiny-classify-source.json")
+    theirs = open_clip.create_model("tiny-classify-source", load_weights=False)
+    torch.save(theirs.state_dict(), root / "weights.pt")
+    ours = NaViTCLIP.from_open_clip("tiny-classify-source", root / "weights.pt")
+    return {
+        "contrastive": ({"init__model": model_dir}, NaViTCLIP.from_directory(model_dir).image),
+        "classifier": ({"init__model": root / "classifier"}, classifier.image),
+        "open_clip": (
+            {"init__model": "open_clip:tiny-classify-source", "init__weights": root / "weights.pt"},
+            ours.image,
+        ),
+    }
+
+
+@pytest.mark.parametrize("source", ["contrastive", "classifier", "open_clip"])
+def test_a_run_starts_from_a_tower_under_a_new_head(data, tmp_path, monkeypatch, sources, source):
+    given, tower = sources[source]
+    still = {"optim__lr": 1e-30, "optim__weight_decay": 0.0}
+    flags = towerless(classify_flags(data, tmp_path / "run", 1, **given, **still))
+    assert run(monkeypatch, flags) == 0
+    found = NaViTClassifier.from_pretrained(tmp_path / "run/model")
+    assert found.config.image == tower.config
+    assert found.classes == NAMES
+    for name, weight in tower.state_dict().items():
+        torch.testing.assert_close(found.image.state_dict()[name], weight, rtol=0, atol=1e-29)
+    assert found.head.weight.abs().max() < 1e-29
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(3), rel=1e-5)
+
+
+def test_fine_tuning_with_sgd_goes_on_without_its_source(data, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "source"
+    torch.manual_seed(1)
+    image = replace(TOWER, patch_size=8)
+    NaViTClassifier(ClassifierConfig(image), ("a", "b"), Preprocess(16)).save_pretrained(source)
+    options = {
+        "init__model": source,
+        "optim__name": "torch.SGD",
+        "optim__args": '{"momentum": 0.9}',
+        "optim__lr": 0.01,
+        "optim__layer_decay": 0.8,
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(monkeypatch, towerless(classify_flags(data, whole, 4, **options))) == 0
+    assert run(monkeypatch, towerless(classify_flags(data, parts, 2, **options))) == 0
+    shutil.rmtree(source)
+    assert run(monkeypatch, towerless(classify_flags(data, parts, 4, **options))) == 0
+    curves = [[(v["loss"], v["grad_norm"]) for v in metrics(one)] for one in (whole, parts)]
+    assert curves[0] == curves[1]
+
+
+def test_a_tower_given_beside_its_source_must_agree(data, tmp_path, monkeypatch, capsys, sources):
+    given, _ = sources["classifier"]
+    assert run(monkeypatch, classify_flags(data, tmp_path / "run", **given)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "task.model.image.patch_size=8 disagrees with init.model=" in line
+
+
+def test_a_contrastive_run_cannot_start_from_a_classifier(data, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(1)
+    NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16)).save_pretrained(
+        tmp_path / "source"
+    )
+    flags = ["--run_dir", str(tmp_path / "run"), "--steps", "1", "--data.train", str(data)]
+    assert run(monkeypatch, [*flags, "--init.model", str(tmp_path / "source")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is a classifier, without a text tower" in line
+
+
+def test_the_recipes_parse(tmp_path):
+    for recipe in ("classify_small", "navit_b16_classify"):
+        config, _ = parse_config(["--config", recipe, "--data.train", "shards"])
+        assert isinstance(config.task, ClassifyConfig)
+    NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16)).save_pretrained(tmp_path)
+    config, _ = parse_config(["--config", "finetune_classify", "--init.model", str(tmp_path)])
+    assert config.task.model.image == TOWER
+    assert config.optim.name == "torch.SGD"
