@@ -17,7 +17,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator
 from navit_clip.evaluation.models import PackedModel
-from navit_clip.evaluation.ranking import classify, pair_ranks
+from navit_clip.evaluation.ranking import Readout, classify, pair_ranks
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.zeroshot import ZeroShot, class_vectors
 from navit_clip.model import NaViTCLIP
@@ -94,7 +94,7 @@ def _ranks(
         classes_CD = class_vectors(texts_TD, len(evaluator.names))
         right_EC = _right(data.classes, len(classes_CD))
         each_E = torch.arange(len(images_ED))
-        found = classify(images_ED, classes_CD, right_EC, each_E, 1.0)
+        found = classify(Readout(images_ED, classes_CD), right_EC, each_E)
         return {"top-1": found.rank_E.tolist()}
     to_text_E, to_image_T = pair_ranks(images_ED, texts_TD, data.image_of_texts)
     return {"I→T": to_text_E.tolist(), "T→I": to_image_T.tolist()}

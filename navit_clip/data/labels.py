@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from navit_clip.data.annotations.class_names import index_of
-from navit_clip.data.decode import describe_members
 from navit_clip.errors import SkipSampleError
 
 
