@@ -16,6 +16,8 @@ _TASKS: dict[str, type[TaskConfig]] = {
     "masked_image": MaskedImageTaskConfig,
 }
 
+OWN_KINDS = tuple(_TASKS)  # without those that others register
+
 
 def register(kind: str, config: type[TaskConfig]) -> None:
     """Adds a task of your own, before `navit_clip.training.__main__.main` is called.
@@ -25,11 +27,6 @@ def register(kind: str, config: type[TaskConfig]) -> None:
         config: A frozen dataclass; its fields are the task's part of the configuration.
     """
     _TASKS[kind] = config
-
-
-def task_kinds() -> tuple[str, ...]:
-    """The kinds that there are."""
-    return tuple(_TASKS)
 
 
 def task_config(kind: str) -> type[TaskConfig]:

@@ -17,7 +17,7 @@ import yaml
 from navit_clip.configs import configs_in, descriptions
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
-from navit_clip.tasks.registry import task_config, task_kinds
+from navit_clip.tasks.registry import OWN_KINDS, task_config
 from navit_clip.training.config import DEFAULT_TASK, TrainConfig, task_kind
 
 _WIDTH = 100
@@ -105,7 +105,7 @@ def page() -> str:
     first = task_config(DEFAULT_TASK)
     parts = [_PAGE.format(kind=DEFAULT_TASK, fields=reference(first))]
     known = {type(value) for value in _configs(first())}
-    for kind in task_kinds():
+    for kind in OWN_KINDS:
         if kind != DEFAULT_TASK:
             task = task_config(kind)
             lines = "\n".join(["task:", *_lines(task, task, "  ", known)])
