@@ -38,6 +38,7 @@ from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
@@ -121,7 +122,7 @@ class Steps:
             task,
             task.build_model().to(self.device),
             Ranks(0, 1, self.device),
-            steps=1_000_000,  # the learning rate hardly changes
+            length=RunLength(1_000_000),  # the learning rate hardly changes
             optim=OptimConfig(),
             parallel=ParallelConfig(),
             ema=EMAConfig(),

@@ -57,7 +57,7 @@ def tiny_config(
     loss = ContrastiveLossConfig(kind, chunk_size=4)
     task = ContrastiveConfig(model=model, loss=loss, lock=lock)
     tokenizer = TokenizerConfig(path="unused")
-    return TrainConfig("unused", steps, task, tokenizer, **defaults | changes)
+    return TrainConfig("unused", task, steps, tokenizer=tokenizer, **defaults | changes)
 
 
 def rotary(config: TrainConfig) -> TrainConfig:

@@ -27,6 +27,7 @@ from navit_clip.packed.batch import Batch
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.late import Uploads
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
@@ -52,7 +53,7 @@ def build_stepper(
         task,
         task.build_model().to(setting.device),
         Ranks(0, 1, setting.device),
-        steps=1_000_000,  # the learning rate hardly changes
+        length=RunLength(1_000_000),  # the learning rate hardly changes
         optim=OptimConfig(),
         parallel=ParallelConfig(compile=compiled, bf16_residual=bf16_residual),
         ema=EMAConfig(),

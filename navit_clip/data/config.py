@@ -62,6 +62,8 @@ class DataConfig:
         train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
             list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
         mix: Instead of `train`, several datasets by name, each with its shards and weight.
+        samples: How many samples the shards of all datasets hold, for a run of `epochs`; null
+            takes what stands beside them (manifest.jsonl, NAME_stats.json, sizes.json) or counts.
         allow_commands: Run the shell commands of ``pipe:`` shards.
         resolution: How large an image becomes.
         drop: Which patches are left out.
@@ -83,6 +85,7 @@ class DataConfig:
 
     train: str | list[str] = field(default_factory=list)
     mix: dict[str, DatasetConfig] = field(default_factory=dict)
+    samples: float | None = None
     allow_commands: bool = False
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
@@ -103,6 +106,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.train and self.mix:
             raise ValueError("train and mix exclude each other: give all datasets to mix")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
         for name in ("look_ahead", "shuffle_buffer", "prefetch", "max_bad_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -99,6 +99,24 @@ def read_shard(
         raise ShardError(f"{_without_query(path)}: {error}") from error
 
 
+class EveryNth:
+    """Which samples one of `parts` readers of the same shards wants: every `parts`-th batch.
+
+    `read_shard` asks for each sample once, in order; it counts on from shard to shard.
+
+    Attributes:
+        place: Of the sample that was asked for last.
+    """
+
+    def __init__(self, batch: int, part: int, parts: int) -> None:
+        self.batch, self.part, self.parts = batch, part, parts
+        self.place = -1
+
+    def __contains__(self, index: object) -> bool:
+        self.place += 1
+        return self.place // self.batch % self.parts == self.part
+
+
 def _samples(tar: TarReader, shard: str, wanted: Container[int] | None) -> Iterator[RawSample]:
     index = -1
     key: str | None = None

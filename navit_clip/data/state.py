@@ -52,6 +52,7 @@ class DataState:
         images: Samples that readers of another number had taken before, all together.
         leftovers: What each of the rank's readers finishes first in each dataset, by the reader's
             number; empty unless the number of readers changed.
+        samples: Samples that all ranks have trained on since the run began.
         batches: Batches consumed since its readers began.
         readers: State of each of the rank's readers, by number; none before its first batch.
     """
@@ -62,6 +63,7 @@ class DataState:
     total: int = 1
     images: int = 0
     leftovers: dict[int, list[Leftover]] = field(default_factory=dict)
+    samples: int = 0
     batches: int = 0
     readers: dict[int, ReaderState] = field(default_factory=dict)
 
@@ -126,6 +128,7 @@ def open_state(
             )
     if len(saved) == world_size and first.total == state.total:
         return replace(saved[rank])
+    state.samples = first.samples
     state.images, leftovers = reshard(saved, mixture, seed, state.total)
     own = range(rank * per_rank, (rank + 1) * per_rank)
     state.leftovers = {reader: leftovers[reader] for reader in own}

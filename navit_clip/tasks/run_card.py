@@ -61,7 +61,9 @@ def _training(run_dir: Path) -> list[str]:
         "steps": f"{last.get('step', 0):,}" if metrics else None,
         "examples seen": f"{examples:,.0f}" if examples else None,
         "optimiser": _settings(optim, ("lr", "weight_decay")),
-        "schedule": _settings(_group(optim, "schedule"), ("kind", "warmup_steps")),
+        "schedule": _settings(
+            _group(optim, "schedule"), ("kind", "warmup_steps", "warmup_samples")
+        ),
         "loss": _group(task, "loss").get("kind"),
         "precision": config.get("precision"),
         "seed": config.get("seed"),

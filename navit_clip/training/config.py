@@ -8,6 +8,7 @@ Each part stands beside the class that it configures and is handed down to it; n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from navit_clip.checkpoints.checkpoint import CheckpointConfig
 from navit_clip.configs import check_choices, check_finite, config_from_dict, leaves, parser_message
 from navit_clip.data.config import DataConfig
+from navit_clip.data.shard_sizes import samples_per_epoch
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.files import reading
@@ -36,11 +38,13 @@ from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.load import TokenizerConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.evaluation import EvalConfig
+from navit_clip.training.length import RunLength
 from navit_clip.training.metrics import LogConfig
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 
 DEFAULT_TASK = "contrastive"
+_LENGTHS = ("steps", "samples", "epochs")
 _MOST_VALUES = 100_000  # in a configuration; shards are listed in files of their own
 
 
@@ -51,7 +55,11 @@ class TrainConfig:
     Attributes:
         run_dir: Where config, metrics, checkpoints and the exported model go; the same directory
             again continues the run.
-        steps: Optimiser steps of the whole run.
+        steps: Optimiser steps of the whole run. One of `steps`, `samples` and `epochs` says how
+            long it is; as a flag, it takes the place of what a recipe says.
+        samples: Samples that the whole run trains on, over all ranks, such as 13e9; it ends with
+            the first step at which so many are seen.
+        epochs: Likewise, in multiples of what the shards hold.
         task: What is trained, chosen by ``task.kind``.
         tokenizer: How text becomes token ids; null takes that of `init`.
         init: The model whose weights the run starts from.
@@ -78,8 +86,10 @@ class TrainConfig:
     """
 
     run_dir: str
-    steps: int
     task: TaskConfig
+    steps: int | None = None
+    samples: float | None = None
+    epochs: float | None = None
     tokenizer: TokenizerConfig | None = None
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -100,23 +110,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_finite(self)
-        for name in ("steps", "accumulate", "max_skipped_in_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        given = {name: n for name in _LENGTHS if (n := getattr(self, name)) is not None}
+        if len(given) != 1:
+            found = " and ".join(f"{name}={n}" for name, n in given.items()) or "none"
+            raise ValueError(f"give one of {', '.join(_LENGTHS)}, how long the run is; got {found}")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        for name in ("steps", "samples", "accumulate", "max_skipped_in_row"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.stall_timeout_s < 0:
             raise ValueError(f"stall_timeout_s must not be negative, got {self.stall_timeout_s}")
         if self.task.needs_tokenizer and self.tokenizer is None and self.init.model is None:
             raise ValueError(
                 "tokenizer is missing: give tokenizer.path, or init.model with its own"
             )
-        schedule = self.optim.schedule
-        if schedule.warmup_steps + schedule.cooldown_steps > self.steps:
-            raise ValueError(
-                f"steps={self.steps} cannot hold optim.schedule.warmup_steps="
-                f"{schedule.warmup_steps} and optim.schedule.cooldown_steps="
-                f"{schedule.cooldown_steps}: lower those or raise steps"
-            )
+        if self.steps is not None:
+            self.optim.schedule.check_length(self.steps, math.inf)
         self.task.check(self.data)
+
+    @property
+    def length(self) -> RunLength:
+        """Of the run, once `count_epochs` has replaced `epochs`."""
+        return RunLength(self.steps, None if self.samples is None else math.ceil(self.samples))
 
 
 def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[TrainConfig, str]:
@@ -136,6 +153,9 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     argv = with_recipe_paths([_with_underscores(word) for word in argv])
     for flag, word in pairwise(["", *argv]):
         _check_spaces_of(flag, word)
+    lengths = {name for name in _LENGTHS for word in argv if word.split("=")[0] == f"--{name}"}
+    if lengths:  # instead of what a recipe says
+        argv = [*argv, *(f"--{name}=null" for name in _LENGTHS if name not in lengths)]
     task = task_config(task_kind(argv))
     # Help is that of `navit_clip.training.reference`.
     parser = ArgumentParser(prog=prog, add_help=False, exit_on_error=False)
@@ -186,6 +206,26 @@ def name_precision(config: TrainConfig, resolved: str, ranks: Ranks) -> tuple[Tr
     named = begun if begun in ("fp32", "bf16") else choose_precision("auto", ranks.device)
     line = re.compile("^precision: auto$", re.MULTILINE)
     return replace(config, precision=named), line.sub(f"precision: {named}", resolved)
+
+
+def count_epochs(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """A configuration of as many samples as its `epochs` have; every rank calls it.
+
+    Raises:
+        UserError: If it cannot be told how many samples an epoch has.
+    """
+    if config.epochs is None:
+        return config
+    found: int | str = 0
+    if ranks.is_first:
+        try:
+            found = samples_per_epoch(config.data)
+        except UserError as error:
+            found = str(error)
+    found = ranks.broadcast(found)
+    if isinstance(found, str):
+        raise UserError(found)
+    return replace(config, epochs=None, samples=config.epochs * found)
 
 
 def _with_underscores(word: str) -> str:

@@ -113,7 +113,6 @@ class Evaluations:
     Args:
         config: What is evaluated, and when.
         run_dir: Gets eval/ and best/.
-        steps: Of the whole run; the last one is always evaluated.
         task: Exports the weights, and says how evaluators see the exported model.
         tokenizer: Of the run.
         ranks: This process among all of them.
@@ -126,13 +125,12 @@ class Evaluations:
         self,
         config: EvalConfig,
         run_dir: Path,
-        steps: int,
         task: Task,
         tokenizer: Tokenizer | None,
         ranks: Ranks,
     ) -> None:
         self.config, self.ranks = config, ranks
-        self._run_dir, self._steps = run_dir, steps
+        self._run_dir = run_dir
         self._task, self._tokenizer = task, tokenizer
         self._plans = config.plans()
         if not self._plans:
@@ -153,17 +151,18 @@ class Evaluations:
             if ranks.is_first:
                 self._best = BestModel(run_dir, config.best, lower=metric.lower_is_better)
 
-    def due(self, step: int, logged: Collection[str] = ()) -> list[str]:
+    def due(self, step: int, *, last: bool, logged: Collection[str] = ()) -> list[str]:
         """Names of the evaluators that are due.
 
         Args:
             step: Steps taken.
+            last: Whether it is the last one of the run, which is always evaluated.
             logged: Keys already in the log for this step; what is there is not due again.
         """
         return [
             name
             for name, plan in self._plans.items()
-            if (step % plan.every_steps == 0 or step == self._steps)
+            if (step % plan.every_steps == 0 or last)
             and not any(key.startswith(f"eval/{name}/") for key in logged)
         ]
 

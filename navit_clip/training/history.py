@@ -16,35 +16,37 @@ import yaml
 
 from navit_clip.errors import UserError
 from navit_clip.files import reading, write_output
+from navit_clip.training.length import RunLength
 from navit_clip.training.optimizers import ADAMW
 
 _NAME = re.compile(r"^step-(\d{8})\.yaml$")
 _UNSET = "unset"
+_LENGTHS = {"steps", "samples", "epochs", "data.samples"}
 
 
-def check_changes(before: Path, resolved: str, start: int, steps: int) -> list[str]:
+def check_changes(
+    before: Path, resolved: str, start: int, seen: int, length: RunLength
+) -> list[str]:
     """What differs from the configuration of a checkpoint, such as "optim.lr 0.001 → 0.01".
 
     Args:
         before: Configuration of the checkpoint, YAML.
         resolved: That of the command which continues from it, likewise.
         start: Step of the checkpoint.
-        steps: Of the whole run, as the command says.
+        seen: Samples that were seen before it.
+        length: Of the whole run, as the command says.
 
     Raises:
         UserError: If a run cannot go on so: with fewer steps than are done, another task, another
             architecture, whose weights may well have the same shapes, or another optimiser.
     """
-    if steps < start:
-        raise UserError(
-            f"steps={steps}, but the run in {before.parents[2]} has done {start}: raise steps, or "
-            "use another run_dir"
-        )
+    if length.samples is not None and not seen:
+        raise UserError(f"{before.parent} does not tell how many samples were seen: give steps")
     with reading(before, yaml.YAMLError):
         old = _flat(yaml.safe_load(before.read_text()))
     old.setdefault("optim.name", ADAMW)  # of runs begun before there were others
     new = _flat(yaml.safe_load(resolved))
-    changes = []
+    changes = {}
     for name in dict.fromkeys([*old, *new]):
         there, here = old.get(name, _UNSET), new.get(name, _UNSET)
         if there == here or name == "run_dir":
@@ -54,8 +56,15 @@ def check_changes(before: Path, resolved: str, start: int, steps: int) -> list[s
                 f"cannot resume from {before.parent}: {name} is {here}, was {there}: keep it, or "
                 "use another run_dir"
             )
-        changes.append(f"{name} {there} → {here}")
-    return changes
+        changes[name] = f"{name} {there} → {here}"
+    done, unit = length.done(start, seen), "steps" if length.steps else "samples"
+    # Unchanged it is as long as it was to be: the last step may have gone past that.
+    if length.total < done and not _LENGTHS.isdisjoint(changes):
+        raise UserError(
+            f"{unit}={length.total}, but the run in {before.parents[2]} has done {done}: "
+            "make it longer, or use another run_dir"
+        )
+    return list(changes.values())
 
 
 def keep_config(run_dir: Path, resolved: str, start: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -22,8 +23,10 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError, printable
 from navit_clip.files import atomic_write, reading, write_output, writing
 from navit_clip.packed.batch import Batch
+from navit_clip.training.length import RunLength
 
 _CONTINUES = "; once it can be written, the same command continues from the last checkpoint"
+_LONG_S = 15.0  # after which a silent start says what it waits for
 
 
 @dataclass(frozen=True)
@@ -224,25 +227,32 @@ class Progress:
     """The bar on a terminal; plain lines at each logged step elsewhere.
 
     Args:
-        steps: Steps of the whole run.
+        length: Of the whole run, in whose unit it is shown.
         step: Steps done before.
+        seen: Samples seen before.
         visible: False on all ranks but rank 0.
     """
 
-    def __init__(self, steps: int, step: int, *, visible: bool) -> None:
-        self.steps, self.first, self.visible = steps, step, visible
+    def __init__(self, length: RunLength, step: int, seen: int, *, visible: bool) -> None:
+        self.length, self.visible = length, visible
+        self.first = length.done(step, seen)
         self.since = time.perf_counter()
         plain = not (visible and sys.stderr.isatty())
         self._bar: tqdm[Any] = tqdm(
-            total=steps, initial=step, dynamic_ncols=True, bar_format=_BAR, disable=plain
+            total=length.total,
+            initial=self.first,
+            unit_scale=length.steps is None,
+            dynamic_ncols=True,
+            bar_format=_BAR,
+            disable=plain,
         )
         # Python's own way would write into the bar.
         self._process, self._show_warning = os.getpid(), warnings.showwarning
         warnings.showwarning = self._warn  # type: ignore[assignment]
 
-    def advance(self) -> None:
-        """One step further."""
-        self._bar.update()
+    def advance(self, samples: int) -> None:
+        """One step further, of so many samples."""
+        self._bar.update(self.length.done(1, samples))
 
     def show(self, values: dict[str, float]) -> None:
         """Shows metrics of a logged step."""
@@ -250,11 +260,13 @@ class Progress:
         wait = f"data wait {values['data_wait']:.1%}"
         self._bar.set_postfix_str(f"{speed}, {wait}")
         if self.visible and self._bar.disable:
-            step = int(values["step"])
+            step, total = int(values["step"]), self.length.total
+            done = self.length.done(step, int(values["samples_seen"]))
+            place = f"/{total}" if self.length.steps else f", {done:,}/{total:,} samples"
             elapsed = time.perf_counter() - self.since
-            left = elapsed / max(1, step - self.first) * (self.steps - step)
+            left = elapsed / max(1, done - self.first) * max(0, total - done)
             print(
-                f"step {step}/{self.steps}: {speed}, {values['tokens_per_s']:,.0f} tokens/s, "
+                f"step {step}{place}: {speed}, {values['tokens_per_s']:,.0f} tokens/s, "
                 f"padding {values['padding']:.1%}, {wait}, {left / 60:.1f} min left",
                 flush=True,
             )
@@ -264,6 +276,17 @@ class Progress:
         if self.visible:
             tqdm.write("\n".join(map(printable, line.split("\n"))))
             sys.stdout.flush()
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Names what is waited for if what is done inside takes long."""
+        timer = threading.Timer(_LONG_S, self.log, [f"still waiting for {what}"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _warn(self, message: Any, category: Any, filename: str, lineno: int, *also: Any) -> None:
         if os.getpid() == self._process:

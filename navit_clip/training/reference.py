@@ -38,7 +38,8 @@ _MORE = """
 --print_config  the fields of this command, resolved, as YAML; trains nothing
 """
 _USED = (
-    "run_dir", "steps", "data.train", "data.workers", "data.budget", "tokenizer.path", "init.model",
+    "run_dir", "steps", "samples", "epochs", "data.train", "data.workers", "data.budget",
+    "tokenizer.path", "init.model",
     "optim.lr", "optim.schedule", "accumulate", "parallel.kind", "checkpoint.every_steps",
     "log.every_steps", "eval.evaluators", "seed", "precision", "device",
 )  # fmt: skip

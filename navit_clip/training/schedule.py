@@ -1,10 +1,12 @@
-"""Learning rate over the steps: linear warm-up, then cosine, rsqrt or constant, then cool-down."""
+"""Learning rate over a run: linear warm-up, then cosine, rsqrt or constant, then cool-down."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from navit_clip.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -15,40 +17,83 @@ class ScheduleConfig:
         kind: ``cosine`` to `final_share` of the peak; ``rsqrt``, the paper's, falling with the
             root of the step; ``constant``.
         warmup_steps: Steps of linear rise from zero.
-        cooldown_steps: Last steps, over which the rate falls linearly to zero.
+        warmup_samples: If given, instead of `warmup_steps`: samples of all ranks.
+        cooldown_steps: Last steps, over which the rate falls linearly to zero. In a run of samples
+            or epochs they are the last ones if steps go on to have as many samples as so far.
+        cooldown_samples: If given, instead of `cooldown_steps`: the last samples.
         timescale: Of ``rsqrt``: steps after warm-up until the rate has fallen to 1/√2.
         final_share: Of ``cosine``: share of the peak that is left at the end.
     """
 
     kind: Literal["cosine", "rsqrt", "constant"] = "cosine"
     warmup_steps: int = 0
+    warmup_samples: float | None = None
     cooldown_steps: int = 0
+    cooldown_samples: float | None = None
     timescale: int = 10_000
     final_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "cooldown_steps"):
-            steps = getattr(self, name)
-            if steps < 0:
-                raise ValueError(f"{name} must not be negative, got {steps}")
+        for name in ("warmup_steps", "warmup_samples", "cooldown_steps", "cooldown_samples"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}")
         if self.timescale < 1:
             raise ValueError(f"timescale must be at least 1, got {self.timescale}")
         if not 0 <= self.final_share <= 1:
             raise ValueError(f"final_share must lie in [0, 1], got {self.final_share}")
 
+    def in_steps(self, per_step: float) -> tuple[float, float]:
+        """Steps of warm-up and of cool-down, if a step has so many samples."""
+        warmup, cooldown = float(self.warmup_steps), float(self.cooldown_steps)
+        if self.warmup_samples is not None:
+            warmup = self.warmup_samples / per_step if per_step else math.inf
+        if self.cooldown_samples is not None:
+            cooldown = self.cooldown_samples / per_step if per_step else 0.0
+        return warmup, cooldown
 
-def lr_multiplier(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Multiple of the peak learning rate for step `step`, from 0, of a run of `steps`."""
+    def check_length(self, steps: float, per_step: float) -> None:
+        """Refuses a warm-up and cool-down that a run cannot hold.
+
+        Args:
+            steps: Of the run.
+            per_step: Samples of a step; infinity leaves out what is given in samples.
+
+        Raises:
+            UserError: If they are more.
+        """
+        warmup, cooldown = self.in_steps(per_step)
+        if warmup + cooldown > steps:
+            raise UserError(
+                f"{steps:,.0f} steps cannot hold {warmup:,.0f} warm-up and {cooldown:,.0f} "
+                "cool-down steps: lower optim.schedule.warmup_steps or "
+                "optim.schedule.cooldown_steps, or those in samples, or make the run longer"
+            )
+
+
+def lr_multiplier(config: ScheduleConfig, step: int, steps: float, seen: int = 0) -> float:
+    """Multiple of the peak learning rate.
+
+    What is given in samples becomes steps at the mean number of samples of the steps so far, which
+    makes progress within it one in samples.
+
+    Args:
+        config: Of the schedule.
+        step: For which step, from 0.
+        steps: Of the run, as many as are expected at this step.
+        seen: Samples seen before this step.
+    """
+    warmup, cooldown = config.in_steps(seen / step if step else 0.0)
     multiplier = 1.0
-    past_warmup = step - config.warmup_steps
+    past_warmup = step - warmup
     if past_warmup < 0:
-        multiplier = (step + 1) / (config.warmup_steps + 1)
+        multiplier = (step + 1) / (warmup + 1)
     elif config.kind == "cosine":
-        span = max(1, steps - config.warmup_steps - config.cooldown_steps)
+        span = max(1, steps - warmup - cooldown)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, past_warmup / span)))
         multiplier = config.final_share + (1 - config.final_share) * cosine
     elif config.kind == "rsqrt":
         multiplier = math.sqrt(config.timescale / (config.timescale + past_warmup))
-    if config.cooldown_steps:
-        multiplier *= min(1.0, (steps - step) / (config.cooldown_steps + 1))
+    if cooldown:
+        multiplier *= min(1.0, (steps - step) / (cooldown + 1))
     return multiplier

@@ -25,6 +25,7 @@ from navit_clip.tasks.base import Loss, Task
 from navit_clip.training.ema import EMA, EMAConfig
 from navit_clip.training.gradcache import cached_backward
 from navit_clip.training.late import LateScalars
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFinite, NonFiniteGuard, find_examples
 from navit_clip.training.optim import OptimConfig, build_optimizer
 from navit_clip.training.optimizers import update
@@ -91,7 +92,7 @@ class Stepper:
         model: On the ranks' device, the same on all of them; frozen and sharded in place if so
             configured.
         ranks: This process among all of them.
-        steps: Optimiser steps of the whole run.
+        length: Of the whole run, which its schedule is stretched over.
         optim: Optimiser and learning rate.
         parallel: How the ranks share the model.
         ema: Whether the run keeps an average of the weights.
@@ -112,7 +113,7 @@ class Stepper:
         model: nn.Module,
         ranks: Ranks,
         *,
-        steps: int,
+        length: RunLength,
         optim: OptimConfig,
         parallel: ParallelConfig,
         ema: EMAConfig,
@@ -120,7 +121,7 @@ class Stepper:
         precision: Precision,
     ) -> None:
         self.task, self.model, self.ranks = task, model, ranks
-        self.steps, self.optim, self.precision = steps, optim, precision
+        self.length, self.optim, self.precision = length, optim, precision
         task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
         self.kernels = self._parallel.kernels
@@ -130,18 +131,18 @@ class Stepper:
         self.guard = guard
         self._found_inf = torch.zeros((), device=ranks.device)
 
-    def announce(self, inputs: Sequence[Inputs], flags: Sequence[bool] = ()) -> Announcement:
+    def announce(self, inputs: Sequence[Inputs], more: Sequence[float] = ()) -> Announcement:
         """Begins to tell the ranks what this one brings to the next step; every rank calls it.
 
         Args:
             inputs: Of the micro-batches of that step, best on the host still.
-            flags: Whatever else the ranks should know, as many on all.
+            more: Whatever else the ranks should know, as many numbers on all.
 
         Returns:
-            Of each rank the task's count, then its flags.
+            Of each rank the task's count, then those numbers.
         """
         count = sum(self.task.count(part) for part in inputs)
-        return self.ranks.announce([count, *map(float, flags)])
+        return self.ranks.announce([count, *map(float, more)])
 
     def step(self, batches: Sequence[Batch], step: int, *, measure: bool = False) -> StepResult:
         """`begin` and `finish` in one."""
@@ -154,6 +155,7 @@ class Stepper:
         step: int,
         announced: Announcement,
         *,
+        seen: int = 0,
         measure: bool = False,
     ) -> PendingStep:
         """Begins one step; every rank calls it with as many micro-batches.
@@ -167,13 +169,15 @@ class Stepper:
                 are one batch to the loss.
             step: Number of the step, from 0.
             announced: From `announce`.
+            seen: Samples of all ranks before this step.
             measure: Also measure weights and update, for a pass and a copy of the weights more.
 
         Returns:
             The step, for `finish`; before a state is taken, and at the latest after `begin` of the
             next step.
         """
-        lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, self.steps)
+        steps = self.length.expected_steps(step, seen)
+        lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, steps, seen)
         for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
             group["lr"] = lr * factor
         loss, outputs = self._backward([batch.inputs for batch in batches], announced)

@@ -8,10 +8,9 @@ metrics through `metrics`, and evaluations from `evaluation`.
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import yaml
 from navit_clip.checkpoints.checkpoint import Checkpoints
 from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS
 from navit_clip.checkpoints.lock import RunLock
+from navit_clip.checkpoints.rank_state import SavedDataStates
 from navit_clip.data.fingerprint import Fingerprint, difference, fingerprints
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
@@ -33,7 +33,7 @@ from navit_clip.files import reading
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
-from navit_clip.training.config import TrainConfig, name_precision
+from navit_clip.training.config import TrainConfig, count_epochs, name_precision
 from navit_clip.training.evaluation import Evaluations
 from navit_clip.training.history import check_changes, keep_config
 from navit_clip.training.late import Uploads, reads_late
@@ -49,7 +49,6 @@ _KILLED_WORKERS = (
     "lower data.workers, data.prefetch or data.shuffle_buffer; the same command continues from the "
     "last checkpoint"
 )
-_LONG_S = 15.0  # after which a silent start says what it waits for
 
 
 def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
@@ -64,6 +63,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
         UserError: For anything the user can fix; nothing already written is lost.
     """
     config, resolved = name_precision(config, resolved, ranks)
+    config = count_epochs(config, ranks)
     with RunLock(Path(config.run_dir), ranks) as lock:
         run = _Run(config, resolved, ranks, lock)
         try:
@@ -72,7 +72,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
                 # Only now: a command that was refused leaves the directory as it was.
                 run.open()
                 run.catch_up()
-                if run.start < config.steps:
+                if not run.over:
                     run.loop()
                 run.watchdog.heartbeat("the export of the model", slow=True)
                 weights = run.stepper.host_weights()
@@ -91,7 +91,7 @@ def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks
         task,
         model.to(ranks.device),
         ranks,
-        steps=config.steps,
+        length=config.length,
         optim=config.optim,
         parallel=config.parallel,
         ema=config.ema,
@@ -109,18 +109,20 @@ class _Run:
         self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint, ranks)
         self.start = self.checkpoints.newest() or 0
         checkpoint = self.checkpoints.path(self.start) if self.start else None
-        self.changes = (
-            check_changes(checkpoint / RUN_CONFIG, resolved, self.start, config.steps)
-            if checkpoint
-            else []
-        )
+        self.changes, seen = list[str](), 0
+        if checkpoint:
+            seen = SavedDataStates(checkpoint, 1)[0].samples
+            self.changes = check_changes(
+                checkpoint / RUN_CONFIG, resolved, self.start, seen, config.length
+            )
+        self.over = config.length.is_over(self.start, seen)
         torch.manual_seed(config.seed)
         self.task = config.task.build(config.data)
         model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
         self.evaluations = Evaluations(
-            config.eval, self.directory, config.steps, self.task, self.tokenizer, ranks
+            config.eval, self.directory, self.task, self.tokenizer, ranks
         )
         self.stepper = build_stepper(config, self.task, model, ranks)
         saved: Sequence[DataState] = []
@@ -143,7 +145,7 @@ class _Run:
         self.watchdog = Watchdog(
             self.directory, ranks.rank, config.stall_timeout_s, self.board.lines
         )
-        self.progress = Progress(config.steps, self.start, visible=ranks.is_first)
+        self.progress = Progress(config.length, self.start, seen, visible=ranks.is_first)
         self.metrics: MetricsLog | None = None
         self.samples: StepLog | None = None
         self.batches: Generator[Batch[Any], None, None] | None = None
@@ -190,7 +192,7 @@ class _Run:
             self.progress.log(slow)
         if self.changes:
             self.progress.log(f"changed since step {self.start}: {'; '.join(self.changes)}")
-        if self.start >= config.steps:
+        if self.over:
             return
         self.watchdog.heartbeat("the first look at the shards", slow=True)
         self._look_at_shards()
@@ -208,26 +210,21 @@ class _Run:
                 pin_memory=ranks.device.type == "cuda",
                 board=self.board,
             )
-            with self._patience():
+            shards = self.mixture.shards
+            first = f"the first batch of {len(shards)} shard(s), such as {shards[0]}"
+            with self.progress.waiting_for(first):
                 self.first = [next(self.batches)]
         except UserError as error:
             problem = str(error)
         problem = next(filter(None, ranks.gather([problem])), None)
         if problem is not None:
             raise UserError(problem)
-
-    @contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Names what is waited for if what is done inside takes long."""
-        shards = self.mixture.shards
-        line = f"still waiting for the first batch of {len(shards)} shard(s), such as {shards[0]}"
-        timer = threading.Timer(_LONG_S, self.progress.log, [line])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        if not self.start:
+            per_step = int(ranks.sum([self.first[0].counts.examples])[0]) * config.accumulate
+            steps = config.length.expected_steps(1, per_step)
+            if config.steps is None:
+                self.progress.log(f"{config.length.total:,} samples are about {steps:,.0f} steps")
+            config.optim.schedule.check_length(steps, per_step)
 
     def open(self) -> None:
         """Writes what the run is read by, and opens all that it reports to."""
@@ -259,7 +256,8 @@ class _Run:
         if self.start:
             logged = self.metrics.resumed if self.metrics is not None else set()
             logged = self.ranks.broadcast(logged)
-            self._evaluate(self.evaluations.due(self.start, logged), self.start)
+            due = self.evaluations.due(self.start, last=self.over, logged=logged)
+            self._evaluate(due, self.start)
 
     def loop(self) -> None:
         """Trains to the last step, or until the run is asked to stop."""
@@ -268,17 +266,21 @@ class _Run:
         interval = Interval(self.build.streams, datasets)
         skips, uploads = SkipReport(), Uploads(ranks.device)
         with stop_signals() as signals:
-            for step in range(self.start, config.steps):
+            for step in count(self.start):
                 # The first one compiles, and waits for the readers to start.
                 self.watchdog.heartbeat(f"step {step + 1}", slow=step == self.start)
                 taken = self._take(interval)
                 done = step + 1
-                logged = done % config.log.every_steps == 0 or done == config.steps
                 asked = bool(signals) or self.checkpoints.failed
                 announced = self.stepper.announce(
-                    [batch.inputs for batch in taken], [asked, self.lock.lost]
+                    [batch.inputs for batch in taken],
+                    [sum(batch.counts.examples for batch in taken), asked, self.lock.lost],
                 )
-                begun = self.stepper.begin(uploads.copy(taken), step, announced, measure=logged)
+                logged = done % config.log.every_steps == 0 or done == config.steps
+                seen = self.data_state.samples
+                begun = self.stepper.begin(
+                    uploads.copy(taken), step, announced, seen=seen, measure=logged
+                )
                 self._settle()  # the step before, while the device works on this one
                 for batch in taken:
                     self.data_state.advance(batch)
@@ -287,34 +289,42 @@ class _Run:
                     if self.samples is not None:
                         reader = next(iter(batch.state))
                         self.samples.write({"step": done, "reader": reader, "ids": batch.ids})
-                progress.advance()
+                sizes, *flags = zip(*(more for _, *more in announced.wait()), strict=True)
+                self.data_state.samples += int(sum(sizes))
+                progress.advance(int(sum(sizes)))
+                self.over = config.length.is_over(done, self.data_state.samples)
+                logged = logged or self.over
                 # A checkpoint that failed stops the run now, not at the next one: saving says why.
                 if ranks.world_size == 1:  # needs no one's consent: also what came since
                     stopping, lost = bool(signals) or self.checkpoints.failed, self.lock.lost
                 else:
-                    _, stopping, lost = map(any, zip(*announced.wait(), strict=True))
+                    stopping, lost = map(any, flags)
                 if lost:
                     raise UserError(
                         f"another trainer has taken {self.directory} from this one, which had "
                         "stood still for long"
                     )
-                due = self.evaluations.due(done)
-                saving = done % config.checkpoint.every_steps == 0 or done == config.steps
-                self._pending = begun, interval.rates(ranks) if logged else None
+                due = self.evaluations.due(done, last=self.over)
+                saving = done % config.checkpoint.every_steps == 0 or self.over
+                self._pending = begun, None
                 if logged:
+                    rates = {"samples_seen": self.data_state.samples, **interval.rates(ranks)}
+                    self._pending = begun, rates
                     interval = Interval(self.build.streams, datasets)
                 if saving or stopping or due or not reads_late(ranks.device):
                     self._settle()
                 if saving or stopping:
                     self.watchdog.heartbeat(f"the checkpoint of step {done}", slow=True)
                     self.checkpoints.save(done, self.stepper.state(), self.data_state)
-                if stopping and done < config.steps:
+                if stopping and not self.over:
                     self.checkpoints.wait()
                     progress.log(f"stopped at step {done}; the same command continues from there")
                     raise SystemExit(0)
                 # After the checkpoint, which is written meanwhile and is there if anything fails.
                 with interval.paused():
                     self._evaluate(due, done)
+                if self.over:
+                    break
             self.checkpoints.wait()
 
     def _take(self, interval: Interval) -> list[Batch[Any]]:
@@ -374,5 +384,5 @@ class _Run:
     def _evaluate(self, names: Sequence[str], step: int) -> None:
         for values, line in self.evaluations.run(names, step, self.stepper, self.watchdog):
             if self.metrics is not None:
-                self.metrics.write(values)
+                self.metrics.write({**values, "samples_seen": self.data_state.samples})
             self.progress.log(line)

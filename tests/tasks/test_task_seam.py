@@ -30,6 +30,7 @@ from navit_clip.packed.ragged import Ragged
 from navit_clip.training.__main__ import main
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
@@ -128,7 +129,7 @@ def new_stepper(ranks=ALONE, parallel=None, policy="stop"):
         task,
         task.build_model().double(),
         ranks,
-        steps=20,
+        length=RunLength(20),
         optim=OptimConfig(
             lr=1e-2, eps=1e-6, layer_decay=0.8, schedule=ScheduleConfig(warmup_steps=1)
         ),

@@ -210,7 +210,7 @@ def open_run(flags, ranks):
     stepper = build_stepper(config, task, task.build_model(), ranks)
     tokenizer = build_tokenizer(config.tokenizer)
     run_dir = Path(config.run_dir)
-    evaluations = Evaluations(config.eval, run_dir, config.steps, task, tokenizer, ranks)
+    evaluations = Evaluations(config.eval, run_dir, task, tokenizer, ranks)
     return stepper, evaluations, tokenizer
 
 

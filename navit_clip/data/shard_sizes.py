@@ -1,0 +1,82 @@
+"""How many samples the training shards hold, which says how long an epoch is.
+
+From what tools write beside the shards: ``manifest.jsonl`` (`navit-clip data make_shards`),
+``NAME_stats.json`` (img2dataset), ``sizes.json`` (webdataset, open_clip). Without these a few local
+shards are counted, header by header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from navit_clip.data.config import DataConfig
+from navit_clip.data.mixture import Mixture
+from navit_clip.data.shards import EveryNth, ShardError, read_shard
+from navit_clip.errors import UserError, printable
+
+_MOST_COUNTED = 100  # shards; a count reads each header, a minute for a million samples
+
+
+def samples_per_epoch(config: DataConfig) -> int:
+    """Samples of all datasets together, unusable ones included.
+
+    Raises:
+        UserError: If there are no shards, or it cannot be told how many samples they hold.
+    """
+    if config.samples is not None:
+        return int(config.samples)
+    shards = Mixture.find(config).shards
+    recorded = _recorded(set(shards))
+    sizes = {shard: size for shard, size in recorded if type(size) is int and size >= 0}
+    unknown = [shard for shard in dict.fromkeys(shards) if shard not in sizes]
+    remote = next((shard for shard in unknown if not os.path.isfile(shard)), None)
+    if remote is not None or len(unknown) > _MOST_COUNTED:
+        raise UserError(
+            f"epochs needs the number of training samples, and nothing beside "
+            f"{printable(remote or unknown[0])} says how many it holds (manifest.jsonl, "
+            "NAME_stats.json or sizes.json): give data.samples"
+        )
+    sizes |= {shard: _count(shard) for shard in unknown}
+    total = sum(sizes[shard] for shard in shards)
+    if not total:
+        raise UserError(f"epochs needs training samples, and there is none in {len(shards)} shards")
+    return total
+
+
+def _count(shard: str) -> int:
+    """Samples of a shard, as far as it can be read."""
+    none = EveryNth(1, part=-1, parts=1)
+    with suppress(ShardError):
+        for _ in read_shard(shard, none):
+            pass
+    return none.place + 1
+
+
+def _recorded(shards: set[str]) -> Iterator[tuple[str, Any]]:
+    """Shards, and what stands beside them of how many samples they hold."""
+    for shard in shards:
+        for stats in _objects(Path(f"{os.path.splitext(shard)[0]}_stats.json")):
+            yield shard, stats.get("successes")
+    for folder in {os.path.dirname(shard) for shard in shards}:
+        for sizes in _objects(Path(folder, "sizes.json")):
+            yield from ((os.path.join(folder, name), size) for name, size in sizes.items())
+        for record in _objects(Path(folder, "manifest.jsonl"), lines=True):
+            shard = os.path.join(folder, str(record.get("shard")))
+            # Not if the shard was written again since.
+            if os.path.isfile(shard) and os.path.getsize(shard) == record.get("bytes"):
+                yield shard, record.get("samples")
+
+
+def _objects(path: Path, *, lines: bool = False) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a file, up to where it is damaged; none if there is no file."""
+    with suppress(OSError, ValueError, RecursionError):
+        text = path.read_text(encoding="utf-8")
+        for part in text.splitlines() if lines else [text]:
+            values = json.loads(part)
+            if isinstance(values, dict):
+                yield values
