@@ -62,6 +62,7 @@ class DataConfig:
         train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
             list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
         mix: Instead of `train`, several datasets by name, each with its shards and weight.
+        validation: Shards for the validation loss, given as `train` is; see eval.validation.
         samples: How many samples the shards of all datasets hold, for a run of `epochs`; null
             takes what stands beside them (manifest.jsonl, NAME_stats.json, sizes.json) or counts.
         allow_commands: Run the shell commands of ``pipe:`` shards.
@@ -85,6 +86,7 @@ class DataConfig:
 
     train: str | list[str] = field(default_factory=list)
     mix: dict[str, DatasetConfig] = field(default_factory=dict)
+    validation: str | list[str] = field(default_factory=list)
     samples: float | None = None
     allow_commands: bool = False
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)

@@ -66,6 +66,8 @@ class Members:
     ) -> Members:
         """Finds out who there is; a collective call unless the counts are given.
 
+        One count alone is that of this process, which then computes by itself.
+
         Args:
             block_ED: This rank's block [n, D], n >= 0, of one of DTYPES, on the group's device.
             group: Any group this process belongs to; None is the default group, or this process
@@ -81,7 +83,8 @@ class Members:
                 transfer that would hang).
         """
         rank, size = 0, 1
-        if dist.is_available() and dist.is_initialized():
+        alone = group is None and counts is not None and len(counts) == 1
+        if dist.is_available() and dist.is_initialized() and not alone:
             group = dist.group.WORLD if group is None else group
             rank, size = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:

@@ -67,7 +67,8 @@ def softmax_contrastive_loss(
         chunk_size: Side of the largest tile of logits that exists at any time; None takes 4096 on
             CUDA, 8192 for bfloat16, and on the CPU 1024 to 4096, more for more pairs.
         counts: Pairs of each rank of the group, where the caller knows them. The ranks then need
-            not ask each other, and features of one width and dtype are the caller's promise.
+            not ask each other, and features of one width and dtype are the caller's promise. One
+            count without a group: the loss is over this process's own pairs, no collective call.
         exchange: ``ring`` passes texts from rank to rank, at any number of pairs in the memory of
             two ranks' features. ``gather`` collects some of all ranks' texts at once, in rounds:
             fewer and larger steps. ``auto`` gathers with more than 16 ranks and on average fewer

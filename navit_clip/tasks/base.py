@@ -95,7 +95,8 @@ class Task(ABC):
         Args:
             outputs: As the model returned them; of several micro-batches concatenated.
             inputs: Of those micro-batches, in order.
-            counts: Sum of `count` over all micro-batches of the step, rank by rank.
+            counts: Sum of `count` over all micro-batches of the step, rank by rank; only this
+                rank's for a loss of its own examples alone, in which no other takes part.
         """
 
     @abstractmethod
@@ -196,12 +197,15 @@ class TaskConfig(ABC):
     Attributes:
         kind: Name of the task, by which the configuration chooses it.
         needs_tokenizer: Samples have text.
+        predicts_dropped: What data.drop leaves out is what the model predicts: the validation loss,
+            which else is of whole images, needs it too.
     """
 
     kind: str
     # Without a type: jsonargparse looks up the types of a subclass, its bases' too, among the names
     # of the subclass's module.
     needs_tokenizer = False
+    predicts_dropped = False
 
     @abstractmethod
     def check(self, data: DataConfig) -> None:

@@ -41,6 +41,8 @@ class MaskedImageTaskConfig(TaskConfig):
         model: Architecture of tower and decoder; that of `init` for the tower if it is given.
     """
 
+    predicts_dropped = True
+
     kind: Literal["masked_image"] = "masked_image"
     model: MaskedImageConfig = field(default_factory=MaskedImageConfig)
 

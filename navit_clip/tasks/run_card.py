@@ -79,7 +79,8 @@ def _training(run_dir: Path) -> list[str]:
         name.removeprefix("eval/"): [line.get("step"), f"{value:.4g}"]
         for line in lines
         for name, value in line.items()
-        if name.startswith("eval/") and not name.endswith("/seconds")
+        if name == "validation/loss" or (name.startswith("eval/") and not name.endswith("/seconds"))
+        if isinstance(value, int | float)
     }
     if evaluated:
         rows = [[name, *values] for name, values in evaluated.items()]

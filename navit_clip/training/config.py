@@ -113,7 +113,7 @@ class TrainConfig:
         given = {name: n for name in _LENGTHS if (n := getattr(self, name)) is not None}
         if len(given) != 1:
             found = " and ".join(f"{name}={n}" for name, n in given.items()) or "none"
-            raise ValueError(f"give one of {', '.join(_LENGTHS)}, how long the run is; got {found}")
+            raise ValueError(f"{', '.join(_LENGTHS)}: give one, how long the run is; got {found}")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
         for name in ("steps", "samples", "accumulate", "max_skipped_in_row"):
@@ -126,8 +126,8 @@ class TrainConfig:
             raise ValueError(
                 "tokenizer is missing: give tokenizer.path, or init.model with its own"
             )
-        if self.steps is not None:
-            self.optim.schedule.check_length(self.steps, math.inf)
+        if self.steps and (misfit := self.optim.schedule.misfit(self.steps, math.inf)):
+            raise ValueError(misfit)
         self.task.check(self.data)
 
     @property

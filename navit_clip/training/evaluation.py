@@ -33,7 +33,10 @@ from navit_clip.tasks.base import ExportedModel, Task
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.step import Stepper
+from navit_clip.training.validation import Validation, ValidationConfig
 from navit_clip.training.watchdog import Watchdog
+
+VALIDATION = "validation loss"  # beside names of evaluators, which have no space
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class EvalConfig:
             step), and all else a field of its specification, such as
             `navit_clip.evaluation.retrieval.RetrievalSpec`: data, images, captions, classnames,
             templates, max_tokens and more.
+        validation: The loss on data.validation, when and in what batches.
         best: Keep the best model by this metric in best/ of the run directory, such as
             ``coco/text_to_image/R@1``; null keeps none.
         workers: Decoding processes per rank; 0 decodes in the trainer's.
@@ -57,6 +61,7 @@ class EvalConfig:
     """
 
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     best: str | None = None
     workers: int = 1
 
@@ -116,6 +121,7 @@ class Evaluations:
         task: Exports the weights, and says how evaluators see the exported model.
         tokenizer: Of the run.
         ranks: This process among all of them.
+        validation: Of the run, if it has one.
 
     Raises:
         UserError: If an evaluator has no data, or a setting or metric asked for does not exist.
@@ -128,8 +134,9 @@ class Evaluations:
         task: Task,
         tokenizer: Tokenizer | None,
         ranks: Ranks,
+        validation: Validation | None = None,
     ) -> None:
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self._validation = config, ranks, validation
         self._run_dir = run_dir
         self._task, self._tokenizer = task, tokenizer
         self._plans = config.plans()
@@ -152,18 +159,21 @@ class Evaluations:
                 self._best = BestModel(run_dir, config.best, lower=metric.lower_is_better)
 
     def due(self, step: int, *, last: bool, logged: Collection[str] = ()) -> list[str]:
-        """Names of the evaluators that are due.
+        """Names of the evaluators that are due, `VALIDATION` among them.
 
         Args:
             step: Steps taken.
             last: Whether it is the last one of the run, which is always evaluated.
             logged: Keys already in the log for this step; what is there is not due again.
         """
+        cadence = {name: (plan.every_steps, f"eval/{name}/") for name, plan in self._plans.items()}
+        if self._validation is not None:
+            cadence[VALIDATION] = self._validation.config.every_steps, "validation/"
         return [
             name
-            for name, plan in self._plans.items()
-            if (step % plan.every_steps == 0 or last)
-            and not any(key.startswith(f"eval/{name}/") for key in logged)
+            for name, (every_steps, prefix) in cadence.items()
+            if (step % every_steps == 0 or last)
+            and not any(key.startswith(prefix) for key in logged)
         ]
 
     def run(
@@ -179,7 +189,7 @@ class Evaluations:
 
         Yields:
             Of each evaluator, on rank 0 alone: what to log (the step, and ``eval/NAME/METRIC`` of
-            each metric), and a line for the terminal.
+            each metric, ``validation/METRIC``), and a line for the terminal.
 
         Raises:
             UserError: If data has become unreadable, or the disk takes no result.
@@ -189,9 +199,26 @@ class Evaluations:
         device = self.ranks.device
         # Whatever is drawn inside, the run's generators go on as if it had not been.
         kept = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
+        weights = stepper.full_weights()
+        if self._validation is not None and VALIDATION in names:
+            since = time.perf_counter()
+            beat = partial(watchdog.heartbeat, f"the {VALIDATION} of step {step}", slow=True)
+            with kept():
+                loss, skipped = self._validation.run(
+                    weights, stepper.precision, self.config.workers, beat
+                )
+            if self.ranks.is_first:
+                seconds = time.perf_counter() - since
+                values = {"loss": loss, "skipped": skipped, "seconds": seconds}
+                logged = {f"validation/{key}": value for key, value in values.items()}
+                line = f"step {step}, {VALIDATION} {loss:.4f}, {skipped} skipped ({seconds:.1f} s)"
+                yield {"step": step, **logged}, line
+        evaluators = [name for name in names if name != VALIDATION]
+        if not evaluators:
+            return
         with kept():
-            trained = self._task.export(stepper.full_weights(), self._tokenizer)
-        for name in names:
+            trained = self._task.export(weights, self._tokenizer)
+        for name in evaluators:
             plan, since = self._plans[name], time.perf_counter()
             beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
             beat()

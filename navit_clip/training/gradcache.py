@@ -51,9 +51,9 @@ def cached_backward(
         for part in inputs:
             states.append(generator_states(device))
             outputs.append(embed(part))
-    leaves = [_leaf(values) for values in zip(*outputs, strict=True)]
     sizes = [next(len(v) for v in output if v is not None and v.ndim) for output in outputs]
-    whole = type(outputs[0])(*leaves)
+    whole = concatenate(outputs)
+    leaves = list(whole)
     outputs.clear()
     loss = loss_of(whole)
     (loss.total * parallel.gradient_factor).backward()
@@ -76,6 +76,11 @@ def cached_backward(
             if heads:
                 torch.autograd.backward(heads, head_gradients)
     return Loss(loss.total.detach(), loss.metrics), whole
+
+
+def concatenate(outputs: Sequence[Any]) -> Any:
+    """A model's outputs for several micro-batches as one; its tensors are leaves of a new graph."""
+    return type(outputs[0])(*(_leaf(values) for values in zip(*outputs, strict=True)))
 
 
 def _leaf(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from navit_clip.errors import UserError
-
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -52,23 +50,22 @@ class ScheduleConfig:
             cooldown = self.cooldown_samples / per_step if per_step else 0.0
         return warmup, cooldown
 
-    def check_length(self, steps: float, per_step: float) -> None:
-        """Refuses a warm-up and cool-down that a run cannot hold.
+    def misfit(self, steps: float, per_step: float) -> str | None:
+        """Names a warm-up or cool-down that a run cannot hold; None if there is none.
 
         Args:
             steps: Of the run.
             per_step: Samples of a step; infinity leaves out what is given in samples.
-
-        Raises:
-            UserError: If they are more.
         """
         warmup, cooldown = self.in_steps(per_step)
-        if warmup + cooldown > steps:
-            raise UserError(
-                f"{steps:,.0f} steps cannot hold {warmup:,.0f} warm-up and {cooldown:,.0f} "
-                "cool-down steps: lower optim.schedule.warmup_steps or "
-                "optim.schedule.cooldown_steps, or those in samples, or make the run longer"
-            )
+        if warmup + cooldown <= steps:
+            return None
+        part = "warmup" if warmup > cooldown else "cooldown"
+        unit = "steps" if getattr(self, f"{part}_samples") is None else "samples"
+        return (
+            f"optim.schedule.{part}_{unit}: {steps:,.0f} steps cannot hold {warmup:,.0f} of "
+            f"warm-up and {cooldown:,.0f} of cool-down: lower those or make the run longer"
+        )
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, steps: float, seen: int = 0) -> float:

@@ -43,6 +43,7 @@ from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
 from navit_clip.training.signals import stop_signals
 from navit_clip.training.starting_weights import starting_point
 from navit_clip.training.step import PendingStep, Stepper, StepResult
+from navit_clip.training.validation import open_validation
 from navit_clip.training.watchdog import Watchdog
 
 _KILLED_WORKERS = (
@@ -121,8 +122,11 @@ class _Run:
         model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
+        validation = open_validation(
+            config.eval.validation, config.task, config.data, self.tokenizer, ranks
+        )
         self.evaluations = Evaluations(
-            config.eval, self.directory, self.task, self.tokenizer, ranks
+            config.eval, self.directory, self.task, self.tokenizer, ranks, validation
         )
         self.stepper = build_stepper(config, self.task, model, ranks)
         saved: Sequence[DataState] = []
@@ -211,8 +215,8 @@ class _Run:
                 board=self.board,
             )
             shards = self.mixture.shards
-            first = f"the first batch of {len(shards)} shard(s), such as {shards[0]}"
-            with self.progress.waiting_for(first):
+            awaited = f"the first batch of {len(shards)} shard(s), such as {shards[0]}"
+            with self.progress.waiting_for(awaited):
                 self.first = [next(self.batches)]
         except UserError as error:
             problem = str(error)
@@ -220,11 +224,19 @@ class _Run:
         if problem is not None:
             raise UserError(problem)
         if not self.start:
-            per_step = int(ranks.sum([self.first[0].counts.examples])[0]) * config.accumulate
+            ids = self.first[0].ids
+            examples, different = map(int, ranks.sum([len(ids), len(set(ids))]))
+            if different < examples:
+                self.progress.log(
+                    f"the first batch of {examples:,} samples has only {different:,} different "
+                    "ones: the data is small for such batches; lower data.budget or data.workers"
+                )
+            per_step = examples * config.accumulate
             steps = config.length.expected_steps(1, per_step)
             if config.steps is None:
                 self.progress.log(f"{config.length.total:,} samples are about {steps:,.0f} steps")
-            config.optim.schedule.check_length(steps, per_step)
+            if misfit := config.optim.schedule.misfit(steps, per_step):
+                raise UserError(misfit)
 
     def open(self) -> None:
         """Writes what the run is read by, and opens all that it reports to."""
@@ -233,12 +245,11 @@ class _Run:
             self.checkpoints.tidy(self.progress.log)
             keep_config(self.directory, self.resolved, self.start)
         ranks.barrier()
-        if ranks.is_first:
-            values: dict[str, Any] = yaml.safe_load(self.resolved)
-            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
         if config.log.samples:
             self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
         if ranks.is_first:
+            values: dict[str, Any] = yaml.safe_load(self.resolved)
+            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
             for line in self.task.report(self.mixture, self.tokenizer):
                 self.progress.log(line)
 

@@ -39,11 +39,13 @@ from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
 from navit_clip.tasks.source import InitConfig
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig, build_optimizer
 from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.schedule import ScheduleConfig
 from navit_clip.training.step import Stepper
+from navit_clip.training.validation import open_validation
 
 TOWER = ImageTowerConfig(2, EncoderConfig(width=16, depth=2, heads=2), PositionConfig(table_side=9))
 
@@ -74,7 +76,7 @@ def new_stepper(output="sigmoid", ranks=ALONE, parallel=None, precision="fp32", 
         task,
         model.double() if precision == "fp32" else model,
         ranks,
-        steps=20,
+        length=RunLength(20),
         optim=OptimConfig(
             **{"lr": 1e-2, "eps": 1e-6, "schedule": ScheduleConfig(warmup_steps=1)} | optim
         ),
@@ -253,6 +255,27 @@ def test_the_first_loss_is_that_of_guessing(data, tmp_path, monkeypatch):
         )
         assert run(monkeypatch, flags) == 0
         assert metrics(tmp_path / output)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_images_have_the_same_classes(data, tmp_path):
+    shard = shutil.copy(data / "00002.tar", tmp_path / "held.tar")
+    names = tmp_path / "classnames.txt"
+    train = data / "{00000..00001}.tar"
+    options = {"data__validation": shard, "eval__validation__batch": 4}
+    flags = classify_flags(data, tmp_path / "run", data__train=train, **options)
+    config, _ = parse_config(flags)
+    parts = config.eval.validation, config.task, config.data, None, ALONE
+    names.write_text("red\nblue\ngreen\n")
+    with pytest.raises(
+        UserError, match=r"beside the shards of data\.validation has .* another order"
+    ):
+        open_validation(*parts)
+    names.write_text("\n".join(NAMES))
+    validation = open_validation(*parts)
+    weights = validation.task.build_model().state_dict()
+    loss, skipped = validation.run(weights, "fp32", 0, lambda: None)
+    assert loss == pytest.approx(math.log(3), rel=1e-5)
+    assert skipped == 0
 
 
 def test_unusable_labels_are_counted_and_named(tmp_path, monkeypatch, capsys):

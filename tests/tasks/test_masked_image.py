@@ -28,12 +28,15 @@ from navit_clip.models.transformer import compiled_block
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.masked import pack_masked
 from navit_clip.tasks.masked_image import MaskedImageTask, MaskedImageTaskConfig
+from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
+from navit_clip.training.length import RunLength
 from navit_clip.training.nonfinite import NonFiniteGuard
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.schedule import ScheduleConfig
 from navit_clip.training.step import Stepper
+from navit_clip.training.validation import open_validation
 
 
 def new_task():
@@ -46,7 +49,7 @@ def new_stepper(ranks=ALONE, parallel=None, precision="fp32"):
         new_task(),
         model if precision == "fp32" else model.float(),
         ranks,
-        steps=20,
+        length=RunLength(20),
         optim=OptimConfig(lr=1e-2, eps=1e-6, schedule=ScheduleConfig(warmup_steps=1)),
         parallel=parallel or ParallelConfig(),
         ema=EMAConfig(0.5),
@@ -211,6 +214,19 @@ def tuned_flags(data, run_dir, model):
     given = classify_flags(data, run_dir, 1, init__model=model)
     pairs = zip(given[::2], given[1::2], strict=True)
     return [word for pair in pairs if ".model.image." not in pair[0] for word in pair]
+
+
+def test_held_out_images_hide_as_many_patches_as_training_does_in_the_end(data, tmp_path):
+    options = {"data__train": data / "{00000..00001}.tar", "data__drop__ramp_images": 10**6}
+    words = flags(data, tmp_path, data__validation=data / "00002.tar", **options)
+    config, _ = parse_config(words)
+    validation = open_validation(config.eval.validation, config.task, config.data, None, ALONE)
+    (batch,) = validation.held_out.load(0)
+    visible, whole = (
+        sum(sum(part.segments.lengths[: part.segments.num_examples]) for part in parts)
+        for parts in zip(*((piece.images, piece.whole) for piece in batch.pieces), strict=True)
+    )
+    assert visible / whole == pytest.approx(1 - config.data.drop.rate, abs=0.05)
 
 
 def test_images_of_one_patch_are_skipped_and_counted(tmp_path, monkeypatch, capsys):

@@ -36,6 +36,7 @@ from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.schedule import ScheduleConfig
 from navit_clip.training.step import Stepper
+from navit_clip.training.validation import Validation, ValidationConfig
 
 SCRIPT = Path(__file__).parents[1] / "marks_task.py"
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -165,6 +166,14 @@ def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate):
         stepper.model.named_parameters(), plain.parameters(), strict=True
     ):
         torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_the_validation_loss_is_that_of_all_pieces_of_a_batch():
+    stepper = new_stepper()
+    task, pieces = stepper.task, [batch.inputs for batch in micro_batches(0, ALONE, 3)]
+    validation = Validation(ValidationConfig(), task, None, ALONE)
+    found = validation._loss(stepper.model, pieces, sum(map(task.count, pieces)))
+    assert found == pytest.approx(loss_slowly(stepper.model, 0).item(), rel=1e-12)
 
 
 def train_steps(ranks, parallel, accumulate):

@@ -111,16 +111,28 @@ def test_a_flag_takes_the_place_of_the_length_in_a_recipe(data, tmp_path, capsys
     assert "got samples=9.0 and epochs=2.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", [96, 960])
+def test_data_that_repeats_within_a_batch_is_named(data, tmp_path, monkeypatch, capsys, tokens):
+    changes = {"data__train": data / "shapes/train/00000.tar", "data__look_ahead": 1}
+    changes |= {"data__shuffle_buffer": 1, "optim__schedule__warmup_steps": 0, "samples": 1}
+    flags = flags_of(data, tmp_path / "run", data__budget__tokens__image=tokens, **changes)
+    assert run(monkeypatch, flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("the first batch of ")]
+    assert len(found) == (tokens == 960)
+    assert all("samples has only 24 different ones: the data is small" in line for line in found)
+
+
 MISTAKES = [
-    ({}, "give one of steps, samples, epochs, how long the run is; got none"),
+    ({}, "steps, samples, epochs: give one, how long the run is; got none"),
     ({"samples": 0}, "samples must be at least 1"),
     ({"epochs": -1}, "epochs must be above 0"),
     ({"epochs": "nan"}, "epochs"),
     ({"epochs": 1, "data__samples": 0}, "samples must be at least 1"),
     ({"epochs": 1, "data__train": "https://host/{0..3}.tar"}, "give data.samples"),
     ({"epochs": 1, "data__train": "nowhere"}, "nowhere"),
-    ({"epochs": 1, "optim__schedule__warmup_steps": 900}, "cannot hold 900 warm-up"),
-    ({"samples": 90, "optim__schedule__warmup_samples": 100}, "steps cannot hold"),
+    ({"epochs": 1, "optim__schedule__warmup_steps": 900}, "steps cannot hold 900 of warm-up"),
+    ({"samples": 90, "optim__schedule__warmup_samples": 100}, "optim.schedule.warmup_samples: "),
 ]
 
 

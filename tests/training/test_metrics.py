@@ -28,6 +28,7 @@ from navit_clip.tasks.locking import LockConfig
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training import mfu
 from navit_clip.training.config import parse_config
+from navit_clip.training.length import RunLength
 from navit_clip.training.metrics import Interval, Progress, StepLog
 from navit_clip.training.mfu import FlopsMeter, cpu_peak, gpu_peak, memory_bytes
 
@@ -238,7 +239,7 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("visible", [True, False])
 def test_warnings_stand_above_the_bar(capsys, visible):
     shown = warnings.showwarning
-    progress = Progress(10, 0, visible=visible)
+    progress = Progress(RunLength(10), 0, 0, visible=visible)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("blocks run\n uncompiled", stacklevel=1)

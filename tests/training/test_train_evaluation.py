@@ -18,10 +18,11 @@ from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
-from navit_clip.training.evaluation import Evaluations
+from navit_clip.training.evaluation import VALIDATION, Evaluations
 from navit_clip.training.metrics import Interval
 from navit_clip.training.parallel import local_tensor
 from navit_clip.training.trainer import build_stepper
+from navit_clip.training.validation import open_validation
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 I2T, T2I = "image_to_text", "text_to_image"
@@ -210,7 +211,8 @@ def open_run(flags, ranks):
     stepper = build_stepper(config, task, task.build_model(), ranks)
     tokenizer = build_tokenizer(config.tokenizer)
     run_dir = Path(config.run_dir)
-    evaluations = Evaluations(config.eval, run_dir, task, tokenizer, ranks)
+    validation = open_validation(config.eval.validation, config.task, config.data, tokenizer, ranks)
+    evaluations = Evaluations(config.eval, run_dir, task, tokenizer, ranks, validation)
     return stepper, evaluations, tokenizer
 
 
@@ -254,7 +256,7 @@ def evaluate_rank(every_flags):
             stepper, evaluations, _ = open_run(flags, ranks)
             generator = torch.get_rng_state()
             weights = [local_tensor(p.detach()).clone() for p in stepper.model.parameters()]
-            results = list(evaluations.run(["held-out"], 3, stepper, Heartbeats()))
+            results = list(evaluations.run(["held-out", VALIDATION], 3, stepper, Heartbeats()))
             after = [local_tensor(p.detach()) for p in stepper.model.parameters()]
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
@@ -265,18 +267,28 @@ def evaluate_rank(every_flags):
 
 def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     evaluators = {"held-out": retrieval(data)}
+    options = {
+        "data__train": data / "shapes/train/{00000..00002}.tar",
+        "data__validation": data / "shapes/train/00003.tar",
+        "eval__validation__batch": 10,
+        "ema__decay": 0.5,
+    }
     every_flags = {
-        kind: flags_of(data, tmp_path, 3, evaluators, parallel__kind=kind, ema__decay=0.5)
+        kind: flags_of(data, tmp_path, 3, evaluators, parallel__kind=kind, **options)
         for kind in ("ddp", "fsdp")
     }
-    first, second = run_ranks(evaluate_rank, 2, every_flags, initialise=False)
+    first, second = run_ranks(evaluate_rank, 2, every_flags, timeout=240, initialise=False)
     stepper, evaluations, _ = open_run(every_flags["ddp"], ALONE)
-    ((alone, _),) = evaluations.run(["held-out"], 3, stepper, Heartbeats())
-    alone.pop("eval/held-out/seconds")
+    names, threads = [VALIDATION, "held-out"], torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has
+    alone = [values for values, _ in evaluations.run(names, 3, stepper, Heartbeats())]
+    torch.set_num_threads(threads)
     for kind in every_flags:
-        (together,) = first[kind][0]
-        together.pop("eval/held-out/seconds")
-        assert together == alone
+        together = first[kind][0]
+        for found, expected in zip(together, alone, strict=True):
+            assert {k: v for k, v in found.items() if not k.endswith("/seconds")} == {
+                k: v for k, v in expected.items() if not k.endswith("/seconds")
+            }
         assert second[kind][0] == []  # one rank reports
         for _, still, weights in (first[kind], second[kind]):
             assert still
