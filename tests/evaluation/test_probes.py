@@ -21,6 +21,9 @@ from navit_clip.evaluation.fewshot import FewShot, FewShotSpec
 from navit_clip.evaluation.linear import Linear, LinearSpec, fit_validated
 from navit_clip.evaluation.linear_fit import fit_logistic, fit_ridge, logistic_loss, whiten
 from navit_clip.evaluation.models import PackedClassifier, PackedModel
+from navit_clip.evaluation.registry import read_result
+from navit_clip.evaluation.report.html import write_report
+from navit_clip.evaluation.summary import table
 from navit_clip.model import NaViTCLIP
 
 
@@ -160,7 +163,7 @@ def features_of(evaluator, model, setting):
 
 
 @pytest.mark.parametrize("kind", ["clip", "classifier"])
-def test_few_shots_have_the_mean_accuracy_of_their_draws(train, folders, model_dir, kind):
+def test_few_shots_have_the_mean_accuracy_of_their_draws(train, folders, model_dir, kind, tmp_path):
     if kind == "clip":
         model = PackedModel(NaViTCLIP.from_directory(model_dir), "clip")
     else:
@@ -188,6 +191,10 @@ def test_few_shots_have_the_mean_accuracy_of_their_draws(train, folders, model_d
         groups = row.breakdowns["by_size"]
         mean = sum(g.images * g.metrics["top1"] for g in groups) / 11
         assert mean == pytest.approx(row.metrics["top1"])
+    assert read_result(json.loads(json.dumps(result.to_json()))).own == result.own
+    write_report(tmp_path / "a.html", result, evaluator.samples())
+    assert "5-shot" in (tmp_path / "a.html").read_text()
+    assert "5-shot" in table(result)
 
 
 def test_the_linear_probe_is_the_fit_on_its_features(train, folders, model_dir, tmp_path):

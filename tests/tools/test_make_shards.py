@@ -206,6 +206,16 @@ def test_class_folders(tmp_path, capsys):
     assert "3 class folders" in line
 
 
+def test_a_class_without_an_image_keeps_its_place_and_is_named(tmp_path, capsys):
+    for name in ("boat", "dog"):
+        make_images(tmp_path / "in" / name, 2)
+    (tmp_path / "in" / "cat").mkdir()
+    assert run("--classes", tmp_path / "in", "--output", tmp_path / "out") == 0
+    assert "no image of 1 of 3 classes: cat" in capsys.readouterr().out
+    assert (tmp_path / "out/classnames.txt").read_text() == "boat\ncat\ndog\n"
+    assert [int(sample["cls"]) for sample in samples(tmp_path / "out")] == [0, 0, 2, 2]
+
+
 def test_bad_rows_are_skipped_counted_and_named(tmp_path, capsys):
     folder = tmp_path / "images"
     good = make_images(folder, 2)
