@@ -14,6 +14,7 @@ usage: {prog} COMMAND …
 
   train                 train a model, alone or under torchrun
   eval                  zero-shot classification, retrieval, tables of results
+  embed                 images or texts to a file of vectors
   data make_shards      make webdataset shards of image files, or verify them
   data inspect          look at shards: what training would skip, how full batches would be
   data train_tokenizer  train a SentencePiece model on the captions of shards
@@ -24,6 +25,7 @@ usage: {prog} COMMAND …
 _COMMANDS = {
     "train": "navit_clip.training.__main__",
     "eval": "navit_clip.evaluation.__main__",
+    "embed": "navit_clip.evaluation.embed_files",
     "data make_shards": "navit_clip.tools.make_shards.__main__",
     "data inspect": "navit_clip.tools.inspect.__main__",
     "data train_tokenizer": "navit_clip.tools.train_tokenizer",

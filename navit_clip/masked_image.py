@@ -117,7 +117,7 @@ class NaViTMaskedImage(
         rng = np.random.default_rng(seed)
         found = []
         for index, image in enumerate(
-            size_images(images, self.config.image, self.preprocess, max_tokens)
+            size_images(images, self.config.image, self.preprocess, max_tokens, self.max_pixels)
         ):
             tokens = len(image.patches)
             if tokens < 2:

@@ -82,6 +82,25 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
         save_pretrained(Path(save_directory), self, self.tokenizer, self.preprocess)
 
     @classmethod
+    def from_name(
+        cls, name: str, tokenizer: Tokenizer | None = None, preprocess: Preprocess | None = None
+    ) -> Self:
+        """A new model of a named architecture with random weights, to be trained.
+
+        Args:
+            name: ``navit_b16`` and the like, or ``open_clip:ViT-B-32``; see
+                `navit_clip.architectures.architecture`, whose result is a configuration to change.
+            tokenizer: For texts.
+            preprocess: How the model will want its images.
+
+        Raises:
+            UserError: If there is no such name; the message lists them.
+        """
+        from navit_clip.architectures import architecture
+
+        return cls(architecture(name), tokenizer, preprocess)
+
+    @classmethod
     def from_open_clip(cls, name: str, pretrained: str | Path | None = None) -> Self:
         """A released open_clip model as packed towers, with its tokenizer and preprocessing.
 
@@ -142,7 +161,9 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
                 model's positions cannot be had at this `patch_size`.
             UserError: If the model has no limit of its own and none is given.
         """
-        sized = size_images(images, self.config.image, self.preprocess, max_tokens, patch_size)
+        sized = size_images(
+            images, self.config.image, self.preprocess, max_tokens, self.max_pixels, patch_size
+        )
         with self._autocast():
             return image_vectors(self, sized, normalize=normalize)
 

@@ -28,10 +28,12 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
     *("jpe", "jfif", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "qoi"),
 )
-MAX_PIXELS = 64_000_000  # checked from the header, before any memory is taken
+# Caps, checked from the header. Within them an image takes at most 1.7 GB, a hostile one 4 s.
+MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 << 20
+MOST_PIXELS = 178_956_970  # Pillow refuses more
 _MAX_SIDE = 65_535  # resizing takes tables as long as a side
-_MAX_SCANNED = 2_000_000_000  # pixels times scans of a progressive JPEG: some seconds
+_MAX_SCANNED = 1_000_000_000  # pixels times scans of a JPEG, each of which reads all of them again
 
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
@@ -41,7 +43,8 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
 _JPEG = b"\xff\xd8"
 _APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: of EXIF and XMP, and of where pixels begin
-_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # of the size, and how pixels are coded
+_PROGRESSIVE = (0xC2, 0xCA)
 _DCT_SCALES = (4, 2)
 # A decode at DCT scale cuts frequencies off sharply where a full decode and a resize fade them
 # out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
@@ -54,25 +57,27 @@ class EncodedImage:
 
     Args:
         data: The encoded file.
+        max_pixels: Pixel cap.
 
     Raises:
         SkipSampleError: ``unreadable_image`` if no decoder knows it, ``too_large`` past the byte
             or pixel cap.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         if len(data) > MAX_BYTES:
             raise SkipSampleError("too_large", f"{len(data):,} bytes exceed {MAX_BYTES:,}")
         self._data = data
         try:
             jpeg = _jpeg_size(data)
             height, width = jpeg or self._image.size[::-1]
-            if width * height > MAX_PIXELS:
-                raise SkipSampleError("too_large", f"{width}×{height} pixels exceed {MAX_PIXELS:,}")
+            if width * height > max_pixels:
+                problem = f"{width}×{height} pixels exceed max_pixels={max_pixels}"
+                raise SkipSampleError("too_large", problem)
             if max(width, height) > _MAX_SIDE:
                 raise SkipSampleError("too_large", f"{width}×{height}: a side exceeds {_MAX_SIDE}")
-            if data.startswith(_JPEG) and width * height * _scans(data) > _MAX_SCANNED:
-                found = f"{_scans(data)} scans of {width}×{height} pixels"
+            if data.startswith(_JPEG) and width * height * (scans := _scans(data)) > _MAX_SCANNED:
+                found = f"{scans} scans of {width}×{height} pixels"
                 raise SkipSampleError("too_large", f"{found} exceed {_MAX_SCANNED:,} in all")
             self._jpeg = jpeg
             self._orientation = 1
@@ -236,13 +241,19 @@ def _refuse_cut(error: Exception) -> None:
 
 
 def _scans(data: bytes) -> int:
-    """About how many scans a progressive JPEG has; 1 for others, which the size bounds."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data) and data[at + 1] != _SCAN:
-        if data[at + 1] in _PROGRESSIVE:
-            return data.count(bytes((0xFF, _SCAN)), at)
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 1
+    """At least as many scans as a JPEG has; 1 if its first one holds all, as nearly all have it."""
+    at, components = 2, 0
+    while data[at : at + 1] == b"\xff" and at + 10 <= len(data):
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            components = 0 if marker in _PROGRESSIVE else data[at + 9]
+        elif marker == _SCAN and data[at + 4] == components:
+            return 1
+        if marker < 0xC0 or 0xD0 <= marker <= _SCAN:  # no segment of a header
+            break
+        # A marker may have more than one byte 255 before it.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.count(bytes((0xFF, _SCAN)), at)
 
 
 def _resize(
@@ -293,6 +304,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image.convert("RGB")
+
+
+def check_max_pixels(value: int) -> None:
+    """Checks a pixel cap.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    if not 1 <= value <= MOST_PIXELS:
+        raise ValueError(f"max_pixels must be between 1 and {MOST_PIXELS}, got {value}")
 
 
 def find_image(members: dict[str, bytes]) -> bytes:

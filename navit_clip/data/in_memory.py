@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.decode import EncodedImage, OpenedImage
+from navit_clip.data.decode import MAX_PIXELS, EncodedImage, OpenedImage
 from navit_clip.errors import SkipSampleError
 
 ImageInput = Image.Image | np.ndarray | Tensor | bytes | IO[bytes] | str | os.PathLike[str]
@@ -27,7 +27,7 @@ WANTED = (
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGB with opacity
 
 
-def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
+def open_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> EncodedImage | OpenedImage:
     """Whatever holds an image, ready to be sized.
 
     Args:
@@ -35,6 +35,7 @@ def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
             any device; both uint8 or floating point in [0, 1] (rounded to 8 bits, as files have
             them); an encoded file as bytes, opened in binary mode, or its path. C is 1 (grey), 3
             (RGB) or 4 (RGB and opacity).
+        max_pixels: Encoded images of more are refused.
 
     Raises:
         ValueError: If it is none of these, or cannot be read; names the mistake.
@@ -47,16 +48,16 @@ def open_image(image: ImageInput) -> EncodedImage | OpenedImage:
         if isinstance(image, Tensor):
             return OpenedImage(_from_array(_to_array(image)))
         if isinstance(image, bytes):
-            return EncodedImage(image)
+            return EncodedImage(image, max_pixels)
         if hasattr(image, "read"):
             data = image.read()
             if not isinstance(data, bytes):
                 raise ValueError("a file opened as text: open it with mode 'rb'")
-            return EncodedImage(data)
+            return EncodedImage(data, max_pixels)
         if isinstance(image, str) and image.lower().startswith(("http://", "https://", "data:")):
             raise ValueError("a web address: download it, and give its bytes or its path")
         if isinstance(image, str | os.PathLike):
-            return EncodedImage(Path(image).read_bytes())
+            return EncodedImage(Path(image).read_bytes(), max_pixels)
     except SkipSampleError as error:
         raise ValueError(error.detail) from error
     except OSError as error:

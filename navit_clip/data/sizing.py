@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
+
 
 @dataclass(frozen=True)
 class CurriculumConfig:
@@ -62,6 +64,8 @@ class ResolutionConfig:
         patch_sizes: Sides of patches in pixels and how often a sample is cut into such patches,
             {8: 1, 16: 2, 32: 1} say (FlexiViT); the model's kernel is resized to each. Samples of
             different sizes share no batch. Empty cuts all by the model's own size.
+        max_pixels: Images of more pixels are skipped, as their header tells; one takes up to 27
+            bytes of memory per pixel.
         curriculum: How the limits of `max_side` and `max_tokens` are reached.
 
     Raises:
@@ -78,6 +82,7 @@ class ResolutionConfig:
     max_tokens: int = 1024
     upscale: bool = False
     patch_sizes: dict[int, float] = field(default_factory=dict)
+    max_pixels: int = MAX_PIXELS
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def __post_init__(self) -> None:
@@ -102,6 +107,7 @@ class ResolutionConfig:
                 raise ValueError(f"patch_sizes: {size} does not divide max_side={self.max_side}")
             if self.mode == "sampled" and size > self.min_side:
                 raise ValueError(f"patch_sizes: {size} is past min_side={self.min_side}")
+        check_max_pixels(self.max_pixels)
         side, tokens = self.curriculum.start_side, self.curriculum.start_tokens
         if side is not None:
             if self.mode != "sampled":

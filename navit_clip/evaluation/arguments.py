@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from navit_clip.architectures import OPEN_CLIP
 from navit_clip.checkpoints.load_run import load_run
 from navit_clip.commands import Parser, number
 from navit_clip.configs import descriptions
@@ -19,8 +20,6 @@ from navit_clip.evaluation.models import Model, packed_model
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.load import load_model
 from navit_clip.precision import choose_precision
-
-_OPEN_CLIP = "open_clip:"
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -45,19 +44,35 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _common() -> Parser:
-    common = Parser(add_help=False)
-    models = common.add_argument_group("models")
-    model = models.add_mutually_exclusive_group(required=True)
+def model_flags() -> Parser:
+    """Flags that name a model and how it runs, for `load_models`."""
+    flags = Parser(add_help=False)
+    group = flags.add_argument_group("models")
+    model = group.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="exported model, RUN_DIR/model, or open_clip:NAME")
     model.add_argument("--run", type=Path, help="a training run: the newest of its checkpoints")
-    models.add_argument("--step", type=number(0), help="with --run: the checkpoint of this step")
-    models.add_argument("--weights", type=Path, help="checkpoint for --model open_clip:NAME")
-    models.add_argument(
+    group.add_argument("--step", type=number(0), help="with --run: the checkpoint of this step")
+    group.add_argument("--weights", type=Path, help="checkpoint for --model open_clip:NAME")
+    group.add_argument(
         "--patch-size",
         type=number(1),
         help="side of patches in pixels, to which this model's kernel is resized (FlexiViT)",
     )
+    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of forward passes; auto is bf16 on CUDA and fp32 on a CPU, as in training",
+    )
+    flags.add_argument("--workers", type=number(0), default=1, help="decoding processes per rank")
+    flags.set_defaults(baseline=[], baseline_weights=[], random_weights=None, square=())
+    return flags
+
+
+def _common() -> Parser:
+    common = Parser(add_help=False, parents=[model_flags()])
+    models = common.add_argument_group("baselines")
     models.add_argument(
         "--baseline",
         action="append",
@@ -85,14 +100,6 @@ def _common() -> Parser:
     common.add_argument(
         "--strict", action="store_true", help="fail if any image or caption cannot be used"
     )
-    common.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    common.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of forward passes; auto is bf16 on CUDA and fp32 on a CPU, as in training",
-    )
-    common.add_argument("--workers", type=number(0), default=1, help="decoding processes per rank")
     return common
 
 
@@ -150,8 +157,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
     """
     if args.step is not None and args.run is None:
         raise UserError("--step belongs to --run: name the run")
-    open_clips = sum(name.startswith(_OPEN_CLIP) for name in args.baseline)
-    if args.weights is not None and not (args.model or "").startswith(_OPEN_CLIP):
+    open_clips = sum(name.startswith(OPEN_CLIP) for name in args.baseline)
+    if args.weights is not None and not (args.model or "").startswith(OPEN_CLIP):
         raise UserError("--weights belongs to --model open_clip:NAME")
     if len(args.baseline_weights) > open_clips:
         raise UserError(
@@ -168,7 +175,7 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
         model.set_patch_size(args.patch_size)
     weights = iter(args.baseline_weights)
     baselines = [
-        _load(name, next(weights, None) if name.startswith(_OPEN_CLIP) else None, args, ranks)
+        _load(name, next(weights, None) if name.startswith(OPEN_CLIP) else None, args, ranks)
         for name in args.baseline
     ]
     return model, baselines
@@ -176,8 +183,8 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
 
 def _load(name: str, weights: Path | None, args: argparse.Namespace, ranks: Ranks) -> Model:
     precision = choose_precision(args.precision, ranks.device)
-    if not name.startswith(_OPEN_CLIP):
+    if not name.startswith(OPEN_CLIP):
         return packed_model(load_model(Path(name), ranks.device), name, precision)
     seed = args.random_weights if weights is None else None
-    architecture = name.removeprefix(_OPEN_CLIP)
+    architecture = name.removeprefix(OPEN_CLIP)
     return OpenClipModel(architecture, weights, seed, ranks.device, args.square, precision)

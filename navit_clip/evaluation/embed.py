@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from navit_clip.data.decode import EncodedImage
+from navit_clip.data.decode import MAX_PIXELS, EncodedImage
 from navit_clip.data.workers import batches_of, explain_killed_workers, prepare_worker
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
@@ -72,7 +72,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Neighbouring images, decoded once and sized for all pairs of model and setting.
 
     Attributes:
@@ -97,7 +97,7 @@ _Done = tuple[list[Item], dict[int, tuple[str, str]], list[ImageBlock]]
 
 
 @dataclass(eq=False)
-class _Blocks(IterableDataset["_Block | UserError"]):
+class _Blocks(IterableDataset["Block | UserError"]):
     """One rank's blocks of a dataset, split further among workers.
 
     `pairs` are each pair of model and setting: how it sizes images, setting, fingerprint.
@@ -107,8 +107,9 @@ class _Blocks(IterableDataset["_Block | UserError"]):
     pairs: Sequence[tuple[Sizer, EvalSetting, str]]
     ranks: Ranks
     cache: Cache | None
+    max_pixels: int
 
-    def __iter__(self) -> Iterator[_Block | UserError]:
+    def __iter__(self) -> Iterator[Block | UserError]:
         worker, workers = 0, 1
         if info := get_worker_info():
             worker, workers = info.id, info.num_workers
@@ -122,7 +123,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
         except UserError as error:
             yield error  # torch would put a traceback into the message of one that is raised
 
-    def _read(self, items: Sequence[Item]) -> _Block:
+    def _read(self, items: Sequence[Item]) -> Block:
         keys: list[str] = []
         cached: list[ImageBlock | None] = [None] * len(self.pairs)
         if self.cache is not None:
@@ -133,7 +134,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
             keys = [self.cache.image_key(mark, setting, hashes) for _, setting, mark in self.pairs]
             cached = [self.cache.read(key, ImageBlock.from_file) for key in keys]
         unusable = {place: why for one in cached if one for place, why in one.skipped.items()}
-        block = _Block([replace(item, data=b"") for item in items], {}, [], [], cached, keys)
+        block = Block([replace(item, data=b"") for item in items], {}, [], [], cached, keys)
         for place, item in enumerate(items):
             try:
                 if isinstance(item.data, SkipSampleError):
@@ -141,7 +142,7 @@ class _Blocks(IterableDataset["_Block | UserError"]):
                 if place in unusable:
                     raise SkipSampleError(*unusable[place])
                 if None in cached:
-                    image = EncodedImage(item.data)
+                    image = EncodedImage(item.data, self.max_pixels)
                     # All of them before one is kept: decoding may fail at the first pixel.
                     block.sized.append(
                         [
@@ -162,6 +163,7 @@ def embed_dataset(
     *,
     workers: int,
     cache: Cache | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Embedded]:
     """Embeds every image of a dataset by every model at its settings; every rank calls it.
 
@@ -171,6 +173,7 @@ def embed_dataset(
         ranks: This process among all of them; each takes a part, all get everything.
         workers: Decoding processes per rank; 0 decodes in this one.
         cache: Where embeddings are kept from one evaluation to the next.
+        max_pixels: Images of more are skipped.
 
     Returns:
         For each model, its embeddings.
@@ -180,34 +183,54 @@ def embed_dataset(
             written; the same on all ranks.
     """
     pairs = [(model, setting) for model, settings in models for setting in settings]
-    sizers = [
-        (model.sizer, setting, "" if cache is None else model.fingerprint)
-        for model, setting in pairs
-    ]
-    loader: DataLoader[_Block | UserError] = DataLoader(
-        _Blocks(dataset, sizers, ranks, cache),
+    with fail_together(ranks):
+        blocks = embed_blocks(pairs, dataset, ranks, workers, cache, max_pixels)
+        done = [(block.items, block.skipped, embedded) for block, embedded in blocks]
+    return _together([settings for _, settings in models], ranks.gather(done), dataset)
+
+
+def embed_blocks(
+    pairs: Sequence[tuple[Model, EvalSetting]],
+    dataset: EvalDataset,
+    ranks: Ranks,
+    workers: int,
+    cache: Cache | None,
+    max_pixels: int,
+) -> Iterator[tuple[Block, list[ImageBlock]]]:
+    """Embeds this rank's blocks of a dataset; arguments as of `embed_dataset`.
+
+    Yields:
+        A block, and by pair of model and setting its embeddings.
+
+    Raises:
+        UserError: On this rank alone, see `fail_together`.
+    """
+    marks = [""] * len(pairs)
+    if cache is not None:
+        cap = "" if max_pixels == MAX_PIXELS else f" {max_pixels}"  # decides what is skipped
+        marks = [model.fingerprint + cap for model, _ in pairs]
+    both = zip(pairs, marks, strict=True)
+    sizers = [(model.sizer, setting, mark) for (model, setting), mark in both]
+    loader: DataLoader[Block | UserError] = DataLoader(
+        _Blocks(dataset, sizers, ranks, cache, max_pixels),
         batch_size=None,
         num_workers=workers,
         # A worker decodes its next block while the last one is embedded, and holds no more.
         prefetch_factor=1 if workers else None,
     )
-    done: list[_Done] = []
     total = None if dataset.count is None else -(-dataset.count // ranks.world_size)
     with (
-        fail_together(ranks),
         _progress_bar("images", total, ranks) as progress,
         explain_killed_workers("give fewer --workers"),
     ):
         for block in batches_of(loader):
             if isinstance(block, UserError):
                 raise block
-            embedded = [_embed(model, block, i, cache) for i, (model, _) in enumerate(pairs)]
-            done.append((block.items, block.skipped, embedded))
+            yield block, [_embed(model, block, i, cache) for i, (model, _) in enumerate(pairs)]
             progress.update(len(block.items))
-    return _together([settings for _, settings in models], ranks.gather(done), dataset)
 
 
-def _embed(model: Model, block: _Block, pair: int, cache: Cache | None) -> ImageBlock:
+def _embed(model: Model, block: Block, pair: int, cache: Cache | None) -> ImageBlock:
     """The embeddings of a block, which the cache keeps; a `UserError` if it cannot be written."""
     places = [place for place in range(len(block.items)) if place not in block.skipped]
     if (cached := block.cached[pair]) is not None:

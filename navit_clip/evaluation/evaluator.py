@@ -20,6 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.breakdown import Measure, break_down
@@ -48,6 +49,7 @@ class EvalSpec:
         max_tokens: Token limits per image beside the model's own setting, such as 64,128,256.
         native: Also images at their own size, never enlarged.
         square: Also squares of these sides in pixels, such as 224.
+        max_pixels: Images of more pixels are skipped, as their header tells.
 
     Raises:
         ValueError: If a field is empty or out of range; the message names it.
@@ -56,8 +58,10 @@ class EvalSpec:
     max_tokens: tuple[int, ...] = ()
     native: bool = False
     square: tuple[int, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        check_max_pixels(self.max_pixels)
         empty = ("", ())
         for each in fields(self):
             if getattr(self, each.name) in empty and each.default not in empty:
@@ -280,7 +284,14 @@ class EmbeddingEvaluator(Evaluator[S]):
         self.dataset, self.device = self.open(), ranks.device
 
         def embed(dataset: EvalDataset) -> list[Embedded]:
-            embedded = embed_dataset(settings, dataset, ranks, workers=workers, cache=cache)
+            embedded = embed_dataset(
+                settings,
+                dataset,
+                ranks,
+                workers=workers,
+                cache=cache,
+                max_pixels=self.spec.max_pixels,
+            )
             if strict:
                 _check_skips(embedded[0])
             return embedded

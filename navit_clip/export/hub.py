@@ -17,10 +17,12 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from navit_clip.data.decode import MAX_PIXELS
 from navit_clip.data.in_memory import ImageInput
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.export.pretrained import find_directory, load_pretrained
+from navit_clip.files import one_line
 from navit_clip.inference.embed import feature_vectors
 from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
@@ -36,7 +38,7 @@ class PretrainedModel(ModelHubMixin):
     """A trained model with what it needs beside its weights; a base beside that of the bare model.
 
     Its methods for images and texts work without gradients and on the model's device; results are
-    float32 on the host. Put the model into ``eval()``. ``push_to_hub`` is huggingface_hub's own.
+    float32 on the host. Put the model into ``eval()``.
 
     Attributes:
         kind: Of `Description`.
@@ -44,12 +46,14 @@ class PretrainedModel(ModelHubMixin):
         preprocess: How the model wants its images; None for one that will get none.
         precision: Of those methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU, and leaves
             an autocast of the caller's as it is.
+        max_pixels: Encoded images of more pixels are refused, before they take memory.
     """
 
     kind: ClassVar[str]
     image: ImageTower
     preprocess: Preprocess | None
     precision: PrecisionChoice = "auto"
+    max_pixels: int = MAX_PIXELS
 
     @property
     @abstractmethod
@@ -118,6 +122,24 @@ class PretrainedModel(ModelHubMixin):
         model: Self = load_pretrained(directory, build).to(device).eval()
         return model
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, with huggingface_hub's own method and options.
+
+        Args:
+            repo_id: Such as ``name/model``.
+            options: Of `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: If the model cannot be saved, or the Hub cannot be reached or refuses.
+        """
+        hint = "; save_pretrained writes the same files without the network"
+        with one_line(f"cannot push {repo_id}", hint=hint):
+            address: str = super().push_to_hub(repo_id, **options)
+        return address
+
     def features(
         self,
         images: Iterable[ImageInput],
@@ -138,7 +160,9 @@ class PretrainedModel(ModelHubMixin):
             ValueError: If something is no image or cannot be read; names its index.
             UserError: If the model has no limit of its own and none is given.
         """
-        sized = size_images(images, self.image.config, self.preprocess, max_tokens, patch_size)
+        sized = size_images(
+            images, self.image.config, self.preprocess, max_tokens, self.max_pixels, patch_size
+        )
         with self._autocast():
             return feature_vectors(self.image, sized)
 

@@ -28,6 +28,7 @@ def size_images(
     config: ImageTowerConfig,
     preprocess: Preprocess | None,
     max_tokens: int | None,
+    max_pixels: int,
     patch_size: int | None = None,
 ) -> Iterator[ImagePatches]:
     """Sizes images by `size_image`, in threads, a few hundred ahead of the consumer.
@@ -40,6 +41,7 @@ def size_images(
         max_tokens: Most patches of one image; None for the model's own limit, at another
             `patch_size` for as many as cover the same area.
         patch_size: P; None for that of the tower.
+        max_pixels: Encoded images of more are refused.
 
     Raises:
         ValueError: If something is no image or cannot be read; names its index. What is wrong with
@@ -69,7 +71,8 @@ def size_images(
     def size(numbered: tuple[int, ImageInput]) -> ImagePatches:
         index, image = numbered
         try:
-            return size_image(open_image(image), config, max_tokens, square=square)
+            opened = open_image(image, max_pixels)
+            return size_image(opened, config, max_tokens, square=square)
         except SkipSampleError as error:
             raise ValueError(f"images[{index}]: {error.detail}") from error
         except ValueError as error:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from navit_clip.architectures import architecture
 from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
@@ -227,3 +229,12 @@ class TaskConfig(ABC):
             UserError: If there is no such model.
         """
         return {}
+
+    @classmethod
+    def named_fields(cls, name: str) -> dict[str, Any]:
+        """Values of fields that a named architecture gives where they are not given; likewise.
+
+        Raises:
+            UserError: If there is no such name.
+        """
+        return {"model.image": asdict(architecture(name).image)}

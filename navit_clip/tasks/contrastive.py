@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from navit_clip.architectures import architecture
 from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.configs import check_choices
 from navit_clip.data.builders.pairs import PairBuilder, PairInputs
@@ -67,7 +68,8 @@ class ContrastiveConfig(TaskConfig):
 
     Attributes:
         kind: ``contrastive``.
-        model: Architecture of both towers; that of `init` if it is given.
+        model: Architecture of both towers; that of `init` if it is given. Its ``name`` gives all
+            fields that are not given: navit_b16 (ti, s, b, l, h; 14, 16, 32), open_clip:NAME.
         loss: The loss over all pairs of all ranks.
         lock: Which towers keep their first weights.
         captions: Caption field to sampling weight: ``all`` captions of an image (those of
@@ -117,6 +119,11 @@ class ContrastiveConfig(TaskConfig):
         if model is not None and not isinstance(model, CLIPConfig):
             raise UserError(f"init.model={init.model} is a classifier, without a text tower")
         return {} if model is None else {"model": asdict(model)}
+
+    @classmethod
+    def named_fields(cls, name: str) -> dict[str, Any]:
+        """Both towers."""
+        return {"model": asdict(architecture(name))}
 
 
 class ContrastiveTask(Task):

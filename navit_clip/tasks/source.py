@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from navit_clip.architectures import OPEN_CLIP
 from navit_clip.checkpoints.folder import RUN_MODEL, find_damage, saved_steps, step_folder
 from navit_clip.errors import UserError
 from navit_clip.export.description import CONFIG_FILE, Description, ModelConfig
 from navit_clip.load import AnyModel, load_model
 from navit_clip.model import NaViTCLIP
-
-OPEN_CLIP = "open_clip:"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from navit_clip.training.parallel import ParallelConfig
 
 DEFAULT_TASK = "contrastive"
 _LENGTHS = ("steps", "samples", "epochs")
+_NAME = "task.model.name"
 _MOST_VALUES = 100_000  # in a configuration; shards are listed in files of their own
 
 
@@ -164,15 +165,24 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     )
     parser.add_class_arguments(TrainConfig, skip={"task"})
     parser.add_class_arguments(task, "task")
+    if "model" in get_type_hints(task):
+        parser.add_argument(f"--{_NAME}", type=str | None)
     try:
         namespace = parser.parse_args(argv)
         init = config_from_dict(InitConfig, namespace["init"].as_dict(), "init")
         run_dir = Path(namespace["run_dir"])
-        # What the configuration leaves out is as in the model that the run starts from.
+        # What the configuration leaves out is as in the model that the run starts from, or as the
+        # architecture named has it.
         defaults = task.defaults_from(init, run_dir)
-        if defaults:
-            parser.set_defaults({f"task.{name}": value for name, value in defaults.items()})
+        known = defaults
+        if (name := namespace.pop(_NAME, None)) is not None:
+            if defaults:
+                raise ValueError(f"{_NAME}={name} and init.model={init.model}: leave one out")
+            known = task.named_fields(name)
+        if known:
+            parser.set_defaults({f"task.{name}": value for name, value in known.items()})
             namespace = parser.parse_args(argv)
+            namespace.pop(_NAME, None)
         values = {f.name: namespace.as_dict()[f.name] for f in fields(TrainConfig)}
         values["task"] = config_from_dict(task, values["task"], "task")
         config = config_from_dict(TrainConfig, values)

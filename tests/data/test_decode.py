@@ -21,6 +21,7 @@ from shard_factory import HTML, encode, photo, png_of_size
 
 from navit_clip.data import decode
 from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.in_memory import open_image
 from navit_clip.data.patches import patchify
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.seeding import sample_generator
@@ -298,14 +299,46 @@ def test_a_side_past_all_photos_is_refused_from_the_header():
             EncodedImage(png_of_size(*size))
 
 
-def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(monkeypatch):
-    data = encode(textured(64, 64), "JPEG", progressive=True)
+def progressive_of_many_scans(side, many):
+    data = encode(textured(side, side), "JPEG", progressive=True)
     start, end = data.index(b"\xff\xda"), data.index(b"\xff", data.index(b"\xff\xda") + 2)
-    many = data[:start] + data[start:end] * 300 + data[start:]
+    return data[:start] + data[start:end] * many + data[start:]
+
+
+def sequential_of_many_scans(side, many):
+    """A baseline JPEG whose three channels are scanned one by one, and again and again."""
+    grey = encode(textured(side, side).convert("L"), "JPEG")
+    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
+    channels = b"".join(bytes((channel, 0x11, 0)) for channel in (1, 2, 3))
+    header = b"\xff\xc0\0\x11" + grey[frame + 4 : frame + 9] + b"\x03" + channels
+    tail = grey[frame + 13 : scan]
+    pixels = grey[scan + 10 : -2]
+    scans = [b"\xff\xda\0\x08\x01" + bytes((c, 0, 0, 63, 0)) + pixels for c in (1, 2, 3)]
+    return grey[:frame] + header + tail + b"".join(scans * many) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("make", [progressive_of_many_scans, sequential_of_many_scans])
+@pytest.mark.parametrize("before", [b"", b"\xff\xff\xff"])
+def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(make, before, monkeypatch):
+    frame = make(64, 1).index(b"\xff\xc0" if make is sequential_of_many_scans else b"\xff\xc2")
+
+    def hide(data):  # bytes that decoders pass over
+        return data[:frame] + before + data[frame:]
+
     monkeypatch.setattr(decode, "_MAX_SCANNED", 64 * 64 * 100)
-    assert pixels_of(data).shape == (64, 64, 3)
-    with pytest.raises(SkipSampleError, match=r"too_large: 3\d\d scans of 64×64 pixels"):
+    assert pixels_of(hide(make(64, 1))).shape == (64, 64, 3)
+    many = hide(make(64, 300))
+    with pytest.raises(SkipSampleError, match=r"too_large: [39]\d\d scans of 64×64 pixels"):
         EncodedImage(many)
+    with pytest.raises(ValueError, match=r"scans of 64×64 pixels"):  # nor does the API read it
+        open_image(many)
+
+
+def test_nearly_all_jpegs_are_of_one_scan():
+    for mode in ("L", "RGB", "CMYK"):
+        data = encode(textured(64, 64).convert(mode), "JPEG", xmp=b"\xff\xda" * 900)
+        assert decode._scans(data) == 1
+    assert decode._scans(encode(textured(64, 64), "JPEG", progressive=True)) == 10
 
 
 def test_a_jpeg_whose_faults_pillow_overlooks_is_pillows():
@@ -356,9 +389,9 @@ def test_too_many_pixels_are_refused_from_the_header(of_size, side, monkeypatch)
 
 def test_the_caps_are_inclusive(monkeypatch):
     data = encode(photo(0, 10, 10))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 100)
-    assert pixels_of(data).shape == (10, 10, 3)
-    assert reason_of(encode(photo(0, 10, 11))) == "too_large"
+    assert EncodedImage(data, 100).pixels(10, 10).shape == (10, 10, 3)
+    with pytest.raises(SkipSampleError, match="too_large: 10×10 pixels exceed max_pixels=99"):
+        EncodedImage(data, 99)
     monkeypatch.setattr(decode, "MAX_BYTES", len(data))
     assert pixels_of(data).shape == (10, 10, 3)
     assert reason_of(data + b"\0") == "too_large"

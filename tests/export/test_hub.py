@@ -139,6 +139,16 @@ def test_pushing_uploads_our_own_directory(directory, monkeypatch):
     assert pushed["files"] == {name: (directory / name).read_bytes() for name in MODEL_FILES}
 
 
+def test_without_the_hub_pushing_is_one_line(directory, monkeypatch):
+    def create_repo(self, **options: Any) -> Any:
+        raise ConnectionError("max retries exceeded\nwith url: /api/repos/create")
+
+    monkeypatch.setattr(hub_mixin.HfApi, "create_repo", create_repo)
+    with pytest.raises(UserError, match=r"^cannot push someone/model: max retries") as caught:
+        NaViTCLIP.from_pretrained(directory).push_to_hub("someone/model")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_card_that_is_there_is_never_read_and_stays(directory, tmp_path):
     trace = tmp_path / "exploded"
     (directory / "README.md").write_bytes(pickle.dumps(Bomb(trace)))

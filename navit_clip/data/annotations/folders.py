@@ -83,6 +83,31 @@ def read_class_folders(root: Path) -> ClassFolders:
     return found
 
 
+def find_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """All images below a folder as paths relative to it, in order of their bytes.
+
+    Returns:
+        Them, and how many files are none, by reason, as in `ClassFolders`.
+
+    Raises:
+        UserError: If the folder cannot be read or holds no image.
+    """
+    images, skipped = [], Counter[str]()
+    with reading(root):
+        for entry in sorted(root.iterdir()):
+            for path in _files_of(entry):
+                relative = path.relative_to(root)
+                if any(map(_is_hidden, relative.parts)):
+                    skipped["hidden"] += 1
+                elif is_image(path):
+                    images.append(str(relative))
+                else:
+                    skipped["no_image_file"] += 1
+    if not images:
+        raise UserError(f"no image below {root}")
+    return images, skipped
+
+
 def _read_class(found: ClassFolders, folder: Path) -> None:
     images: list[Path] = []
     others: list[Path] = []

@@ -40,7 +40,7 @@ def sample_image(
     Raises:
         SkipSampleError: If there is no image, or it cannot be decoded.
     """
-    image = EncodedImage(find_image(members))
+    image = EncodedImage(find_image(members), resolution.max_pixels)
     patch_size = sample_patch_size(resolution, patch_size, rng)
     rows, columns = sample_grid(
         resolution, image.height, image.width, patch_size, max_grid_side, rng, images_seen

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from navit_clip.data.decode import EncodedImage
+from navit_clip.data.decode import MOST_PIXELS, EncodedImage
 from navit_clip.errors import SkipSampleError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset
 from navit_clip.evaluation.embed import Embedded
@@ -63,7 +63,7 @@ def thumbnail(encoded: bytes, width: int, height: int) -> Image.Image | None:
         None if it cannot be decoded: a cached evaluation may outlive its images.
     """
     try:
-        image = EncodedImage(encoded)
+        image = EncodedImage(encoded, MOST_PIXELS)
         scale = min(width / image.width, height / image.height, 1.0)
         rows, columns = round(image.height * scale), round(image.width * scale)
         return Image.fromarray(image.pixels(max(1, rows), max(1, columns)))

@@ -126,7 +126,7 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
     sample.check()
     pair = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
     data = find_image(sample.members)
-    image = EncodedImage(data)
+    image = EncodedImage(data, task.build.resolution.max_pixels)
     texts = [text for name in task.captions for text in find_captions(sample.members, name)]
     tokenizer = task.build.tokenizer
     ids = [tokenizer.encode(text, _WHOLE_CAPTION) for text in texts]
