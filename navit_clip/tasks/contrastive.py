@@ -114,11 +114,13 @@ class ContrastiveConfig(TaskConfig):
 
     @classmethod
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
-        """The architecture of the model that the run starts from."""
+        """The architecture of the model that the run starts from, or of its image tower alone."""
         model = init.read_config(run_dir)
-        if model is not None and not isinstance(model, CLIPConfig):
-            raise UserError(f"init.model={init.model} is a classifier, without a text tower")
-        return {} if model is None else {"model": asdict(model)}
+        if model is None:
+            return {}
+        if isinstance(model, CLIPConfig):
+            return {"model": asdict(model)}
+        return {"model.image": asdict(model.image)}
 
     @classmethod
     def named_fields(cls, name: str) -> dict[str, Any]:
@@ -269,8 +271,17 @@ class ContrastiveTask(Task):
         return PackedModel(cast(NaViTCLIP, model), name, precision, around)
 
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
-        """The model that the run starts from, and its tokenizer."""
-        model = cast(NaViTCLIP, init.read_model())
+        """The model that the run starts from, and its tokenizer.
+
+        Of a classifier or a masked image model it takes the image tower; all else is new.
+        """
+        model = init.read_model()
+        if not isinstance(model, NaViTCLIP):
+            own, given = asdict(self.config.model.image), asdict(model.config.image)
+            init.check("task.model.image", own, given)
+            built = self.build_model()
+            take_weights(built.image, model.image)
+            return built.train(), None
         init.check("task.model", asdict(self.config.model), asdict(model.config))
         if model.config != self.config.model:  # rotary positions, which `check` lets one add
             extended = NaViTCLIP(self.config.model, model.tokenizer, model.preprocess)

@@ -31,11 +31,14 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import ClassifierConfig
+from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.rope import RotaryConfig
+from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
+from navit_clip.tasks.contrastive import ContrastiveConfig
 from navit_clip.tasks.source import InitConfig
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
@@ -439,15 +442,23 @@ def test_a_tower_given_beside_its_source_must_agree(data, tmp_path, monkeypatch,
     assert "task.model.image.patch_size=8 disagrees with init.model=" in line
 
 
-def test_a_contrastive_run_cannot_start_from_a_classifier(data, tmp_path, monkeypatch, capsys):
+def test_a_contrastive_run_starts_from_the_tower_of_a_classifier(
+    data, tmp_path, monkeypatch, capsys
+):
     torch.manual_seed(1)
-    NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16)).save_pretrained(
-        tmp_path / "source"
-    )
+    source = NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16))
+    source.save_pretrained(tmp_path / "source")
+    text = TextTowerConfig(50, encoder=EncoderConfig(16, 1, 2))
+    task = ContrastiveConfig(model=CLIPConfig(8, TOWER, text)).build(DataConfig())
+    model, tokenizer = task.start_from(InitConfig(str(tmp_path / "source")))
+    assert tokenizer is None
+    for name, weight in source.image.state_dict().items():
+        assert torch.equal(model.image.state_dict()[name], weight), name
+    # Which gives no tokenizer.
     flags = ["--run_dir", str(tmp_path / "run"), "--steps", "1", "--data.train", str(data)]
     assert run(monkeypatch, [*flags, "--init.model", str(tmp_path / "source")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "is a classifier, without a text tower" in line
+    assert "give `tokenizer`" in line
 
 
 def test_the_recipes_parse(tmp_path):
