@@ -22,7 +22,6 @@ from benchmarks.pairs import RealPair
 from benchmarks.sizes import CONTEXT, HEAD_WIDTH, PATCH, SQUARE, Widths
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
-from navit_clip.host_memory import keep_freed_memory
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 from navit_clip.models.clip import CLIP
 from navit_clip.packed.images import pack_images
@@ -68,11 +67,10 @@ class Towers(nn.Module):
 
 
 class Ours(Towers):
-    """This project's packed towers, with freed memory kept as its trainer keeps it on a CPU."""
+    """This project's packed towers."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
-        keep_freed_memory()
         self.clip = CLIP(widths.config())
         self.scale = self.clip.log_scale
 

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 
 from navit_clip.errors import OutageError, UserError
-from navit_clip.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -150,8 +149,6 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     if device == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(local)
-    else:
-        keep_freed_memory()
     store = None
     if world_size > 1:
         store = _clean_store(rank, world_size)
