@@ -313,7 +313,7 @@ def test_batches_hold_one_bucket_and_targets_follow_their_patches(data):
 
 
 MISTAKES = [
-    ({"task__kind": "markz"}, "task.kind must be one of contrastive, marks, got 'markz'; did you"),
+    ({"task__kind": "markz"}, "marks, got 'markz'; did you mean marks?"),
     ({"data__budget__tokens": '{"image": 60}'}, "data.budget.tokens"),
     ({"task__encoder__heads": 3}, "heads"),
     ({"task__loss__kind": "softmax"}, "task.loss"),
