@@ -298,5 +298,5 @@ def test_bad_fields_are_named(field, values):
 
 @pytest.mark.parametrize("values", [(-1,), (5,), (0, 64), (0, None, 64)])
 def test_a_curriculum_needs_a_length_and_a_start(values):
-    with pytest.raises(ValueError, match="^images "):
+    with pytest.raises(ValueError, match=r"^images "):
         CurriculumConfig(*values)
