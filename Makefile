@@ -15,19 +15,21 @@ $(INSTALLED): pyproject.toml
 
 SHAPES := data/shapes
 DEMO := runs/demo
+# At native aspect ratio, and squares of as many tokens.
+SETTINGS := --max-tokens 9,16,25,36 --square 48,64,80,96
 
 demo: $(INSTALLED)
-	$(BIN)/navit-clip data shapes --output $(SHAPES) --train 60000
+	$(BIN)/navit-clip data shapes --output $(SHAPES) --hard --train 60000
 	$(BIN)/navit-clip data train_tokenizer --shards $(SHAPES)/train \
 		--captions json.captions json.names json.short --vocab-size 256 --model-type bpe \
 		--output $(DEMO)/tokenizer.model
 	$(BIN)/navit-clip train --config demo
 	$(BIN)/navit-clip eval zeroshot --model $(DEMO)/model --data $(SHAPES)/zeroshot \
-		--templates $(SHAPES)/templates.txt --max-tokens 9,16,25,36 \
+		--templates $(SHAPES)/templates.txt $(SETTINGS) \
 		--output $(DEMO)/eval/zeroshot.json --report $(DEMO)/eval/zeroshot.html \
 		--curve $(DEMO)/eval/zeroshot.png
 	$(BIN)/navit-clip eval retrieval --model $(DEMO)/model --images $(SHAPES)/retrieval/images \
-		--captions $(SHAPES)/retrieval/captions.json --max-tokens 9,16,25,36 \
+		--captions $(SHAPES)/retrieval/captions.json $(SETTINGS) \
 		--output $(DEMO)/eval/retrieval.json --report $(DEMO)/eval/retrieval.html \
 		--gallery $(DEMO)/eval/gallery.png
 	@echo
