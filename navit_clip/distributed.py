@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -18,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.util import get_temp_dir
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from navit_clip.errors import OutageError, UserError
+from navit_clip.socket_folder import remove_socket_folder
 
 T = TypeVar("T")
 
@@ -207,7 +206,7 @@ def end_process(code: int) -> None:
     """Ends this process and its data workers at once, whatever its threads wait for."""
     for child in multiprocessing.active_children():
         child.kill()  # data workers; those that hang would outlive this process
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # of their sockets
+    remove_socket_folder(os.getpid())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

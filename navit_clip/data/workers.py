@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.util import get_temp_dir
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from navit_clip.errors import OutageError, UserError
+from navit_clip.socket_folder import make_socket_folder, remove_socket_folder
 
 if TYPE_CHECKING:  # the tools need no torch
     from torch.utils.data import DataLoader
@@ -113,9 +112,7 @@ class _DoneEvent:
 def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """Iterates over a torch DataLoader that can end even if a worker was killed."""
     if loader.num_workers:
-        # Of the sockets over which they hand memory over. Made here it is theirs too, so whoever of
-        # us ends last removes it, killed or not.
-        get_temp_dir()
+        make_socket_folder()
     iterator = iter(loader)
     if loader.num_workers:
         inner: Any = iterator
@@ -131,7 +128,7 @@ def prepare_worker() -> None:
     def follow_parent() -> None:
         if parent is not None:
             parent.join()
-            shutil.rmtree(get_temp_dir(), ignore_errors=True)
+            remove_socket_folder(parent.pid)
             os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()

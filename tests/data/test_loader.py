@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import fields, replace
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,6 +364,7 @@ def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent
     ours, theirs = fork.Pipe()
     alive, held = os.pipe()  # its end is held by the parent and, through it, by the worker
     data = pipeline(make_shards(tmp_path, [4, 4]), workers=1)
+    sockets = Path(get_temp_dir())  # of this process, and of the parent that is forked from it
     parent = fork.Process(target=_take_one_and_wait, args=(data, theirs))
     parent.start()
     os.close(held)
@@ -375,6 +378,7 @@ def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent
         os.close(alive)
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
+    assert sockets.is_dir()
 
 
 class DiesWithALock(PairBuilder):
