@@ -336,11 +336,12 @@ def test_scheduled_drop_follows_the_images_that_all_readers_took(pipeline, tmp_p
 
 def test_no_process_is_left_behind(pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [4, 4]), workers=2)
+    others = {*multiprocessing.active_children()}  # of other tests
     batches = data.load()
     assert torch.is_tensor(next(batches).inputs.images.patches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len({*multiprocessing.active_children()} - others) == 2
     batches.close()
-    assert multiprocessing.active_children() == []
+    assert others >= {*multiprocessing.active_children()}
 
 
 def _take_one_and_wait(data, connection):
@@ -400,9 +401,10 @@ def test_a_worker_killed_with_a_lock_keeps_nobody_waiting(tmp_path, pipeline):
     good = pipeline(make_shards(tmp_path, [20]), workers=2)
     values = {f.name: getattr(good.build, f.name) for f in fields(good.build)}
     deadly = replace(good, build=DiesWithALock(**values))
+    others = {*multiprocessing.active_children()}
     with (
         pytest.raises(UserError, match=r"DataLoader worker .* lack of memory: the fix"),
         explain_killed_workers("the fix"),
     ):
         take(deadly, 1)
-    assert multiprocessing.active_children() == []
+    assert others >= {*multiprocessing.active_children()}
