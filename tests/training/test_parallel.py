@@ -57,6 +57,9 @@ CASES = {
 }
 TOLERANCE = {FLOAT: 2e-5, DOUBLE: 1e-11}
 
+# All runs of a world are made for its first test.
+pytestmark = pytest.mark.timeout(700)
+
 
 def run_case(config, dtype, steps, ranks):
     stepper = new_stepper(config, ranks, dtype)
@@ -129,7 +132,7 @@ def results(run_dirs):
         tiny_flags(root, parts_4, 3, **fsdp),
         tiny_flags(root, parts_4, 4, **options),
     ]
-    found = run_ranks(run_cases, 4, str(root), runs, timeout=240, initialise=False)
+    found = run_ranks(run_cases, 4, str(root), runs, timeout=600, initialise=False)
     return {n: [result[n] for result in found if n in result] for n in CASES}
 
 
