@@ -116,11 +116,11 @@ def test_a_study_goes_on_where_it_was_interrupted(data, tmp_path, monkeypatch, c
     words = (path, "--data", data, "--out", out)
     advance, score, calls = Progress.advance, runs.score, []
 
-    def interrupted(self: Progress) -> None:
+    def interrupted(self: Progress, samples: int) -> None:
         calls.append(0)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        advance(self)
+        advance(self, samples)
 
     monkeypatch.setattr(Progress, "advance", interrupted)
     assert command("run", *words, "--workers", "0") == 130
