@@ -7,18 +7,15 @@ stands what a user needs around them, as in `navit_clip.model` for CLIP.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from navit_clip.data.in_memory import ImageInput
-from navit_clip.errors import UserError
 from navit_clip.export.card import CLASSIFIER_TAGS, CLASSIFIER_TASK, LIBRARY
 from navit_clip.export.description import Description
 from navit_clip.export.hub import PretrainedModel
-from navit_clip.export.pretrained import save_pretrained
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import Classifier, ClassifierConfig
 from navit_clip.tokenizers.base import Tokenizer
@@ -58,21 +55,6 @@ class NaViTClassifier(
         """A model with random weights."""
         assert isinstance(description.model, ClassifierConfig)
         return cls(description.model, description.classes, description.preprocess)
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes the model's directory: configuration, weights and a model card.
-
-        Args:
-            save_directory: Made if need be. A card that is there already stays.
-            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
-                ours replace.
-
-        Raises:
-            UserError: If the model has no preprocess, or the disk does not take it.
-        """
-        if self.preprocess is None:
-            raise UserError("this model has no preprocess to save: set model.preprocess first")
-        save_pretrained(Path(save_directory), self, None, self.preprocess, self.classes)
 
     @torch.no_grad()
     def classify(

@@ -6,8 +6,7 @@ The tower and decoder are `navit_clip.models.masked_image.MaskedImage`'s, which 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +14,9 @@ import torch
 from navit_clip.data.drop import keep_patches
 from navit_clip.data.in_memory import ImageInput
 from navit_clip.data.patches import join_patches
-from navit_clip.errors import UserError
 from navit_clip.export.card import LIBRARY, MASKED_TAGS, MASKED_TASK
 from navit_clip.export.description import Description
 from navit_clip.export.hub import PretrainedModel
-from navit_clip.export.pretrained import save_pretrained
 from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.masked_pixels import restore_patches
@@ -72,21 +69,6 @@ class NaViTMaskedImage(
         """A model with random weights."""
         assert isinstance(description.model, MaskedImageConfig)
         return cls(description.model, description.preprocess)
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes the model's directory: configuration, weights and a model card.
-
-        Args:
-            save_directory: Made if need be. A card that is there already stays.
-            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
-                ours replace.
-
-        Raises:
-            UserError: If the model has no preprocess, or the disk does not take it.
-        """
-        if self.preprocess is None:
-            raise UserError("this model has no preprocess to save: set model.preprocess first")
-        save_pretrained(Path(save_directory), self, None, self.preprocess)
 
     @torch.no_grad()
     def predict(

@@ -20,7 +20,6 @@ from navit_clip.errors import UserError
 from navit_clip.export.card import LIBRARY, TAGS, TASK
 from navit_clip.export.description import Description
 from navit_clip.export.hub import PretrainedModel
-from navit_clip.export.pretrained import save_pretrained
 from navit_clip.inference.embed import image_vectors, text_vectors
 from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
@@ -45,6 +44,7 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
     """
 
     kind = "clip"
+    needed = ("tokenizer", "preprocess")
 
     def __init__(
         self,
@@ -61,25 +61,6 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
         """A model with random weights."""
         assert isinstance(description.model, CLIPConfig)
         return cls(description.model, tokenizer, description.preprocess)
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes the model's directory: configuration, weights, tokenizer and a model card.
-
-        Args:
-            save_directory: Made if need be. A card that is there already stays.
-            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
-                ours replace.
-
-        Raises:
-            UserError: If the model has no tokenizer or preprocess, or the disk does not take it.
-        """
-        # Not the mixin's own: it removes the old config.json before it knows that a new one fits.
-        for name in ("tokenizer", "preprocess"):
-            if getattr(self, name) is None:
-                raise UserError(f"this model has no {name} to save: set model.{name} first")
-        assert self.tokenizer is not None
-        assert self.preprocess is not None
-        save_pretrained(Path(save_directory), self, self.tokenizer, self.preprocess)
 
     @classmethod
     def from_name(

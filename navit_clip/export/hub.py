@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -20,8 +20,8 @@ from torch import Tensor
 from navit_clip.data.decode import MAX_PIXELS
 from navit_clip.data.in_memory import ImageInput
 from navit_clip.errors import UserError
-from navit_clip.export.description import Description
-from navit_clip.export.pretrained import find_directory, load_pretrained
+from navit_clip.export.description import BareModel, Description
+from navit_clip.export.pretrained import find_directory, load_pretrained, save_pretrained
 from navit_clip.files import one_line
 from navit_clip.inference.embed import feature_vectors
 from navit_clip.inference.images import size_images
@@ -42,16 +42,22 @@ class PretrainedModel(ModelHubMixin):
 
     Attributes:
         kind: Of `Description`.
+        needed: Attributes without which a model is not saved.
         image: The tower.
+        tokenizer: Of a model that reads texts; None for one that will get none.
         preprocess: How the model wants its images; None for one that will get none.
+        classes: Names of a classifier's classes, by index.
         precision: Of those methods: ``auto`` is ``bf16`` on CUDA and ``fp32`` on a CPU, and leaves
             an autocast of the caller's as it is.
         max_pixels: Encoded images of more pixels are refused, before they take memory.
     """
 
     kind: ClassVar[str]
+    needed: ClassVar[tuple[str, ...]] = ("preprocess",)
     image: ImageTower
+    tokenizer: Tokenizer | None = None
     preprocess: Preprocess | None
+    classes: tuple[str, ...] = ()
     precision: PrecisionChoice = "auto"
     max_pixels: int = MAX_PIXELS
 
@@ -121,6 +127,24 @@ class PretrainedModel(ModelHubMixin):
 
         model: Self = load_pretrained(directory, build).to(device).eval()
         return model
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes the model's directory: configuration, weights, tokenizer and a model card.
+
+        Args:
+            save_directory: Made if need be. A card that is there already stays.
+            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
+                ours replace.
+
+        Raises:
+            UserError: If the model lacks something `needed`, or the disk does not take it.
+        """
+        # Not the mixin's own: it removes the old config.json before it knows that a new one fits.
+        for name in self.needed:
+            if getattr(self, name) is None:
+                raise UserError(f"this model has no {name} to save: set model.{name} first")
+        bare, preprocess = cast(BareModel, self), cast(Preprocess, self.preprocess)
+        save_pretrained(Path(save_directory), bare, self.tokenizer, preprocess, self.classes)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads what `save_pretrained` writes, with huggingface_hub's own method and options.
