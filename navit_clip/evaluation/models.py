@@ -301,10 +301,15 @@ class PackedClassifier(PackedTower):
         return image_flops(self._image, len(self.model.classes), tokens)
 
 
-def packed_model(model: AnyModel, name: str, precision: Precision) -> PackedModel | PackedTower:
+def packed_model(
+    model: AnyModel,
+    name: str,
+    precision: Precision,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> PackedModel | PackedTower:
     """One of ours as evaluators see it, whichever it is."""
     if isinstance(model, NaViTCLIP):
-        return PackedModel(model, name, precision)
+        return PackedModel(model, name, precision, around)
     if isinstance(model, NaViTClassifier):
-        return PackedClassifier(model, name, precision)
-    return PackedTower(model, name, precision)
+        return PackedClassifier(model, name, precision, around)
+    return PackedTower(model, name, precision, around)

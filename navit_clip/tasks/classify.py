@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor, nn
+from typing import Literal
 
 from navit_clip.checkpoints.folder import RUN_MODEL
-from navit_clip.classifier import NaViTClassifier
 from navit_clip.configs import check_choices
 from navit_clip.data.annotations.class_names import CLASSNAMES, names_beside, read_places
 from navit_clip.data.builders.labelled import LabelledBuilder, LabelledInputs
@@ -21,23 +16,18 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
-from navit_clip.evaluation.models import PackedClassifier
 from navit_clip.export.description import Description
-from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.classification import count_hits, sigmoid_loss, softmax_loss
 from navit_clip.models.classifier import Classifier, ClassifierConfig, ClassifierOutput
 from navit_clip.models.flops import LengthSums, backward_flops, tower_flops
 from navit_clip.packed.batch import Inputs
-from navit_clip.precision import Precision
-from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
-from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
-from navit_clip.tasks.run_card import write_run_card
-from navit_clip.tasks.source import InitConfig
+from navit_clip.tasks.base import Loss
+from navit_clip.tasks.images import ImageTask, ImageTaskConfig, check_sizes
 from navit_clip.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class ClassifyConfig(TaskConfig):
+class ClassifyConfig(ImageTaskConfig):
     """Classification of images.
 
     Attributes:
@@ -78,14 +68,8 @@ class ClassifyConfig(TaskConfig):
         """The task on this data, whose class names are read here."""
         return ClassifyTask(self, data)
 
-    @classmethod
-    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
-        """The image tower of the model that the run starts from."""
-        model = init.read_config(run_dir)
-        return {} if model is None else {"model.image": asdict(model.image)}
 
-
-class ClassifyTask(Task):
+class ClassifyTask(ImageTask):
     """An image tower with a head, labelled images, and a loss that is a mean over the images.
 
     Args:
@@ -100,13 +84,8 @@ class ClassifyTask(Task):
     """
 
     def __init__(self, config: ClassifyConfig, data: DataConfig) -> None:
-        self.config, self.data = config, data
+        super().__init__(config, data)
         self.names = tuple(_read_names(config.classes, data))
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How the trained model wants its images."""
-        return preprocess_of(self.data, self.config.model.image)
 
     @property
     def description(self) -> Description:
@@ -157,11 +136,6 @@ class ClassifyTask(Task):
         """The linear layer over the classes."""
         return name.startswith("head.")
 
-    def layers_above(self, name: str) -> int:
-        """Those of the tower; the head has none above it."""
-        tower, _, rest = name.partition(".")
-        return layers_above(rest, self.config.model.image.encoder.depth) if tower == "image" else 0
-
     def flops(self, inputs: Inputs) -> float:
         """FLOPs of one forward and one backward pass, head included."""
         assert isinstance(inputs, LabelledInputs)
@@ -170,10 +144,6 @@ class ClassifyTask(Task):
         image = self.config.model.image.with_patch_size(inputs.images.patch_size)
         forward = tower_flops(image, len(self.names), sums)
         return sum(forward) + backward_flops(forward)
-
-    def describe(self, folder: Path) -> None:
-        """Writes architecture, class names and preprocessing as model.json."""
-        self.description.write(folder / RUN_MODEL)
 
     def check_checkpoint(self, folder: Path) -> None:
         """Refuses other class names than the run was begun with: labels would mean others."""
@@ -184,39 +154,6 @@ class ClassifyTask(Task):
                     f"cannot resume from {folder}: class {index} is {new!r}, was {old!r}: put the "
                     "list of classes back, or use another run_dir"
                 )
-
-    def export(
-        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
-    ) -> NaViTClassifier:
-        """The model with class names and preprocessing, in evaluation mode."""
-        # What it draws for its first weights must not cost the caller's generator anything.
-        with torch.random.fork_rng(devices=[]):
-            model = NaViTClassifier(self.config.model, self.names, self.preprocess)
-        if weights is not None:
-            model.load_state_dict(dict(weights), assign=True)
-        return model.eval()
-
-    def write_card(self, directory: Path, run_dir: Path) -> None:
-        """Writes the model card of an export."""
-        write_run_card(directory, run_dir)
-
-    def eval_model(
-        self,
-        model: ExportedModel,
-        name: str,
-        precision: Precision = "fp32",
-        around: Around = nullcontext,
-    ) -> PackedClassifier:
-        """The tower's vectors, packed, and the head."""
-        return PackedClassifier(cast(NaViTClassifier, model), name, precision, around)
-
-    def start_from(self, init: InitConfig) -> tuple[nn.Module, None]:
-        """The image tower of the model that the run starts from, under a new head of zeros."""
-        source = init.read_model()
-        init.check("task.model.image", asdict(self.config.model.image), asdict(source.config.image))
-        model = self.build_model()
-        take_weights(model.image, source.image)
-        return model.train(), None
 
 
 def _read_names(path: str | None, data: DataConfig) -> list[str]:

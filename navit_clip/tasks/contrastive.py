@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from navit_clip.architectures import architecture
-from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.configs import check_choices
 from navit_clip.data.builders.pairs import PairBuilder, PairInputs
 from navit_clip.data.config import DataConfig, check_captions
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
-from navit_clip.evaluation.models import PackedModel
-from navit_clip.export.description import Description
-from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
 from navit_clip.packed.batch import Inputs
-from navit_clip.precision import Precision
-from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
+from navit_clip.tasks.base import Loss
 from navit_clip.tasks.caption_report import report_captions
-from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
+from navit_clip.tasks.images import (
+    ImageTask,
+    ImageTaskConfig,
+    check_sizes,
+    layers_above,
+    take_weights,
+)
 from navit_clip.tasks.locking import LockConfig, lock_towers
-from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -63,7 +63,7 @@ class ContrastiveLossConfig:
 
 
 @dataclass(frozen=True)
-class ContrastiveConfig(TaskConfig):
+class ContrastiveConfig(ImageTaskConfig):
     """Contrastive training of an image and a text tower.
 
     Attributes:
@@ -116,11 +116,9 @@ class ContrastiveConfig(TaskConfig):
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
         """The architecture of the model that the run starts from, or of its image tower alone."""
         model = init.read_config(run_dir)
-        if model is None:
-            return {}
         if isinstance(model, CLIPConfig):
             return {"model": asdict(model)}
-        return {"model.image": asdict(model.image)}
+        return super().defaults_from(init, run_dir)
 
     @classmethod
     def named_fields(cls, name: str) -> dict[str, Any]:
@@ -128,7 +126,7 @@ class ContrastiveConfig(TaskConfig):
         return {"model": asdict(architecture(name))}
 
 
-class ContrastiveTask(Task):
+class ContrastiveTask(ImageTask):
     """Both towers, pairs, and the loss over the pairs of all ranks.
 
     Args:
@@ -137,14 +135,6 @@ class ContrastiveTask(Task):
     """
 
     couples_examples = True
-
-    def __init__(self, config: ContrastiveConfig, data: DataConfig) -> None:
-        self.config, self.data = config, data
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How the trained model wants its images: as large as the largest of training."""
-        return preprocess_of(self.data, self.config.model.image)
 
     def build_model(self) -> CLIP:
         """A new model with random weights, on the host."""
@@ -241,35 +231,6 @@ class ContrastiveTask(Task):
             for tower, forward in forward_flops(model, images, texts).items()
         )
 
-    def describe(self, folder: Path) -> None:
-        """Writes architecture and preprocessing as model.json."""
-        Description(self.config.model, self.preprocess).write(folder / RUN_MODEL)
-
-    def export(
-        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
-    ) -> NaViTCLIP:
-        """The model with tokenizer and preprocessing, in evaluation mode."""
-        # What it draws for its first weights must not cost the caller's generator anything.
-        with torch.random.fork_rng(devices=[]):
-            model = NaViTCLIP(self.config.model, tokenizer, self.preprocess)
-        if weights is not None:
-            model.load_state_dict(dict(weights), assign=True)
-        return model.eval()
-
-    def write_card(self, directory: Path, run_dir: Path) -> None:
-        """Writes the model card of an export."""
-        write_run_card(directory, run_dir)
-
-    def eval_model(
-        self,
-        model: ExportedModel,
-        name: str,
-        precision: Precision = "fp32",
-        around: Around = nullcontext,
-    ) -> PackedModel:
-        """Embeds images and texts, packed."""
-        return PackedModel(cast(NaViTCLIP, model), name, precision, around)
-
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
         """The model that the run starts from, and its tokenizer.
 
@@ -277,11 +238,7 @@ class ContrastiveTask(Task):
         """
         model = init.read_model()
         if not isinstance(model, NaViTCLIP):
-            own, given = asdict(self.config.model.image), asdict(model.config.image)
-            init.check("task.model.image", own, given)
-            built = self.build_model()
-            take_weights(built.image, model.image)
-            return built.train(), None
+            return self.with_tower(init, model), None
         init.check("task.model", asdict(self.config.model), asdict(model.config))
         if model.config != self.config.model:  # rotary positions, which `check` lets one add
             extended = NaViTCLIP(self.config.model, model.tokenizer, model.preprocess)

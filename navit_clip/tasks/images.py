@@ -1,15 +1,30 @@
-"""What tasks with an image tower share: checks of sizes, preprocessing, depths of parameters."""
+"""What tasks share whose model has an image tower: sizes, export, evaluation, first weights."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.data.config import DataConfig
 from navit_clip.data.sizing import default_max_tokens
+from navit_clip.evaluation.models import Model, packed_model
+from navit_clip.export.description import Description
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.load import AnyModel, build_model
 from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.precision import Precision
+from navit_clip.tasks.base import Around, ExportedModel, Task, TaskConfig
+from navit_clip.tasks.run_card import write_run_card
+from navit_clip.tasks.source import InitConfig
+from navit_clip.tokenizers.base import Tokenizer
 
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
@@ -43,14 +58,6 @@ def take_weights(model: nn.Module, source: nn.Module) -> None:
     model.load_state_dict({**model.state_dict(), **source.state_dict()})
 
 
-def preprocess_of(data: DataConfig, image: ImageTowerConfig) -> Preprocess:
-    """How a trained model wants its images: as large as the largest of training."""
-    resolution = data.resolution
-    return Preprocess(
-        default_max_tokens(resolution, image.patch_size), square=resolution.mode == "square"
-    )
-
-
 def layers_above(name: str, depth: int) -> int:
     """How many layers of its tower stand above a parameter.
 
@@ -64,3 +71,87 @@ def layers_above(name: str, depth: int) -> int:
         return 0
     block = _BLOCK.match(name)
     return depth - int(block[1]) if block else depth + 1
+
+
+class ImageTaskConfig(TaskConfig):
+    """Base of configurations whose ``model`` has an image tower, ``model.image``."""
+
+    @classmethod
+    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
+        """The image tower of the model that the run starts from."""
+        model = init.read_config(run_dir)
+        return {} if model is None else {"model.image": asdict(model.image)}
+
+
+class ImageTask(Task):
+    """A task whose model has an image tower, ``image``.
+
+    Args:
+        config: Of the task; its ``model`` is one of `navit_clip.export.description.ModelConfig`.
+        data: What is read, and how images are sized and dropped.
+    """
+
+    config: Any
+
+    def __init__(self, config: TaskConfig, data: DataConfig) -> None:
+        self.config, self.data = config, data
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How the trained model wants its images: as large as the largest of training."""
+        resolution = self.data.resolution
+        most = default_max_tokens(resolution, self.config.model.image.patch_size)
+        return Preprocess(most, square=resolution.mode == "square")
+
+    @property
+    def description(self) -> Description:
+        """Of the model."""
+        return Description(self.config.model, self.preprocess)
+
+    def layers_above(self, name: str) -> int:
+        """Those of the image tower; all else has none above it."""
+        part, _, rest = name.partition(".")
+        return layers_above(rest, self.config.model.image.encoder.depth) if part == "image" else 0
+
+    def describe(self, folder: Path) -> None:
+        """Writes the description as model.json."""
+        self.description.write(folder / RUN_MODEL)
+
+    def export(self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None) -> AnyModel:
+        """The model with all that belongs to it, in evaluation mode."""
+        # What it draws for its first weights must not cost the caller's generator anything.
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(self.description, tokenizer)
+        if weights is not None:
+            model.load_state_dict(dict(weights), assign=True)
+        return model.eval()
+
+    def write_card(self, directory: Path, run_dir: Path) -> None:
+        """Writes the model card of an export."""
+        write_run_card(directory, run_dir)
+
+    def eval_model(
+        self,
+        model: ExportedModel,
+        name: str,
+        precision: Precision = "fp32",
+        around: Around = nullcontext,
+    ) -> Model:
+        """Packed, as evaluation by itself sees it."""
+        return packed_model(cast(AnyModel, model), name, precision, around)
+
+    def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
+        """The image tower of the model that the run starts from; all else is new."""
+        return self.with_tower(init, init.read_model()), None
+
+    def with_tower(self, init: InitConfig, source: AnyModel) -> nn.Module:
+        """A new model with the image tower of another.
+
+        Raises:
+            UserError: If it is of another architecture.
+        """
+        image = self.config.model.image
+        init.check("task.model.image", asdict(image), asdict(source.config.image))
+        model: Any = self.build_model()
+        take_weights(model.image, source.image)
+        return cast(nn.Module, model.train())

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
-from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.configs import check_choices
 from navit_clip.data.builders.masked import MaskedBuilder
 from navit_clip.data.config import DataConfig
-from navit_clip.evaluation.models import PackedTower
-from navit_clip.export.description import Description
-from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.masked_pixels import masked_pixel_loss
-from navit_clip.masked_image import NaViTMaskedImage
 from navit_clip.models.flops import LengthSums, backward_flops, decoder_flops, tower_flops
 from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig, PredictedPatches
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.masked import MaskedInputs
-from navit_clip.precision import Precision
-from navit_clip.tasks.base import Around, ExportedModel, Loss, Task, TaskConfig
-from navit_clip.tasks.images import check_sizes, layers_above, preprocess_of, take_weights
-from navit_clip.tasks.run_card import write_run_card
-from navit_clip.tasks.source import InitConfig
+from navit_clip.tasks.base import Loss
+from navit_clip.tasks.images import ImageTask, ImageTaskConfig, check_sizes
 from navit_clip.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class MaskedImageTaskConfig(TaskConfig):
+class MaskedImageTaskConfig(ImageTaskConfig):
     """Masked image pretraining; data.drop says which patches are hidden.
 
     Attributes:
@@ -69,28 +58,14 @@ class MaskedImageTaskConfig(TaskConfig):
         """The task on this data."""
         return MaskedImageTask(self, data)
 
-    @classmethod
-    def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
-        """The image tower of the model that the run starts from."""
-        model = init.read_config(run_dir)
-        return {} if model is None else {"model.image": asdict(model.image)}
 
-
-class MaskedImageTask(Task):
+class MaskedImageTask(ImageTask):
     """A tower on visible patches, a decoder, and a loss that is a mean over images.
 
     Args:
         config: The model.
         data: How images are sized, and how many of their patches are hidden.
     """
-
-    def __init__(self, config: MaskedImageTaskConfig, data: DataConfig) -> None:
-        self.config, self.data = config, data
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How the trained model wants its images."""
-        return preprocess_of(self.data, self.config.model.image)
 
     def build_model(self) -> MaskedImage:
         """A new model with random weights, on the host."""
@@ -123,11 +98,6 @@ class MaskedImageTask(Task):
             total = masked_pixel_loss(outputs.pixels_TK, part.whole.patches, part.weights)
         return Loss(total / sum(counts), {})
 
-    def layers_above(self, name: str) -> int:
-        """Those of the tower; the decoder has none above it."""
-        part, _, rest = name.partition(".")
-        return layers_above(rest, self.config.model.image.encoder.depth) if part == "image" else 0
-
     def flops(self, inputs: Inputs) -> float:
         """FLOPs of one forward and one backward pass, the decoder included."""
         assert isinstance(inputs, MaskedInputs)
@@ -141,40 +111,3 @@ class MaskedImageTask(Task):
             + backward_flops(tower)
             + 3 * decoder_flops(self.config.model, visible, whole)
         )
-
-    def describe(self, folder: Path) -> None:
-        """Writes architecture and preprocessing as model.json."""
-        Description(self.config.model, self.preprocess).write(folder / RUN_MODEL)
-
-    def export(
-        self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None
-    ) -> NaViTMaskedImage:
-        """The model with its preprocessing, in evaluation mode."""
-        # What it draws for its first weights must not cost the caller's generator anything.
-        with torch.random.fork_rng(devices=[]):
-            model = NaViTMaskedImage(self.config.model, self.preprocess)
-        if weights is not None:
-            model.load_state_dict(dict(weights), assign=True)
-        return model.eval()
-
-    def write_card(self, directory: Path, run_dir: Path) -> None:
-        """Writes the model card of an export."""
-        write_run_card(directory, run_dir)
-
-    def eval_model(
-        self,
-        model: ExportedModel,
-        name: str,
-        precision: Precision = "fp32",
-        around: Around = nullcontext,
-    ) -> PackedTower:
-        """The tower's vectors, packed."""
-        return PackedTower(cast(NaViTMaskedImage, model), name, precision, around)
-
-    def start_from(self, init: InitConfig) -> tuple[nn.Module, None]:
-        """The image tower of the model that the run starts from, and a new decoder."""
-        source = init.read_model()
-        init.check("task.model.image", asdict(self.config.model.image), asdict(source.config.image))
-        model = self.build_model()
-        take_weights(model.image, source.image)
-        return model.train(), None
