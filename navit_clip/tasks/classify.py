@@ -22,7 +22,7 @@ from navit_clip.models.classifier import Classifier, ClassifierConfig, Classifie
 from navit_clip.models.flops import LengthSums, backward_flops, tower_flops
 from navit_clip.packed.batch import Inputs
 from navit_clip.tasks.base import Loss
-from navit_clip.tasks.images import ImageTask, ImageTaskConfig, check_sizes
+from navit_clip.tasks.images import ImageTask, ImageTaskConfig, check_sizes, refuse_captions
 from navit_clip.tokenizers.base import Tokenizer
 
 
@@ -60,9 +60,7 @@ class ClassifyConfig(ImageTaskConfig):
         limit = data.resolution.max_tokens, "data.resolution.max_tokens"
         data.budget.check({"image": limit})
         check_sizes(data, self.model.image)
-        for name, dataset in data.mix.items():
-            if dataset.captions is not None:
-                raise ValueError(f"data.mix.{name}.captions: task.kind classify reads no captions")
+        refuse_captions(data, self.kind)
 
     def build(self, data: DataConfig) -> ClassifyTask:
         """The task on this data, whose class names are read here."""

@@ -53,6 +53,13 @@ def check_sizes(data: DataConfig, image: ImageTowerConfig) -> None:
             )
 
 
+def refuse_captions(data: DataConfig, kind: str) -> None:
+    """Raises a `ValueError` if a dataset names captions, of which a task reads none."""
+    for name, dataset in data.mix.items():
+        if dataset.captions is not None:
+            raise ValueError(f"data.mix.{name}.captions: task.kind {kind} reads no captions")
+
+
 def take_weights(model: nn.Module, source: nn.Module) -> None:
     """Copies weights into a model that may have rotary positions beside; see `InitConfig.check`."""
     model.load_state_dict({**model.state_dict(), **source.state_dict()})

@@ -238,6 +238,10 @@ def test_images_of_one_patch_are_skipped_and_counted(tmp_path, monkeypatch, caps
 
 
 MISTAKES = [
+    (
+        {"data__train": "[]", "data__mix": '{"a": {"shards": "x", "captions": {"txt": 1}}}'},
+        "data.mix.a.captions: task.kind masked_image reads no captions",
+    ),
     ({"data__drop__kind": "none"}, "data.drop.kind must not be none for task.kind masked_image"),
     ({"task__model__image__pooling": "map"}, "image.pooling must be mean or cls"),
     ({"task__model__position__kind": "none"}, "position.kind must not be none"),
