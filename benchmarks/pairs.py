@@ -116,5 +116,5 @@ def pair_builder(config: DataConfig) -> PairBuilder:
     """Builds pairs as configured, of patches and open_clip's tokens."""
     tokenizer = OpenClipTokenizer()
     return PairBuilder(
-        {"txt": 1.0}, config.resolution, config.drop, tokenizer, CONTEXT, PATCH, 64, seed=0
+        config.resolution, config.drop, PATCH, 64, 0, {"txt": 1.0}, tokenizer, CONTEXT
     )

@@ -89,7 +89,7 @@ def pair_pipeline(
     paths = [str(shard) for shard in shards]
     config = replace(CONFIG, **{"train": paths, **fields})
     build = PairBuilder(
-        {"txt": 1.0}, config.resolution, config.drop, tokenizer, 24, PATCH, 64, seed
+        config.resolution, config.drop, PATCH, 64, seed, {"txt": 1.0}, tokenizer, 24
     )
     return Pipeline(build, config, seed)
 

@@ -99,12 +99,12 @@ class ClassifyTask(ImageTask):
         image = self.config.model.image
         single = self.config.model.output == "softmax"
         return LabelledBuilder(
-            LabelReader(self.config.labels, self.names, single),
             self.data.resolution,
             self.data.drop,
             image.patch_size,
             image.position.max_grid_side,
             seed,
+            LabelReader(self.config.labels, self.names, single),
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -151,14 +151,14 @@ class ContrastiveTask(ImageTask):
                 f"{text.vocab_size}: raise it"
             )
         return PairBuilder(
-            self.config.captions,
             self.data.resolution,
             self.data.drop,
-            tokenizer,
-            text.context_length,
             image.patch_size,
             image.position.max_grid_side,
             seed,
+            self.config.captions,
+            tokenizer,
+            text.context_length,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -5,6 +5,8 @@ Everything random follows from the generator that is handed down, of (seed, epoc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from navit_clip.data.builders.base import Origin
@@ -16,38 +18,52 @@ from navit_clip.data.sizing import ResolutionConfig, sample_grid, sample_patch_s
 from navit_clip.packed.images import ImagePatches
 
 
-def sample_image(
-    members: dict[str, bytes],
-    rng: np.random.Generator,
-    images_seen: int,
-    *,
-    resolution: ResolutionConfig,
-    drop: DropConfig,
-    patch_size: int,
-    max_grid_side: int,
-) -> ImagePatches:
-    """Draws sizes of patches and image, decodes to the latter, cuts into patches, drops some.
+@dataclass(frozen=True)
+class ImageBuilder:
+    """What builders of samples with an image share.
 
-    Args:
-        members: Of the sample, by extension.
-        rng: Of the sample; drawn from for the sizes first, then for the drop.
-        images_seen: For what follows a schedule.
+    Attributes:
         resolution: How large an image becomes.
         drop: Which patches are left out.
         patch_size: P, unless `resolution` has others.
         max_grid_side: Most rows or columns that the model's positions know.
-
-    Raises:
-        SkipSampleError: If there is no image, or it cannot be decoded.
+        seed: Of the run.
     """
-    image = EncodedImage(find_image(members), resolution.max_pixels)
-    patch_size = sample_patch_size(resolution, patch_size, rng)
-    rows, columns = sample_grid(
-        resolution, image.height, image.width, patch_size, max_grid_side, rng, images_seen
-    )
-    rate = sample_rate(drop, rows * columns, images_seen, rng)
-    keep = keep_patches(rows * columns, rate, rng)
-    return cut_patches(image.pixels(rows * patch_size, columns * patch_size), patch_size, keep)
+
+    resolution: ResolutionConfig
+    drop: DropConfig
+    patch_size: int
+    max_grid_side: int
+    seed: int
+
+    def sample_image(
+        self, members: dict[str, bytes], origin: Origin, rng: np.random.Generator, drop: DropConfig
+    ) -> ImagePatches:
+        """Draws sizes of patches and image, decodes to the latter, cuts into patches, drops some.
+
+        Args:
+            members: Of the sample, by extension.
+            origin: Of the sample.
+            rng: Likewise; drawn from for the sizes first, then for the drop.
+            drop: Which patches are left out here.
+
+        Raises:
+            SkipSampleError: If there is no image, or it cannot be decoded.
+        """
+        image = EncodedImage(find_image(members), self.resolution.max_pixels)
+        size = sample_patch_size(self.resolution, self.patch_size, rng)
+        rows, columns = sample_grid(
+            self.resolution,
+            image.height,
+            image.width,
+            size,
+            self.max_grid_side,
+            rng,
+            origin.images_seen,
+        )
+        rate = sample_rate(drop, rows * columns, origin.images_seen, rng)
+        keep = keep_patches(rows * columns, rate, rng)
+        return cut_patches(image.pixels(rows * size, columns * size), size, keep)
 
 
 def trim_image(

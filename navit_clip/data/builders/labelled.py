@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from navit_clip.data.builders.base import Origin
-from navit_clip.data.builders.images import sample_image, trim_image
-from navit_clip.data.drop import DropConfig
+from navit_clip.data.builders.images import ImageBuilder, trim_image
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import RawSample
-from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.ragged import Ragged
@@ -71,24 +69,14 @@ class LabelledInputs(Inputs):
 
 
 @dataclass(frozen=True)
-class LabelledBuilder:
+class LabelledBuilder(ImageBuilder):
     """Builds labelled images; the same one for the same sample and epoch, wherever it runs.
 
     Attributes:
         labels: Reads the labels.
-        resolution: How large an image becomes.
-        drop: Which patches are left out.
-        patch_size: P, unless `resolution` has others.
-        max_grid_side: Most rows or columns that the model's positions know.
-        seed: Of the run.
     """
 
     labels: LabelReader
-    resolution: ResolutionConfig
-    drop: DropConfig
-    patch_size: int
-    max_grid_side: int
-    seed: int
 
     @property
     def streams(self) -> tuple[str]:
@@ -104,15 +92,8 @@ class LabelledBuilder:
             SkipSampleError: If the sample has no usable image or label.
         """
         labels = self.labels(raw.members)
-        image = sample_image(
-            raw.members,
-            sample_generator(self.seed, origin.epoch, raw.id),
-            origin.images_seen,
-            resolution=self.resolution,
-            drop=self.drop,
-            patch_size=self.patch_size,
-            max_grid_side=self.max_grid_side,
-        )
+        rng = sample_generator(self.seed, origin.epoch, raw.id)
+        image = self.sample_image(raw.members, origin, rng, self.drop)
         return LabelledImage(raw.id, origin, image, labels, self.seed)
 
     def collate(

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from navit_clip.data.builders.base import Origin
-from navit_clip.data.builders.images import sample_image, trim_places
+from navit_clip.data.builders.images import ImageBuilder, trim_places
 from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import RawSample
-from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import SkipSampleError
 from navit_clip.packed.images import ImagePatches
 from navit_clip.packed.masked import MaskedInputs, pack_masked
@@ -58,22 +57,8 @@ class MaskedSample:
 
 
 @dataclass(frozen=True)
-class MaskedBuilder:
-    """Builds images with hidden patches; the same for the same sample and epoch.
-
-    Attributes:
-        resolution: How large an image becomes.
-        drop: Which patches are hidden.
-        patch_size: P.
-        max_grid_side: Most rows or columns that tower and decoder have positions for.
-        seed: Of the run.
-    """
-
-    resolution: ResolutionConfig
-    drop: DropConfig
-    patch_size: int
-    max_grid_side: int
-    seed: int
+class MaskedBuilder(ImageBuilder):
+    """Builds images whose patches that `drop` leaves out are hidden, not lost."""
 
     @property
     def streams(self) -> tuple[str, str]:
@@ -89,15 +74,7 @@ class MaskedBuilder:
             SkipSampleError: If the sample has no usable image, or one of a single patch.
         """
         rng = sample_generator(self.seed, origin.epoch, raw.id)
-        image = sample_image(
-            raw.members,
-            rng,
-            origin.images_seen,
-            resolution=self.resolution,
-            drop=DropConfig(),
-            patch_size=self.patch_size,
-            max_grid_side=self.max_grid_side,
-        )
+        image = self.sample_image(raw.members, origin, rng, DropConfig())
         tokens = len(image.patches)
         if tokens < 2:
             raise SkipSampleError("one_patch", "the image has a single patch, none to predict")

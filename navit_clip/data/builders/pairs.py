@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from navit_clip.data.builders.base import Origin
-from navit_clip.data.builders.images import sample_image, trim_image
+from navit_clip.data.builders.images import ImageBuilder, trim_image
 from navit_clip.data.captions import choose_caption
-from navit_clip.data.drop import DropConfig
 from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import RawSample
-from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.texts import PackedTexts, pack_texts
@@ -77,28 +75,18 @@ class PairInputs(Inputs):
 
 
 @dataclass(frozen=True)
-class PairBuilder:
+class PairBuilder(ImageBuilder):
     """Builds pairs; the same one for the same sample and epoch, wherever it runs.
 
     Attributes:
         captions: Weight of each caption field, for datasets without weights of their own.
-        resolution: How large an image becomes.
-        drop: Which patches are left out.
         tokenizer: Turns captions into ids.
         context_length: Most text tokens.
-        patch_size: P, unless `resolution` has others.
-        max_grid_side: Most rows or columns that the model's positions know.
-        seed: Of the run.
     """
 
     captions: Mapping[str, float]
-    resolution: ResolutionConfig
-    drop: DropConfig
     tokenizer: Tokenizer
     context_length: int
-    patch_size: int
-    max_grid_side: int
-    seed: int
 
     @property
     def streams(self) -> tuple[str, str]:
@@ -115,15 +103,7 @@ class PairBuilder:
         """
         rng = sample_generator(self.seed, origin.epoch, raw.id)
         caption = choose_caption(raw.members, fields or self.captions, rng)
-        patches = sample_image(
-            raw.members,
-            rng,
-            origin.images_seen,
-            resolution=self.resolution,
-            drop=self.drop,
-            patch_size=self.patch_size,
-            max_grid_side=self.max_grid_side,
-        )
+        patches = self.sample_image(raw.members, origin, rng, self.drop)
         token_ids = self.tokenizer.encode(caption, self.context_length)
         return Pair(raw.id, origin, patches, token_ids, self.seed)
 
