@@ -62,13 +62,15 @@ pytestmark = pytest.mark.timeout(700)
 
 
 def run_case(config, dtype, steps, ranks):
+    # The process may have compiled for tests of other files before.
+    graphs = counters["stats"]["unique_graphs"]
     stepper = new_stepper(config, ranks, dtype)
     towers = (stepper.model.image, stepper.model.text)
     # Blocks that are gathered for each call read a stream in one piece.
     assert all(t.encoder.chunked == (config.parallel.kind == "ddp") for t in towers)
     found = measurements(stepper, range(steps), config.accumulate)
     # Each tower with and without a graph, for its first length and for any other.
-    assert counters["stats"]["unique_graphs"] <= 8, "compiled for each batch"
+    assert counters["stats"]["unique_graphs"] - graphs <= 8, "compiled for each batch"
     exported = stepper.host_weights()
     return found, exported and {name: weight.numpy() for name, weight in exported.items()}
 
