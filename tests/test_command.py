@@ -78,6 +78,7 @@ def test_an_unknown_command_is_one_line(capsys, typed, advice):
         ["data", "train_tokenizer"],
         ["data", "train-tokenizer"],
         ["data", "shapes"],
+        ["from-open-clip"],
     ],
 )
 @pytest.mark.parametrize("prog", ["navit-clip", "python -m navit_clip"])

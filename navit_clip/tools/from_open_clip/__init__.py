@@ -1,0 +1,1 @@
+"""From open_clip's training commands to ours."""

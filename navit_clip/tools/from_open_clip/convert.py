@@ -1,0 +1,398 @@
+"""What flags of open_clip's trainer become: each function sets fields of our configuration.
+
+The table in `flags` names one for each flag that has a counterpart. They are called with the value
+of the flag, given or open_clip's default, unless it is None.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from navit_clip.errors import UserError
+
+if TYPE_CHECKING:
+    from navit_clip.models.clip import CLIPConfig
+
+OPEN_CLIP = "open_clip:"
+STAND_IN = "ViT-B-16"  # for models that the packed towers cannot be
+_NAFLEX_LENGTHS = (128, 256, 576, 784, 1024)  # open_clip's NaFlexBatchScheduler
+
+
+@dataclass
+class Translation:
+    """A command of open_clip's on its way.
+
+    Attributes:
+        args: Its flags, by open_clip's own parser.
+        ranks: Processes of the run; None if the launcher does not say.
+        model: Configuration of the model, of a stand-in where ours cannot be it; set by `model`.
+        is_stand_in: Whether it is one.
+        config: Our configuration so far, nested.
+        before: Commands that make shards of tables.
+        lost: What has no counterpart, a line each.
+        unpaced: Fields in steps that open_clip has in epochs, of which it is unknown how long they
+            are.
+    """
+
+    args: argparse.Namespace
+    ranks: int | None
+    model: CLIPConfig = field(init=False)
+    is_stand_in: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    before: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    unpaced: list[str] = field(default_factory=list)
+
+    def set(self, path: str, value: Any) -> None:
+        """Sets a field."""
+        *groups, last = path.split(".")
+        place = self.config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+
+    def lose(self, flag: str, why: str) -> None:
+        """Notes that a flag has no counterpart, or none that means quite the same."""
+        self.lost.append(f"{flag}: {why}")
+
+    @property
+    def starts_from(self) -> str:
+        """Weights that the run starts from: a tag or a file."""
+        resumed = self.args.resume or ""
+        return str(self.args.pretrained or ("" if resumed == "latest" else resumed))
+
+    def steps(self, epochs: float) -> int | None:
+        """Optimiser steps of so many epochs, None where that is unknown or there are none."""
+        args = self.args
+        if not (epochs and args.train_num_samples and self.ranks):
+            return None
+        samples = args.train_num_samples / (args.batch_size * args.accum_freq * self.ranks)
+        return max(1, round(epochs * samples))
+
+    def every(self, path: str, epochs: float) -> None:
+        """Sets a cadence in steps, which open_clip has in epochs."""
+        if (steps := self.steps(epochs)) is not None:
+            self.set(path, steps)
+        elif epochs:
+            self.unpaced.append(path)
+
+    def shards(self, source: str, folder: str) -> str:
+        """Shards of a dataset: those named, or those that are first made of a table."""
+        args = self.args
+        kind = Path(source).suffix if args.dataset_type == "auto" else f".{args.dataset_type}"
+        if kind not in (".csv", ".tsv"):
+            if source.startswith("pipe:"):
+                self.set("data.allow_commands", True)
+            return source
+        columns = ["--image-column", args.csv_img_key, "--caption-column", args.csv_caption_key]
+        words = ["--table", source, "--images", ".", *columns, "--output", folder]
+        self.before.append(f"navit-clip data make_shards {shlex.join(words)}")
+        if args.csv_separator != (separator := "\t" if source.endswith(".tsv") else ","):
+            found = f"{args.csv_separator!r} separates the columns of {source}"
+            self.lose("--csv-separator", f"{found}, make_shards expects {separator!r} by its name")
+        return folder
+
+
+Convert = Callable[[Translation, Any], None]
+
+
+def to(path: str) -> Convert:
+    """Sets a field to the value."""
+    return lambda t, value: t.set(path, value)
+
+
+def if_set(path: str, value: Any) -> Convert:
+    """Sets a field if the flag, which has no value, is given."""
+    return lambda t, given: t.set(path, value) if given else None
+
+
+def with_others(t: Translation, value: Any) -> None:
+    """Another flag's function reads this one."""
+
+
+def run_dir(t: Translation, logs: str) -> None:
+    """The folder of logs and the name become one."""
+    root = "runs" if logs.lower() == "none" else logs
+    t.set("run_dir", str(Path(root) / (t.args.name or t.args.model.replace("/", "-"))))
+
+
+def epochs(t: Translation, value: int) -> None:
+    """Epochs of a number of samples that need not be all of them."""
+    if t.args.train_num_samples:
+        t.set("samples", value * t.args.train_num_samples)
+    else:
+        t.set("epochs", value)
+
+
+def train_data(t: Translation, value: str) -> None:
+    """One dataset, several that are read by their sizes, or several by weight."""
+    captions(t, t.args.text_key or "txt")
+    sources = value.split("::")
+    shards = [
+        t.shards(source, f"shards/train{i if len(sources) > 1 else ''}")
+        for i, source in enumerate(sources)
+    ]
+    if (factors := t.args.train_data_upsampling_factors) is None:
+        t.set("data.train", shards[0] if len(shards) == 1 else shards)
+        return
+    weights = [float(factor) for factor in factors.split("::")]
+    if len(weights) != len(shards):
+        raise UserError(f"--train-data-upsampling-factors {factors}: give {len(shards)} numbers")
+    for i, (name, weight) in enumerate(zip(shards, weights, strict=True)):
+        t.set(f"data.mix.dataset{i}", {"shards": name, "weight": weight})
+    t.lose(
+        "--train-data-upsampling-factors",
+        "a weight is a dataset's part of the samples, not a multiple of its size: multiply each "
+        "data.mix.NAME.weight by the size",
+    )
+
+
+def val_data(t: Translation, value: str) -> None:
+    """Validation loss, in batches of the same size."""
+    if not t.args.val_frequency:
+        return
+    t.set("data.validation", t.shards(value, "shards/validation"))
+    t.set("eval.validation.batch", t.args.batch_size)
+    t.every("eval.validation.every_steps", t.args.val_frequency)
+
+
+def imagenet(name: str, class_map: str) -> Convert:
+    """Zero-shot classification during the training."""
+
+    def convert(t: Translation, data: str) -> None:
+        if not t.args.zeroshot_frequency:
+            return
+        path = f"eval.evaluators.{name}"
+        t.set(path, {"kind": "zeroshot", "data": data, "class_map": class_map})
+        t.set(f"{path}.classnames", "imagenet")
+        t.every(f"{path}.every_steps", t.args.zeroshot_frequency)
+
+    return convert
+
+
+def captions(t: Translation, value: str) -> None:
+    """Where a caption is read: the first of several places, or one drawn by weight."""
+    is_json = t.args.json_text_key is not None
+    keys = (t.args.json_text_key or value).split(";")
+    weights = (t.args.json_text_key_probs if is_json else None) or [1.0]
+    taken = {key: weight for key, weight in zip(keys, weights, strict=False) if weight > 0}
+    t.set("task.captions", {f"json.{k}" if is_json else k: w for k, w in taken.items()})
+    if others := [key for key in keys if key not in taken]:
+        flag = "--json-text-key" if is_json else "--text-key"
+        t.lose(
+            flag, f"{', '.join(others)}: captions are drawn by weight, there is no second choice"
+        )
+
+
+def model(t: Translation, name: str) -> None:
+    """An architecture with its tokenizer, or a model with its weights."""
+    from navit_clip import architectures  # torch; mistakes in flags are seen before it
+
+    try:
+        t.model = architectures.architecture(f"{OPEN_CLIP}{name}")
+    except UserError as error:
+        reason = str(error).partition(": ")[2].partition("; supported")[0]
+        t.lose("--model", f"{name}: {reason}; {OPEN_CLIP}{STAND_IN} is in its place")
+        t.is_stand_in, name = True, STAND_IN
+        t.model = architectures.architecture(f"{OPEN_CLIP}{name}")
+    if t.starts_from and not t.is_stand_in:
+        t.set("init", {"model": f"{OPEN_CLIP}{name}", "weights": t.starts_from})
+        return
+    t.set("task.model.name", f"{OPEN_CLIP}{name}")
+    if not t.model.text.fill_context:
+        t.set("tokenizer.kind", "open_clip")
+        return
+    t.set("tokenizer", {"kind": "huggingface", "path": "tokenizer.json"})
+    t.lose("--model", f"{name}: put the tokenizer.json of its Hugging Face repository here")
+
+
+def weights(flag: str, note: str = "") -> Convert:
+    """Set with the model."""
+
+    def convert(t: Translation, value: str) -> None:
+        if t.is_stand_in and value:
+            t.lose(flag, f"{value} belongs to {t.args.model}")
+        elif note and value != "latest":
+            t.lose(flag, f"{value}: {note}")
+
+    return convert
+
+
+def architecture(*names: str, fixed: Any = None) -> Convert:
+    """Sets fields of the architecture, which a run that starts from a model takes from there.
+
+    Args:
+        names: Of the fields, below task.model.
+        fixed: The value, where the flag has none.
+    """
+
+    def convert(t: Translation, value: Any) -> None:
+        if value is False:
+            return
+        for name in names:
+            if "init" in t.config:
+                t.lose(f"task.model.{name}", f"{value}: weights of open_clip bring their own")
+            else:
+                t.set(f"task.model.{name}", value if fixed is None else fixed)
+
+    return convert
+
+
+def siglip(t: Translation, given: bool) -> None:
+    """The loss goes with a bias, which some models have anyway."""
+    has_bias = t.model.init_bias is not None
+    if given and not has_bias:
+        if "init" in t.config:
+            t.lose("--siglip", "the weights have no bias for it: the loss stays softmax")
+            return
+        t.set("task.model.init_scale", 10.0)
+        t.set("task.model.init_bias", -10.0)
+    if given or has_bias:
+        t.set("task.loss.kind", "sigmoid")
+
+
+def batch(t: Translation, size: int) -> None:
+    """Squares of the model's side and a constant number of pairs, or NaFlex's lengths."""
+    args, image = t.args, t.model.image
+    context = args.force_context_length or t.model.text.context_length
+    sides = args.force_image_size or [image.position.table_side * image.patch_size]
+    if len({*sides}) > 1:
+        raise UserError(f"--force-image-size {sides}: give one side, as squares are what is meant")
+    patches = (sides[0] // image.patch_size) ** 2
+    if args.force_image_size and "init" not in t.config:
+        t.set("task.model.image.position.table_side", sides[0] // image.patch_size)
+    drop = args.force_patch_dropout or 0.0
+    if drop:
+        t.set("data.drop", {"kind": "fixed", "rate": drop})
+    if args.use_naflex:
+        lengths = args.naflex_seq_lens or _NAFLEX_LENGTHS
+        tokens = args.naflex_max_tokens_per_batch or 4 * 4096
+        size = tokens // min(lengths)
+        t.set("data.resolution.mode", "native")
+        t.set("data.resolution.max_tokens", max(lengths))
+        if sizes := args.naflex_patch_sizes:
+            weights = args.naflex_patch_size_probs or [1.0] * len(sizes)
+            t.set("data.resolution.patch_sizes", dict(zip(sizes, weights, strict=True)))
+    else:
+        tokens = size * math.ceil(patches * (1 - drop))
+        t.set("data.resolution.mode", "square")
+        t.set("data.resolution.max_side", sides[0])
+        t.set("data.resolution.max_tokens", patches)
+        t.set("data.packing", "constant")
+    t.set("data.budget", {"tokens": {"image": tokens, "text": size * context}})
+    t.set("data.budget.max_examples", size)
+
+
+def max_pixels(t: Translation, value: int) -> None:
+    """A limit; ours cannot be lifted."""
+    if value:
+        t.set("data.resolution.max_pixels", value)
+    else:
+        t.lose("--max-image-pixels", "0: larger images than data.resolution.max_pixels are skipped")
+
+
+def optimizer(t: Translation, name: str) -> None:
+    """AdamW with its own fields, another with arguments by name."""
+    args, name = t.args, name.lower()
+    t.set("optim.clip_norm", args.grad_clip_norm or 0.0)
+    betas = None if args.beta1 is None or args.beta2 is None else [args.beta1, args.beta2]
+    if name == "adamw":
+        t.set("optim.betas", betas)
+        t.set("optim.eps", args.eps)
+        return
+    given = {"betas": betas, "eps": args.eps, "momentum": args.momentum, **(args.opt_kwargs or {})}
+    if name == "nadamw":
+        name, given = "torch.NAdam", {**given, "decoupled_weight_decay": True}
+    t.set("optim.name", name.removeprefix("timm/"))
+    if known := {key: value for key, value in given.items() if value is not None}:
+        t.set("optim.args", known)
+
+
+def schedule(t: Translation, kind: str) -> None:
+    """Kind of the schedule, and its end."""
+    args = t.args
+    if args.skip_scheduler:
+        t.set("optim.schedule.kind", "constant")
+        return
+    t.set("optim.schedule.kind", "cosine" if kind == "cosine" else "constant")
+    t.set("optim.schedule.warmup_steps", args.warmup)
+    if kind != "const-cooldown":
+        return
+    if args.train_num_samples and args.epochs_cooldown:
+        samples = args.epochs_cooldown * args.train_num_samples
+        t.set("optim.schedule.cooldown_samples", samples)
+    else:
+        t.unpaced.append("optim.schedule.cooldown_samples")
+
+
+def layer_decay(t: Translation, value: float) -> None:
+    """One for both towers."""
+    args = t.args
+    image = args.image_layer_decay or getattr(args, "visual_layer_decay", None)
+    found = {decay for decay in (image, args.text_layer_decay) if decay}
+    t.set("optim.layer_decay", min(found))
+    if image != args.text_layer_decay:
+        line = "optim.layer_decay is that of both towers"
+        if not any(lost.endswith(line) for lost in t.lost):
+            t.lose("--image-layer-decay, --text-layer-decay", line)
+
+
+def lock(tower: str, groups: str, kept: int) -> Convert:
+    """Locks a tower.
+
+    Args:
+        tower: Ours.
+        groups: Flag of how many of open_clip's groups learn.
+        kept: How many of those are none of our blocks: the projection, which always learns here.
+    """
+
+    def convert(t: Translation, given: bool) -> None:
+        if not given:
+            return
+        t.set(f"task.lock.{tower}", True)
+        count = getattr(t.args, groups)
+        encoder = getattr(t.model, tower).encoder
+        if blocks := min(max(0, count - kept), encoder.depth):
+            t.set(f"task.lock.{tower}_unlocked_blocks", blocks)
+
+    return convert
+
+
+def precision(t: Translation, value: str) -> None:
+    """Mixed precision is that of bfloat16."""
+    t.set("precision", "fp32" if value == "fp32" else "bf16")
+    if value in ("fp16", "bf16") or value.startswith("pure"):
+        t.lose("--precision", f"{value}: bf16 keeps parameters in float32")
+
+
+def device(t: Translation, value: str) -> None:
+    """CUDA is taken where there is one."""
+    if value.startswith("cpu"):
+        t.set("device", "cpu")
+    elif not value.startswith("cuda"):
+        t.lose("--device", f"{value}: cuda and cpu are supported")
+
+
+def checkpoints(t: Translation, frequency: int) -> None:
+    """All are kept unless the last one alone is to be."""
+    t.every("checkpoint.every_steps", frequency)
+    if not t.args.delete_previous_checkpoint and (steps := t.steps(frequency)) is not None:
+        t.set("checkpoint.keep_every", steps)
+
+
+def report_to(t: Translation, value: str) -> None:
+    """Dashboards."""
+    for name in filter(None, value.split(",")):
+        if name in ("wandb", "all"):
+            t.set("log.wandb", "online")
+            t.set("log.wandb_project", t.args.wandb_project_name)
+            if t.args.name:
+                t.set("log.wandb_name", t.args.name)
+        else:
+            t.lose("--report-to", f"{name}: metrics.jsonl of the run directory has all metrics")
