@@ -89,7 +89,15 @@ def pair_pipeline(
     paths = [str(shard) for shard in shards]
     config = replace(CONFIG, **{"train": paths, **fields})
     build = PairBuilder(
-        config.resolution, config.drop, PATCH, 64, seed, {"txt": 1.0}, tokenizer, 24
+        config.resolution,
+        config.drop,
+        PATCH,
+        64,
+        seed,
+        {"txt": 1.0},
+        tokenizer,
+        24,
+        augment=config.augment,
     )
     return Pipeline(build, config, seed)
 

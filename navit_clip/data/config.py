@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.budgets import Budgets, PackingMode
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
@@ -68,6 +69,7 @@ class DataConfig:
         allow_commands: Run the shell commands of ``pipe:`` shards.
         resolution: How large an image becomes.
         drop: Which patches are left out.
+        augment: How images are varied.
         budget: What one batch of one rank holds.
         packing: ``fill`` fills all budgets nearly; ``exact`` leaves no padding, dropping a few
             more patches; ``constant`` gives every batch budget.max_examples examples.
@@ -91,6 +93,7 @@ class DataConfig:
     allow_commands: bool = False
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     budget: Budgets = field(default_factory=Budgets)
     packing: PackingMode = "fill"
     look_ahead: int = 256

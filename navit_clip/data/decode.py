@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -38,7 +39,8 @@ _MAX_SCANNED = 1_000_000_000  # pixels times scans of a JPEG, each of which read
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 _EXTENSIONS = {"TIFF": "tif", "JPEG2000": "jp2", "MPO": "jpg", "JPEG": "jpg"}  # else the format's
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+# EXIF orientations of files that store the picture upside down, mirrored, and on its side.
+_UPSIDE_DOWN, _MIRRORED, _SIDEWAYS = (3, 4, 6, 7), (2, 3, 7, 8), (5, 6, 7, 8)
 
 _JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
 _JPEG = b"\xff\xd8"
@@ -50,6 +52,17 @@ _DCT_SCALES = (4, 2)
 # out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
 # size by 36 dB.
 _DCT_MARGIN = 2
+CROP_STEP = max(_DCT_SCALES)
+"""A crop from a multiple of it, in rows and columns, begins with a whole pixel at every scale."""
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels of the upright one."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 class EncodedImage:
@@ -102,12 +115,15 @@ class EncodedImage:
         form = "JPEG" if self._jpeg else self._image.format or ""
         return _EXTENSIONS.get(form, form.lower())
 
-    def pixels(self, height: int, width: int, *, reduced: bool = True) -> np.ndarray:
-        """Decodes, turns upright and resizes with antialiasing (bicubic).
+    def pixels(
+        self, height: int, width: int, *, crop: Box | None = None, reduced: bool = True
+    ) -> np.ndarray:
+        """Decodes, turns upright, crops and resizes with antialiasing (bicubic).
 
         Args:
             height: Rows wanted.
             width: Columns wanted.
+            crop: The part that is wanted, within the image; None wants all of it.
             reduced: Decode a JPEG no larger than needed. Evaluation decodes in full, once for all
                 sizes, so that the pixels of one size do not depend on which others were asked for.
 
@@ -121,12 +137,14 @@ class EncodedImage:
             if reduced and self._jpeg:
                 sideways = self._orientation in _SIDEWAYS
                 wanted = (width, height) if sideways else (height, width)
-                stored = _read_jpeg(self._data, self._jpeg, wanted)
+                box = crop or Box(0, 0, self.height, self.width)
+                box = _as_stored(box, self._jpeg, self._orientation)
+                stored = _read_jpeg(self._data, self._jpeg, box, wanted)
                 if stored is not None:
                     return _upright(stored, self._orientation)
             if self._data.startswith(_JPEG):
                 self._whole_jpeg  # noqa: B018  raises if it is not
-            return OpenedImage(self._image).pixels(height, width)
+            return OpenedImage(self._image).pixels(height, width, crop=crop)
         except SkipSampleError:
             raise
         except Exception as error:
@@ -178,9 +196,13 @@ class OpenedImage:
         self._rgb = _to_rgb(ImageOps.exif_transpose(image))
         self.height, self.width = self._rgb.height, self._rgb.width
 
-    def pixels(self, height: int, width: int, *, reduced: bool = False) -> np.ndarray:
+    def pixels(
+        self, height: int, width: int, *, crop: Box | None = None, reduced: bool = False
+    ) -> np.ndarray:
         """As of an `EncodedImage`, but there is nothing left to decode, reduced or not."""
         rgb = self._rgb
+        if crop is not None:
+            rgb = rgb.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
@@ -216,22 +238,37 @@ def _may_have_exif(data: bytes) -> bool:
     return True
 
 
-def _read_jpeg(data: bytes, stored: tuple[int, int], wanted: tuple[int, int]) -> np.ndarray | None:
+def _read_jpeg(
+    data: bytes, stored: tuple[int, int], box: Box, wanted: tuple[int, int]
+) -> np.ndarray | None:
     """Pixels not yet upright, decoded at reduced scale; None if Pillow has to try instead.
 
-    Sizes are height and width, `stored` in the file and `wanted` of the result.
+    Sizes are height and width, `stored` in the file and `wanted` of the result; `box` is the part
+    that is wanted, as stored.
     """
-    shrink = min(stored[0] / wanted[0], stored[1] / wanted[1])
-    scale = next((k for k in _DCT_SCALES if shrink >= k * _DCT_MARGIN), 1)
-    true_size = stored[0] / scale, stored[1] / scale
+    shrink = min(box.height / wanted[0], box.width / wanted[1])
+    scale = next(
+        (
+            k
+            for k in _DCT_SCALES
+            # A box that began within a pixel would be moved by up to half of one.
+            if shrink >= k * _DCT_MARGIN and box.top % k == box.left % k == 0
+        ),
+        1,
+    )
     try:
         pixels_HWK = simplejpeg.decode_jpeg(
-            data, min_height=math.ceil(true_size[0]), min_width=math.ceil(true_size[1])
+            data, min_height=math.ceil(stored[0] / scale), min_width=math.ceil(stored[1] / scale)
         )
     except ValueError as error:
         _refuse_cut(error)
         return None
-    return _resize(pixels_HWK, true_size, wanted)
+    true_size = box.height / scale, box.width / scale
+    top, left = box.top // scale, box.left // scale
+    part_HWK = pixels_HWK[
+        top : top + math.ceil(true_size[0]), left : left + math.ceil(true_size[1])
+    ]
+    return _resize(np.ascontiguousarray(part_HWK), true_size, wanted)
 
 
 def _refuse_cut(error: Exception) -> None:
@@ -263,9 +300,9 @@ def _resize(
 
     Args:
         pixels_HWK: uint8, contiguous.
-        true_size: Rows and columns that the photo fills. Where its size is no multiple of the DCT
-            scale, the last row or column is partial, and to take it for a whole one would stretch
-            the picture.
+        true_size: Rows and columns that the photo or its part fills. Where that is no multiple of
+            the DCT scale, the last row or column is partial, and to take it for a whole one would
+            stretch the picture.
         wanted: Height and width to return.
     """
     if pixels_HWK.shape[:2] == wanted:
@@ -284,11 +321,23 @@ def _resize(
     return resized_1KHW[0].permute(1, 2, 0).numpy()
 
 
+def _as_stored(box: Box, stored: tuple[int, int], orientation: int) -> Box:
+    """Where a part of the upright image is in the file, whose height and width are `stored`."""
+    top, left, height, width = box
+    if orientation in _SIDEWAYS:
+        top, left, height, width = left, top, width, height
+    if orientation in _UPSIDE_DOWN:
+        top = stored[0] - top - height
+    if orientation in _MIRRORED:
+        left = stored[1] - left - width
+    return Box(top, left, height, width)
+
+
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """A view of pixels as stored, turned as EXIF says."""
-    if orientation in (3, 4, 6, 7):
+    if orientation in _UPSIDE_DOWN:
         pixels = pixels[::-1]
-    if orientation in (2, 3, 7, 8):
+    if orientation in _MIRRORED:
         pixels = pixels[:, ::-1]
     return pixels.swapaxes(0, 1) if orientation in _SIDEWAYS else pixels
 

@@ -105,6 +105,7 @@ class ClassifyTask(ImageTask):
             image.position.max_grid_side,
             seed,
             LabelReader(self.config.labels, self.names, single),
+            augment=self.data.augment,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -159,6 +159,7 @@ class ContrastiveTask(ImageTask):
             self.config.captions,
             tokenizer,
             text.context_length,
+            augment=self.data.augment,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -77,7 +77,12 @@ class MaskedImageTask(ImageTask):
         model = self.config.model
         side = min(model.image.position.max_grid_side, model.position.max_grid_side)
         return MaskedBuilder(
-            self.data.resolution, self.data.drop, model.image.patch_size, side, seed
+            self.data.resolution,
+            self.data.drop,
+            model.image.patch_size,
+            side,
+            seed,
+            augment=self.data.augment,
         )
 
     def count(self, inputs: Inputs) -> float:

@@ -2,9 +2,9 @@
 
 `navit_clip.training.evaluation` asks for it when it is due. A rank computes the loss of whole
 batches by itself, with a second model, of the weights that would be exported: the value is the same
-on any number of ranks, however they share the model that is trained. Nothing is dropped (unless the
-task predicts it), images are as large as the largest of training, and of several captions a sample
-always has the same one.
+on any number of ranks, however they share the model that is trained. Nothing is varied, nothing
+dropped (unless the task predicts it), images are as large as the largest of training, and of
+several captions a sample always has the same one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.held_out import HeldOut
@@ -149,7 +150,8 @@ def open_validation(
     resolution = replace(data.resolution, min_side=data.resolution.max_side)
     # Both: whether they mean the same by a class, say, is the task's to find out.
     mix = data.datasets | held_out
-    built = task.build(replace(data, train=[], mix=mix, drop=drop, resolution=resolution))
+    read = replace(data, train=[], mix=mix, drop=drop, resolution=resolution)
+    built = task.build(replace(read, augment=AugmentConfig()))
     build = built.build_samples(tokenizer, _SEED)
     every = HeldOut(mixture, build, data.budget.ordered(build.streams), config.batch)
     # One line now rather than after a day.

@@ -11,6 +11,7 @@ from loader_cases import ONE_BY_ONE, content, epoch_of, take
 from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 
 from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
+from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.config import DatasetConfig
@@ -54,6 +55,7 @@ def test_a_resume_after_any_batch_goes_on_as_if_nothing_had_happened(packing, pi
     data = pipeline(
         messy_shards(tmp_path),
         drop=SCHEDULED,
+        augment=AugmentConfig(0.3, flip=0.5, brightness=0.2, hue=0.1),
         packing=packing,
         budget=Budgets({"image": 48, "text": 40}, 3),
     )

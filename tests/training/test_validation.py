@@ -109,6 +109,7 @@ def test_workers_seeds_and_budgets_of_the_run_change_nothing(data, tmp_path):
     alone = loss_of(flags_of(data, tmp_path))
     assert loss_of(flags_of(data, tmp_path), workers=2) == alone
     assert loss_of(flags_of(data, tmp_path, seed=9)) == alone
+    assert loss_of(flags_of(data, tmp_path, data__augment__min_area=0.2)) == alone
     wide, _ = loss_of(flags_of(data, tmp_path, data__budget__tokens__image=960))
     assert wide == pytest.approx(alone[0], rel=1e-5)
     assert loss_of(flags_of(data, tmp_path, eval__validation__batch=5)) < alone
