@@ -39,6 +39,10 @@ class AugmentConfig:
         contrast: Likewise, their distance from the image's mean grey.
         saturation: Likewise, that from the grey of each pixel.
         hue: Turned by a fraction of the circle of hues from [-x, x].
+        mixup: α of Mixup, for tasks with classes: images of a batch with the same grid are blended
+            by λ ~ Beta(α, α), and so are their labels; 0 leaves it out.
+        cutmix: α of CutMix, which pastes a part of one into the other. With both, each image gets
+            one of them, as likely as the other.
 
     Raises:
         ValueError: If a field is out of range; names it.
@@ -51,6 +55,13 @@ class AugmentConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:
@@ -60,6 +71,9 @@ class AugmentConfig:
         for name, most in {"flip": 1, **dict.fromkeys(_ENHANCE, 1), "hue": 0.5}.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie in [0, {most}], got {getattr(self, name)}")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def sample_crop(

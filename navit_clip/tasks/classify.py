@@ -128,8 +128,8 @@ class ClassifyTask(ImageTask):
         (part,), images = inputs, sum(counts)
         assert isinstance(part, LabelledInputs)
         loss = softmax_loss if self.config.model.output == "softmax" else sigmoid_loss
-        hits = count_hits(outputs.logits_EL, part.labels)
-        return Loss(loss(outputs.logits_EL, part.labels) / images, {"accuracy": hits / images})
+        scored = outputs.logits_EL, part.labels, part.weights
+        return Loss(loss(*scored) / images, {"accuracy": count_hits(*scored) / images})
 
     def is_head(self, name: str) -> bool:
         """The linear layer over the classes."""

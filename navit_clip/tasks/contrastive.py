@@ -29,6 +29,7 @@ from navit_clip.tasks.images import (
     ImageTaskConfig,
     check_sizes,
     layers_above,
+    refuse_mixing,
     take_weights,
 )
 from navit_clip.tasks.locking import LockConfig, lock_towers
@@ -107,6 +108,7 @@ class ContrastiveConfig(ImageTaskConfig):
         }
         data.budget.check(longest)
         check_sizes(data, image)
+        refuse_mixing(data, self.kind)
 
     def build(self, data: DataConfig) -> ContrastiveTask:
         """The task on this data."""

@@ -60,6 +60,13 @@ def refuse_captions(data: DataConfig, kind: str) -> None:
             raise ValueError(f"data.mix.{name}.captions: task.kind {kind} reads no captions")
 
 
+def refuse_mixing(data: DataConfig, kind: str) -> None:
+    """Raises a `ValueError` if images are to be mixed, which takes labels to mix too."""
+    if data.augment.mixes:
+        name = "mixup" if data.augment.mixup else "cutmix"
+        raise ValueError(f"data.augment.{name}: task.kind {kind} has no labels to mix")
+
+
 def take_weights(model: nn.Module, source: nn.Module) -> None:
     """Copies weights into a model that may have rotary positions beside; see `InitConfig.check`."""
     model.load_state_dict({**model.state_dict(), **source.state_dict()})

@@ -17,7 +17,13 @@ from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig, Predi
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.masked import MaskedInputs
 from navit_clip.tasks.base import Loss
-from navit_clip.tasks.images import ImageTask, ImageTaskConfig, check_sizes, refuse_captions
+from navit_clip.tasks.images import (
+    ImageTask,
+    ImageTaskConfig,
+    check_sizes,
+    refuse_captions,
+    refuse_mixing,
+)
 from navit_clip.tokenizers.base import Tokenizer
 
 
@@ -49,6 +55,7 @@ class MaskedImageTaskConfig(ImageTaskConfig):
         data.budget.check({"image": limit, "decoder": limit})
         check_sizes(data, self.model.image)
         refuse_captions(data, self.kind)
+        refuse_mixing(data, self.kind)
         if data.resolution.patch_sizes:
             raise ValueError(
                 "data.resolution.patch_sizes: task.kind masked_image predicts pixels of patches of "

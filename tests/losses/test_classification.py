@@ -58,6 +58,33 @@ def test_value_and_gradient_are_those_of_a_loop(loss, slowly, seed):
     np.testing.assert_allclose(logits.grad.numpy(), gradient, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
+def test_weights_of_labels_are_targets_of_their_classes(loss, seed):
+    rng = np.random.default_rng(seed)
+    values, own = draw(seed, single=loss is softmax_loss)
+    other = own[1:] + own[:1]
+    targets, weights, hits = torch.zeros(values.shape, dtype=torch.float64), [], 0.0
+    for image, (mine, theirs) in enumerate(zip(own, other, strict=True)):
+        share = float(np.float32(rng.random()))
+        for row, weight in ((mine, share), (theirs, 1 - share)):
+            for index in row:
+                targets[image, index] += weight
+                weights.append(weight)
+        hits += targets[image, values[image].argmax()].item()
+    rows = [mine + theirs for mine, theirs in zip(own, other, strict=True)]
+    labels, weights_N = ragged(rows), torch.tensor(weights, dtype=torch.float64)
+    logits, dense = (torch.tensor(values, requires_grad=True) for _ in range(2))
+    found = loss(logits, labels, weights_N)
+    found.backward()
+    whole = F.binary_cross_entropy_with_logits if loss is sigmoid_loss else F.cross_entropy
+    expected = whole(dense, targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits.grad, dense.grad, rtol=1e-11, atol=1e-13)
+    assert count_hits(logits, labels, weights_N).item() == pytest.approx(hits, rel=1e-6)
+
+
 def test_images_without_any_label_are_all_negative():
     logits = torch.randn(3, 5, dtype=torch.float64)
     expected = F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits), reduction="sum")

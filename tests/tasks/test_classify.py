@@ -209,6 +209,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_is_exported(
         "ema__decay": 0.5,
         "optim__head_weight_decay": 1.0,
         "data__resolution__patch_sizes": "{4: 1, 8: 1, 16: 1}",
+        "data__augment": json.dumps({"min_area": 0.5, "flip": 0.5, "mixup": 0.4, "cutmix": 1}),
         "task__model__image__position__coordinates": "interpolated",
     }
     assert run(monkeypatch, classify_flags(data, whole, 5, **options)) == 0

@@ -242,6 +242,10 @@ MISTAKES = [
         {"data__train": "[]", "data__mix": '{"a": {"shards": "x", "captions": {"txt": 1}}}'},
         "data.mix.a.captions: task.kind masked_image reads no captions",
     ),
+    (
+        {"data__augment__cutmix": "1"},
+        "data.augment.cutmix: task.kind masked_image has no labels to mix",
+    ),
     ({"data__drop__kind": "none"}, "data.drop.kind must not be none for task.kind masked_image"),
     ({"task__model__image__pooling": "map"}, "image.pooling must be mean or cls"),
     ({"task__model__position__kind": "none"}, "position.kind must not be none"),

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.images import ImageBuilder, trim_image
+from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.labels import LabelReader
-from navit_clip.data.seeding import sample_generator
+from navit_clip.data.mixup import mix, partners
+from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
@@ -27,6 +31,7 @@ class LabelledImage:
         image: Kept patches and the grid.
         labels: int64, rising.
         seed: Of the run.
+        whole: uint8 [rows·columns, P·P·3] all patches, if images are mixed.
     """
 
     id: str
@@ -34,6 +39,7 @@ class LabelledImage:
     image: ImagePatches
     labels: np.ndarray
     seed: int
+    whole: np.ndarray | None = None
 
     @property
     def lengths(self) -> tuple[int]:
@@ -61,11 +67,13 @@ class LabelledInputs(Inputs):
 
     Attributes:
         images: All images.
-        labels: int64 class indices.
+        labels: int64 class indices; of a mixed image those of both, each perhaps in both.
+        weights: float32, the fraction of its image that each label is of; None if none is mixed.
     """
 
     images: PackedImages
     labels: Ragged
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,38 @@ class LabelledBuilder(ImageBuilder):
         """
         labels = self.labels(raw.members)
         rng = sample_generator(self.seed, origin.epoch, raw.id)
-        image = self.sample_image(raw.members, origin, rng, self.drop)
-        return LabelledImage(raw.id, origin, image, labels, self.seed)
+        if not self.augment.mixes:
+            image = self.sample_image(raw.members, origin, rng, self.drop)
+            return LabelledImage(raw.id, origin, image, labels, self.seed)
+        image = self.sample_image(raw.members, origin, rng, DropConfig())
+        tokens, whole = len(image.patches), image.patches
+        keep = keep_patches(tokens, sample_rate(self.drop, tokens, origin.images_seen, rng), rng)
+        return LabelledImage(raw.id, origin, image.kept(keep), labels, self.seed, whole)
 
     def collate(
         self, samples: Sequence[LabelledImage], pad_to: tuple[int, ...] | None
     ) -> LabelledInputs:
-        """Packs images into one stream."""
-        return LabelledInputs(
-            pack_images([one.image for one in samples], budget=pad_to[0] if pad_to else None),
-            Ragged.from_arrays([one.labels for one in samples]),
-        )
+        """Packs images into one stream, mixed if so configured."""
+        images = [one.image for one in samples]
+        labels = [one.labels for one in samples]
+        weights = None
+        if self.augment.mixes:
+            images, labels, weights = self._mixed(samples)
+        packed = pack_images(images, budget=pad_to[0] if pad_to else None)
+        return LabelledInputs(packed, Ragged.from_arrays(labels), weights)
+
+    def _mixed(
+        self, samples: Sequence[LabelledImage]
+    ) -> tuple[list[ImagePatches], list[np.ndarray], Tensor]:
+        """Images, their labels, and weights of the labels; a function of seed, epochs and ids."""
+        images, labels, weights = [], [], []
+        for one, index in zip(samples, partners([one.image.grid for one in samples]), strict=True):
+            other, image, own = samples[index], one.image, 1.0
+            if other is not one:
+                assert other.whole is not None
+                rng = generator(self.seed, one.origin.epoch, "mix", one.id)
+                image, own = mix(self.augment, one.image, other.whole, rng)
+            images.append(image)
+            labels.append(np.concatenate([one.labels, other.labels]))
+            weights += [own] * len(one.labels) + [1 - own] * len(other.labels)
+        return images, labels, torch.tensor(weights, dtype=torch.float32)
