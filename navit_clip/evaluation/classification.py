@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from navit_clip.errors import UserError
@@ -79,7 +80,9 @@ class Classify(ClassEvaluator[ClassifySpec]):
         assert isinstance(model, PackedClassifier)
         head, sigmoid = model.model.head, model.model.config.output == "sigmoid"
         weight_CD, bias_C = head.weight.detach().cpu(), head.bias.detach().cpu()
-        return Readout(data.embeddings[setting], weight_CD, bias_C, sigmoid=sigmoid)
+        with torch.no_grad():
+            vectors = model.model.before_head(data.embeddings[setting].to(model.model.device)).cpu()
+        return Readout(vectors, weight_CD, bias_C, sigmoid=sigmoid)
 
     def is_multi_label(self, model: Model, data: Embedded) -> bool:
         """Where images have other than one label each; of a class map, any of several is right."""

@@ -32,14 +32,22 @@ class ClassifierConfig:
         init_bias: First value of the head's bias; null takes −ln(classes), which is ImageNet-1k's
             -6.9 and ImageNet-21k's and JFT's -10 in big_vision. At 0 the wrong classes of a sigmoid
             would be all that the first steps learn.
+        hidden: Width of a layer with a hyperbolic tangent before the classes, which ViT's own
+            pretraining has, and leaves behind for fine-tuning; 0 has none.
+
+    Raises:
+        ValueError: If `output` is unknown or `hidden` negative.
     """
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     output: Output = "softmax"
     init_bias: float | None = None
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.hidden < 0:
+            raise ValueError(f"hidden must not be negative, got {self.hidden}")
 
 
 class ClassifierOutput(NamedTuple):
@@ -72,7 +80,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.image = ImageTower(config.image)
-        self.head = Linear(config.image.encoder.width, classes, bias=True)
+        width = config.image.encoder.width
+        self.hidden = Linear(width, config.hidden, bias=True) if config.hidden else None
+        self.head = Linear(config.hidden or width, classes, bias=True)
         nn.init.zeros_(self.head.weight)
         bias = -math.log(classes) if config.init_bias is None else config.init_bias
         nn.init.constant_(self.head.bias, bias)
@@ -84,10 +94,17 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: ClassifierInputs) -> ClassifierOutput:
         """Logits of a batch, in the order in which the images were packed."""
-        return ClassifierOutput(self.head(self.image(inputs.images)))
+        return ClassifierOutput(self.head(self.before_head(self.image(inputs.images))))
+
+    def before_head(self, features_EC: Tensor) -> Tensor:
+        """What the head multiplies, of the image tower's vectors: these, or the hidden layer's."""
+        if self.hidden is None:
+            return features_EC
+        hidden_EC: Tensor = self.hidden(features_EC)
+        return hidden_EC.tanh()
 
     def probabilities(self, features_EC: Tensor) -> Tensor:
         """[E, L] of the image tower's vectors, in float32 at least."""
-        logits_EL: Tensor = self.head(features_EC)
+        logits_EL: Tensor = self.head(self.before_head(features_EC))
         logits_EL = logits_EL.to(torch.promote_types(logits_EL.dtype, torch.float32))
         return logits_EL.softmax(-1) if self.config.output == "softmax" else logits_EL.sigmoid()

@@ -132,8 +132,8 @@ class ClassifyTask(ImageTask):
         return Loss(loss(*scored) / images, {"accuracy": count_hits(*scored) / images})
 
     def is_head(self, name: str) -> bool:
-        """The linear layer over the classes."""
-        return name.startswith("head.")
+        """The linear layer over the classes, and the hidden one before it."""
+        return name.startswith(("head.", "hidden."))
 
     def flops(self, inputs: Inputs) -> float:
         """FLOPs of one forward and one backward pass, head included."""
@@ -141,7 +141,8 @@ class ClassifyTask(ImageTask):
         segments = inputs.images.segments
         sums = LengthSums.of(segments.lengths[: segments.num_examples])
         image = self.config.model.image.with_patch_size(inputs.images.patch_size)
-        forward = tower_flops(image, len(self.names), sums)
+        hidden = self.config.model.hidden
+        forward = tower_flops(image, len(self.names) + hidden, sums)
         return sum(forward) + backward_flops(forward)
 
     def check_checkpoint(self, folder: Path) -> None:

@@ -28,13 +28,25 @@ def test_the_head_begins_at_zero_with_a_constant_bias(given, bias):
     torch.testing.assert_close(logits, torch.full((2, 1000), bias))
 
 
-def test_each_image_has_the_logits_that_it_has_alone():
-    model = Classifier(ClassifierConfig(TOWER), 7)
+@pytest.mark.parametrize("hidden", [0, 12])
+def test_each_image_has_the_logits_that_it_has_alone(hidden):
+    model = Classifier(ClassifierConfig(TOWER, hidden=hidden), 7)
     randomise(model, 0)
     images = [random_image(i, grid) for i, grid in enumerate([(2, 3), (1, 1), (4, 2), (3, 3)])]
     together = model(inputs_of(images)).logits_EL
     alone = torch.cat([model(inputs_of([image])).logits_EL for image in images])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_hidden_layer_stands_between_tower_and_head():
+    model = Classifier(ClassifierConfig(TOWER, hidden=12), 7)
+    randomise(model, 0)
+    inputs = inputs_of([random_image(0, (2, 3)), random_image(1, (1, 1))])
+    state = model.state_dict()
+    x = torch.tanh(model.image(inputs.images) @ state["hidden.weight"].T + state["hidden.bias"])
+    expected = x @ state["head.weight"].T + state["head.bias"]
+    torch.testing.assert_close(model(inputs).logits_EL, expected)
+    torch.testing.assert_close(model.probabilities(model.image(inputs.images)), expected.softmax(1))
 
 
 def test_probabilities_by_output():

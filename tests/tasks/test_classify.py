@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip import NaViTClassifier, NaViTCLIP
+from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.config import DataConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -462,11 +463,23 @@ def test_a_contrastive_run_starts_from_the_tower_of_a_classifier(
     assert "give `tokenizer`" in line
 
 
-def test_the_recipes_parse(tmp_path):
-    for recipe in ("classify_small", "navit_b16_classify"):
+def test_the_recipes_parse(data, tmp_path):
+    for recipe in ("classify_small", "navit_b16_classify", "vit_b16", "vit_l16"):
         config, _ = parse_config(["--config", recipe, "--data.train", "shards"])
         assert isinstance(config.task, ClassifyConfig)
+    assert config.task.model.hidden == config.task.model.image.encoder.width == 1024
     NaViTClassifier(ClassifierConfig(TOWER), ("a", "b"), Preprocess(16)).save_pretrained(tmp_path)
     config, _ = parse_config(["--config", "finetune_classify", "--init.model", str(tmp_path)])
     assert config.task.model.image == TOWER
     assert config.optim.name == "torch.SGD"
+    plain = ImageTowerConfig(
+        16, TOWER.encoder, PositionConfig("learned_1d", table_side=14), "cls", class_position=True
+    )
+    source = NaViTClassifier(ClassifierConfig(plain, hidden=8), ("a", "b"), Preprocess(196))
+    source.save_pretrained(tmp_path / "vit")
+    flags = ["--config", "vit_finetune_384", "--data.train", str(data)]
+    config, _ = parse_config([*flags, "--init.model", str(tmp_path / "vit")])
+    assert config.data.augment == AugmentConfig(0.05, flip=0.5)
+    model, _ = config.task.build(config.data).start_from(config.init)
+    assert model.hidden is None  # left behind
+    assert torch.equal(model.image.class_position, source.image.class_position)
