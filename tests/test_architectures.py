@@ -7,6 +7,7 @@ import yaml
 from navit_clip import NaViTCLIP
 from navit_clip.architectures import NAMES, architecture
 from navit_clip.errors import UserError
+from navit_clip.models.classifier import Classifier, ClassifierConfig
 from navit_clip.training.config import parse_config
 
 FLAGS = ["--run_dir", "x", "--steps", "9", "--tokenizer.path", "t"]
@@ -25,8 +26,17 @@ def test_the_recipes_models_have_their_names(size):
 def test_every_name_stands_for_a_model_and_sizes_grow():
     with torch.device("meta"):
         counts = [sum(p.numel() for p in NaViTCLIP.from_name(name).parameters()) for name in NAMES]
-    assert counts[::3] == sorted(counts[::3])
+    navit, swin = counts[:15], counts[15:]
+    assert navit[::3] == sorted(navit[::3])
+    assert swin == sorted(swin)
     assert counts[NAMES.index("navit_b16")] == pytest.approx(203e6, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("t", 28), ("s", 50), ("b", 88), ("l", 197)])
+def test_swins_have_their_size(size, millions):
+    with torch.device("meta"):  # with Swin's head over 1,000 classes (its Table 1)
+        model = Classifier(ClassifierConfig(architecture(f"swin_{size}").image), 1000)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.02)
 
 
 def test_open_clips_architecture_has_as_many_parameters_as_there():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.hierarchical_tower import HierarchyConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.masked_image import MaskedImageConfig
 from navit_clip.models.text_tower import TextTowerConfig
@@ -66,6 +67,23 @@ def encoder_flops(config: EncoderConfig, sums: LengthSums) -> int:
     return config.depth * (2 * weights * sums.tokens + 4 * width * sums.squares)
 
 
+def hierarchy_flops(hierarchy: HierarchyConfig, last: EncoderConfig, units: LengthSums) -> int:
+    """Forward FLOPs of a hierarchical encoder, by the sums over units.
+
+    Windows are counted as if they were whole, unless there is but one: what smaller ones at edges
+    and beside dropped units spare is below 3%.
+    """
+    total = 0
+    for stage, config in enumerate(hierarchy.stages(last)):
+        cells = 4 ** (hierarchy.merges - stage)
+        tokens, width = cells * units.tokens, config.width
+        weights = 4 * width**2 + 2 * width * config.mlp_width
+        pairs = min(tokens * hierarchy.window**2, cells**2 * units.squares)
+        total += config.depth * (2 * weights * tokens + 4 * width * pairs)
+        total += 4 * width**2 * tokens * (stage > 0)  # merging
+    return total
+
+
 def tower_flops(
     config: ImageTowerConfig | TextTowerConfig, embed_dim: int, sums: LengthSums
 ) -> TowerFlops:
@@ -76,13 +94,20 @@ def tower_flops(
         embed_dim: Width of the shared space; 0 without a projection.
         sums: Sums over the examples' lengths, class token and registers left out.
     """
-    width, embed, added = config.encoder.width, 0, 0
+    width, embed, blocks = config.encoder.width, 0, 0
     if isinstance(config, ImageTowerConfig):
-        embed = 2 * 3 * config.patch_size**2 * width * sums.tokens
+        hierarchy = config.hierarchy
+        embed = 2 * 3 * config.patch_size**2 * (width >> hierarchy.merges) * sums.tokens
         added = (config.pooling == "cls") + config.registers
+        if hierarchy.depths:
+            blocks = hierarchy_flops(hierarchy, config.encoder, sums)
+        else:
+            blocks = encoder_flops(config.encoder, sums.longer(added))
+    else:
+        blocks = encoder_flops(config.encoder, sums)
     return TowerFlops(
         embed,
-        encoder_flops(config.encoder, sums.longer(added)),
+        blocks,
         _pooling_flops(config.encoder, config.pooling, sums),
         2 * width * embed_dim * sums.examples,
     )

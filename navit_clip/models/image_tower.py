@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
+from navit_clip.models.hierarchical_tower import HierarchicalEncoder, HierarchyConfig
 from navit_clip.models.interpolate import exact_dtype
 from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
@@ -44,12 +45,15 @@ class ImageTowerConfig:
         pooled_norm: Normalise the pooled vector too; models with mean pooling often do so in
             place of `encoder.final_norm`.
         rotary: Rotations of queries and keys by position, beside `position` or without it.
+        hierarchy: Stages of window attention in place of a plain encoder. Windows know how their
+            tokens lie to each other: such a tower has no other positions, no class token and no
+            registers.
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
             causal or of a width that its positions cannot have, `pooling` is unknown,
-            `class_position` is set without a class token, `registers` is negative, or heads are too
-            narrow for `rotary`.
+            `class_position` is set without a class token, `registers` is negative, heads are too
+            narrow for `rotary`, or `hierarchy` does not fit the rest.
     """
 
     patch_size: int = 16
@@ -63,6 +67,7 @@ class ImageTowerConfig:
     registers: int = 0
     pooled_norm: bool = False
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -84,6 +89,18 @@ class ImageTowerConfig:
         if self.registers < 0:
             raise ValueError(f"registers must not be negative, got {self.registers}")
         self.rotary.check_width(self.encoder, axes=2)
+        self.hierarchy.check(self.patch_size, self.encoder)
+        if self.hierarchy.depths and (
+            self.position.kind != "none"
+            or self.rotary.kind != "none"
+            or self.pooling == "cls"
+            or self.registers
+        ):
+            raise ValueError(
+                "hierarchy.depths needs position.kind none, rotary.kind none, pooling mean or map "
+                f"and registers 0, got {position.kind}, {self.rotary.kind}, {self.pooling} and "
+                f"{self.registers}"
+            )
 
     def check_patch_size(self, size: int) -> None:
         """Refuses patches that the tower cannot read.
@@ -93,6 +110,7 @@ class ImageTowerConfig:
         """
         if size < 1:
             raise ValueError(f"patch sizes must be at least 1, got {size}")
+        self.hierarchy.check(size, self.encoder)
         if size != self.patch_size and not self.position.relative:
             raise ValueError(
                 f"patches of {size} pixels need positions that do not count patches of "
@@ -140,8 +158,13 @@ class ImageTower(nn.Module):
         super().__init__()
         self.config = config
         width = config.encoder.width
+        merges = config.hierarchy.merges
         self.embed = PatchEmbed(
-            config.patch_size, width, config.pixel_mean, config.pixel_std, bias=config.patch_bias
+            config.patch_size >> merges,
+            width >> merges,
+            config.pixel_mean,
+            config.pixel_std,
+            bias=config.patch_bias,
         )
         self.position = build_position(config.position, width)
         self.class_token: nn.Parameter | None = None
@@ -157,7 +180,11 @@ class ImageTower(nn.Module):
             self.registers = nn.Parameter(torch.empty(config.registers, width))
             nn.init.normal_(self.registers, std=TABLE_STD)
         self.rotary = build_rotary(config.rotary, config.encoder, axes=2)
-        self.encoder = Encoder(config.encoder)
+        self.encoder = (
+            HierarchicalEncoder(config.encoder, config.hierarchy)
+            if config.hierarchy.depths
+            else Encoder(config.encoder)
+        )
         self.pool = build_pooling(config.pooling, config.encoder)
         self.norm = LayerNorm(width, config.encoder) if config.pooled_norm else nn.Identity()
 
@@ -183,8 +210,11 @@ class ImageTower(nn.Module):
             The stream, its segments, and where each patch lies on it; None if the patches are all.
         """
         segments = images.segments
-        sides_T2 = images.grids[segments.ids]
         self.config.check_patch_size(images.patch_size)
+        if isinstance(self.encoder, HierarchicalEncoder):
+            x_TC = self.embed(self.config.hierarchy.cut(images.patches))
+            return self.encoder(x_TC.to(self.embed.weight.dtype), images), segments, None
+        sides_T2 = images.grids[segments.ids]
         x_TC = self.embed(images.patches)
         if self.position is not None:
             x_TC = x_TC + self.position(images.coords, sides_T2)

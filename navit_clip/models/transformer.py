@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import repeat
@@ -208,16 +208,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
+    Args:
+        config: Of the encoder.
+        attention: Another than that within segments.
+
     Attributes:
         compiled: Run as one compiled graph, which all blocks of one shape share.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, attention: SegmentAttention | None = None) -> None:
         super().__init__()
         self.compiled = False
         self._first_tokens = 0
         self.attention_norm = LayerNorm(config.width, config)
-        self.attention = SegmentAttention(config)
+        self.attention = attention or SegmentAttention(config)
         self.mlp_norm = LayerNorm(config.width, config)
         self.mlp = Mlp(config)
 
@@ -267,6 +271,10 @@ def compiled_block() -> Callable[..., Tensor]:
 class Encoder(nn.Module):
     """A stack of blocks and a final norm over one packed stream.
 
+    Args:
+        config: Of all blocks.
+        blocks: Others than `config.depth` plain ones.
+
     Attributes:
         activation_checkpointing: Keep only the blocks' inputs for the backward pass, which
             computes each block again; changes memory and time, not results.
@@ -277,14 +285,14 @@ class Encoder(nn.Module):
             for each call.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, blocks: Iterable[Block] | None = None) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
         self.chunked = True
         self.bf16_residual = False
         self.pre_norm = LayerNorm(config.width, config) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(blocks or (Block(config) for _ in range(config.depth)))
         self.norm = LayerNorm(config.width, config) if config.final_norm else nn.Identity()
 
     def forward(self, x_TC: Tensor, segments: Segments, rotary: Sequence[Rotary] = ()) -> Tensor:
@@ -299,9 +307,7 @@ class Encoder(nn.Module):
         Returns:
             [T, C] outputs, normalised by default.
         """
-        x_TC = self.pre_norm(x_TC)
-        if self.bf16_residual and torch.is_autocast_enabled(x_TC.device.type):
-            x_TC = x_TC.to(torch.get_autocast_dtype(x_TC.device.type))
+        x_TC = self._enter(x_TC)
         if (
             x_TC.device.type != "cpu"
             or x_TC.numel() <= _UNCHUNKED_ELEMENTS
@@ -313,6 +319,13 @@ class Encoder(nn.Module):
         rotaries = zip(*(r.split(sizes) for r in rotary), strict=True) if rotary else repeat(())
         outputs = map(self._run_blocks, x_TC.split(sizes), segments.chunks, rotaries)
         return self.norm(torch.cat(list(outputs)))
+
+    def _enter(self, x_TC: Tensor) -> Tensor:
+        """The stream as the first block takes it."""
+        x_TC = self.pre_norm(x_TC)
+        if self.bf16_residual and torch.is_autocast_enabled(x_TC.device.type):
+            x_TC = x_TC.to(torch.get_autocast_dtype(x_TC.device.type))
+        return x_TC
 
     def _run_blocks(self, x_TC: Tensor, segments: Segments, rotary: Sequence[Rotary]) -> Tensor:
         for block, rotation in zip(self.blocks, rotary or repeat(None)):  # noqa: B905

@@ -70,7 +70,8 @@ class ContrastiveConfig(ImageTaskConfig):
     Attributes:
         kind: ``contrastive``.
         model: Architecture of both towers; that of `init` if it is given. Its ``name`` gives all
-            fields that are not given: navit_b16 (ti, s, b, l, h; 14, 16, 32), open_clip:NAME.
+            fields that are not given: navit_b16 (ti, s, b, l, h; 14, 16, 32), swin_t (p, t, s, b,
+            l), open_clip:NAME.
         loss: The loss over all pairs of all ranks.
         lock: Which towers keep their first weights.
         captions: Caption field to sampling weight: ``all`` captions of an image (those of

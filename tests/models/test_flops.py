@@ -10,6 +10,7 @@ from packed_examples import random_caption, random_image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from navit_clip.architectures import architecture
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.models.clip import CLIP, CLIPConfig
@@ -19,7 +20,7 @@ from navit_clip.models.flops import (
     image_flops,
     tower_flops,
 )
-from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
@@ -111,6 +112,23 @@ def test_the_known_size_of_a_vit_b16():
     # 17.5 GMACs at 224 px (196 patches) is the number usually given for ViT-B/16.
     config = ImageTowerConfig(patch_size=16, encoder=EncoderConfig(), pooling="cls")
     assert image_flops(config, 512, 196) / 2e9 == pytest.approx(17.5, rel=0.02)
+
+
+def test_the_known_size_of_a_swin_t():
+    # 4.5 GMACs at 224 px (Swin, Table 1), the head over 1,000 classes among them.
+    config = architecture("swin_t").image
+    assert image_flops(config, 1000, 49) / 2e9 == pytest.approx(4.5, rel=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(7, 7), (3, 5)])
+def test_a_hierarchical_tower_counts_windows_as_whole(grid):
+    config = architecture("swin_p").image
+    packed = pack_images([random_image(0, grid, patch_size=32)])
+    tower = ImageTower(config)
+    assert image_flops(config, 0, len(packed.patches)) == pytest.approx(
+        counted(lambda: tower(packed)), rel=0.03
+    )
 
 
 def counted_training(config: CLIPConfig, lock: LockConfig, batch: Batch[PairInputs]) -> int:

@@ -19,6 +19,7 @@ from classify_cases import (
     write_labelled,
 )
 from distributed import run_ranks
+from hierarchical_cases import tower_config
 from shard_factory import encode, photo, write_shard
 from tiny_run import run
 from torch.nn import functional as F
@@ -65,14 +66,16 @@ def data(tmp_path_factory):
 class Task(ClassifyTask):
     """Without shards, whose class names it would read."""
 
-    def __init__(self, output):
-        self.config, self.data = ClassifyConfig(model=ClassifierConfig(TOWER, output)), DataConfig()
+    def __init__(self, output, image):
+        self.config, self.data = ClassifyConfig(model=ClassifierConfig(image, output)), DataConfig()
         self.names = NAMES
 
 
-def new_stepper(output="sigmoid", ranks=ALONE, parallel=None, precision="fp32", **optim):
+def new_stepper(
+    output="sigmoid", ranks=ALONE, parallel=None, precision="fp32", image=TOWER, **optim
+):
     torch.manual_seed(0)
-    task = Task(output)
+    task = Task(output, image)
     model = task.build_model()
     with torch.no_grad():  # at zero, the head passes nothing down
         model.head.weight.normal_(std=0.5)
@@ -124,8 +127,8 @@ def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(output, accumulat
         torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13, msg=name)
 
 
-def train_steps(ranks, parallel, accumulate, steps=3):
-    stepper = new_stepper(ranks=ranks, parallel=parallel)
+def train_steps(ranks, image, parallel, accumulate, steps=3):
+    stepper = new_stepper(ranks=ranks, image=image, parallel=parallel)
     rows = []
     for step in range(steps):
         result = stepper.step(micro_batches(examples(step), ranks, accumulate), step)
@@ -134,18 +137,25 @@ def train_steps(ranks, parallel, accumulate, steps=3):
     return np.array(rows), weights and {n: w.numpy() for n, w in weights.items()}
 
 
-CASES = {"ddp": ParallelConfig(), "fsdp": ParallelConfig("fsdp")}
+HIERARCHICAL = tower_config((1, 2), 2, patch=1)
+CASES = [
+    (TOWER, ParallelConfig()),
+    (TOWER, ParallelConfig("fsdp")),
+    (HIERARCHICAL, ParallelConfig()),
+    (HIERARCHICAL, ParallelConfig("fsdp", activation_checkpointing=True)),
+]
 
 
 def train_cases():
     ranks = Ranks(int(os.environ["RANK"]), 2, torch.device("cpu"))
-    return {name: train_steps(ranks, case, 2) for name, case in CASES.items()}
+    return [train_steps(ranks, image, parallel, 2) for image, parallel in CASES]
 
 
 def test_two_ranks_with_micro_batches_train_like_one_process():
-    expected, expected_weights = train_steps(ALONE, ParallelConfig(), 1)
+    alone = {image: train_steps(ALONE, image, ParallelConfig(), 1) for image, _ in CASES}
     for rank, results in enumerate(run_ranks(train_cases, 2)):
-        for found, weights in results.values():
+        for (image, _), (found, weights) in zip(CASES, results, strict=True):
+            expected, expected_weights = alone[image]
             np.testing.assert_allclose(found, expected, rtol=1e-6)  # accuracy is float32
             np.testing.assert_allclose(found[:, :2], expected[:, :2], rtol=1e-11)
             assert (weights is not None) == (rank == 0)
@@ -166,7 +176,7 @@ def test_bfloat16_is_near_float64(output):
 
 def test_the_head_has_a_decay_of_its_own():
     config = OptimConfig(weight_decay=0.03, head_weight_decay=3.0, layer_decay=0.5)
-    task = Task("sigmoid")
+    task = Task("sigmoid", TOWER)
     model = task.build_model()
     optimizer, factors = build_optimizer(model, config, task)
     found = {
@@ -183,7 +193,7 @@ def test_the_head_has_a_decay_of_its_own():
 
 
 def test_flops_are_those_of_tower_and_head():
-    task, batch = Task("sigmoid"), pack(examples(0))
+    task, batch = Task("sigmoid", TOWER), pack(examples(0))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         task.build_model()(batch.inputs).logits_EL.sum().backward()
     assert task.flops(batch.inputs) == pytest.approx(counter.get_total_flops(), rel=0.01)

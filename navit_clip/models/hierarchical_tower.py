@@ -1,0 +1,194 @@
+"""The encoder of a hierarchical image tower: stages of attention within windows, ever coarser ones.
+
+Swin (Liu et al., arXiv 2103.14030) on packed images. `ImageTower` cuts each patch of its stream,
+here called a unit, into smaller ones and embeds those; each stage but the first merges four tokens
+into one, until a unit is one token again. So a unit is seen as a whole or not at all, and images of
+any grid, or with units missing, need no padding and no mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor, nn
+
+from navit_clip.models.linear import Linear
+from navit_clip.models.transformer import Block, Encoder, EncoderConfig, LayerNorm
+from navit_clip.models.window_attention import WindowAttention
+from navit_clip.packed.images import PackedImages
+from navit_clip.packed.segments import Segments
+from navit_clip.packed.windows import Units, Windows, arrange, cells_of
+
+
+@dataclass(frozen=True)
+class HierarchyConfig:
+    """Stages of an image tower.
+
+    The tower's `patch_size` is the side of a unit, `encoder.depth` the sum of all depths, and
+    `encoder.width` and `encoder.heads` are those of the last stage, each stage having half those of
+    the next.
+
+    Attributes:
+        depths: Blocks of each stage, such as Swin-T's (2, 2, 6, 2); empty for a plain encoder.
+        window: Side of a window of attention, in tokens of the stage; every second block has its
+            windows shifted by half of that.
+
+    Raises:
+        ValueError: If a stage has no block, or `window` is below 1.
+    """
+
+    depths: tuple[int, ...] = ()
+    window: int = 7
+
+    def __post_init__(self) -> None:
+        if min(self.depths, default=1) < 1:
+            raise ValueError(f"depths must be at least 1, got {self.depths}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+    @property
+    def merges(self) -> int:
+        """How often tokens are merged, which makes a unit of 4 to that power of them."""
+        return max(0, len(self.depths) - 1)
+
+    def check(self, patch_size: int, encoder: EncoderConfig) -> None:
+        """Compares with the unit and with the last stage.
+
+        Raises:
+            ValueError: If they do not fit; names the fields.
+        """
+        if not self.depths:
+            return
+        if sum(self.depths) != encoder.depth:
+            raise ValueError(
+                f"hierarchy.depths must add up to encoder.depth={encoder.depth}, got {self.depths}"
+            )
+        halvings = 1 << self.merges
+        for name, size in (
+            ("patch_size", patch_size),
+            ("encoder.width", encoder.width),
+            ("encoder.heads", encoder.heads),
+        ):
+            if size % halvings:
+                raise ValueError(
+                    f"{name} must be a multiple of {halvings} for {len(self.depths)} stages, "
+                    f"got {size}"
+                )
+
+    def stages(self, encoder: EncoderConfig) -> list[EncoderConfig]:
+        """The configuration of each stage, by that of the last."""
+        return [
+            replace(
+                encoder,
+                width=encoder.width >> self.merges - stage,
+                heads=encoder.heads >> self.merges - stage,
+                depth=depth,
+            )
+            for stage, depth in enumerate(self.depths)
+        ]
+
+    def cut(self, units_UK: Tensor) -> Tensor:
+        """Units [U, P·P·3], row by row with channels last, as the patches of the first stage.
+
+        Returns:
+            [4^merges · U, p·p·3], a unit's patches in the order in which `Windows` has its cells.
+        """
+        if not self.merges:
+            return units_UK
+        side = 1 << self.merges
+        patch = math.isqrt(units_UK.shape[1] // 3) // side
+        patches = units_UK.view(-1, side, patch, side, patch, 3).transpose(2, 3)
+        rows, columns = torch.from_numpy(cells_of(self.merges)).to(units_UK.device).unbind(1)
+        return patches[:, rows, columns].flatten(0, 1).flatten(1)
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours in a row of the stream to one token of twice the width."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.norm = LayerNorm(2 * config.width, config)
+        self.linear = Linear(2 * config.width, config.width, bias=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        """[4T, C / 2] to [T, C]."""
+        return self.linear(self.norm(x_TC.reshape(len(x_TC) // 4, -1))).to(x_TC.dtype)
+
+
+class WindowBlock(Block):
+    """A block of attention within windows.
+
+    Args:
+        config: Of the stage.
+        window: Side of a window.
+        merging: Whether it is the first of a stage that merges the tokens of the one before.
+    """
+
+    def __init__(self, config: EncoderConfig, window: int, *, merging: bool) -> None:
+        super().__init__(config, WindowAttention(config, window))
+        self.merge = PatchMerging(config) if merging else nn.Identity()
+
+    def forward(  # type: ignore[override]
+        self, x_TC: Tensor, segments: Segments, windows: Windows
+    ) -> Tensor:
+        """[T, C] to [T, C], or [4T, C / 2] to that."""
+        return super().forward(self.merge(x_TC), segments, windows)  # type: ignore[arg-type]
+
+    def _mark_dynamic(  # type: ignore[override]
+        self, x_TC: Tensor, segments: Segments, windows: Windows
+    ) -> None:
+        super()._mark_dynamic(x_TC, segments, None)
+        for tensor in (windows.order, windows.places, windows.cells, windows.layout):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+class HierarchicalEncoder(Encoder):
+    """Stages of blocks over the cells of packed units.
+
+    Args:
+        config: Of the last stage.
+        hierarchy: The stages.
+    """
+
+    def __init__(self, config: EncoderConfig, hierarchy: HierarchyConfig) -> None:
+        stages = hierarchy.stages(config)
+        blocks = [
+            WindowBlock(stage, hierarchy.window, merging=number > 0 and index == 0)
+            for number, stage in enumerate(stages)
+            for index in range(stage.depth)
+        ]
+        super().__init__(config, blocks)
+        self.hierarchy = hierarchy
+        if config.pre_norm:
+            self.pre_norm = LayerNorm(stages[0].width, config)
+
+    def forward(self, x_TC: Tensor, images: PackedImages) -> Tensor:  # type: ignore[override]
+        """Encodes packed units.
+
+        Args:
+            x_TC: [T, C] the embedded patches that `HierarchyConfig.cut` made of all units.
+            images: The units.
+
+        Returns:
+            [U, C] a token for each, normalised by default.
+        """
+        x_TC = self._enter(x_TC)
+        x_TC = self._run_blocks(x_TC, images.segments, self._windows(images))  # type: ignore[arg-type]
+        return self.norm(x_TC)
+
+    def _windows(self, images: PackedImages) -> list[Windows]:
+        """Those of each block."""
+        units, window = Units.of(images), self.hierarchy.window
+        windows: list[Windows] = []
+        for stage, depth in enumerate(self.hierarchy.depths):
+            merges = self.hierarchy.merges - stage
+            plain, shifted = (
+                arrange(units, merges, window, shifted=shifted).to(images.coords.device)
+                for shifted in (False, True)
+            )
+            windows += islice(cycle([plain, shifted]), depth)
+        return windows

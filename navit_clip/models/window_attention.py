@@ -1,0 +1,211 @@
+"""Attention within windows, with a bias by how two tokens lie to each other (Swin).
+
+In the blocks of `hierarchical_tower`. Rows of `Windows` that are equally long are one batched
+product. It is an operator, as in `attention_op`: to the compiler one node that takes tensors alone,
+and the backward pass computes scores again, which take more memory than all else in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from navit_clip.models.position import TABLE_STD
+from navit_clip.models.transformer import EncoderConfig, SegmentAttention
+from navit_clip.packed.segments import Segments
+from navit_clip.packed.windows import Windows
+
+_SCORES = 1 << 20  # that are held at a time, to stay in a CPU's cache
+
+
+class WindowAttention(SegmentAttention):
+    """Multi-head self-attention within windows.
+
+    Args:
+        config: Of the stage.
+        window: w, side of a window.
+
+    Attributes:
+        bias: [(2w − 1)², H] added to scores, by how far the query lies below and right of the key.
+    """
+
+    def __init__(self, config: EncoderConfig, window: int) -> None:
+        super().__init__(config)
+        self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, config.heads))
+        nn.init.trunc_normal_(self.bias, std=TABLE_STD)
+
+    def forward(  # type: ignore[override]
+        self, x_TC: Tensor, segments: Segments, windows: Windows
+    ) -> Tensor:
+        """Attends within windows; [T, C] to [T, C]."""
+        qkv_N3HD = self.qkv(windows.gather(x_TC)).unflatten(-1, (3, self.heads, -1))
+        out_NHD = attend_windows(
+            *self._normalised(qkv_N3HD, None),
+            self.bias,
+            windows.cells,
+            windows.ids,
+            windows.layout,
+        )
+        return windows.scatter(self.out(out_NHD.flatten(-2)), len(x_TC))
+
+
+@torch.library.custom_op("navit_clip::attend_windows", mutates_args=())
+def attend_windows(
+    q_NHD: Tensor,
+    k_NHD: Tensor,
+    v_NHD: Tensor,
+    bias_QH: Tensor,
+    cells_N: Tensor,
+    ids_N: Tensor | None,
+    layout: Tensor,
+) -> Tensor:
+    """Softmax attention of each row of windows over itself.
+
+    Args:
+        q_NHD: [N, H, D] queries; on a CPU q and k may be float32 beside values in half precision.
+        k_NHD: Keys.
+        v_NHD: Values.
+        bias_QH: [(2w − 1)², H] added to scores.
+        cells_N: `Windows.cells`.
+        ids_N: `Windows.ids`; places of different ids do not see each other.
+        layout: `Windows.layout`, on the host.
+
+    Returns:
+        [N, H, D] in the values' precision.
+    """
+    out_NHD = torch.empty_like(v_NHD, memory_format=torch.contiguous_format)
+    with torch.autocast(v_NHD.device.type, enabled=False):
+        for batch in _batches(cells_N, ids_N, layout, v_NHD.shape[1]):
+            q, k, v = map(batch.read, (q_NHD, k_NHD, v_NHD))
+            bias = batch.bias(bias_QH, q.dtype)
+            batch.write(out_NHD, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return out_NHD
+
+
+@torch.library.custom_op("navit_clip::attend_windows_backward", mutates_args=())
+def attend_windows_backward(
+    grad_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NHD: Tensor,
+    v_NHD: Tensor,
+    bias_QH: Tensor,
+    cells_N: Tensor,
+    ids_N: Tensor | None,
+    layout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys, values and bias, by that of `attend_windows`' output."""
+    dq_NHD, dk_NHD, dv_NHD = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NHD, v_NHD)
+    )
+    dbias_QH = torch.zeros_like(bias_QH, dtype=torch.promote_types(bias_QH.dtype, torch.float32))
+    scale = q_NHD.shape[-1] ** -0.5
+    with torch.autocast(v_NHD.device.type, enabled=False):
+        for batch in _batches(cells_N, ids_N, layout, v_NHD.shape[1]):
+            grad, q, k, v = map(batch.read, (grad_NHD, q_NHD, k_NHD, v_NHD))
+            weights = (q @ k.mT * scale + batch.bias(bias_QH, q.dtype)).softmax(-1)
+            dweights = grad @ v.mT
+            dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+            batch.write(dq_NHD, dscores @ k * scale)
+            batch.write(dk_NHD, dscores.mT @ q * scale)
+            batch.write(dv_NHD, weights.mT @ grad)
+            batch.add_to_bias(dbias_QH, dscores)
+    return dq_NHD, dk_NHD, dv_NHD, dbias_QH.to(bias_QH.dtype)
+
+
+class _Batch(NamedTuple):
+    """R rows of L places each.
+
+    Attributes:
+        places: Where they are.
+        rows: R.
+        offsets: [R, L, L] how each query lies to each key, the difference of their cells; [1, L, L]
+            if it is the same in all rows.
+        apart: bool [R, L, L], query and key are not of the same window; None if no such pair is.
+    """
+
+    places: slice
+    rows: int
+    offsets: Tensor
+    apart: Tensor | None
+
+    def read(self, x_NHD: Tensor) -> Tensor:
+        """The rows' places as [R, H, L, D], on a CPU in float32 at least."""
+        x = x_NHD[self.places].unflatten(0, (self.rows, -1)).transpose(1, 2)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
+
+    def write(self, out_NHD: Tensor, x_RHLD: Tensor) -> None:
+        """The same back."""
+        out_NHD[self.places] = x_RHLD.transpose(1, 2).flatten(0, 1).to(out_NHD.dtype)
+
+    def bias(self, bias_QH: Tensor, dtype: torch.dtype) -> Tensor:
+        """[R or 1, H, L, L] of the rows' scores; −∞ between windows."""
+        # Two tokens at the same cell have the row in the middle.
+        bias = bias_QH.to(dtype)[self.offsets + len(bias_QH) // 2].movedim(-1, 1)
+        return bias if self.apart is None else bias.masked_fill(self.apart[:, None], -torch.inf)
+
+    def add_to_bias(self, dbias_QH: Tensor, dscores_RHLL: Tensor) -> None:
+        """Adds the rows' part to the gradient of the table."""
+        dscores = dscores_RHLL.sum_to_size(len(self.offsets), *dscores_RHLL.shape[1:])
+        places = (self.offsets + len(dbias_QH) // 2).flatten()
+        dbias_QH.index_add_(0, places, dscores.movedim(1, -1).flatten(0, 2).to(dbias_QH.dtype))
+
+
+def _batches(cells_N: Tensor, ids_N: Tensor | None, layout: Tensor, heads: int) -> Iterator[_Batch]:
+    """The rows in parts of few enough scores."""
+    start = 0
+    for count, length, alike in layout.view(-1, 3).tolist():
+        most = max(1, _SCORES // (heads * length**2))
+        for begin in range(0, count, most):
+            rows = min(most, count - begin)
+            places = slice(start, start + rows * length)
+            start = places.stop
+            cells_RL = cells_N[places].view(rows, length)[: 1 if alike else None]
+            apart = None
+            if ids_N is not None:
+                ids_RL = ids_N[places].view(rows, length)
+                apart = ids_RL[:, :, None] != ids_RL[:, None, :]
+            yield _Batch(places, rows, cells_RL[:, :, None] - cells_RL[:, None, :], apart)
+
+
+@attend_windows.register_fake
+def _(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, *_: Any) -> Tensor:
+    return v_NHD.new_empty(v_NHD.shape)
+
+
+@attend_windows_backward.register_fake
+def _(_grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors[:4])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*attend_windows_backward(grad_NHD, *ctx.saved_tensors), None, None, None)
+
+
+attend_windows.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+# Raw, as in `attention_op`: the cost is in the lengths and not in shapes.
+@register_flop_formula(torch.ops.navit_clip.attend_windows, get_raw=True)
+def _flops(q_NHD: Tensor, *args: Any, **_: Any) -> int:
+    """Two products of each pair in a row."""
+    return 4 * q_NHD[0].numel() * _pairs(args[5])
+
+
+@register_flop_formula(torch.ops.navit_clip.attend_windows_backward, get_raw=True)
+def _backward_flops(_grad: Tensor, q_NHD: Tensor, *args: Any, **_: Any) -> int:
+    """Five, that of the scores included, which is computed again."""
+    return 10 * q_NHD[0].numel() * _pairs(args[5])
+
+
+def _pairs(layout: Tensor) -> int:
+    rows, lengths, _ = layout.view(-1, 3).unbind(1)
+    return int((rows * lengths**2).sum())
