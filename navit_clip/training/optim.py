@@ -25,8 +25,8 @@ class OptimConfig:
     Attributes:
         name: ``adamw``, any of timm's (`timm.optim.list_optimizers`: lion, lamb, muon, sgd, …, with
             the defaults of its `create_optimizer_v2`), or a class of PyTorch's such as
-            ``torch.SGD``. Those of muon take it for the matrices of linear layers, AdamW for the
-            rest.
+            ``torch.SGD``. Those of muon take it for the matrices of linear layers below the head,
+            AdamW for the rest.
         lr: Peak learning rate.
         betas: Of adamw: decay of the first and second moment.
         eps: Of adamw: added to the root of the second moment.
@@ -90,25 +90,27 @@ def build_optimizer(
         UserError: If this optimiser cannot be used, see `make_optimizer`, or there is a decay for
             heads and no head.
     """
-    heads = [name for name, _ in model.named_parameters() if task.is_head(name)]
+    heads = {name for name, _ in model.named_parameters() if task.is_head(name)}
     if config.head_weight_decay is not None and not heads:
         raise UserError("optim.head_weight_decay: the model has no head: leave it out")
-    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    hidden = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    hidden -= {parameter for name, parameter in model.named_parameters() if name in heads}
     muon = config.name.endswith("muon")
-    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
+    # By what a parameter is, not by the value of its decay, which may change when a run goes on.
+    groups: dict[tuple[float, bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = config.layer_decay ** task.layers_above(name)
-            decay = config.weight_decay
-            if config.head_weight_decay is not None and name in heads:
-                decay = config.head_weight_decay
-            if parameter.ndim < 2:
-                decay = 0.0
-            kind = (factor, decay, parameter.ndim == 0, muon and parameter not in linear)
+            fallback = muon and parameter not in hidden
+            kind = (factor, name in heads, min(parameter.ndim, 2), fallback)
             groups.setdefault(kind, []).append(parameter)
+    head_decay = config.head_weight_decay
+    if head_decay is None:
+        head_decay = config.weight_decay
     options: list[dict[str, Any]] = []
-    for (_, decay, _, fallback), group in groups.items():
-        options.append({"params": group, "weight_decay": decay})
+    for (_, head, ndim, fallback), group in groups.items():
+        decay = head_decay if head else config.weight_decay
+        options.append({"params": group, "weight_decay": decay if ndim == 2 else 0.0})
         if fallback:
             options[-1]["use_fallback"] = True  # AdamW in timm's Muon
     factors = [factor for factor, *_ in groups]

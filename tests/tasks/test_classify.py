@@ -192,6 +192,20 @@ def test_the_head_has_a_decay_of_its_own():
     assert decays["image.embed.weight"][1] == 0.125
 
 
+def test_muon_leaves_the_head_to_adamw():
+    task = Task("sigmoid")
+    model = task.build_model()
+    optimizer, _ = build_optimizer(model, OptimConfig("muon"), task)
+    fallback = {
+        id(parameter): group.get("use_fallback", False)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    by_adamw = {name for name, parameter in model.named_parameters() if fallback[id(parameter)]}
+    assert "head.weight" in by_adamw
+    assert "image.encoder.blocks.0.mlp.up.weight" not in by_adamw
+
+
 def test_flops_are_those_of_tower_and_head():
     task, batch = Task("sigmoid", TOWER), pack(examples(0))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -122,7 +122,12 @@ def test_a_run_owns_its_tokenizer(data, copy, monkeypatch, capsys):
 
 def test_what_changed_is_printed_and_earlier_configurations_stay(data, copy, monkeypatch, capsys):
     first = (copy / "config.yaml").read_text()
-    constant = {"optim__schedule__kind": "constant", "optim__lr": 0.01, "data__look_ahead": 6}
+    constant = {
+        "optim__schedule__kind": "constant",
+        "optim__lr": 0.01,
+        "optim__weight_decay": 0,
+        "data__look_ahead": 6,
+    }
     capsys.readouterr()
     assert resume(monkeypatch, data, copy, 6, **constant) == 0
     (line,) = (
@@ -131,6 +136,7 @@ def test_what_changed_is_printed_and_earlier_configurations_stay(data, copy, mon
     assert line.startswith("changed since step 4: steps 4 → 6; ")
     assert "data.look_ahead 4 → 6; " in line
     assert "optim.lr 0.001 → 0.01; " in line
+    assert "optim.weight_decay 0.1 → 0.0; " in line
     assert "optim.schedule.kind cosine → constant" in line
     assert sorted(path.name for path in (copy / "configs").iterdir()) == [
         "step-00000000.yaml",
