@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
+from torch import Tensor
 
 from navit_clip.configs import config_from_dict, parser_message
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.registry import EVALUATORS
-from navit_clip.evaluation.results import EvalResult, Metric
+from navit_clip.evaluation.results import EvalResult
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import write_output
 from navit_clip.tasks.base import ExportedModel, Task
@@ -37,6 +38,7 @@ from navit_clip.training.validation import Validation, ValidationConfig
 from navit_clip.training.watchdog import Watchdog
 
 VALIDATION = "validation loss"  # beside names of evaluators, which have no space
+_VALIDATION_METRIC = "validation/loss"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class EvalConfig:
             templates, max_tokens and more.
         validation: The loss on data.validation, when and in what batches.
         best: Keep the best model by this metric in best/ of the run directory, such as
-            ``coco/text_to_image/R@1``; null keeps none.
+            ``coco/text_to_image/R@1`` or ``validation/loss``; null keeps none.
         workers: Decoding processes per rank; 0 decodes in the trainer's.
 
     Raises:
@@ -140,9 +142,8 @@ class Evaluations:
         self._run_dir = run_dir
         self._task, self._tokenizer = task, tokenizer
         self._plans = config.plans()
-        if not self._plans:
-            if config.best is not None:
-                raise UserError(f"eval.best: {config.best!r} needs eval.evaluators")
+        self._best: BestModel | None = None
+        if not self._plans and config.best is None:
             return
         with torch.device("meta"):  # of shapes alone
             model = task.eval_model(task.export(None, tokenizer), "")
@@ -152,11 +153,10 @@ class Evaluations:
                 plan.kind(plan.spec).check(model)
             except UserError as error:
                 raise UserError(f"eval.evaluators.{name}: {error}") from error
-        self._best: BestModel | None = None
         if config.best is not None:
-            metric = self._find_metric(config.best, model.own_setting)
+            lower = self._lower_is_better(config.best, model.own_setting)
             if ranks.is_first:
-                self._best = BestModel(run_dir, config.best, lower=metric.lower_is_better)
+                self._best = BestModel(run_dir, config.best, lower=lower)
 
     def due(self, step: int, *, last: bool, logged: Collection[str] = ()) -> list[str]:
         """Names of the evaluators that are due, `VALIDATION` among them.
@@ -211,13 +211,15 @@ class Evaluations:
                 seconds = time.perf_counter() - since
                 values = {"loss": loss, "skipped": skipped, "seconds": seconds}
                 logged = {f"validation/{key}": value for key, value in values.items()}
-                line = f"step {step}, {VALIDATION} {loss:.4f}, {skipped} skipped ({seconds:.1f} s)"
-                yield {"step": step, **logged}, line
+                line = f"step {step}, {VALIDATION} {loss:.4f}, {skipped} skipped"
+                with kept():
+                    line += self._offer(logged, step, partial(self._export, weights))
+                yield {"step": step, **logged}, f"{line} ({seconds:.1f} s)"
         evaluators = [name for name in names if name != VALIDATION]
         if not evaluators:
             return
         with kept():
-            trained = self._task.export(weights, self._tokenizer)
+            trained = self._export(weights)
         for name in evaluators:
             plan, since = self._plans[name], time.perf_counter()
             beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
@@ -245,32 +247,45 @@ class Evaluations:
             f"{key.replace('/', ' ')} {metric.format(result.own.metrics[key])}"
             for key, metric in result.headline.items()
         )
-        best = self._best
-        # Before the log: what is logged is not evaluated again after a kill.
-        if (
-            best is not None
-            and best.metric in values
-            and best.offer(values[best.metric], step, partial(self._save, model))
-        ):
-            line += ", the best so far"
+        line += self._offer(values, step, lambda: model)
         seconds = time.perf_counter() - since
         logged = {"step": step, **{f"eval/{key}": value for key, value in values.items()}}
         logged[f"eval/{name}/seconds"] = seconds
         return logged, f"{line} ({seconds:.1f} s)"
 
-    def _save(self, model: ExportedModel, folder: Path) -> None:
-        model.save_pretrained(folder)
-        self._task.write_card(folder, self._run_dir)
+    def _export(self, weights: dict[str, Tensor]) -> ExportedModel:
+        return self._task.export(weights, self._tokenizer)
 
-    def _find_metric(self, best: str, own: EvalSetting) -> Metric:
+    def _offer(
+        self, values: dict[str, float], step: int, export: Callable[[], ExportedModel]
+    ) -> str:
+        """Keeps the model if it is the best, which the line for the terminal then says.
+
+        To be called before the values are logged: what is logged is not evaluated again after a
+        kill.
+        """
+        best = self._best
+
+        def save(folder: Path) -> None:
+            export().save_pretrained(folder)
+            self._task.write_card(folder, self._run_dir)
+
+        if best is None or best.metric not in values:
+            return ""
+        return ", the best so far" if best.offer(values[best.metric], step, save) else ""
+
+    def _lower_is_better(self, best: str, own: EvalSetting) -> bool:
         known = {
-            _key(name, None if setting == own else setting, key): metric
+            _key(name, None if setting == own else setting, key): metric.lower_is_better
             for name, plan in self._plans.items()
             for setting in (own, *plan.spec.settings)
             for key, metric in plan.kind.METRICS.items()
         }
+        if self._validation is not None:
+            known[_VALIDATION_METRIC] = True
         if best not in known:
-            raise UserError(f"eval.best: no evaluator reports {best!r}, only {', '.join(known)}")
+            there = f"only {', '.join(known)}" if known else "there is no evaluator"
+            raise UserError(f"eval.best: nothing reports {best!r}, {there}")
         return known[best]
 
 

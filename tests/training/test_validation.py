@@ -154,13 +154,21 @@ def test_a_run_logs_it_and_trains_as_without_also_when_continued(
 ):
     plain, run_dir = tmp_path / "plain", tmp_path / "run"
     assert run(monkeypatch, flags_of(data, plain, 3, data__validation="[]")) == 0
-    flags = flags_of(data, run_dir, 3)
+    flags = flags_of(data, run_dir, 3, eval__best="validation/loss")
     assert run(monkeypatch, flags) == 0
     assert trained(run_dir) == trained(plain)
     found = logged(run_dir)
+    best = json.loads((run_dir / "best/best.json").read_text())
+    assert best["step"] == min(found, key=found.get)
+    assert best["value"] == found[best["step"]]
+    kept = NaViTCLIP.from_directory(run_dir / "best").state_dict()
+    assert validation_of(flags).run(dict(kept), "fp32", 0, lambda: None)[0] == best["value"]
     assert list(found) == [2, 3]
     assert all("samples_seen" in line for line in metrics(run_dir))
-    assert f"step 2, validation loss {found[2]:.4f}, 0 skipped (" in capsys.readouterr().out
+    assert (
+        f"step 2, validation loss {found[2]:.4f}, 0 skipped, the best so far ("
+        in capsys.readouterr().out
+    )
     assert "validation/loss" in (run_dir / "model/README.md").read_text()
     # Of the weights that are exported, here an average.
     weights = NaViTCLIP.from_directory(run_dir / "model").state_dict()
