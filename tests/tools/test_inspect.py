@@ -45,6 +45,8 @@ BAD = {
     "words": {"txt": b"no image"},
 }
 
+MAX_PIXELS = CONFIG.resolution.max_pixels
+
 YAML = """
 steps: 10
 optim: {{lr: 1.0e-3}}
@@ -148,7 +150,7 @@ def test_skips_are_counted_as_training_counts_them(tmp_path, pipeline):
     ]
     data = pipeline(shards, **ONE_BY_ONE)
     training = sum((batch.counts.skipped for batch in take(data, 3)), Counter())
-    statistics = collect_statistics(data.mixture, data.build)
+    statistics = collect_statistics(data.mixture, data.build, MAX_PIXELS)
     assert statistics.skipped == training
     assert statistics.skipped.total() == 2 * len(BAD)
     assert (statistics.samples, statistics.usable) == (2 * len(BAD) + 3, 3)
@@ -160,14 +162,16 @@ def test_a_shard_that_ends_early_counts_and_keeps_what_was_readable(tmp_path, pi
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     data = pipeline([whole, cut])
-    statistics = collect_statistics(data.mixture, data.build)
+    statistics = collect_statistics(data.mixture, data.build, MAX_PIXELS)
     assert statistics.skipped == {"bad_shard": 1}
     assert 6 < statistics.usable < 12
 
 
 def test_statistics_do_not_depend_on_workers(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [4, 1, 6]))
-    alone, together = (collect_statistics(data.mixture, data.build, workers=n) for n in (1, 2))
+    alone, together = (
+        collect_statistics(data.mixture, data.build, MAX_PIXELS, workers=n) for n in (1, 2)
+    )
     assert alone.columns.keys() == together.columns.keys()
     for name, column in alone.columns.items():
         np.testing.assert_array_equal(column, together.columns[name])
@@ -175,7 +179,7 @@ def test_statistics_do_not_depend_on_workers(tmp_path, pipeline):
 
 def test_max_samples_takes_from_every_shard(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [9, 9, 9]))
-    statistics = collect_statistics(data.mixture, data.build, max_samples=8)
+    statistics = collect_statistics(data.mixture, data.build, MAX_PIXELS, max_samples=8)
     expected = [
         SIZES[(100 * s + i) % len(SIZES)][1] for s, n in enumerate((3, 3, 2)) for i in range(n)
     ]
@@ -187,7 +191,7 @@ def test_max_samples_takes_from_every_shard(tmp_path, pipeline):
 
 def test_packing_is_what_training_packs(tmp_path, pipeline):
     data = pipeline(make_shards(tmp_path, [12, 9]))
-    packing = measure_packing(data.mixture, data.build, data.config, 21)
+    packing = measure_packing(data.mixture, data.build, data.config, data.build.seed, 21)
     expected = take(data, len(packing.batches))
     assert [b.examples for b in packing.batches] == [b.counts.examples for b in expected]
     before = sum(b.counts.examples for b in expected[:-1])
@@ -197,19 +201,21 @@ def test_packing_is_what_training_packs(tmp_path, pipeline):
     found = packing_to_json(packing.batches)
     assert found["image_padding"] == pytest.approx(1 - tokens / budget)
     pairs = np.array([len(b.ids) for b in expected])
-    assert found["pairs_cv"] == pytest.approx(pairs.std() / pairs.mean())
+    assert found["examples_cv"] == pytest.approx(pairs.std() / pairs.mean())
 
     first = expected[0]
     images, texts = first.inputs.images, first.inputs.texts
     order = images.order.tolist()
-    assert [pair.id for pair in packing.pairs] == [
+    assert [pair.id for pair in packing.samples] == [
         first.ids[order.index(place)] for place in range(len(first.ids))
     ]
     captions = {
         f"{s:05d}/{i}": CAPTIONS[(100 * s + i) % len(CAPTIONS)] for s in (0, 1) for i in range(12)
     }
-    assert [pair.caption for pair in packing.pairs] == [captions[pair.id] for pair in packing.pairs]
-    for pair in packing.pairs:
+    assert [pair.text for pair in packing.samples] == [
+        captions[pair.id] for pair in packing.samples
+    ]
+    for pair in packing.samples:
         assert len(pair.image.patches) == pair.tokens["image"]
         assert pair.tokens["image"] == images.segments.lengths[pair.segments["image"]]
         assert pair.tokens["text"] == texts.segments.lengths[pair.segments["text"]]
@@ -220,13 +226,13 @@ def test_captions_of_drawn_pairs_are_those_that_were_tokenised(tmp_path, pipelin
     samples = {str(i): {**sample(i), "json": captions} for i in range(9)}
     data = pipeline([write_shard(tmp_path / "0.tar", samples)])
     build = replace(data.build, captions={"txt": 1.0, "json.captions": 2.0})
-    packing = measure_packing(data.mixture, build, data.config, 9)
+    packing = measure_packing(data.mixture, build, data.config, build.seed, 9)
     texts = next(load_batches(build, data.config, build.seed)).inputs.texts
     ids = [part.tolist() for part in texts.token_ids.split(texts.segments.lengths)]
-    for pair in packing.pairs:
-        encoded = build.tokenizer.encode(pair.caption, build.context_length)
+    for pair in packing.samples:
+        encoded = build.tokenizer.encode(pair.text, build.context_length)
         assert encoded == ids[pair.segments["text"]]
-    assert len({pair.caption for pair in packing.pairs}) > 2
+    assert len({pair.text for pair in packing.samples}) > 2
 
 
 def test_packing_of_a_config(tmp_path, config, capsys):
@@ -238,11 +244,49 @@ def test_packing_of_a_config(tmp_path, config, capsys):
     assert packing["image_budget"] == 128
     assert packing["image_tokens"] == pytest.approx(128 * (1 - packing["image_padding"]))
     assert packing["text_tokens"] == pytest.approx(96 * (1 - packing["text_padding"]))
-    assert packing["pairs"]["max"] <= 6
+    assert packing["examples"]["max"] <= 6
     assert packing["image_tokens"] < packing["image_tokens_before_drop"]
     assert found["distributions"]["tokens"]["max"] <= 24
     assert found["context_length"] == 12
-    assert "pairs per batch" in capsys.readouterr().out
+    assert "examples per batch" in capsys.readouterr().out
+
+
+IMAGES = """
+task: {{kind: {kind}, model: {{image: {{patch_size: 8}}}}{more}}}
+data:
+  resolution: {{min_side: 16, max_side: 48, max_tokens: 36}}
+  drop: {{kind: beta}}
+  budget: {budget}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "streams", "skipped"),
+    [
+        ("classify", ", classes: CLASSES", ["image"], Counter(no_label=1)),
+        ("masked_image", "", ["image", "decoder"], Counter(one_patch=2)),
+    ],
+)
+def test_every_task_is_inspected(tmp_path, capsys, kind, more, streams, skipped):
+    samples = {str(i): {**sample(i), "cls": str(i % 2).encode()} for i in range(9)}
+    samples["other"] = {"png": encode(photo(0, 4, 4), "PNG")}
+    shard = write_shard(tmp_path / "0.tar", samples)
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    config, output = tmp_path / "run.yaml", tmp_path / "out.json"
+    more = more.replace("CLASSES", str(tmp_path / "names.txt"))
+    budget = json.dumps({"tokens": dict.fromkeys(streams, 256), "max_examples": 4})
+    config.write_text(IMAGES.format(kind=kind, more=more, budget=budget))
+    inspect(shard, "--config", config, "--output", output, "--picture", tmp_path / "a.png")
+    found = json.loads(output.read_text())
+    assert (found["usable"], found["skipped"]) == (10 - skipped.total(), skipped)
+    assert "words" not in found["distributions"]
+    assert found["distributions"]["kept_tokens"]["mean"] < found["distributions"]["tokens"]["mean"]
+    assert [key for key in found["packing"] if key.endswith("_budget")] == [
+        f"{name}_budget" for name in streams
+    ]
+    assert "examples per batch" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.height > 300
 
 
 def test_a_config_may_name_the_shards(tmp_path, tokenizer_path, capsys):
@@ -293,7 +337,7 @@ def test_picture_of_every_kind_of_batch(tmp_path, pipeline, fields):
     long = {"png": encode(photo(3, 1, 4000)), "txt": ("x" * 100_000).encode()}
     shard = write_shard(tmp_path / "0.tar", {"long": long, "a": sample(0), "b": sample(1)})
     data = pipeline([shard], **fields)
-    packing = measure_packing(data.mixture, data.build, data.config, 3)
+    packing = measure_packing(data.mixture, data.build, data.config, data.build.seed, 3)
     draw_batch(packing, "a test", tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.height < 3000

@@ -48,10 +48,15 @@ def _inspect(args: argparse.Namespace) -> int:
     if not args.shards and args.config is None:
         raise UserError("no shards given: name tars, folders or patterns, or a --config with them")
     config = find_recipe(args.config) if args.config else None
-    data, build = read_settings(config, args.shards, args.captions, args.tokenizer)
+    settings = read_settings(config, args.shards, args.captions, args.tokenizer)
+    data, build = settings.data, settings.build
     mixture = Mixture.find(data)
     statistics = collect_statistics(
-        mixture, build, max_samples=args.max_samples, workers=args.workers
+        mixture,
+        build,
+        data.resolution.max_pixels,
+        max_samples=args.max_samples,
+        workers=args.workers,
     )
     if not statistics.samples:
         raise UserError(
@@ -60,12 +65,11 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     packing = None
     if statistics.usable and (args.config or args.picture):
-        packing = measure_packing(mixture, build, data, statistics.usable)
-    tokenised = args.config or args.tokenizer
-    found = to_json(statistics, packing, build.context_length if tokenised else None)
+        packing = measure_packing(mixture, build, data, settings.seed, statistics.usable)
+    found = to_json(statistics, packing, settings.context_length)
     print(to_text(found))
     if packing and statistics.usable < packing.batches[0].examples:
-        print("\nOne batch holds more pairs than were read: some are in it several times.")
+        print("\nOne batch holds more samples than were read: some are in it several times.")
     if args.output is not None:
         report = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         write_output(args.output, report, f"--output {args.output}")

@@ -82,17 +82,18 @@ def to_json(
 
 
 def packing_to_json(batches: Sequence[BatchCounts]) -> dict[str, Any]:
-    """How full batches are: means, and their number of pairs with its coefficient of variation."""
-    pairs = np.array([counts.examples for counts in batches])
+    """How full batches are: means, and their number of examples, how it varies too."""
+    examples = np.array([counts.examples for counts in batches])
+    spread = {"min": int(examples.min()), "max": int(examples.max())}
     found: dict[str, Any] = {
         "batches": len(batches),
-        "pairs": {"min": int(pairs.min()), "mean": float(pairs.mean()), "max": int(pairs.max())},
-        "pairs_cv": float(pairs.std() / pairs.mean()),
+        "examples": {"mean": float(examples.mean()), **spread},
+        "examples_cv": float(examples.std() / examples.mean()),
     }
     before = [counts.streams["image"].tokens_before_drop for counts in batches]
     found["image_tokens_before_drop"] = float(np.mean(before))
-    for name in ("image", "text"):
-        budget = batches[0].streams[name].budget
+    for name, counts in batches[0].streams.items():
+        budget = counts.budget
         tokens = float(np.mean([counts.streams[name].tokens for counts in batches]))
         found[f"{name}_budget"] = budget
         found[f"{name}_tokens"] = tokens
@@ -146,15 +147,16 @@ def _counts(found: dict[str, Any]) -> list[str]:
 
 
 def _packing_lines(packing: dict[str, Any]) -> list[str]:
-    pairs, cv = packing["pairs"], packing["pairs_cv"]
-    spread = f"{pairs['min']:,} to {pairs['max']:,}, coefficient of variation {cv:.3f}"
+    examples, cv = packing["examples"], packing["examples_cv"]
+    spread = f"{examples['min']:,} to {examples['max']:,}, coefficient of variation {cv:.3f}"
     before = packing["image_tokens_before_drop"]
     lines = [
         f"PACKING, MEAN OF {packing['batches']} BATCHES",
-        _line("pairs per batch", f"{pairs['mean']:,.1f}", note=spread),
+        _line("examples per batch", f"{examples['mean']:,.1f}", note=spread),
         _line("image tokens before drop", f"{before:,.0f}"),
     ]
-    for name in ("image", "text"):
+    streams = [key.removesuffix("_budget") for key in packing if key.endswith("_budget")]
+    for name in streams:
         tokens = packing[f"{name}_tokens"]
         note = f"of {packing[f'{name}_budget']:,}, {packing[f'{name}_padding']:.2%} padding"
         if name == "image":

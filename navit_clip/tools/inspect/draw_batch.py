@@ -1,4 +1,4 @@
-"""Draws one packed batch: how full it is, some of its pairs, and their patches in the stream."""
+"""Draws one packed batch: how full it is, some of its samples, and their patches in the stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from navit_clip.evaluation.gallery import wrap_text
 from navit_clip.files import write_output
 from navit_clip.packed.images import ImagePatches
-from navit_clip.tools.inspect.packing_efficiency import DrawnPair, PackingEfficiency
+from navit_clip.tools.inspect.packing_efficiency import DrawnSample, PackingEfficiency
 
 _COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#8250df", "#bf3989", "#9a6700")
 _WIDTH, _MARGIN = 1460, 30
@@ -29,7 +29,7 @@ _LEAST_CELL = 8  # pixels of a patch below which lines between patches would hid
 _TILES, _STREAM_HEIGHT = (18, 12, 8), 640
 _TEXT, _FAINT, _PAPER = "#1f2328", "#656d76", "#ffffff"
 _BLANK, _GRID = 246, "#d0d7de"  # a dropped patch is an empty cell, unlike any grey of a photo
-_OTHERS = ("#d0d7de", "#e6eaef")  # segments of other pairs, alternating
+_OTHERS = ("#d0d7de", "#e6eaef")  # segments of other samples, alternating
 
 
 def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
@@ -43,7 +43,7 @@ def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    shown = _choose(packing.pairs)
+    shown = _choose(packing.samples)
     canvas = Image.new("RGB", (_WIDTH, 4000), _PAPER)
     y = _draw_head(canvas, packing, title, shown)
     y = _draw_gallery(canvas, shown, y)
@@ -53,11 +53,11 @@ def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
     write_output(output, file.getvalue(), f"--picture {output}")
 
 
-def _choose(pairs: Sequence[DrawnPair]) -> list[DrawnPair]:
+def _choose(samples: Sequence[DrawnSample]) -> list[DrawnSample]:
     """Pairs spread evenly over the batch, from the shortest image to the longest."""
-    count = min(_COLUMNS * _ROWS, len(pairs))
-    step = (len(pairs) - 1) / max(1, count - 1)
-    return [pairs[round(i * step)] for i in range(count)]
+    count = min(_COLUMNS * _ROWS, len(samples))
+    step = (len(samples) - 1) / max(1, count - 1)
+    return [samples[round(i * step)] for i in range(count)]
 
 
 def _colour(number: int) -> str:
@@ -82,13 +82,15 @@ def _write(
 
 
 def _draw_head(
-    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[DrawnPair]
+    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[DrawnSample]
 ) -> int:
     batch = packing.batches[0]
-    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {batch.examples:,} pairs", 26)
+    what = "pairs" if "text" in batch.streams else "images"
+    _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {batch.examples:,} {what}", 26)
     y = 62
     if len(shown) < batch.examples:
-        note = f"Every pair is a segment of both streams; coloured are the {len(shown)} below"
+        each = "every stream" if len(batch.streams) > 1 else "the stream"
+        note = f"Every sample is a segment of {each}; coloured are the {len(shown)} below"
         _write(canvas, (_MARGIN, y), note, 15, _FAINT)
         y += 30
     for name, counts in batch.streams.items():
@@ -100,9 +102,9 @@ def _draw_head(
         if dropped:
             line += f" ({dropped:,} of {counts.tokens_before_drop:,} patches were dropped)"
         _write(canvas, (_MARGIN, y), line, 17)
-        numbers = {pair.segments[name]: number for number, pair in enumerate(shown)}
-        in_order = sorted(packing.pairs, key=lambda pair: pair.segments[name])
-        lengths = [pair.tokens[name] for pair in in_order]
+        numbers = {sample.segments[name]: number for number, sample in enumerate(shown)}
+        in_order = sorted(packing.samples, key=lambda sample: sample.segments[name])
+        lengths = [sample.tokens[name] for sample in in_order]
         _draw_bar(canvas, y + 26, lengths, counts.budget, numbers)
         y += 26 + _BAR + 16
     return y
@@ -125,13 +127,13 @@ def _draw_bar(
     draw.rectangle((_MARGIN, y, _MARGIN + _INNER - 1, y + _BAR), outline=_FAINT)
 
 
-def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
-    sides = [max(pair.image.grid) * pair.image.patch_size for pair in shown]
+def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnSample], y: int) -> int:
+    sides = [max(sample.image.grid) * sample.image.patch_size for sample in shown]
     zoom = min(_MOST_ZOOM, max(_LEAST_ZOOM, _THUMB / max(sides)))
     # One long strip would make all the others too small to see.
     zooms = [min(zoom, _THUMB / side) for side in sides]
     title = "Images from few patches to many" + (", at one scale" if len(set(zooms)) == 1 else "")
-    if any(pair.tokens["image"] < pair.image.tokens_before_drop for pair in shown):
+    if any(sample.tokens["image"] < sample.image.tokens_before_drop for sample in shown):
         title += "; empty cells are dropped patches"
     _write(canvas, (_MARGIN, y), title, 17)
     y += 34
@@ -151,12 +153,12 @@ def _draw_gallery(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> in
     return y
 
 
-def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
+def _picture(sample: DrawnSample, zoom: float) -> Image.Image:
     """The image on its grid, with thin lines between the patches."""
-    rows, columns = pair.image.grid
-    side = pair.image.patch_size * zoom
+    rows, columns = sample.image.grid
+    side = sample.image.patch_size * zoom
     size = (max(1, round(columns * side)), max(1, round(rows * side)))
-    picture = draw_on_grid(pair.image, _BLANK).resize(size, Image.Resampling.LANCZOS)
+    picture = draw_on_grid(sample.image, _BLANK).resize(size, Image.Resampling.LANCZOS)
     if side < _LEAST_CELL:
         return picture
     draw = ImageDraw.Draw(picture)
@@ -167,19 +169,21 @@ def _picture(pair: DrawnPair, zoom: float) -> Image.Image:
     return picture
 
 
-def _draw_caption(canvas: Image.Image, pair: DrawnPair, number: int, left: int, y: int) -> None:
-    whole = pair.image.tokens_before_drop
-    kept = pair.tokens["image"]
-    patches = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
-    _write(canvas, (left, y), f"{patches} + {pair.tokens['text']} tokens", 14, _colour(number))
-    wrapped = wrap_text(pair.caption, ImageFont.load_default(14), _CELL - 24, _LINES)
+def _draw_caption(canvas: Image.Image, sample: DrawnSample, number: int, left: int, y: int) -> None:
+    whole = sample.image.tokens_before_drop
+    kept = sample.tokens["image"]
+    size = f"{kept} patches" if kept == whole else f"{kept} of {whole} patches"
+    if "text" in sample.tokens:
+        size += f" + {sample.tokens['text']} tokens"
+    _write(canvas, (left, y), size, 14, _colour(number))
+    wrapped = wrap_text(sample.text, ImageFont.load_default(14), _CELL - 24, _LINES)
     for line, text in enumerate(wrapped, start=1):
         _write(canvas, (left, y + line * _LINE), text, 14)
 
 
-def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnPair], y: int) -> int:
-    """The patches of the pairs shown as they lie in the stream, as many as there is room for."""
-    images = [pair.image for pair in shown]
+def _draw_patches(canvas: Image.Image, shown: Sequence[DrawnSample], y: int) -> int:
+    """The patches of the samples shown as they lie in the stream, as many as there is room for."""
+    images = [sample.image for sample in shown]
     ends = list(itertools.accumulate(len(image.patches) for image in images))
     for tile in _TILES:
         columns, line = _INNER // (tile + 2), tile + 8

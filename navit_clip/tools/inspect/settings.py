@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
-from navit_clip.tasks.contrastive import ContrastiveConfig
+from navit_clip.packed.batch import Inputs
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.config import parse_config
@@ -31,12 +33,29 @@ class WordCounter(Tokenizer):
         return [0] * min(len(text.split()) + 1, context_length)
 
 
+class Settings(NamedTuple):
+    """What training would do.
+
+    Attributes:
+        data: What is read and how it is packed.
+        build: Makes samples.
+        seed: Of the order.
+        context_length: Most text tokens, at which captions are cut; None if the task reads none, or
+            they are counted in words.
+    """
+
+    data: DataConfig
+    build: SampleBuilder[Any, Inputs]
+    seed: int
+    context_length: int | None
+
+
 def read_settings(
     config: Path | None,
     shards: Sequence[str],
     captions: Sequence[str] | None,
     tokenizer: str | None,
-) -> tuple[DataConfig, PairBuilder]:
+) -> Settings:
     """The settings of a configuration, with those of the command line instead of its own.
 
     Args:
@@ -45,9 +64,6 @@ def read_settings(
         shards: Patterns; none keeps the configuration's.
         captions: Caption fields of equal weight; None keeps the configuration's.
         tokenizer: A SentencePiece model's path, or ``open_clip``.
-
-    Returns:
-        What is read and how it is packed, and what makes pairs of samples.
 
     Raises:
         UserError: If training would refuse the configuration, or a tokenizer cannot be read.
@@ -69,12 +85,13 @@ def read_settings(
         found, _ = parse_config(words)
     except UserError as error:
         raise UserError(f"--config {config}: {error}" if config else str(error)) from error
-    if not isinstance(found.task, ContrastiveConfig):
-        raise UserError(f"task.kind is {found.task.kind}, only contrastive is inspected")
+    # With few ids, since a tokenizer of more than the model has embeddings for will do here.
+    build = found.task.build(found.data).build_samples(WordCounter(), found.seed)
+    if not isinstance(build, PairBuilder):
+        return Settings(found.data, build, found.seed, None)
     if found.tokenizer is None:
         raise UserError(f"--config {config} names no tokenizer: give --tokenizer")
-    # Built with few ids, since a tokenizer of more than the model has embeddings for will do here.
-    build = found.task.build(found.data).build_samples(WordCounter(), found.seed)
-    if not count_words:
-        build = replace(build, tokenizer=build_tokenizer(found.tokenizer))
-    return found.data, build
+    if count_words:
+        return Settings(found.data, build, found.seed, None)
+    build = replace(build, tokenizer=build_tokenizer(found.tokenizer))
+    return Settings(found.data, build, found.seed, build.context_length)

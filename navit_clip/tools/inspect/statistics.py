@@ -7,11 +7,12 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.base import Origin, SampleBuilder
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, find_image
@@ -20,6 +21,7 @@ from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import SkipSampleError
+from navit_clip.packed.batch import Inputs
 
 _WHOLE_CAPTION = 1 << 20  # tokens; no caption is cut at it
 
@@ -31,8 +33,9 @@ class _ShardTask:
     shard: int
     path: str
     name: str
-    captions: Mapping[str, float]
-    build: PairBuilder
+    captions: Mapping[str, float] | None
+    build: SampleBuilder[Any, Inputs]
+    max_pixels: int
     limit: int | None
 
 
@@ -47,9 +50,9 @@ class Statistics:
         bytes: Size of all their files.
         formats: Usable samples by the image's extension.
         columns: Values by name, float64 or int64 [n], of usable samples (``width``, ``height``,
-            ``side``, ``aspect``, ``image_kb``, ``captions``, ``tokens``, ``kept_tokens``) or of
-            all their captions (``characters``, ``words``, ``text_tokens``, and ``unknown``, how
-            many of the tokens are none that the tokenizer knows).
+            ``side``, ``aspect``, ``image_kb``, ``tokens``, ``kept_tokens``, ``captions``) or of all
+            their captions (``characters``, ``words``, ``text_tokens``, and ``unknown``, how many of
+            the tokens are none that the tokenizer knows).
         skipped: Samples that training would skip, and shards that end early, by reason.
         skip_log: A line for each of the first few of them.
     """
@@ -65,13 +68,19 @@ class Statistics:
 
 
 def collect_statistics(
-    mixture: Mixture, build: PairBuilder, *, max_samples: int | None = None, workers: int = 1
+    mixture: Mixture,
+    build: SampleBuilder[Any, Inputs],
+    max_pixels: int,
+    *,
+    max_samples: int | None = None,
+    workers: int = 1,
 ) -> Statistics:
     """Reads shards with a progress bar.
 
     Args:
         mixture: The shards.
-        build: Makes pairs; a sample is usable if this takes it.
+        build: Makes samples; one is usable if this takes it.
+        max_pixels: Of an image, above which it is not decoded.
         max_samples: Read no more than so many, the same number from the front of every shard.
         workers: Number of processes; the statistics do not depend on it.
     """
@@ -79,10 +88,13 @@ def collect_statistics(
     each, rest = divmod(max_samples or 0, len(shards))
     tasks = []
     for number, path in enumerate(shards):
-        captions = mixture.dataset_of(number).captions or build.captions
+        captions = mixture.dataset_of(number).captions
+        if isinstance(build, PairBuilder):
+            captions = captions or build.captions
         limit = None if max_samples is None else each + (number < rest)
+        name = mixture.names[number]
         if limit != 0:
-            tasks.append(_ShardTask(number, path, mixture.names[number], captions, build, limit))
+            tasks.append(_ShardTask(number, path, name, captions, build, max_pixels, limit))
     found: dict[int, Statistics] = {}
     with tqdm(total=len(tasks), desc="reading", unit="shard") as bar:
         for number, statistics in run_unordered(_shard_statistics, tasks, workers):
@@ -124,29 +136,33 @@ def _measure(task: _ShardTask, sample: RawSample) -> tuple[str, dict[str, list[f
         SkipSampleError: If training would skip it.
     """
     sample.check()
-    pair = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
+    built = task.build(sample, Origin(0, task.shard, sample.index, 0), task.captions)
     data = find_image(sample.members)
-    image = EncodedImage(data, task.build.resolution.max_pixels)
-    texts = [text for name in task.captions for text in find_captions(sample.members, name)]
-    tokenizer = task.build.tokenizer
-    ids = [tokenizer.encode(text, _WHOLE_CAPTION) for text in texts]
+    image = EncodedImage(data, task.max_pixels)
     extension = next(e for e, content in sample.members.items() if content is data)
-    return extension, {
+    columns: dict[str, list[float]] = {
         "width": [image.width],
         "height": [image.height],
         "side": [(image.width * image.height) ** 0.5],
         "aspect": [image.width / image.height],
         "image_kb": [len(data) / 1000],
-        "captions": [len(texts)],
-        "tokens": [pair.image.tokens_before_drop],
-        "kept_tokens": [len(pair.image.patches)],
-        "characters": [len(text) for text in texts],
-        "words": [len(text.split()) for text in texts],
-        "text_tokens": list(map(len, ids)),
-        "unknown": [row.count(tokenizer.unknown_id) for row in ids]
-        if tokenizer.unknown_id is not None
-        else [],
+        "tokens": [built.full_lengths[0]],
+        "kept_tokens": [built.lengths[0]],
     }
+    if isinstance(task.build, PairBuilder):
+        names = task.captions or {}
+        texts = [text for name in names for text in find_captions(sample.members, name)]
+        tokenizer = task.build.tokenizer
+        ids = [tokenizer.encode(text, _WHOLE_CAPTION) for text in texts]
+        columns |= {
+            "captions": [len(texts)],
+            "characters": [len(text) for text in texts],
+            "words": [len(text.split()) for text in texts],
+            "text_tokens": [len(row) for row in ids],
+        }
+        if tokenizer.unknown_id is not None:
+            columns["unknown"] = [row.count(tokenizer.unknown_id) for row in ids]
+    return extension, columns
 
 
 def _merge(parts: Sequence[Statistics]) -> Statistics:
