@@ -19,6 +19,7 @@ usage: {prog} COMMAND …
   data inspect          look at shards: what training would skip, how full batches would be
   data train_tokenizer  train a SentencePiece model on the captions of shards
   data shapes           write a data set of pictures of shapes, to try things with
+  doctor                what this machine has for a run, and what to fix
   from_open_clip        translate a training command of open_clip
 
 {prog} COMMAND --help explains one. {prog} --version prints the version."""
@@ -31,6 +32,7 @@ _COMMANDS = {
     "data inspect": "navit_clip.tools.inspect.__main__",
     "data train_tokenizer": "navit_clip.tools.train_tokenizer",
     "data shapes": "navit_clip.tools.shapes.__main__",
+    "doctor": "navit_clip.tools.doctor",
     "from_open_clip": "navit_clip.tools.from_open_clip.__main__",
 }
 

@@ -79,6 +79,7 @@ def test_an_unknown_command_is_one_line(capsys, typed, advice):
         ["data", "train-tokenizer"],
         ["data", "shapes"],
         ["from-open-clip"],
+        ["doctor"],
     ],
 )
 @pytest.mark.parametrize("prog", ["navit-clip", "python -m navit_clip"])
@@ -111,6 +112,30 @@ assert main(["data", "nothing"]) == 2
 sys.exit(bool({"torch", "numpy", "PIL", "yaml", "jsonargparse"} & sys.modules.keys()))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "nosuch"], "neither a file nor one of the recipes"),
+        (["data", "make_shards", "--nosuch"], "required"),
+        (["data", "shapes", "--nosuch"], "required"),
+        (["from-open-clip", "python -m open_clip_train.main --nosuch"], "has no --nosuch"),
+    ],
+)
+def test_mistakes_that_need_no_torch_are_seen_without_it(words, message):
+    code = """
+import sys
+from navit_clip.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    sys.exit(99 if "torch" in sys.modules else stop.code)
+"""
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_recipes_are_found_by_name_and_paths_win(tmp_path, monkeypatch):

@@ -18,9 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch.nn import functional as F
 
 from navit_clip.errors import SkipSampleError
 
@@ -307,6 +305,9 @@ def _resize(
     """
     if pixels_HWK.shape[:2] == wanted:
         return pixels_HWK
+    import torch  # the tools that only read headers need none
+    from torch.nn import functional as F
+
     # The batch axis comes before the permutation, else the result is laid out channel by channel.
     image_1KHW = torch.from_numpy(pixels_HWK)[None].permute(0, 3, 1, 2)
     # Height and width become the size times the factor, rounded down: no digit may be missing.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from navit_clip.architectures import OPEN_CLIP
-from navit_clip.checkpoints.load_run import load_run
 from navit_clip.commands import Parser, number
 from navit_clip.configs import descriptions
 from navit_clip.distributed import Ranks
@@ -167,6 +166,9 @@ def load_models(args: argparse.Namespace, ranks: Ranks) -> tuple[Model, list[Mod
         )
     precision = choose_precision(args.precision, ranks.device)
     if args.run is not None:
+        # Here, since it loads torch.distributed's checkpoints, which takes a second.
+        from navit_clip.checkpoints.load_run import load_run
+
         loaded, step = load_run(args.run, args.step, ranks.device)
         model: Model = packed_model(loaded, f"{args.run} step {step}", precision)
     else:

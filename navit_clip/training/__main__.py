@@ -6,11 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from navit_clip import before_torch  # noqa: F401
-from navit_clip.distributed import failing_at_once, join_ranks
 from navit_clip.errors import one_line_errors
-from navit_clip.training.config import parse_config
-from navit_clip.training.reference import help_text
-from navit_clip.training.trainer import train
+from navit_clip.recipes import with_recipe_paths
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.training") -> None:
@@ -21,7 +18,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tr
         prog: What the user typed before them, for messages.
     """
     with one_line_errors(prog):
-        words = sys.argv[1:] if argv is None else argv
+        words = with_recipe_paths(sys.argv[1:] if argv is None else argv)
+        # Here: a name that is wrong is answered at once, and what follows takes seconds to load.
+        from navit_clip.distributed import failing_at_once, join_ranks
+        from navit_clip.training.config import parse_config
+        from navit_clip.training.reference import help_text
+        from navit_clip.training.trainer import train
+
         if (text := help_text(words, prog)) is not None:
             print(text)
             return

@@ -6,6 +6,7 @@ When a field has changed, ``python -m navit_clip.training.reference > docs/confi
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Sequence, Set
@@ -18,7 +19,7 @@ from navit_clip.configs import configs_in, descriptions
 from navit_clip.recipes import with_recipe_paths
 from navit_clip.tasks.base import TaskConfig
 from navit_clip.tasks.registry import OWN_KINDS, task_config
-from navit_clip.training.config import DEFAULT_TASK, TrainConfig, task_kind
+from navit_clip.training.config import DEFAULT_TASK, TrainConfig, parse_config, task_kind
 
 _WIDTH = 100
 _SHORT = """\
@@ -36,7 +37,9 @@ Trains a packed NaViT model, or continues the run in run_dir.
 _MORE = """
 --help-all      all fields with what they are and their defaults, as YAML
 --print_config  the fields of this command, resolved, as YAML; trains nothing
+--print_config=comments  the same, with what each field is
 """
+_COMMENTED = "--print_config=comments"
 _USED = (
     "run_dir", "steps", "samples", "epochs", "data.train", "data.workers", "data.budget",
     "tokenizer.path", "init.model",
@@ -74,12 +77,15 @@ def help_text(argv: Sequence[str], prog: str) -> str | None:
         prog: Those before them.
 
     Raises:
-        UserError: If there is no such task or recipe.
+        UserError: If there is no such task or recipe, or what is to be printed is no configuration.
     """
     if {"-h", "--help"} & set(argv):
         return _short_help(prog)
     if {"--help-all", "--help_all"} & set(argv):
         return reference(task_config(task_kind(with_recipe_paths(argv))))
+    if _COMMENTED in argv:
+        config, _ = parse_config([word for word in argv if word != _COMMENTED], prog)
+        return "\n".join(_lines(TrainConfig, type(config.task), "", values=config))
     return None
 
 
@@ -138,22 +144,30 @@ def _differing(value: Any) -> dict[str, Any]:
 
 
 def _lines(
-    config: type, task: type[TaskConfig], pad: str, known: Set[type] = frozenset()
+    config: type,
+    task: type[TaskConfig],
+    pad: str,
+    known: Set[type] = frozenset(),
+    values: Any = None,
 ) -> Iterator[str]:
-    """Lines of a configuration; of those within it that are `known` only what differs."""
+    """Lines of a configuration; of those within it that are `known` only what differs.
+
+    They hold the fields of `values`, by default the defaults.
+    """
     described, hints = descriptions(config), _hints(config, task)
     for field in fields(config):
         hint, comment = hints[field.name], f"{pad}# "
         yield from textwrap.wrap(
             described[field.name], _WIDTH, initial_indent=comment, subsequent_indent=comment
         )
-        default = _default(field)
+        default = _default(field) if values is None else getattr(values, field.name)
         if hint in known:
             yield f"{pad}{field.name}: {_yaml(_differing(default))}  # other fields as above"
             continue
         if is_dataclass(hint):
             yield f"{pad}{field.name}:"
-            yield from _lines(hint, task, f"{pad}  ", known)  # type: ignore[arg-type]
+            below = None if values is None else default
+            yield from _lines(hint, task, f"{pad}  ", known, below)  # type: ignore[arg-type]
             continue
         if default is MISSING:
             yield f"{comment}{field.name}: {_type(hint)}, required"
@@ -175,8 +189,17 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=1000).split("\n")[0]
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf)
+    return text.split("\n")[0]
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can hold of a value: groups as mappings, tuples as lists."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _type(hint: Any) -> str:

@@ -29,6 +29,15 @@ def test_the_reference_is_a_configuration_of_nothing_but_defaults(tmp_path):
     assert parse_config(["--config", str(path), *FLAGS]) == parse_config(FLAGS)
 
 
+def test_the_fields_of_a_command_are_printed_with_what_they_are(tmp_path):
+    flags = [*FLAGS, "--data.mix", "{a: {shards: a.tar}, b: {shards: [b.tar], weight: 2}}"]
+    flags += ["--optim.betas", "[0.8, 0.9]", "--task.captions", "{txt: 1.0}", "--optim.lr", "1e-4"]
+    text = help_text([*flags, "--print_config=comments"], "train")
+    assert "# Peak learning rate.\n  lr: 0.0001  # float\n" in text
+    (tmp_path / "all.yaml").write_text(text)
+    assert parse_config(["--config", str(tmp_path / "all.yaml")])[0] == parse_config(flags)[0]
+
+
 @pytest.mark.parametrize("task", [ContrastiveConfig, MarksConfig])
 def test_every_field_is_described(task):
     def check(config: object) -> None:
