@@ -116,6 +116,23 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
 
         return state_for_open_clip(self)
 
+    def save_transformers(self, directory: str | Path) -> None:
+        """Writes a folder that transformers' `AutoModel` and `AutoProcessor` load.
+
+        At the model's own square size transformers' embeddings are these; a model of NaFlex gives
+        the same at all sizes. `from_pretrained` reads the folder too.
+
+        Args:
+            directory: Made if need be.
+
+        Raises:
+            UserError: If transformers has no such model, the message names the switch; or the disk
+                does not take it.
+        """
+        from navit_clip.interop.transformers import save
+
+        save(Path(directory), self, self.tokenizer, self.preprocess)
+
     def encode_image(
         self,
         images: Iterable[ImageInput],

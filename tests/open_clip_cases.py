@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from navit_clip.interop.open_clip import config_of
-from navit_clip.interop.open_clip.names import model_pairs, to_ours
+from navit_clip.interop.open_clip.names import model_pairs
+from navit_clip.interop.weights import to_ours
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.packed.images import ImagePatches, pack_images

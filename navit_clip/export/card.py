@@ -18,7 +18,7 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from navit_clip.errors import printable
-from navit_clip.export.description import CONFIG_FILE, Description
+from navit_clip.export.description import CONFIG_FILE, Description, is_transformers
 from navit_clip.files import atomic_write, reading, writing
 from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.models.clip import CLIPConfig
@@ -127,7 +127,8 @@ def add_evaluation(directory: Path, what: str, data: str, counts: str, results: 
     """Puts a line into the table of evaluations of the card in an exported model.
 
     In place of an earlier one of the same `what` and `data`; those of other weights go. Processes
-    that do so at once wait for each other. A card that was removed, or is a link, is left alone.
+    that do so at once wait for each other. A card that was removed, is a link, or belongs to a
+    model in transformers' layout, is left alone.
 
     Args:
         directory: The model's.
@@ -140,7 +141,7 @@ def add_evaluation(directory: Path, what: str, data: str, counts: str, results: 
         UserError: If the card cannot be read or written.
     """
     path = directory / CARD_FILE
-    if path.is_symlink() or not path.exists():
+    if path.is_symlink() or not path.exists() or is_transformers(directory / CONFIG_FILE):
         return
     description, line = Description.read(directory / CONFIG_FILE), [what, data, counts, results]
     new = markdown_table(line, []).partition("\n")[0]

@@ -106,6 +106,15 @@ class Description:
             )
 
 
+def is_transformers(path: Path) -> bool:
+    """Whether a ``config.json`` is one of transformers', which names a model type."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever reads it says what is wrong
+    return isinstance(values, dict) and "model_type" in values and "format" not in values
+
+
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
     """The same in the present format."""
     position = values["model"]["image"].get("position", {})

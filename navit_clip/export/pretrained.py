@@ -22,9 +22,10 @@ from torch import nn
 
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
-from navit_clip.export.description import CONFIG_FILE, BareModel, Description
+from navit_clip.export.description import CONFIG_FILE, BareModel, Description, is_transformers
 from navit_clip.files import one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.interop import transformers
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.masked_image import MaskedImageConfig
 from navit_clip.tokenizers.base import TOKENIZER_FILES, Tokenizer
@@ -53,7 +54,8 @@ def find_directory(directory_or_repo: str | Path, **download: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with one_line(f"no directory {repository}, and cannot download it from the Hub"):
-        return Path(snapshot_download(repository, allow_patterns=list(MODEL_FILES), **download))
+        wanted = [*MODEL_FILES, *transformers.FILES]
+        return Path(snapshot_download(repository, allow_patterns=wanted, **download))
 
 
 def save_pretrained(
@@ -97,21 +99,38 @@ def save_pretrained(
             write_card(directory)
 
 
+def read_description(directory: Path) -> Description:
+    """Which model a directory holds, ours or in transformers' layout.
+
+    Raises:
+        UserError: If there is none, or its files are damaged.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
+    return transformers.describe(directory) if is_transformers(path) else Description.read(path)
+
+
 def load_pretrained(
     directory: Path, build: Callable[[Description, Tokenizer | None], Model]
 ) -> Model:
     """Reads a model's directory into what `build` makes, such as a `NaViTCLIP`, on the host.
 
-    `build` gets None in place of the tokenizer of a model that reads no texts.
+    The directory may be in transformers' layout. `build` gets None in place of the tokenizer of a
+    model that reads no texts.
 
     Raises:
         UserError: If a file is missing, damaged, or does not fit the others.
     """
     path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"no model at {directory}: expected {CONFIG_FILE} in it (RUN_DIR/model)")
-    description = Description.read(path)
+    description = read_description(directory)
     config = description.model
+    if is_transformers(path):
+        assert isinstance(config, CLIPConfig)
+        state = transformers.read_weights(directory, config)
+        model = build(description, transformers.read_tokenizer(directory, config))
+        model.load_state_dict(state)
+        return model
     tokenizer = _load_tokenizer(directory, config) if isinstance(config, CLIPConfig) else None
     _check_size(path, directory / WEIGHTS_FILE, description)
     with reading(path, ValueError):  # such as a width that the positions cannot have

@@ -47,15 +47,11 @@ def encoder_config(model: Any) -> EncoderConfig:
         raise UserError(f"the packed towers have no activation {type(block.mlp.act).__name__}")
     if getattr(block.mlp.act, "approximate", "none") == "tanh":  # of torch's own GELU
         activation = "gelu_tanh"
-    hidden = block.mlp.fc1.out_features
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # so that the product, cut to an integer, is the hidden width
-        ratio = math.nextafter(ratio, math.inf)
     return EncoderConfig(
         width=width,
         depth=len(model.blocks),
         heads=block.attn.num_heads,
-        mlp_ratio=ratio,
+        mlp_ratio=mlp_ratio(block.mlp.fc1.out_features, width),
         qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
         qkv_bias=block.attn.qkv.bias is not None,
         norm_bias=block.norm1.bias is not None,
@@ -65,3 +61,9 @@ def encoder_config(model: Any) -> EncoderConfig:
         final_norm=not isinstance(model.norm, nn.Identity),
         norm_eps=block.norm1.eps,
     )
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio whose product with the width, cut to an integer, is the hidden width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -16,6 +16,7 @@ from navit_clip.architectures import OPEN_CLIP
 from navit_clip.checkpoints.folder import RUN_MODEL, find_damage, saved_steps, step_folder
 from navit_clip.errors import UserError
 from navit_clip.export.description import CONFIG_FILE, Description, ModelConfig
+from navit_clip.export.pretrained import read_description
 from navit_clip.load import AnyModel, load_model
 from navit_clip.model import NaViTCLIP
 
@@ -25,8 +26,8 @@ class InitConfig:
     """The model that a run starts from; its architecture is the run's and need not be given.
 
     Attributes:
-        model: The directory of an exported model (RUN_DIR/model), or ``open_clip:NAME``; null
-            starts from random weights.
+        model: The directory of an exported model (RUN_DIR/model) or of a CLIP, SigLIP or SigLIP 2
+            as transformers saves them, or ``open_clip:NAME``; null starts from random weights.
         weights: Of ``open_clip:NAME``: a local checkpoint, or a tag of open_clip to download.
 
     Raises:
@@ -73,7 +74,7 @@ class InitConfig:
                 f"no model at init.model={self.model}: expected {CONFIG_FILE} in it "
                 f"(RUN_DIR/model), or {OPEN_CLIP}NAME"
             )
-        return Description.read(path).model
+        return read_description(path.parent).model
 
     def read_model(self) -> AnyModel:
         """The model with its weights, on the host.

@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from navit_clip.files import atomic_write
 
@@ -31,12 +34,14 @@ class Tokenizer(ABC):
         unknown_id: Of the piece that stands for any text the vocabulary lacks; None if it lacks
             none, as with bytes for pieces.
         model: Content of the file that it was read from, None if it comes from none.
+        settings: What `TokenizerConfig` needs beside `kind` to build it again.
     """
 
     kind: str
     pad_id: int | None = None
     unknown_id: int | None = None
     model: bytes | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -54,7 +59,6 @@ class Tokenizer(ABC):
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""
-        padding = {} if self.pad_id is None else {"pad_id": self.pad_id}
-        description = json.dumps({"kind": self.kind, **padding})
+        description = json.dumps({"kind": self.kind, **self.settings})
         model = {} if self.model is None else {MODEL_FILE: self.model}
         return {DESCRIPTION_FILE: f"{description}\n".encode(), **model}

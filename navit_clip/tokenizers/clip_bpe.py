@@ -29,6 +29,17 @@ class OpenClipTokenizer(Tokenizer):
         """Number of ids, special ones included."""
         return self._tokenizer.vocab_size
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens, by the names that OpenAI's and transformers' files give them."""
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+        return {names.get(token, token): id for token, id in self._tokenizer.encoder.items()}
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens that are joined, in order of rank."""
+        return list(self._tokenizer.bpe_ranks)
+
     def encode(self, text: str, context_length: int) -> list[int]:
         """Start, tokens, end; cut as open_clip cuts, keeping the end.
 

@@ -13,7 +13,7 @@ from navit_clip.files import reading
 from navit_clip.tokenizers.base import DESCRIPTION_FILE, MODEL_FILE, Tokenizer
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
-from navit_clip.tokenizers.siglip import SiglipTokenizer, released_pad
+from navit_clip.tokenizers.siglip import Cleaning, SiglipTokenizer, released_pad
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class TokenizerConfig:
             or the ``tokenizer.json`` (or SentencePiece model) of a released SigLIP.
         pad_id: Of the token that ``huggingface`` fills the context with (1 in SigLIP, 0 in
             SigLIP 2); null to read it from the ``tokenizer_config.json`` beside the file.
+        clean: What ``huggingface`` does to captions: ``canonicalize`` (lower case, no punctuation)
+            as open_clip, or ``lower`` as SigLIP 2 in transformers.
 
     Raises:
         ValueError: If `path` is missing, or `pad_id` is given to a kind that does not pad.
@@ -35,6 +37,7 @@ class TokenizerConfig:
     kind: Literal["sentencepiece", "open_clip", "huggingface"] = "sentencepiece"
     path: str | None = None
     pad_id: int | None = None
+    clean: Cleaning = "canonicalize"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -59,7 +62,8 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return OpenClipTokenizer()
     if config.kind == "huggingface":
         path = Path(str(config.path))
-        return SiglipTokenizer(path, released_pad(path) if config.pad_id is None else config.pad_id)
+        pad = released_pad(path) if config.pad_id is None else config.pad_id
+        return SiglipTokenizer(path, pad, config.clean)
     return SentencePieceTokenizer(Path(str(config.path)))
 
 
@@ -72,7 +76,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / DESCRIPTION_FILE
     with reading(path, ValueError, KeyError, TypeError, hint="; export the model again"):
         values = json.loads(path.read_text())
-        config = TokenizerConfig(values["kind"], str(directory / MODEL_FILE), values.get("pad_id"))
+        settings = {key: values[key] for key in ("pad_id", "clean") if key in values}
+        config = TokenizerConfig(values["kind"], str(directory / MODEL_FILE), **settings)
     if config.kind == "huggingface" and not isinstance(config.pad_id, int):
         raise UserError(f"{path} needs a whole number as pad_id, got {config.pad_id!r}")
     return build_tokenizer(config)

@@ -34,8 +34,8 @@ class SentencePieceTokenizer(Tokenizer):
             ) from error
         except RuntimeError as error:
             raise UserError(f"{path} is not {expected}") from error
-        self._end = self._processor.eos_id()
-        if self._end < 0:
+        self.end_id = self._processor.eos_id()
+        if self.end_id < 0:
             raise UserError(f"{path} has no end-of-sentence piece; train it with one")
         # With a piece for each byte nothing is unknown.
         if not self._processor.is_byte(self._processor.piece_to_id("<0x00>")):
@@ -48,9 +48,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, context_length: int) -> list[int]:
         """Pieces of the caption, cut to leave room for the end piece."""
-        return [*self._processor.encode(text)[: context_length - 1], self._end]
+        return [*self._processor.encode(text)[: context_length - 1], self.end_id]
 
     def id_of(self, token: str) -> int | None:
         """Id of a piece, None if there is no such piece."""
         index = self._processor.piece_to_id(token)
         return index if self._processor.id_to_piece(index) == token else None
+
+    def token_of(self, id: int) -> str:
+        """The piece of an id."""
+        return str(self._processor.id_to_piece(id))

@@ -2,27 +2,32 @@
 
 Their text towers attend to padding like to any token and read the last position, so padding is a
 part of the input here and not the packer's. Ids are those of open_clip's `HFTokenizer` with
-``clean='canonicalize'`` on the same file.
+``clean='canonicalize'`` on the same file, or, lower-cased alone, those of transformers'
+`Siglip2Tokenizer`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 from navit_clip.tokenizers.base import PLAIN, Tokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
 
+Cleaning = Literal["canonicalize", "lower"]
+
 
 class SiglipTokenizer(Tokenizer):
-    """Lower case without punctuation, an end token, padding up to the context.
+    """Cleaned text in lower case, an end token, padding up to the context.
 
     Args:
         path: A ``tokenizer.json`` of Hugging Face, or a SentencePiece model.
         pad: Id of the padding token, or the token itself.
+        clean: ``canonicalize`` removes punctuation too, as open_clip does and SigLIP's own
+            tokenizer; ``lower`` leaves it, as that of SigLIP 2 in transformers.
 
     Raises:
         UserError: If the file is missing or neither of the two, has no end token, does not know
@@ -32,7 +37,7 @@ class SiglipTokenizer(Tokenizer):
     kind = "huggingface"
     pad_id: int
 
-    def __init__(self, path: Path, pad: int | str) -> None:
+    def __init__(self, path: Path, pad: int | str, clean: Cleaning = "canonicalize") -> None:
         try:
             self.model = path.read_bytes()
         except OSError as error:
@@ -50,6 +55,8 @@ class SiglipTokenizer(Tokenizer):
                 f"{path} has no padding token {pad!r} among its {self.vocab_size} ids: set pad_id"
             )
         self.pad_id = pad_id
+        self.clean = clean
+        self.settings = {"pad_id": pad_id, **({} if clean == "canonicalize" else {"clean": clean})}
         self.unknown_id = vocabulary.unknown_id
 
     @property
@@ -57,13 +64,23 @@ class SiglipTokenizer(Tokenizer):
         """Number of ids, special ones included."""
         return self._vocabulary.vocab_size
 
+    @property
+    def end_id(self) -> int:
+        """Id of the end token."""
+        return self._vocabulary.end_id
+
+    def token_of(self, id: int) -> str:
+        """The token of an id."""
+        return self._vocabulary.token_of(id)
+
     def encode(self, text: str, context_length: int) -> list[int]:
         """Exactly `context_length` ids: tokens, cut to leave room for the end, end, padding."""
-        ids = self._vocabulary.encode(_clean(text), context_length)
+        text = text.lower() if self.clean == "lower" else _canonical(text)
+        ids = self._vocabulary.encode(text, context_length)
         return ids + [self.pad_id] * (context_length - len(ids))
 
 
-def _clean(text: str) -> str:
+def _canonical(text: str) -> str:
     # Imported on first use: open_clip takes seconds.
     from open_clip.tokenizer import basic_clean, canonicalize_text
 
@@ -94,14 +111,17 @@ class _Json:
         empty, word = self._tokenizer.encode("").ids, self._tokenizer.encode("a").ids
         if not empty or empty[-1] != word[-1]:
             raise UserError(f"{path} puts no end token behind a caption: it is not SigLIP's")
-        self._end: int = empty[-1]
+        self.end_id: int = empty[-1]
         self.unknown_id = self.id_of("<unk>")
 
     def encode(self, text: str, context_length: int) -> list[int]:
-        return [*self._tokenizer.encode(text).ids[:-1][: context_length - 1], self._end]
+        return [*self._tokenizer.encode(text).ids[:-1][: context_length - 1], self.end_id]
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def token_of(self, id: int) -> str:
+        return str(self._tokenizer.id_to_token(id))
 
 
 def released_pad(path: Path) -> str:

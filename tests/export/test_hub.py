@@ -19,6 +19,7 @@ from navit_clip.errors import UserError
 from navit_clip.export import pretrained as pretrained_module
 from navit_clip.export.pretrained import MODEL_FILES
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.interop import transformers
 from navit_clip.model import NaViTCLIP
 
 
@@ -111,7 +112,8 @@ def test_a_repository_is_downloaded_and_loaded(directory, tmp_path, monkeypatch)
     assert asked["repository"] == "someone/model"
     assert asked["revision"] == "v1"
     assert asked["cache_dir"] == tmp_path
-    assert set(asked["allow_patterns"]) == set(MODEL_FILES)  # no pickle comes along
+    # No pickle comes along.
+    assert set(asked["allow_patterns"]) == {*MODEL_FILES, *transformers.FILES}
     assert model.preprocess == Preprocess(77)
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from navit_clip.errors import UserError
 from navit_clip.interop.open_clip import config_of, supported_models
-from navit_clip.interop.open_clip.names import model_pairs, to_ours
+from navit_clip.interop.open_clip.names import model_pairs
+from navit_clip.interop.weights import to_ours
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.packed.texts import pack_texts

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from navit_clip.inference.preprocess import Preprocess
+from navit_clip.interop.families import check_family
 from navit_clip.interop.open_clip.architecture import (
-    check_family,
     clip_config,
     model_config,
     supported_models,
@@ -22,12 +22,12 @@ from navit_clip.interop.open_clip.architecture import (
 from navit_clip.interop.open_clip.assets import (
     Weights,
     find_checkpoint,
-    fit_checkpoint,
     own_tokenizer,
     read_checkpoint,
     tag_config,
 )
-from navit_clip.interop.open_clip.names import model_pairs, to_ours, to_theirs
+from navit_clip.interop.open_clip.names import model_pairs
+from navit_clip.interop.weights import fit_checkpoint, to_ours, to_theirs
 from navit_clip.models.clip import CLIP, CLIPConfig
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -80,7 +80,7 @@ def config_of(name: str, pretrained: Weights = None) -> CLIPConfig:
 
 def state_for_open_clip(model: CLIP) -> dict[str, Tensor]:
     """A model's parameters as open_clip has them; see `NaViTCLIP.to_open_clip`."""
-    check_family(model.config)
+    check_family(model.config, "open_clip")
     ours = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     return to_theirs(model_pairs(model.config), ours)
 

@@ -1,70 +1,23 @@
 """open_clip's model configurations as ours, and why some have no counterpart.
 
 Two families are known: CLIP (open_clip's own ViT with a class token, causal text) and SigLIP
-(timm's ViT with attention pooling, text that attends to its padding). What a family fixes is one
-table, read on the way in to build a configuration and on the way out to check one.
+(timm's ViT with attention pooling, text that attends to its padding).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from operator import attrgetter
 from typing import Any
 
 import torch
 
-from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
+from navit_clip.interop.families import CLIP, SIGLIP, SIGMOID_MAX_SCALE, build_config
 from navit_clip.interop.timm_vit import encoder_config
 from navit_clip.models.clip import CLIPConfig
 
 OPEN_CLIP_EPS = 1e-5  # of its LayerNorms, where norm_kwargs name no other
-# big_vision leaves the scale of its sigmoid loss free, and released ones are past CLIP's 100.
-SIGMOID_MAX_SCALE = 1000.0
-
-_BOTH = {
-    "image.position.kind": "learned_1d",
-    "image.rotary.kind": "none",
-    "image.registers": 0,
-    "image.pooled_norm": False,
-    "image.encoder.qk_norm": False,
-    "image.encoder.qkv_bias": True,
-    "image.encoder.norm_bias": True,
-    "image.encoder.mlp_bias": True,
-    "image.encoder.final_norm": True,
-    "text.position": "learned",
-    "text.rotary.kind": "none",
-    "text.pooling": "last",
-    "text.encoder.qk_norm": False,
-    "text.encoder.qkv_bias": True,
-    "text.encoder.norm_bias": True,
-    "text.encoder.mlp_bias": True,
-    "text.encoder.final_norm": True,
-    "text.encoder.pre_norm": False,
-}
-_CLIP = {
-    **_BOTH,
-    "image.pooling": "cls",
-    "image.class_position": True,
-    "image.patch_bias": False,
-    "image.encoder.pre_norm": True,
-    "text.fill_context": False,
-    "text.encoder.causal": True,
-    "image_projection": "linear",
-    "text_projection": "linear",
-}
-_SIGLIP = {
-    **_BOTH,
-    "image.pooling": "map",
-    "image.class_position": False,
-    "image.patch_bias": True,
-    "image.encoder.pre_norm": False,
-    "text.fill_context": True,
-    "text.encoder.causal": False,
-    "image_projection": "none",
-}
 
 _TANH = {"approximate": "tanh"}
 _CLEANING = {"clean": "canonicalize"}
@@ -164,7 +117,7 @@ def clip_config(
 ) -> CLIPConfig:
     """Our configuration of a model that `model_config` accepted, with these pixel statistics."""
     switches: dict[str, Any] = {
-        **(_SIGLIP if is_siglip(values) else _CLIP),
+        **(SIGLIP if is_siglip(values) else CLIP),
         **(_timm_image(values["vision_cfg"]) if is_siglip(values) else _clip_image(values)),
         **_text(values),
         "embed_dim": values["embed_dim"],
@@ -175,14 +128,7 @@ def clip_config(
     }
     if "init_logit_bias" in values:
         switches |= {"init_bias": float(values["init_logit_bias"]), "max_scale": SIGMOID_MAX_SCALE}
-    nested: dict[str, Any] = {}
-    for path, value in switches.items():
-        *parts, field = path.split(".")
-        config = nested
-        for part in parts:
-            config = config.setdefault(part, {})
-        config[field] = value
-    return config_from_dict(CLIPConfig, nested)
+    return build_config(switches)
 
 
 def _clip_image(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,19 +186,3 @@ def _text(values: Mapping[str, Any]) -> dict[str, Any]:
         "text.encoder.norm_eps": (text.norm_kwargs or {}).get("eps", OPEN_CLIP_EPS),
         "text_projection": "none" if text.proj_type == "none" else projection,
     }
-
-
-def check_family(config: CLIPConfig) -> None:
-    """Refuses a model of which open_clip has no counterpart.
-
-    Raises:
-        UserError: Naming the first switch that stands in the way.
-    """
-    family, fixed = ("CLIP", _CLIP) if config.image.pooling == "cls" else ("SigLIP", _SIGLIP)
-    for path, expected in fixed.items():
-        value = attrgetter(path)(config)
-        if value != expected:
-            raise UserError(
-                f"open_clip's {family} models have {path}={json.dumps(expected)}, this model has "
-                f"{json.dumps(value)}: it cannot be exported to open_clip"
-            )

@@ -99,40 +99,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^((_orig_mod|module)\.)+", "", key): tensor for key, tensor in state.items()}
 
 
-def fit_checkpoint(
-    source: str, name: str, state: dict[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Checks that weights have the names and shapes of the model's, down to the last one.
-
-    Returns:
-        `state`, with every tensor shaped as the model has it.
-
-    Raises:
-        UserError: If a tensor is missing, has another shape, or is unknown to the model.
-    """
-    state = {
-        # Scalars were vectors of one number for a time.
-        key: tensor.reshape(()) if key.startswith("logit_") and tensor.numel() == 1 else tensor
-        for key, tensor in state.items()
-    }
-    misfit = f"the weights of {source} do not fit {name}"
-    if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"{misfit}: they lack {_first(missing)}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise UserError(f"{misfit}, which has no {_first(unknown)}")
-    for key, tensor in expected.items():
-        if state[key].shape != tensor.shape:
-            raise UserError(
-                f"{misfit}: {key} is {list(state[key].shape)} in the file, "
-                f"{list(tensor.shape)} in the model"
-            )
-    return state
-
-
-def _first(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
 def own_tokenizer(
     text: Mapping[str, Any], checkpoint: Path | None, *, download: bool
 ) -> Tokenizer | None:
