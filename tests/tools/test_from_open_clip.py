@@ -240,7 +240,7 @@ FLAGS_TO_FIELDS = {
     "--siglip --lock-image --lock-image-unlocked-groups 3 --force-patch-dropout 0.5 "
     "--force-image-size 384 --force-context-length 32 --force-quick-gelu --image-mean 0 0 0 "
     "--text-key txt;caption --max-image-pixels 1000000 --train-num-samples 6400 --epochs 2 "
-    "--delete-previous-checkpoint --report-to wandb --name mine": {
+    "--delete-previous-checkpoint --report-to wandb --name mine --aug-cfg scale=(0.5,1.0)": {
         "task.loss.kind": "sigmoid",
         "task.model.init_bias": -10.0,
         "task.lock.image_unlocked_blocks": 2,
@@ -252,6 +252,7 @@ FLAGS_TO_FIELDS = {
         "data.drop.rate": 0.5,
         "data.resolution.max_tokens": 144,
         "data.resolution.max_pixels": 1000000,
+        "data.augment.min_area": 0.5,
         "data.budget.tokens": {"image": 64 * 72, "text": 64 * 32},
         "samples": 12800,
         "checkpoint.every_steps": 100,
@@ -265,6 +266,7 @@ FLAGS_TO_FIELDS = {
     "--text-layer-decay 0.7 --image-layer-decay 0.7": {
         "data.resolution.mode": "native",
         "data.resolution.max_tokens": 256,
+        "data.augment.min_area": 1.0,
         "data.budget.tokens": {"image": 16384, "text": 256 * 77},
         "optim.name": "lion",
         "optim.args": {"betas": [0.9, 0.99]},
@@ -281,6 +283,7 @@ FLAGS_TO_FIELDS = {
     "--opt nadamw --lr-scheduler const-cooldown --epochs-cooldown 1 --train-num-samples 640000": {
         "optim.name": "torch.NAdam",
         "optim.schedule.cooldown_samples": 640000,
+        "data.augment.min_area": 0.9,
         "samples": 32 * 640000,
         "epochs": None,
     },

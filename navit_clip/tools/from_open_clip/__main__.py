@@ -23,8 +23,9 @@ from open_clip_train import params
 
 from navit_clip.commands import Parser, run_command
 from navit_clip.errors import UserError
-from navit_clip.tools.from_open_clip.convert import OPEN_CLIP, Translation
+from navit_clip.tools.from_open_clip.convert import OPEN_CLIP
 from navit_clip.tools.from_open_clip.flags import FLAGS
+from navit_clip.tools.from_open_clip.translation import Translation
 
 _DESCRIPTION = """Prints a training command of open_clip as the YAML of a run, with the commands
 that use it and what could not be translated as comments. docs/from_open_clip.md lists all flags."""

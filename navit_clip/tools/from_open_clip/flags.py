@@ -49,7 +49,6 @@ _PADDING = "captions and images are packed end to end, nothing is padded"
 _COCA = "CoCa's decoder of captions has no counterpart"
 _DISTILL = "no distillation here"
 _REMOTE = "sync the run directory with a tool for it; a checkpoint appears whole or not at all"
-_AUGMENT = "images are resized without a crop; a share of patches is left out instead (data.drop)"
 _TWO_RANKS = "gradients are exact, and no rank holds the whole matrix of logits"
 
 TABLE: dict[str, dict[str, Flag]] = {
@@ -150,7 +149,12 @@ TABLE: dict[str, dict[str, Flag]] = {
         "--workers": Flag("data.workers", "", c.to("data.workers")),
         "--image-interpolation": Flag("", "images are averaged to their grid, antialiased"),
         "--image-resize-mode": Flag("", "data.resolution.mode: sampled or native keep the aspect"),
-        "--aug-cfg": Flag("", _AUGMENT, values="k=v"),
+        "--aug-cfg": Flag(
+            "data.augment",
+            "scale, its default too; others have fields there",
+            c.augment,
+            values="k=v",
+        ),
     },
     "Batches": {
         "--batch-size": Flag(
