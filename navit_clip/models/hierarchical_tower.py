@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,15 +133,16 @@ class WindowBlock(Block):
         self.merge = PatchMerging(config) if merging else nn.Identity()
 
     def forward(  # type: ignore[override]
-        self, x_TC: Tensor, segments: Segments, windows: Windows
+        self, x_TC: Tensor, segments: Segments, windows: Windows, scale_T2: Tensor | None = None
     ) -> Tensor:
         """[T, C] to [T, C], or [4T, C / 2] to that."""
-        return super().forward(self.merge(x_TC), segments, windows)  # type: ignore[arg-type]
+        x_TC = self.merge(x_TC)
+        return super().forward(x_TC, segments, windows, scale_T2)  # type: ignore[arg-type]
 
     def _mark_dynamic(  # type: ignore[override]
-        self, x_TC: Tensor, segments: Segments, windows: Windows
+        self, x_TC: Tensor, segments: Segments, windows: Windows, scale_T2: Tensor | None
     ) -> None:
-        super()._mark_dynamic(x_TC, segments, None)
+        super()._mark_dynamic(x_TC, segments, None, scale_T2)
         for tensor in (windows.order, windows.places, windows.cells, windows.layout):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -176,9 +178,16 @@ class HierarchicalEncoder(Encoder):
         Returns:
             [U, C] a token for each, normalised by default.
         """
-        x_TC = self._enter(x_TC)
-        x_TC = self._run_blocks(x_TC, images.segments, self._windows(images))  # type: ignore[arg-type]
-        return self.norm(x_TC)
+        scales, scales_NU2 = None, self._draw_scales(images.segments)
+        if scales_NU2 is not None:
+            cells = [
+                4 ** (self.hierarchy.merges - stage)
+                for stage, depth in enumerate(self.hierarchy.depths)
+                for _ in range(depth)
+            ]
+            scales = map(Tensor.repeat_interleave, scales_NU2, cells, repeat(0))
+        windows: Any = self._windows(images)
+        return self.norm(self._run_blocks(self._enter(x_TC), images.segments, windows, scales))
 
     def _windows(self, images: PackedImages) -> list[Windows]:
         """Those of each block."""

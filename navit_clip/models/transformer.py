@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from navit_clip.configs import check_choices
 from navit_clip.models.attention import self_attention
 from navit_clip.models.attention_op import FLASH_WIDTH
+from navit_clip.models.drop_path import add_scaled, draw_drop_path
 from navit_clip.models.linear import Linear
 from navit_clip.models.packed_attention_op import attend_packed
 from navit_clip.models.rope import Rotary
@@ -225,12 +226,18 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(config.width, config)
         self.mlp = Mlp(config)
 
-    def forward(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None = None) -> Tensor:
-        """[T, C] to [T, C]."""
+    def forward(
+        self,
+        x_TC: Tensor,
+        segments: Segments,
+        rotary: Rotary | None = None,
+        scale_T2: Tensor | None = None,
+    ) -> Tensor:
+        """[T, C] to [T, C]; `scale_T2` multiplies what attention and MLP add."""
         if self.compiled:
-            self._mark_dynamic(x_TC, segments, rotary)
+            self._mark_dynamic(x_TC, segments, rotary, scale_T2)
             try:
-                return compiled_block()(self, x_TC, segments, rotary)
+                return compiled_block()(self, x_TC, segments, rotary, scale_T2)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
                 warnings.warn(
                     "blocks run uncompiled from now on, and slower: the limit of compilations "
@@ -239,13 +246,19 @@ class Block(nn.Module):
                     stacklevel=2,
                 )
                 self.compiled = False
-        return self._run(x_TC, segments, rotary)
+        return self._run(x_TC, segments, rotary, scale_T2)
 
-    def _run(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
-        x_TC = x_TC + self.attention(self.attention_norm(x_TC), segments, rotary)
-        return x_TC + self.mlp(self.mlp_norm(x_TC))
+    def _run(
+        self, x_TC: Tensor, segments: Segments, rotary: Rotary | None, scale_T2: Tensor | None
+    ) -> Tensor:
+        scales = (None, None) if scale_T2 is None else scale_T2.unbind(1)
+        attended_TC = self.attention(self.attention_norm(x_TC), segments, rotary)
+        x_TC = add_scaled(x_TC, attended_TC, scales[0])
+        return add_scaled(x_TC, self.mlp(self.mlp_norm(x_TC)), scales[1])
 
-    def _mark_dynamic(self, x_TC: Tensor, segments: Segments, rotary: Rotary | None) -> None:
+    def _mark_dynamic(
+        self, x_TC: Tensor, segments: Segments, rotary: Rotary | None, scale_T2: Tensor | None
+    ) -> None:
         """Tells the compiler which sizes differ from batch to batch, to compile once for all.
 
         At each call, since FSDP hands a block other tensors than the encoder has.
@@ -254,6 +267,7 @@ class Block(nn.Module):
         self._first_tokens = self._first_tokens or len(x_TC)
         if len(x_TC) != self._first_tokens:
             varying += [x_TC, *([] if rotary is None else [rotary.positions_TA])]
+            varying += [] if scale_T2 is None else [scale_T2]
         for tensor in varying:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
@@ -283,11 +297,14 @@ class Encoder(nn.Module):
         chunked: On a CPU, run all blocks on one chunk of a long stream, then on the next, which is
             faster than block by block. To be switched off where a block is gathered or compiled
             for each call.
+        drop_path: In training, with what probability an example passes the last block's attention
+            or MLP by, earlier ones with less; see `draw_drop_path`.
     """
 
     def __init__(self, config: EncoderConfig, blocks: Iterable[Block] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.drop_path = 0.0
         self.activation_checkpointing = False
         self.chunked = True
         self.bf16_residual = False
@@ -307,17 +324,18 @@ class Encoder(nn.Module):
         Returns:
             [T, C] outputs, normalised by default.
         """
-        x_TC = self._enter(x_TC)
+        x_TC, scales_NT2 = self._enter(x_TC), self._draw_scales(segments)
         if (
             x_TC.device.type != "cpu"
             or x_TC.numel() <= _UNCHUNKED_ELEMENTS
             or not self.chunked
             or torch.compiler.is_compiling()
         ):
-            return self.norm(self._run_blocks(x_TC, segments, rotary))
+            return self.norm(self._run_blocks(x_TC, segments, rotary, scales_NT2))
         sizes = [chunk.num_tokens for chunk in segments.chunks]
         rotaries = zip(*(r.split(sizes) for r in rotary), strict=True) if rotary else repeat(())
-        outputs = map(self._run_blocks, x_TC.split(sizes), segments.chunks, rotaries)
+        scales = repeat(None) if scales_NT2 is None else scales_NT2.split(sizes, 1)
+        outputs = map(self._run_blocks, x_TC.split(sizes), segments.chunks, rotaries, scales)
         return self.norm(torch.cat(list(outputs)))
 
     def _enter(self, x_TC: Tensor) -> Tensor:
@@ -327,12 +345,24 @@ class Encoder(nn.Module):
             x_TC = x_TC.to(torch.get_autocast_dtype(x_TC.device.type))
         return x_TC
 
-    def _run_blocks(self, x_TC: Tensor, segments: Segments, rotary: Sequence[Rotary]) -> Tensor:
-        for block, rotation in zip(self.blocks, rotary or repeat(None)):  # noqa: B905
+    def _draw_scales(self, segments: Segments) -> Tensor | None:
+        if not (self.training and self.drop_path):
+            return None
+        return draw_drop_path(segments, self.config.depth, self.drop_path)
+
+    def _run_blocks(
+        self,
+        x_TC: Tensor,
+        segments: Segments,
+        rotary: Sequence[Rotary],
+        scales: Iterable[Tensor] | None,
+    ) -> Tensor:
+        each: Iterable[Tensor | None] = repeat(None) if scales is None else scales
+        for block, rotation, scale in zip(self.blocks, rotary or repeat(None), each):  # noqa: B905
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TC = checkpoint(block, x_TC, segments, rotation, use_reentrant=False)
+                x_TC = checkpoint(block, x_TC, segments, rotation, scale, use_reentrant=False)
             else:
-                x_TC = block(x_TC, segments, rotation)
+                x_TC = block(x_TC, segments, rotation, scale)
         return x_TC
 
     @property

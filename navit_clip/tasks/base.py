@@ -116,8 +116,11 @@ class Task(ABC):
         that is within them.
         """
 
-    def freeze(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
-        """Takes parameters out of the training, in place; before ranks share the model."""
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
+        """Sets what only training needs, in place, before ranks share the model.
+
+        Such as parameters that are not trained, or layers that are left out at random.
+        """
 
     def layers_above(self, name: str) -> int:
         """How many layers stand above a parameter, for layer-wise learning rates; 0 at the top."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from navit_clip.checkpoints.folder import RUN_MODEL
-from navit_clip.configs import check_choices
 from navit_clip.data.annotations.class_names import CLASSNAMES, names_beside, read_places
 from navit_clip.data.builders.labelled import LabelledBuilder, LabelledInputs
 from navit_clip.data.config import DataConfig
@@ -49,7 +48,7 @@ class ClassifyConfig(ImageTaskConfig):
     labels: str = "cls"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.labels in ("", "json", "json."):
             raise ValueError(
                 f"labels must be cls or json.FIELD, such as json.label, got {self.labels!r}"

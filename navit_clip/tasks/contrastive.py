@@ -91,7 +91,7 @@ class ContrastiveConfig(ImageTaskConfig):
     captions: dict[str, float] = field(default_factory=lambda: {"all": 1.0})
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_captions("captions", self.captions)
         self.lock.check(self.model)
         if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
@@ -205,8 +205,9 @@ class ContrastiveTask(ImageTask):
         """Keeps the logit scale within its maximum."""
         cast(CLIP, model).clamp_scale()
 
-    def freeze(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Locks the towers that are configured to keep their weights."""
+        super().prepare(model)
         lock_towers(cast(CLIP, model), self.config.lock)
 
     def layers_above(self, name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from navit_clip.checkpoints.folder import RUN_MODEL
+from navit_clip.configs import check_choices
 from navit_clip.data.config import DataConfig
 from navit_clip.data.sizing import default_max_tokens
 from navit_clip.evaluation.models import Model, packed_model
@@ -87,8 +88,25 @@ def layers_above(name: str, depth: int) -> int:
     return depth - int(block[1]) if block else depth + 1
 
 
+@dataclass(frozen=True)
 class ImageTaskConfig(TaskConfig):
-    """Base of configurations whose ``model`` has an image tower, ``model.image``."""
+    """Base of configurations whose ``model`` has an image tower, ``model.image``.
+
+    Attributes:
+        drop_path: Stochastic depth of the image tower in training: with this probability an image
+            passes the last block's attention or MLP by, with less the earlier ones'. For
+            fine-tuning; 0 is off.
+
+    Raises:
+        ValueError: If a field is out of range; names it.
+    """
+
+    drop_path: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}")
 
     @classmethod
     def defaults_from(cls, init: InitConfig, run_dir: Path) -> dict[str, Any]:
@@ -121,6 +139,10 @@ class ImageTask(Task):
     def description(self) -> Description:
         """Of the model."""
         return Description(self.config.model, self.preprocess)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Sets the stochastic depth of the image tower."""
+        cast(Any, model).image.encoder.drop_path = self.config.drop_path
 
     def layers_above(self, name: str) -> int:
         """Those of the image tower; all else has none above it."""

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from navit_clip.configs import check_choices
 from navit_clip.data.builders.masked import MaskedBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.losses.masked_pixels import masked_pixel_loss
@@ -40,9 +39,6 @@ class MaskedImageTaskConfig(ImageTaskConfig):
 
     kind: Literal["masked_image"] = "masked_image"
     model: MaskedImageConfig = field(default_factory=MaskedImageConfig)
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def check(self, data: DataConfig) -> None:
         """Compares budgets and sizes with what tower and decoder take."""

@@ -122,7 +122,7 @@ class Stepper:
     ) -> None:
         self.task, self.model, self.ranks = task, model, ranks
         self.length, self.optim, self.precision = length, optim, precision
-        task.freeze(model)  # DDP waits for the gradient of all that it finds trainable
+        task.prepare(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
         self.kernels = self._parallel.kernels
         self._parameters = list(model.parameters())  # looking them up takes milliseconds

@@ -120,6 +120,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self.task = config.task.build(config.data)
         model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
+        torch.manual_seed(config.seed + ranks.rank)  # each draws its own in training
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
         validation = open_validation(

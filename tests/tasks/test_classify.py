@@ -451,6 +451,7 @@ def test_fine_tuning_with_sgd_goes_on_without_its_source(data, tmp_path, monkeyp
         "optim__args": '{"momentum": 0.9}',
         "optim__lr": 0.01,
         "optim__layer_decay": 0.8,
+        "task__drop_path": 0.5,
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(monkeypatch, towerless(classify_flags(data, whole, 4, **options))) == 0
@@ -496,6 +497,8 @@ def test_the_recipes_parse(data, tmp_path):
     config, _ = parse_config(["--config", "finetune_classify", "--init.model", str(tmp_path)])
     assert config.task.model.image == TOWER
     assert config.optim.name == "torch.SGD"
+    config, _ = parse_config(["--config", "finetune_masked_image", "--init.model", str(tmp_path)])
+    assert (config.task.drop_path, config.optim.layer_decay) == (0.1, 0.65)
     plain = ImageTowerConfig(
         16, TOWER.encoder, PositionConfig("learned_1d", table_side=14), "cls", class_position=True
     )

@@ -140,3 +140,6 @@ def test_torchrun_trains_stops_and_continues(data, tmp_path):
     assert "continuing from step 4" in result.stdout
     assert read_losses(parts) == read_losses(whole)
     assert (parts / "model/model.safetensors").is_file()
+    newest = max((parts / "checkpoints").glob("step-*"))
+    drawn = [json.loads((newest / f"rank-{r}.json").read_text())["generators"] for r in range(2)]
+    assert drawn[0] != drawn[1]  # what is random in a model would be on all ranks alike
