@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from navit_clip.data.drop import keep_patches
+from navit_clip.data.drop import hide_patches
 from navit_clip.data.in_memory import ImageInput
 from navit_clip.data.patches import join_patches
 from navit_clip.export.card import LIBRARY, MASKED_TAGS, MASKED_TASK
@@ -21,6 +21,7 @@ from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.losses.masked_pixels import restore_patches
 from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
+from navit_clip.packed.images import ImagePatches
 from navit_clip.packed.masked import pack_masked
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -97,25 +98,31 @@ class NaViTMaskedImage(
         if not 0 <= rate <= 1:
             raise ValueError(f"rate must lie in [0, 1], got {rate}")
         rng = np.random.default_rng(seed)
-        found = []
+        found = list[Prediction]()
         for index, image in enumerate(
             size_images(images, self.config.image, self.preprocess, max_tokens, self.max_pixels)
         ):
             tokens = len(image.patches)
             if tokens < 2:
                 raise ValueError(f"images[{index}] has a single patch, none to predict")
-            visible = keep_patches(tokens, max(rate, 1 / tokens), rng)
-            inputs = pack_masked([image], [visible])
-            with self._autocast():
-                pixels_TK = self(inputs.to(self.device)).pixels_TK.float().cpu()
-            hidden = inputs.weights.numpy() > 0
-            masked, predicted = image.patches.copy(), image.patches.copy()
-            masked[hidden] = _GREY
-            restored = restore_patches(pixels_TK, inputs.whole.patches).numpy()
-            predicted[hidden] = restored[hidden]
-            found.append(
-                Prediction(
-                    *(join_patches(p, image.grid) for p in (image.patches, masked, predicted))
-                )
-            )
+            found.append(self.predict_hidden(image, hide_patches(tokens, rate, rng)))
         return found
+
+    @torch.no_grad()
+    def predict_hidden(self, image: ImagePatches, visible: np.ndarray) -> Prediction:
+        """Predicts the patches of a sized image that are not visible.
+
+        Args:
+            image: All patches.
+            visible: int64 indices of the visible ones, rising.
+        """
+        inputs = pack_masked([image], [visible])
+        with self._autocast():
+            pixels_TK = self(inputs.to(self.device)).pixels_TK.float().cpu()
+        hidden = inputs.weights.numpy() > 0
+        masked, predicted = image.patches.copy(), image.patches.copy()
+        masked[hidden] = _GREY
+        predicted[hidden] = restore_patches(pixels_TK, inputs.whole.patches).numpy()[hidden]
+        return Prediction(
+            *(join_patches(p, image.grid) for p in (image.patches, masked, predicted))
+        )

@@ -139,6 +139,14 @@ def keep_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarr
     return np.sort(rng.permutation(tokens)[:kept])
 
 
+def hide_patches(tokens: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    """Which of a grid's patches are visible where the others are predicted.
+
+    As `keep_patches`, but of two patches or more at least one is hidden, however low the rate.
+    """
+    return keep_patches(tokens, max(rate, 1 / tokens), rng)
+
+
 def _sigmoid(x: float) -> float:
     # exp of a large positive number overflows, of a large negative one does not.
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

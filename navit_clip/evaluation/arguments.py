@@ -115,6 +115,8 @@ def _add_spec(parser: argparse.ArgumentParser, spec: type[EvalSpec]) -> None:
             options |= {"type": _numbers, "default": field.default}
         elif hints[field.name] is int:
             options |= {"type": number(1), "default": field.default}
+        elif hints[field.name] is float:
+            options |= {"type": float, "default": field.default}
         elif hints[field.name] == tuple[str, ...]:
             options |= {"action": "extend", "nargs": "+"}
         required = field.default is MISSING

@@ -1,8 +1,8 @@
 """Where evaluation data comes from: files and webdataset shards, with labels or captions.
 
-`labelled` and `captioned` open them. Every dataset can be read in parts, so that ranks and workers
-share it; the key of an item is its place in the dataset, by which the results of all parts are
-sorted.
+`labelled` and `captioned` open them, `open_images` those without either. Every dataset can be read
+in parts, so that ranks and workers share it; the key of an item is its place in the dataset, by
+which the results of all parts are sorted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from navit_clip.data.annotations.folders import find_images
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import describe_members, find_image
 from navit_clip.data.labels import find_labels
+from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import RawSample, ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
@@ -214,3 +216,25 @@ class ShardDataset(EvalDataset):
                 raise SkipSampleError(reason, repr(label)[:60])
             found += classes
         return tuple(sorted(set(found)))
+
+
+class UnlabelledShards(ShardDataset):
+    """Images in webdataset shards, whatever else is in a sample."""
+
+    def _classes(self, sample: RawSample) -> tuple[int, ...]:
+        return ()
+
+
+def open_images(data: str) -> EvalDataset:
+    """Images without labels or captions: all below a folder, or those of shards.
+
+    Raises:
+        UserError: If there are none.
+    """
+    root = Path(data)
+    if not root.is_dir() or any(root.glob("*.tar")):
+        return UnlabelledShards(expand_shards([data]))
+    names, skipped = find_images(root)
+    dataset = FileDataset([root / name for name in names])
+    dataset.skip(skipped)
+    return dataset

@@ -27,12 +27,11 @@ from navit_clip.data.annotations.rows import usable_captions
 from navit_clip.data.annotations.tables import open_table
 from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
 from navit_clip.data.patterns import expand_shards
-from navit_clip.data.shards import RawSample
 from navit_clip.distributed import Ranks, failing_at_once, join_ranks
 from navit_clip.errors import UserError, one_line_errors, printable
 from navit_clip.evaluation.arguments import load_models, model_flags
 from navit_clip.evaluation.cache import Cache, ImageBlock
-from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
+from navit_clip.evaluation.datasets import EvalDataset, FileDataset, UnlabelledShards
 from navit_clip.evaluation.embed import (
     SHOWN_SKIPS,
     describe_skips,
@@ -83,11 +82,6 @@ def _parser(prog: str) -> Parser:
         help=f"images of more are skipped; default: {MAX_PIXELS}",
     )
     return parser
-
-
-class _Unlabelled(ShardDataset):
-    def _classes(self, sample: RawSample) -> tuple[int, ...]:
-        return ()
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -165,7 +159,7 @@ def _embed_texts(
 def _open(args: argparse.Namespace) -> tuple[EvalDataset, str]:
     """The images, and what their names begin with that ids leave out."""
     if args.shards is not None:
-        return _Unlabelled(expand_shards(args.shards)), ""
+        return UnlabelledShards(expand_shards(args.shards)), ""
     if args.images is not None:
         folder, (names, skipped) = args.images, find_images(args.images)
     else:

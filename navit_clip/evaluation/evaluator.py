@@ -97,6 +97,7 @@ class Evaluator(ABC, Generic[S]):
         title: Of its results.
         description: One line of help.
         gallery: What the flag ``--gallery`` draws; empty without one.
+        draws_in_training: Whether the trainer draws it too, at each evaluation.
         Spec: Its specification's class, a flag per field.
         METRICS: By key. Slashes in a key are levels of the JSON of results.
         counted: What a result counts beside images.
@@ -107,6 +108,7 @@ class Evaluator(ABC, Generic[S]):
     title: ClassVar[str]
     description: ClassVar[str]
     gallery: ClassVar[str] = ""
+    draws_in_training: ClassVar[bool] = False
     Spec: ClassVar[type[EvalSpec]]
     METRICS: ClassVar[Mapping[str, Metric]]
     counted: ClassVar[str]

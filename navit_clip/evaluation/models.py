@@ -123,6 +123,10 @@ class _Packed(Model):
         name: For tables and results.
         precision: Of forward passes.
         around: A context for each of them.
+
+    Attributes:
+        preprocess: Of the model.
+        around: As given.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class _Packed(Model):
         assert model.preprocess is not None
         self._tower: nn.Module = model.image
         self._config, self._device, self.preprocess = model.config, model.device, model.preprocess
-        self.name, self.precision, self._around = name, precision, around
+        self.name, self.precision, self.around = name, precision, around
         self._set_image(model.config.image)
 
     def _set_image(self, image: ImageTowerConfig) -> None:
@@ -170,6 +174,11 @@ class _Packed(Model):
                 f"{self.name}"
             )
 
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the patches that images are cut into."""
+        return self._image.patch_size
+
     def length(self, sized: ImagePatches) -> int:
         """Patches of a sized image."""
         return len(sized.patches)
@@ -188,7 +197,7 @@ class _Packed(Model):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with self._around(), autocast(self.precision, self._device):
+        with self.around(), autocast(self.precision, self._device):
             yield
 
 
@@ -301,6 +310,20 @@ class PackedClassifier(PackedTower):
         return image_flops(self._image, len(self.model.classes), tokens)
 
 
+class PackedMaskedImage(PackedTower):
+    """A masked image model of this library, which evaluators see as its tower; as `_Packed`."""
+
+    def __init__(
+        self,
+        model: NaViTMaskedImage,
+        name: str,
+        precision: Precision = "fp32",
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        super().__init__(model, name, precision, around)
+        self.model = model
+
+
 def packed_model(
     model: AnyModel,
     name: str,
@@ -312,4 +335,4 @@ def packed_model(
         return PackedModel(model, name, precision, around)
     if isinstance(model, NaViTClassifier):
         return PackedClassifier(model, name, precision, around)
-    return PackedTower(model, name, precision, around)
+    return PackedMaskedImage(model, name, precision, around)

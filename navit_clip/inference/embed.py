@@ -72,7 +72,7 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
             return model.embed_images(packed)
         return model.image_projection(model.image(packed))
 
-    return _embed(model.config.embed_dim, images, lambda image: len(image.patches), embed)
+    return embed_streams(model.config.embed_dim, images, lambda image: len(image.patches), embed)
 
 
 def feature_vectors(tower: ImageTower, images: Iterable[ImagePatches]) -> Tensor:
@@ -84,7 +84,7 @@ def feature_vectors(tower: ImageTower, images: Iterable[ImagePatches]) -> Tensor
         return vectors
 
     width = tower.config.encoder.width
-    return _embed(width, images, lambda image: len(image.patches), embed)
+    return embed_streams(width, images, lambda image: len(image.patches), embed)
 
 
 def text_vectors(
@@ -100,17 +100,28 @@ def text_vectors(
         return model.text_projection(model.text(packed))
 
     ids = (tokenizer.encode(text, context) for text in texts)
-    return _embed(model.config.embed_dim, ids, len, embed)
+    return embed_streams(model.config.embed_dim, ids, len, embed)
 
 
 # Not inference_mode: its tensors could not be trained on, by a linear probe for one.
 @torch.no_grad()
-def _embed(
+def embed_streams(
     width: int,
     items: Iterable[T],
     length: Callable[[T], int],
     embed: Callable[[Sequence[T]], Tensor],
 ) -> Tensor:
+    """Vectors of items, as many per forward pass as `STREAM_TOKENS` hold.
+
+    Args:
+        width: Of a vector.
+        items: Consumed as a stream.
+        length: Tokens of an item.
+        embed: Of several at once.
+
+    Returns:
+        float32 [E, width] on the host, in order.
+    """
     parts = [embed(batch).float().cpu() for batch in _streams(items, length)]
     return torch.cat(parts) if parts else torch.zeros(0, width)
 

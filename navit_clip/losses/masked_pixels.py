@@ -38,6 +38,11 @@ def masked_pixel_loss(pixels_TK: Tensor, patches_TK: Tensor, weights_T: Tensor) 
     Returns:
         A scalar: the sum over images of the mean over their hidden patches.
     """
-    pixels_TK = pixels_TK.to(torch.promote_types(pixels_TK.dtype, torch.float32))
-    error_T = (pixels_TK - normalise_patches(patches_TK)).square().mean(1)
+    error_T = patch_errors(pixels_TK, patches_TK)
     return error_T @ weights_T.to(error_T.dtype)
+
+
+def patch_errors(pixels_TK: Tensor, patches_TK: Tensor) -> Tensor:
+    """Mean squared error of the normalised pixels of each patch, [T] in float32 at least."""
+    pixels_TK = pixels_TK.to(torch.promote_types(pixels_TK.dtype, torch.float32))
+    return (pixels_TK - normalise_patches(patches_TK)).square().mean(1)

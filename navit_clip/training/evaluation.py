@@ -48,7 +48,7 @@ class EvalConfig:
     Attributes:
         evaluators: By a name of your own, which metrics and files are called by. ``kind`` of each
             is one of `navit_clip.evaluation.registry` (``zeroshot``, ``retrieval``, ``classify``,
-            ``fewshot``, ``linear``),
+            ``fewshot``, ``linear``, ``reconstruct``),
             ``every_steps`` its cadence (default 1000; one evaluation is also made after the last
             step), and all else a field of its specification, such as
             `navit_clip.evaluation.retrieval.RetrievalSpec`: data, images, captions, classnames,
@@ -228,16 +228,19 @@ class Evaluations:
             model = self._task.eval_model(
                 trained, title, stepper.precision, partial(_reporting, beat)
             )
+            evaluator = plan.kind(plan.spec)
             with kept():
-                result = plan.kind(plan.spec).run(model, self.ranks, self.config.workers)
+                result = evaluator.run(model, self.ranks, self.config.workers)
             if result is not None:
+                if evaluator.draws_in_training:
+                    evaluator.draw_gallery(self._file(name, step, "png"))
                 yield self._log(name, step, result, trained, since)
 
     def _log(
         self, name: str, step: int, result: EvalResult, model: ExportedModel, since: float
     ) -> tuple[dict[str, float], str]:
-        path = self._run_dir / "eval" / f"{name}-step-{step:08d}.json"
-        write_output(path, json.dumps({"step": step, **result.to_json()}, indent=2) + "\n")
+        text = json.dumps({"step": step, **result.to_json()}, indent=2)
+        write_output(self._file(name, step, "json"), f"{text}\n")
         values = {
             _key(name, None if row.is_own else row.setting, key): value
             for row in result.rows
@@ -252,6 +255,9 @@ class Evaluations:
         logged = {"step": step, **{f"eval/{key}": value for key, value in values.items()}}
         logged[f"eval/{name}/seconds"] = seconds
         return logged, f"{line} ({seconds:.1f} s)"
+
+    def _file(self, name: str, step: int, suffix: str) -> Path:
+        return self._run_dir / "eval" / f"{name}-step-{step:08d}.{suffix}"
 
     def _export(self, weights: dict[str, Tensor]) -> ExportedModel:
         return self._task.export(weights, self._tokenizer)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from classify_cases import ALONE, classify_flags, write_labelled
 from distributed import run_ranks
+from eval_cases import write_classes
 from masked_cases import build, one_by_one
 from packed_examples import random_image
 from shard_factory import encode, photo, write_shard
@@ -214,6 +215,30 @@ def tuned_flags(data, run_dir, model):
     given = classify_flags(data, run_dir, 1, init__model=model)
     pairs = zip(given[::2], given[1::2], strict=True)
     return [word for pair in pairs if ".model.image." not in pair[0] for word in pair]
+
+
+def test_probes_and_pictures_in_training_leave_it_as_it_is(data, tmp_path, monkeypatch):
+    folders = str(write_classes(tmp_path / "classes"))
+    probe = {"train": folders, "data": folders, "every_steps": 2}
+    evaluators = {
+        "few": {"kind": "fewshot", "shots": [1, 2], "seeds": 2, **probe},
+        "linear": {"kind": "linear", **probe},
+        "pixels": {"kind": "reconstruct", "rate": 0.5, "data": folders, "every_steps": 3},
+    }
+    plain, probed = tmp_path / "plain", tmp_path / "probed"
+    options = {"eval__evaluators": json.dumps(evaluators), "eval__best": "pixels/explained"}
+    assert run(monkeypatch, flags(data, plain)) == 0
+    assert run(monkeypatch, flags(data, probed, eval__workers=0, **options)) == 0
+    curves = [[v["loss"] for v in metrics(d) if "loss" in v] for d in (plain, probed)]
+    assert curves[0] == curves[1]
+    logged = {v["step"]: v for v in metrics(probed) if "eval/few/top1" in v}
+    assert list(logged) == [2, 4]
+    found = {key: v["step"] for v in metrics(probed) for key in v if key.startswith("eval/")}
+    assert {"eval/few/shots/1", "eval/linear/top1", "eval/pixels/loss"} <= found.keys()
+    pictures = sorted(path.name for path in (probed / "eval").glob("*.png"))
+    assert pictures == ["pixels-step-00000003.png", "pixels-step-00000004.png"]
+    best = NaViTMaskedImage.from_pretrained(probed / "best")
+    assert best.config == NaViTMaskedImage.from_pretrained(plain / "model").config
 
 
 def test_held_out_images_hide_as_many_patches_as_training_does_in_the_end(data, tmp_path):

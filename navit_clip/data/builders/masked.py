@@ -9,7 +9,7 @@ import numpy as np
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.images import ImageBuilder, trim_places
-from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
+from navit_clip.data.drop import DropConfig, hide_patches, sample_rate
 from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import RawSample
 from navit_clip.errors import SkipSampleError
@@ -79,8 +79,7 @@ class MaskedBuilder(ImageBuilder):
         if tokens < 2:
             raise SkipSampleError("one_patch", "the image has a single patch, none to predict")
         rate = sample_rate(self.drop, tokens, origin.images_seen, rng)
-        # One patch at least must be hidden, however low the rate.
-        visible = keep_patches(tokens, max(rate, 1 / tokens), rng)
+        visible = hide_patches(tokens, rate, rng)
         return MaskedSample(raw.id, origin, image, visible, self.seed)
 
     def collate(

@@ -6,6 +6,7 @@ classes. Only the chosen images are read again.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -73,6 +74,7 @@ class ReportSamples:
         mistakes: Misclassified images, the most confident first.
         classes: Mistaken images of the worst classes, by class.
         calibration: Bins of confidence.
+        drawing: A PNG; empty without one.
     """
 
     images: tuple[Query, ...] = ()
@@ -81,6 +83,12 @@ class ReportSamples:
     mistakes: tuple[Query, ...] = ()
     classes: dict[str, tuple[Query, ...]] = field(default_factory=dict)
     calibration: tuple[Bin, ...] = ()
+    drawing: bytes = b""
+
+    @property
+    def drawing_uri(self) -> str:
+        """The drawing as a ``data:`` address."""
+        return "data:image/png;base64," + b64encode(self.drawing).decode()
 
 
 def classification_samples(
