@@ -8,36 +8,54 @@ from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.images import pack_images
+from navit_clip.packed.segments import Segments
 
 PATCH = 2
 
 
-def build(pooling="mean", registers=0):
+def build(pooling="mean", registers=0, decoder=True):
     torch.manual_seed(0)
     config = MaskedImageConfig(
         ImageTowerConfig(
             PATCH, EncoderConfig(16, 2, 2), PositionConfig(table_side=9), pooling,
             registers=registers,
         ),
-        EncoderConfig(12, 1, 3),
+        EncoderConfig(12, 1, 3) if decoder else None,
     )  # fmt: skip
     model = MaskedImage(config).double()
     randomise(model, 1)
     return model
 
 
+def decoded(model, image, kept, whole):
+    """One image's tokens, of which the tower computes the visible ones (MAE)."""
+    seen = model.to_decoder(model.image.tokens(pack_images([image.kept(kept)])).x_TC)
+    tokens, rows = [], iter(seen)
+    for index in range(len(image.patches)):
+        tokens.append(next(rows) if index in kept else model.mask_token)
+    x_TC = torch.stack(tokens)
+    x_TC = x_TC + model.position(whole.coords, whole.grids[whole.segments.ids])
+    return model.decoder(x_TC, whole.segments)
+
+
+def computed_whole(model, image, kept, whole):
+    """One image's tokens, all of which the tower computes (SimMIM)."""
+    tower, tokens = model.image, []
+    positions = tower.position(whole.coords, whole.grids[whole.segments.ids])
+    for index, embedded in enumerate(tower.embed(whole.patches)):
+        tokens.append((embedded if index in kept else model.mask_token) + positions[index])
+    prefix = tower._prefix()
+    x_TC = torch.stack([*prefix, *tokens])
+    return tower.encoder(x_TC, Segments.from_lengths([len(x_TC)]))[len(prefix) :]
+
+
 def one_by_one(model, images, visible):
     """The sum over images of the mean error over hidden patches, in loops."""
     total = torch.zeros((), dtype=torch.float64)
     for image, kept in zip(images, visible, strict=True):
-        seen = model.to_decoder(model.image.tokens(pack_images([image.kept(kept)])).x_TC)
-        tokens, rows = [], iter(seen)
-        for index in range(len(image.patches)):
-            tokens.append(next(rows) if index in kept else model.mask_token)
         whole = pack_images([image])
-        x_TC = torch.stack(tokens)
-        x_TC = x_TC + model.position(whole.coords, whole.grids[whole.segments.ids])
-        predicted = model.to_pixels(model.decoder(x_TC, whole.segments))
+        decode = computed_whole if model.decoder is None else decoded
+        predicted = model.to_pixels(decode(model, image, kept, whole))
         errors = []
         for index in set(range(len(image.patches))) - set(kept.tolist()):
             pixels = torch.tensor(image.patches[index] / 255.0)

@@ -97,10 +97,12 @@ class _Predictor(PackedMaskedImage):
         return embed_streams(2, images, lambda image: len(image.patches), errors)
 
     def image_flops(self, tokens: int) -> int:
-        """By `navit_clip.models.flops`: visible patches in the tower, all in the decoder."""
-        visible = len(hide_patches(tokens, self._rate, np.random.default_rng(0)))
-        sums = LengthSums.of([visible]), LengthSums.of([tokens])
-        return image_flops(self._image, 0, visible) + decoder_flops(self.model.config, *sums)
+        """By `navit_clip.models.flops`: the patches that the tower sees, and all to predict."""
+        config, seen = self.model.config, tokens
+        if config.decoder is not None:
+            seen = len(hide_patches(tokens, self._rate, np.random.default_rng(0)))
+        sums = LengthSums.of([seen]), LengthSums.of([tokens])
+        return image_flops(self._image, 0, seen) + decoder_flops(config, *sums)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -224,5 +224,7 @@ def _model_table(description: Description, parameters: int) -> str:
     elif isinstance(model, ClassifierConfig):
         rows.append(["classes", f"{len(description.classes):,}, {model.output}"])
     else:
-        rows.append(["decoder", f"width {model.decoder.width}, depth {model.decoder.depth}"])
+        decoder = model.decoder
+        what = f"width {decoder.width}, depth {decoder.depth}" if decoder else "a linear layer"
+        rows.append(["decoder", what])
     return markdown_table(["", ""], rows)

@@ -158,7 +158,7 @@ def _check_size(path: Path, weights_path: Path, description: Description) -> Non
     depth = config.image.encoder.depth
     if isinstance(config, CLIPConfig):
         depth = max(depth, config.text.encoder.depth)
-    elif isinstance(config, MaskedImageConfig):
+    elif isinstance(config, MaskedImageConfig) and config.decoder is not None:
         depth = max(depth, config.decoder.depth)
     numbers = 0
     if depth <= tensors:

@@ -114,7 +114,9 @@ def tower_flops(
 
 
 def decoder_flops(config: MaskedImageConfig, visible: LengthSums, whole: LengthSums) -> int:
-    """Forward FLOPs of a masked image decoder, by the sums over visible and over all patches."""
+    """Forward FLOPs of what predicts pixels, by the sums over visible and over all patches."""
+    if config.decoder is None:
+        return 6 * config.image.encoder.width * config.image.patch_size**2 * whole.tokens
     width = config.decoder.width
     return (
         2 * config.image.encoder.width * width * visible.tokens

@@ -143,6 +143,18 @@ class ImageTokens(NamedTuple):
     coords_T2: Tensor
 
 
+class HiddenPatches(NamedTuple):
+    """Patches that a tower does not see, though it computes them.
+
+    Attributes:
+        mask_T: bool [T].
+        token_C: [C] stands in place of each after the embedding.
+    """
+
+    mask_T: Tensor
+    token_C: Tensor
+
+
 class ImageTower(nn.Module):
     """Encodes packed images to one vector of the encoder's width each, or to their tokens.
 
@@ -196,14 +208,16 @@ class ImageTower(nn.Module):
             x_TC, segments, _ = self._encode(images)
         return self.norm(self.pool(x_TC, segments))[images.order]
 
-    def tokens(self, images: PackedImages) -> ImageTokens:
+    def tokens(self, images: PackedImages, hidden: HiddenPatches | None = None) -> ImageTokens:
         """Encodes packed images without pooling them."""
-        x_TC, _, places_T = self._encode(images)
+        x_TC, _, places_T = self._encode(images, hidden)
         if places_T is not None:
             x_TC = x_TC.index_select(0, places_T)
         return ImageTokens(x_TC, images.segments, images.coords)
 
-    def _encode(self, images: PackedImages) -> tuple[Tensor, Segments, Tensor | None]:
+    def _encode(
+        self, images: PackedImages, hidden: HiddenPatches | None = None
+    ) -> tuple[Tensor, Segments, Tensor | None]:
         """The encoder's whole output: class token, registers and patches.
 
         Returns:
@@ -216,6 +230,8 @@ class ImageTower(nn.Module):
             return self.encoder(x_TC.to(self.embed.weight.dtype), images), segments, None
         sides_T2 = images.grids[segments.ids]
         x_TC = self.embed(images.patches)
+        if hidden is not None:
+            x_TC = torch.where(hidden.mask_T[:, None], hidden.token_C.to(x_TC.dtype), x_TC)
         if self.position is not None:
             x_TC = x_TC + self.position(images.coords, sides_T2)
         else:  # under autocast, positions keep the residual stream in the parameters' precision

@@ -1,8 +1,9 @@
-"""A packed image tower that sees some patches, and a decoder that predicts the pixels of the rest.
+"""A packed image tower that sees some patches, and what predicts the pixels of the rest.
 
 The masked autoencoder in packed form: token drop is the mask, of any rate per image, and the
 decoder reads a second packed stream in which every image is whole, with one learned token in place
-of each hidden patch.
+of each hidden patch. Without a decoder the tower itself reads those tokens, and a linear layer
+predicts (SimMIM, arXiv 2111.09886): simpler, and the tower computes all patches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
+from navit_clip.models.image_tower import HiddenPatches, ImageTower, ImageTowerConfig
 from navit_clip.models.linear import Linear
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
 from navit_clip.models.transformer import Encoder, EncoderConfig
@@ -36,7 +37,9 @@ class MaskedImageConfig:
         image: The image tower, the part that is used afterwards. Its pooling takes no part in the
             pretraining and must have no parameters: ``mean``, or ``cls``, whose token the patches
             attend to.
-        decoder: The transformer over all patches; width 512, depth 8 and 16 heads are MAE's.
+        decoder: The transformer over all patches; width 512, depth 8 and 16 heads are MAE's. null
+            has none: the tower reads all patches, a learned token in place of each hidden one, and
+            a linear layer predicts (SimMIM).
         position: Of the decoder's tokens; MAE's are fixed sinusoids.
 
     Raises:
@@ -45,7 +48,7 @@ class MaskedImageConfig:
     """
 
     image: ImageTowerConfig = field(default_factory=_mean_pooled)
-    decoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(512, 8, 16))
+    decoder: EncoderConfig | None = field(default_factory=lambda: EncoderConfig(512, 8, 16))
     position: PositionConfig = field(default_factory=_fixed_positions)
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class MaskedImageConfig:
             raise ValueError(
                 "position.kind must not be none: hidden patches differ in nothing else"
             )
-        if self.decoder.causal:
+        if self.decoder is not None and self.decoder.causal:
             raise ValueError("decoder.causal must be false for images: patches have no order")
 
 
@@ -67,16 +70,20 @@ class MaskedImageInputs(Protocol):
     """What the model takes; see `navit_clip.packed.masked.MaskedInputs`."""
 
     @property
-    def images(self) -> PackedImages:
-        """The visible patches, V tokens."""
+    def images(self) -> PackedImages | None:
+        """The visible patches, V tokens; a model without a decoder needs none."""
 
     @property
     def whole(self) -> PackedImages:
         """All patches, T tokens, of which the decoder reads coordinates only."""
 
     @property
-    def places(self) -> Tensor:
-        """int64 [V], where each visible patch lies in `whole`; T at padding."""
+    def places(self) -> Tensor | None:
+        """int64 [V], where each visible patch lies in `whole`; T at padding. Likewise."""
+
+    @property
+    def weights(self) -> Tensor:
+        """float32 [T], above 0 at hidden patches."""
 
 
 class PredictedPatches(NamedTuple):
@@ -94,22 +101,25 @@ class MaskedImage(nn.Module):
     """Predicts the pixels of hidden patches from visible ones.
 
     Attributes:
-        image: The tower; computes visible patches alone.
+        image: The tower; computes visible patches alone if there is a decoder.
         decoder: Reads all patches.
     """
 
     def __init__(self, config: MaskedImageConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.decoder.width
+        width = (config.decoder or config.image.encoder).width
         self.image = ImageTower(config.image)
-        self.to_decoder = Linear(config.image.encoder.width, width, bias=True)
+        if config.decoder is not None:
+            self.to_decoder = Linear(config.image.encoder.width, width, bias=True)
         self.mask_token = nn.Parameter(torch.empty(width))
         nn.init.normal_(self.mask_token, std=TABLE_STD)
-        position = build_position(config.position, width)
-        assert position is not None  # checked by MaskedImageConfig
-        self.position = position
-        self.decoder = Encoder(config.decoder)
+        self.decoder: Encoder | None = None
+        if config.decoder is not None:
+            position = build_position(config.position, width)
+            assert position is not None  # checked by MaskedImageConfig
+            self.position = position
+            self.decoder = Encoder(config.decoder)
         self.to_pixels = Linear(width, 3 * config.image.patch_size**2, bias=True)
 
     @property
@@ -118,7 +128,12 @@ class MaskedImage(nn.Module):
         return self.mask_token.device
 
     def forward(self, inputs: MaskedImageInputs) -> PredictedPatches:
-        """Encodes the visible patches and predicts all."""
+        """Predicts all patches from the visible ones."""
+        if self.decoder is None:
+            hidden = HiddenPatches(inputs.weights > 0, self.mask_token)
+            return PredictedPatches(self.to_pixels(self.image.tokens(inputs.whole, hidden).x_TC))
+        assert inputs.images is not None
+        assert inputs.places is not None
         x_VC = self.to_decoder(self.image.tokens(inputs.images).x_TC)
         whole = inputs.whole
         # One row more, for the padding of the visible stream.

@@ -22,24 +22,26 @@ class MaskedInputs(Inputs):
     """Many images, each with patches that are visible and patches that are not.
 
     Attributes:
-        images: The visible patches, V tokens.
+        images: The visible patches, V tokens; None for a model that computes all.
         whole: All patches, T tokens.
-        places: int64 [V], where each visible patch lies in `whole`; T at padding.
+        places: int64 [V], where each visible patch lies in `whole`; T at padding. None likewise.
         weights: float32 [T], one over the number of its image's hidden patches at a hidden patch,
             0 at a visible one and at padding: a sum over patches with these weights is a sum of
             means over images.
     """
 
-    images: PackedImages
+    images: PackedImages | None
     whole: PackedImages
-    places: Tensor
+    places: Tensor | None
     weights: Tensor
 
 
 def pack_masked(
     images: Sequence[ImagePatches],
     visible: Sequence[np.ndarray],
-    budgets: tuple[int, int] | None = None,
+    budgets: Sequence[int] | None = None,
+    *,
+    full: bool = False,
 ) -> MaskedInputs:
     """Lays out images and their visible patches.
 
@@ -48,6 +50,7 @@ def pack_masked(
         visible: int64 indices of each image's visible patches, rising; at least one, not all.
         budgets: Tokens that the streams of visible and of all patches are padded to; None pads
             neither.
+        full: For a model that computes all patches: there is no stream of visible ones.
 
     Raises:
         ValueError: If there is no image, no patch of one is visible or none hidden, or the tokens
@@ -56,15 +59,18 @@ def pack_masked(
     for image, kept in zip(images, visible, strict=True):
         if not 0 < len(kept) < len(image.patches):
             raise ValueError(f"{len(kept)} of {len(image.patches)} patches are visible")
-    seen = [image.kept(kept) for image, kept in zip(images, visible, strict=True)]
-    packed = pack_images(seen, budget=budgets[0] if budgets else None)
-    whole = pack_images(images, budget=budgets[1] if budgets else None)
+    whole = pack_images(images, budget=budgets[-1] if budgets else None)
     starts = whole.segments.offsets[whole.order].numpy()
-    places = np.full(packed.segments.num_tokens, whole.segments.num_tokens)
     weights = np.zeros(whole.segments.num_tokens, dtype=np.float32)
-    ends = packed.segments.offsets[packed.order + 1].numpy()
-    for image, kept, start, end in zip(images, visible, starts, ends, strict=True):
+    for image, kept, start in zip(images, visible, starts, strict=True):
         weights[start : start + len(image.patches)] = 1 / (len(image.patches) - len(kept))
         weights[start + kept] = 0
+    if full:
+        return MaskedInputs(None, whole, None, torch.from_numpy(weights))
+    seen = [image.kept(kept) for image, kept in zip(images, visible, strict=True)]
+    packed = pack_images(seen, budget=budgets[0] if budgets else None)
+    places = np.full(packed.segments.num_tokens, whole.segments.num_tokens)
+    ends = packed.segments.offsets[packed.order + 1].numpy()
+    for kept, start, end in zip(visible, starts, ends, strict=True):
         places[end - len(kept) : end] = start + kept
     return MaskedInputs(packed, whole, torch.from_numpy(places), torch.from_numpy(weights))

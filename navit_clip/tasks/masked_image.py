@@ -33,12 +33,16 @@ class MaskedImageTaskConfig(ImageTaskConfig):
     Attributes:
         kind: ``masked_image``.
         model: Architecture of tower and decoder; that of `init` for the tower if it is given.
+        mask: ``sample`` draws for each image which patches are hidden; ``batch`` hides the same
+            ones of all images of a batch that have one grid, as models must whose batches are
+            tensors of equal images. For comparison.
     """
 
     predicts_dropped = True
 
     kind: Literal["masked_image"] = "masked_image"
     model: MaskedImageConfig = field(default_factory=MaskedImageConfig)
+    mask: Literal["sample", "batch"] = "sample"
 
     def check(self, data: DataConfig) -> None:
         """Compares budgets and sizes with what tower and decoder take."""
@@ -48,7 +52,20 @@ class MaskedImageTaskConfig(ImageTaskConfig):
                 "dropped patches; MAE has fixed with data.drop.rate 0.75"
             )
         limit = data.resolution.max_tokens, "data.resolution.max_tokens"
-        data.budget.check({"image": limit, "decoder": limit})
+        full = self.model.decoder is None
+        streams = ("image",) if full else ("image", "decoder")
+        data.budget.check(dict.fromkeys(streams, limit))
+        if full and data.packing != "fill":
+            raise ValueError(
+                f"data.packing={data.packing} drops patches of images that task.model without a "
+                "decoder reads whole: use fill"
+            )
+        if self.mask == "batch" and (data.drop.kind != "fixed" or data.packing != "fill"):
+            raise ValueError(
+                "task.mask=batch needs as many visible patches of all images of one grid: "
+                f"data.drop.kind fixed and data.packing fill, got {data.drop.kind} and "
+                f"{data.packing}"
+            )
         check_sizes(data, self.model.image)
         refuse_captions(data, self.kind)
         refuse_mixing(data, self.kind)
@@ -78,7 +95,9 @@ class MaskedImageTask(ImageTask):
     def build_samples(self, tokenizer: Tokenizer | None, seed: int) -> MaskedBuilder:
         """What makes images with hidden patches of samples."""
         model = self.config.model
-        side = min(model.image.position.max_grid_side, model.position.max_grid_side)
+        side = model.image.position.max_grid_side
+        if model.decoder is not None:
+            side = min(side, model.position.max_grid_side)
         return MaskedBuilder(
             self.data.resolution,
             self.data.drop,
@@ -86,12 +105,14 @@ class MaskedImageTask(ImageTask):
             side,
             seed,
             augment=self.data.augment,
+            full=model.decoder is None,
+            shared=self.config.mask == "batch",
         )
 
     def count(self, inputs: Inputs) -> float:
         """Images."""
         assert isinstance(inputs, MaskedInputs)
-        return inputs.images.segments.num_examples
+        return inputs.whole.segments.num_examples
 
     def loss(
         self, outputs: PredictedPatches, inputs: Sequence[Inputs], counts: Sequence[float]
@@ -112,7 +133,7 @@ class MaskedImageTask(ImageTask):
         assert isinstance(inputs, MaskedInputs)
         visible, whole = (
             LengthSums.of(packed.segments.lengths[: packed.segments.num_examples])
-            for packed in (inputs.images, inputs.whole)
+            for packed in (inputs.images or inputs.whole, inputs.whole)
         )
         tower = tower_flops(self.config.model.image, 0, visible)
         return (

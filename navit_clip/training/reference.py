@@ -161,13 +161,14 @@ def _lines(
             described[field.name], _WIDTH, initial_indent=comment, subsequent_indent=comment
         )
         default = _default(field) if values is None else getattr(values, field.name)
-        if hint in known:
+        group = hint if is_dataclass(hint) else type(default)  # of a group that may be null
+        if group in known:
             yield f"{pad}{field.name}: {_yaml(_differing(default))}  # other fields as above"
             continue
-        if is_dataclass(hint):
+        if is_dataclass(group):
             yield f"{pad}{field.name}:"
             below = None if values is None else default
-            yield from _lines(hint, task, f"{pad}  ", known, below)  # type: ignore[arg-type]
+            yield from _lines(group, task, f"{pad}  ", known, below)  # type: ignore[arg-type]
             continue
         if default is MISSING:
             yield f"{comment}{field.name}: {_type(hint)}, required"

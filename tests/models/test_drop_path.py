@@ -21,6 +21,7 @@ RATE = 0.6
 
 
 def new_encoder() -> Encoder:
+    torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(width=8, depth=3, heads=2))
     randomise(encoder, 0, std=0.3)
     encoder.drop_path = RATE

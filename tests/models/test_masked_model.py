@@ -27,15 +27,17 @@ def examples(seed, grids=GRIDS):
 
 @pytest.mark.parametrize("budgets", [None, (70, 90)])
 @pytest.mark.parametrize(("pooling", "registers"), [("mean", 0), ("cls", 2)])
+@pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_packed_batch_equals_one_image_at_a_time(seed, pooling, registers, budgets):
-    model = build(pooling, registers)
+def test_a_packed_batch_equals_one_image_at_a_time(seed, decoder, pooling, registers, budgets):
+    model = build(pooling, registers, decoder)
     images, visible = examples(seed)
     expected = one_by_one(model, images, visible)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    inputs = pack_masked(images, visible, budgets)
+    inputs = pack_masked(images, visible, budgets, full=not decoder)
+    assert (inputs.images is None) == (not decoder)
     loss = masked_pixel_loss(model(inputs).pixels_TK, inputs.whole.patches, inputs.weights)
     loss.backward()
     # Targets are float32.
@@ -45,8 +47,9 @@ def test_a_packed_batch_equals_one_image_at_a_time(seed, pooling, registers, bud
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-5 * scale, name
 
 
-def test_hidden_pixels_reach_the_targets_alone():
-    model = build()
+@pytest.mark.parametrize("decoder", [True, False])
+def test_hidden_pixels_reach_the_targets_alone(decoder):
+    model = build(decoder=decoder)
     images, visible = examples(4)
     inputs = pack_masked(images, visible)
     before = model(inputs).pixels_TK

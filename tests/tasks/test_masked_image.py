@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -40,8 +41,9 @@ from navit_clip.training.step import Stepper
 from navit_clip.training.validation import open_validation
 
 
-def new_task():
-    return MaskedImageTask(MaskedImageTaskConfig(model=build().config), DataConfig())
+def new_task(decoder=True):
+    config = MaskedImageTaskConfig(model=build(decoder=decoder).config)
+    return MaskedImageTask(config, DataConfig())
 
 
 def new_stepper(ranks=ALONE, parallel=None, precision="fp32"):
@@ -147,11 +149,16 @@ def test_compiled_blocks_of_tower_and_decoder_give_the_same(monkeypatch):
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-9)
 
 
-def test_flops_are_those_of_tower_and_decoder():
+@pytest.mark.parametrize("decoder", [True, False])
+def test_flops_are_those_of_tower_and_decoder(decoder):
     batch = pack(examples(0))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        build()(batch.inputs).pixels_TK.sum().backward()
-    assert new_task().flops(batch.inputs) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        build(decoder=decoder)(batch.inputs).pixels_TK.sum().backward()
+    if not decoder:  # computes all patches, so needs no stream of visible ones
+        batch = replace(batch, inputs=replace(batch.inputs, images=None, places=None))
+    assert new_task(decoder).flops(batch.inputs) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 # Whole runs
@@ -217,6 +224,27 @@ def tuned_flags(data, run_dir, model):
     return [word for pair in pairs if ".model.image." not in pair[0] for word in pair]
 
 
+def test_a_tower_that_computes_all_patches_has_one_stream(data, tmp_path, monkeypatch):
+    def simmim(run_dir, steps):
+        words = flags(data, run_dir, steps, data__budget__tokens='{"image": 60}')
+        pairs = zip(words[::2], words[1::2], strict=True)
+        kept = [word for pair in pairs if "model.decoder" not in pair[0] for word in pair]
+        return [*kept, "--task.model.decoder", "null"]
+
+    for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert run(monkeypatch, simmim(tmp_path / name, steps)) == 0
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [v["loss"] for v in whole] == [v["loss"] for v in parts]
+    assert "decoder_tokens_per_s" not in whole[-1]
+    model = NaViTMaskedImage.from_pretrained(tmp_path / "whole/model")
+    assert model.config.decoder is None
+    assert len(model.predict([photo(0, 40, 40)])) == 1
+    config = MaskedImageTaskConfig(model=model.config)
+    read = parse_config(simmim(tmp_path, 1))[0].data
+    with pytest.raises(ValueError, match=r"data\.packing=exact drops patches"):
+        config.check(replace(read, packing="exact"))
+
+
 def test_probes_and_pictures_in_training_leave_it_as_it_is(data, tmp_path, monkeypatch):
     folders = str(write_classes(tmp_path / "classes"))
     probe = {"train": folders, "data": folders, "every_steps": 2}
@@ -262,7 +290,31 @@ def test_images_of_one_patch_are_skipped_and_counted(tmp_path, monkeypatch, caps
     assert "00000/dot: one_patch: the image has a single patch" in capsys.readouterr().out
 
 
+def test_images_of_one_grid_may_share_a_mask():
+    resolution = ResolutionConfig(min_side=16, max_side=64, max_tokens=30)
+    builder = MaskedBuilder(resolution, DropConfig("fixed", 0.5), 8, 32, 0, shared=True)
+    samples = []
+    for index in range(40):
+        raw = RawSample(
+            f"a/{index}", index, {"png": encode(photo(index, 24 + 8 * (index % 2), 24))}
+        )
+        samples.append(builder(raw, Origin(0, 0, index, 0)))
+    for shared in (True, False):
+        inputs = replace(builder, shared=shared).collate(samples, None)
+        masks = {}
+        for number, segment in enumerate(inputs.whole.order.tolist()):
+            start, end = inputs.whole.segments.offsets[segment : segment + 2].tolist()
+            mask = (inputs.weights[start:end] > 0).tolist()
+            masks.setdefault(samples[number].image.grid, set()).add(tuple(mask))
+        assert len(masks) > 2
+        assert all(len(found) == 1 for found in masks.values()) == shared
+
+
 MISTAKES = [
+    (
+        {"task__mask": "batch", "data__drop__kind": "beta", "data__drop__rate": 0.6},
+        "task.mask=batch needs as many visible patches",
+    ),
     (
         {"data__train": "[]", "data__mix": '{"a": {"shards": "x", "captions": {"txt": 1}}}'},
         "data.mix.a.captions: task.kind masked_image reads no captions",

@@ -27,6 +27,7 @@ class MaskedSample:
         image: All patches.
         visible: int64 [n], rising.
         seed: Of the run.
+        full: The model computes all patches, in one stream.
     """
 
     id: str
@@ -34,16 +35,18 @@ class MaskedSample:
     image: ImagePatches
     visible: np.ndarray
     seed: int
+    full: bool = False
 
     @property
-    def lengths(self) -> tuple[int, int]:
+    def lengths(self) -> tuple[int, ...]:
         """Visible patches, and all."""
-        return len(self.visible), len(self.image.patches)
+        every = len(self.image.patches)
+        return (every,) if self.full else (len(self.visible), every)
 
     @property
-    def full_lengths(self) -> tuple[int, int]:
-        """All patches, in both streams."""
-        return len(self.image.patches), len(self.image.patches)
+    def full_lengths(self) -> tuple[int, ...]:
+        """All patches, in each stream."""
+        return (len(self.image.patches),) * len(self.lengths)
 
     @property
     def bucket(self) -> tuple[()]:
@@ -58,12 +61,21 @@ class MaskedSample:
 
 @dataclass(frozen=True)
 class MaskedBuilder(ImageBuilder):
-    """Builds images whose patches that `drop` leaves out are hidden, not lost."""
+    """Builds images whose patches that `drop` leaves out are hidden, not lost.
+
+    Attributes:
+        full: The model computes all patches, in one stream, and has no decoder.
+        shared: Images of one grid in a batch have the same patches hidden; of as many patches as
+            many must be.
+    """
+
+    full: bool = False
+    shared: bool = False
 
     @property
-    def streams(self) -> tuple[str, str]:
+    def streams(self) -> tuple[str, ...]:
         """What the tower reads, and what the decoder reads."""
-        return "image", "decoder"
+        return ("image",) if self.full else ("image", "decoder")
 
     def __call__(
         self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
@@ -80,14 +92,14 @@ class MaskedBuilder(ImageBuilder):
             raise SkipSampleError("one_patch", "the image has a single patch, none to predict")
         rate = sample_rate(self.drop, tokens, origin.images_seen, rng)
         visible = hide_patches(tokens, rate, rng)
-        return MaskedSample(raw.id, origin, image, visible, self.seed)
+        return MaskedSample(raw.id, origin, image, visible, self.seed, self.full)
 
     def collate(
         self, samples: Sequence[MaskedSample], pad_to: tuple[int, ...] | None
     ) -> MaskedInputs:
-        """Packs visible patches and whole images into two streams."""
-        return pack_masked(
-            [one.image for one in samples],
-            [one.visible for one in samples],
-            None if pad_to is None else (pad_to[0], pad_to[1]),
-        )
+        """Packs visible patches and whole images into two streams, or into one."""
+        images, visible = zip(*((one.image, one.visible) for one in samples), strict=True)
+        if self.shared:
+            first = dict[tuple[int, int], np.ndarray]()
+            visible = tuple(first.setdefault(one.image.grid, one.visible) for one in samples)
+        return pack_masked(images, visible, pad_to, full=self.full)
