@@ -111,7 +111,10 @@ def test_all_cells_of_an_image_lose_the_same_layers_of_a_hierarchical_tower():
     tower = ImageTower(tower_config((2, 1, 2)))
     randomise(tower, 0, std=0.3)
     tower.double().encoder.drop_path = RATE
-    images = [random_image(i, grid, 8, keep=2) for i, grid in enumerate([(1, 2), (2, 2), (3, 2)])]
+    images = [
+        random_image(i, grid, patch_size=8, keep=2)
+        for i, grid in enumerate([(1, 2), (2, 2), (3, 2)])
+    ]
     torch.manual_seed(2)
     packed = pack_images(images, budget=9)
     found = tower(packed)
