@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice, repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from navit_clip.configs import check_choices
 from navit_clip.models.linear import Linear
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, LayerNorm
 from navit_clip.models.window_attention import WindowAttention
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.segments import Segments
+from navit_clip.packed.window_groups import best_groups
 from navit_clip.packed.windows import Units, Windows, arrange, cells_of
 
 
@@ -36,15 +39,20 @@ class HierarchyConfig:
         depths: Blocks of each stage, such as Swin-T's (2, 2, 6, 2); empty for a plain encoder.
         window: Side of a window of attention, in tokens of the stage; every second block has its
             windows shifted by half of that.
+        rows: How windows of different lengths are computed, which changes time, not results:
+            ``windows``, each by itself, those of one length at once; or ``groups``, whole windows
+            put together in rows of one length, the one that costs least (GreenMIM).
 
     Raises:
-        ValueError: If a stage has no block, or `window` is below 1.
+        ValueError: If a stage has no block, `window` is below 1, or `rows` is unknown.
     """
 
     depths: tuple[int, ...] = ()
     window: int = 7
+    rows: Literal["windows", "groups"] = "windows"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if min(self.depths, default=1) < 1:
             raise ValueError(f"depths must be at least 1, got {self.depths}")
         if self.window < 1:
@@ -143,7 +151,7 @@ class WindowBlock(Block):
         self, x_TC: Tensor, segments: Segments, windows: Windows, scale_T2: Tensor | None
     ) -> None:
         super()._mark_dynamic(x_TC, segments, None, scale_T2)
-        for tensor in (windows.order, windows.places, windows.cells, windows.layout):
+        for tensor in (windows.order, windows.places, windows.cells, windows.ids, windows.layout):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
@@ -191,13 +199,17 @@ class HierarchicalEncoder(Encoder):
 
     def _windows(self, images: PackedImages) -> list[Windows]:
         """Those of each block."""
-        units, window = Units.of(images), self.hierarchy.window
+        hierarchy, units = self.hierarchy, Units.of(images)
         windows: list[Windows] = []
-        for stage, depth in enumerate(self.hierarchy.depths):
-            merges = self.hierarchy.merges - stage
+        for number, stage in enumerate(hierarchy.stages(self.config)):
+            group = None
+            if hierarchy.rows == "groups":
+                group = partial(best_groups, width=stage.width)
             plain, shifted = (
-                arrange(units, merges, window, shifted=shifted).to(images.coords.device)
+                arrange(
+                    units, hierarchy.merges - number, hierarchy.window, shifted=shifted, group=group
+                ).to(images.coords.device)
                 for shifted in (False, True)
             )
-            windows += islice(cycle([plain, shifted]), depth)
+            windows += islice(cycle([plain, shifted]), stage.depth)
         return windows

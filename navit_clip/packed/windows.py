@@ -12,6 +12,7 @@ or with tokens missing, are smaller.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.movable import Movable
+from navit_clip.packed.window_groups import WindowGroups
 
 # Rows and columns of four cells that are merged, in Swin's order.
 _SQUARE = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -116,7 +118,14 @@ def cells_of(merges: int) -> np.ndarray:
     return cells
 
 
-def arrange(units: Units, merges: int, window: int, *, shifted: bool) -> Windows:
+def arrange(
+    units: Units,
+    merges: int,
+    window: int,
+    *,
+    shifted: bool,
+    group: Callable[[np.ndarray], WindowGroups] | None = None,
+) -> Windows:
     """Sorts the tokens of a stage into windows.
 
     A window starts at every w-th row and column of an image. Shifted, all start w // 2 later, and
@@ -127,6 +136,8 @@ def arrange(units: Units, merges: int, window: int, *, shifted: bool) -> Windows
         merges: How often the stage's cells are still merged until a unit is one token.
         window: w, side of a window in cells of the stage.
         shifted: Whether windows are shifted.
+        group: Puts windows, by their lengths, together in rows of one length; None makes each a
+            row of its own.
     """
     cells_K2 = cells_of(merges)
     side, count = 1 << merges, len(cells_K2)
@@ -141,13 +152,34 @@ def arrange(units: Units, merges: int, window: int, *, shifted: bool) -> Windows
     by_length_W = np.argsort(lengths_W, kind="stable")
     window_T, lengths_W = np.argsort(by_length_W)[window_T], lengths_W[by_length_W]
     cells_T = within_T2 @ (2 * window - 1, 1)
-    order = places = None
-    if (np.diff(window_T) < 0).any():
-        order_T = np.lexsort((cells_T, window_T))  # cell by cell: whole windows are then alike
-        cells_T = cells_T[order_T]
-        places_T = np.pad(np.argsort(order_T), (0, units.padding * count))
-        order, places = torch.from_numpy(order_T), torch.from_numpy(places_T)
-    return Windows(order, places, torch.from_numpy(cells_T), None, _rows(lengths_W, cells_T))
+    if group is None and (np.diff(window_T) >= 0).all():
+        return Windows(None, None, torch.from_numpy(cells_T), None, _rows(lengths_W, cells_T))
+    order_N = np.lexsort((cells_T, window_T))  # cell by cell: whole windows are then alike
+    places_T = np.argsort(order_N)
+    ids_N, cells_N = window_T[order_N], cells_T[order_N]
+    rows = _rows(lengths_W, cells_N)
+    if group is not None:
+        groups = group(lengths_W)
+        new_N = groups.places(lengths_W)
+        order_N, ids_N, cells_N = (
+            _spread(values_N, new_N, groups.count * groups.size, fill)
+            for values_N, fill in ((order_N, 0), (ids_N, -1), (cells_N, 0))
+        )
+        places_T, rows = new_N[places_T], (EqualRows(groups.count, groups.size, alike=False),)
+    return Windows(
+        torch.from_numpy(order_N),
+        torch.from_numpy(np.pad(places_T, (0, units.padding * count))),
+        torch.from_numpy(cells_N),
+        None if group is None else torch.from_numpy(ids_N),
+        rows,
+    )
+
+
+def _spread(values_N: np.ndarray, places_N: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """The values at their places of a longer array, and `fill` elsewhere."""
+    spread = np.full(length, fill)
+    spread[places_N] = values_N
+    return spread
 
 
 def _rows(lengths_W: np.ndarray, cells_N: np.ndarray) -> tuple[EqualRows, ...]:

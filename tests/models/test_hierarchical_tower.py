@@ -60,6 +60,13 @@ def test_packed_images_are_as_each_on_its_own_grid(depths, window, hide):
         check(config, some_images(config.patch_size, seed, hide=hide), padding=3 * seed)
 
 
+@pytest.mark.parametrize("hide", [True, False], ids=["sparse", "dense"])
+def test_windows_put_together_in_groups_give_the_same(hide):
+    config = tower_config()
+    grouped = replace(config, hierarchy=replace(config.hierarchy, rows="groups"))
+    check(grouped, some_images(config.patch_size, 5, hide=hide), padding=2)
+
+
 def test_unit_sized_windows_stay_where_they_are():
     config = tower_config((2, 2, 2), 4)
     check(config, some_images(config.patch_size, 3))

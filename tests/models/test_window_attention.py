@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,15 @@ from packed_examples import random_image
 
 from navit_clip.models.window_attention import attend_windows
 from navit_clip.packed.images import pack_images
+from navit_clip.packed.window_groups import best_groups, fill_groups
 from navit_clip.packed.windows import Units, arrange
 
 HEADS, WIDTH = 2, 3
+GROUPINGS = {
+    "each a row": None,
+    "groups of least cost": partial(best_groups, width=HEADS * WIDTH),
+    "groups with padding": lambda lengths_W: fill_groups(lengths_W, int(lengths_W.max()) + 3),
+}
 
 
 def slowly(q_THD, k_THD, v_THD, bias_QH, units, merges, window, shifted):
@@ -36,7 +44,8 @@ def slowly(q_THD, k_THD, v_THD, bias_QH, units, merges, window, shifted):
 
 @pytest.mark.parametrize("window", [1, 2, 4, 7])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_values_and_gradients(window, shifted, monkeypatch):
+@pytest.mark.parametrize("group", GROUPINGS.values(), ids=GROUPINGS)
+def test_values_and_gradients(window, shifted, group, monkeypatch):
     monkeypatch.setattr("navit_clip.models.window_attention._SCORES", 300)  # many parts
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -46,7 +55,7 @@ def test_values_and_gradients(window, shifted, monkeypatch):
             for i, (r, c) in enumerate(grids)
         ]
         units = Units.of(pack_images(images))
-        windows = arrange(units, 2, window, shifted=shifted)
+        windows = arrange(units, 2, window, shifted=shifted, group=group)
         tokens = 16 * len(units.coords_U2)
         generator = torch.Generator().manual_seed(seed)
         q, k, v, grad = (
