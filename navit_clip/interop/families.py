@@ -22,6 +22,7 @@ _BOTH = {
     "image.position.kind": "learned_1d",
     "image.rotary.kind": "none",
     "image.registers": 0,
+    "image.stem": "none",
     "image.pooled_norm": False,
     "image.encoder.qk_norm": False,
     "image.encoder.qkv_bias": True,

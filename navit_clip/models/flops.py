@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from navit_clip.models.clip import CLIPConfig
+from navit_clip.models.conv_stem import CHANNELS, stem_flops
 from navit_clip.models.hierarchical_tower import HierarchyConfig
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.masked_image import MaskedImageConfig
@@ -103,6 +104,9 @@ def tower_flops(
             blocks = hierarchy_flops(hierarchy, config.encoder, sums)
         else:
             blocks = encoder_flops(config.encoder, sums.longer(added))
+        if config.stem != "none":  # like blocks, it takes gradients of weights and of inputs
+            embed = 2 * CHANNELS * width * sums.tokens
+            blocks += stem_flops() * sums.tokens
     else:
         blocks = encoder_flops(config.encoder, sums)
     return TowerFlops(

@@ -7,14 +7,16 @@ coordinate, encodes the stream and pools each image; or leaves out the last step
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
+from navit_clip.models.conv_stem import CHANNELS, STRIDE, ConvStem
 from navit_clip.models.hierarchical_tower import HierarchicalEncoder, HierarchyConfig
 from navit_clip.models.interpolate import exact_dtype
+from navit_clip.models.linear import Linear
 from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
@@ -48,12 +50,14 @@ class ImageTowerConfig:
         hierarchy: Stages of window attention in place of a plain encoder. Windows know how their
             tokens lie to each other: such a tower has no other positions, no class token and no
             registers.
+        stem: What patches pass before they are embedded: ``resnet50``, the convolutions of ViT's
+            hybrid R50+B/16, at patches of 16 pixels and of whole images alone.
 
     Raises:
         ValueError: If `patch_size` is below 1, a `pixel_std` is not positive, the encoder is
             causal or of a width that its positions cannot have, `pooling` is unknown,
             `class_position` is set without a class token, `registers` is negative, heads are too
-            narrow for `rotary`, or `hierarchy` does not fit the rest.
+            narrow for `rotary`, or `hierarchy` or `stem` does not fit the rest.
     """
 
     patch_size: int = 16
@@ -68,6 +72,7 @@ class ImageTowerConfig:
     pooled_norm: bool = False
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
+    stem: Literal["none", "resnet50"] = "none"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -101,6 +106,11 @@ class ImageTowerConfig:
                 f"and registers 0, got {position.kind}, {self.rotary.kind}, {self.pooling} and "
                 f"{self.registers}"
             )
+        if self.stem != "none" and (self.patch_size != STRIDE or self.hierarchy.depths):
+            raise ValueError(
+                f"stem: {self.stem} needs patch_size {STRIDE} and no hierarchy.depths, got "
+                f"{self.patch_size} and {list(self.hierarchy.depths)}"
+            )
 
     def check_patch_size(self, size: int) -> None:
         """Refuses patches that the tower cannot read.
@@ -111,6 +121,8 @@ class ImageTowerConfig:
         if size < 1:
             raise ValueError(f"patch sizes must be at least 1, got {size}")
         self.hierarchy.check(size, self.encoder)
+        if size != self.patch_size and self.stem != "none":
+            raise ValueError(f"stem: {self.stem} has patches of {STRIDE} pixels, got {size}")
         if size != self.patch_size and not self.position.relative:
             raise ValueError(
                 f"patches of {size} pixels need positions that do not count patches of "
@@ -159,7 +171,8 @@ class ImageTower(nn.Module):
     """Encodes packed images to one vector of the encoder's width each, or to their tokens.
 
     Attributes:
-        embed: Patches of pixels to tokens.
+        stem: Patches of pixels to vectors; None without.
+        embed: Patches of pixels, or these vectors, to tokens.
         position: Embeds a patch's row and column; None without.
         rotary: How queries and keys turn by them; None without.
         encoder: The transformer over the patches, class token and registers included.
@@ -171,13 +184,19 @@ class ImageTower(nn.Module):
         self.config = config
         width = config.encoder.width
         merges = config.hierarchy.merges
-        self.embed = PatchEmbed(
-            config.patch_size >> merges,
-            width >> merges,
-            config.pixel_mean,
-            config.pixel_std,
-            bias=config.patch_bias,
-        )
+        self.stem: ConvStem | None = None
+        self.embed: Linear
+        if config.stem == "none":
+            self.embed = PatchEmbed(
+                config.patch_size >> merges,
+                width >> merges,
+                config.pixel_mean,
+                config.pixel_std,
+                bias=config.patch_bias,
+            )
+        else:
+            self.stem = ConvStem(config.pixel_mean, config.pixel_std)
+            self.embed = Linear(CHANNELS, width, bias=config.patch_bias)
         self.position = build_position(config.position, width)
         self.class_token: nn.Parameter | None = None
         if config.pooling == "cls":
@@ -229,7 +248,10 @@ class ImageTower(nn.Module):
             x_TC = self.embed(self.config.hierarchy.cut(images.patches))
             return self.encoder(x_TC.to(self.embed.weight.dtype), images), segments, None
         sides_T2 = images.grids[segments.ids]
-        x_TC = self.embed(images.patches)
+        patches_TK = images.patches
+        if self.stem is not None:
+            patches_TK = self.stem(images, self.embed.weight.dtype)
+        x_TC = self.embed(patches_TK)
         if hidden is not None:
             x_TC = torch.where(hidden.mask_T[:, None], hidden.token_C.to(x_TC.dtype), x_TC)
         if self.position is not None:

@@ -35,9 +35,15 @@ def check_sizes(data: DataConfig, image: ImageTowerConfig) -> None:
 
     Raises:
         ValueError: If it cannot read patches of a size, or squares have more of them than allowed
-            or than positions know; names the fields.
+            or than positions know, or some of them would be dropped before a stem; names the
+            fields.
     """
     resolution = data.resolution
+    if image.stem != "none" and (data.drop.kind != "none" or data.packing != "fill"):
+        raise ValueError(
+            f"task.model.image.stem={image.stem} reads whole images: data.drop.kind must be none "
+            f"and data.packing fill, got {data.drop.kind} and {data.packing}"
+        )
     for size in resolution.patch_sizes or [image.patch_size]:
         try:
             image.check_patch_size(size)
