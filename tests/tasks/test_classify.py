@@ -193,7 +193,7 @@ def test_the_head_has_a_decay_of_its_own():
 
 
 def test_muon_leaves_the_head_to_adamw():
-    task = Task("sigmoid")
+    task = Task("sigmoid", TOWER)
     model = task.build_model()
     optimizer, _ = build_optimizer(model, OptimConfig("muon"), task)
     fallback = {
