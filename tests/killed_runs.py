@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from classify_cases import classify_flags, write_labelled
 from launch import Launch, launch, run_to_end, torchrun
+from masked_cases import masked_flags
 from tiny_run import tiny_flags, write_tiny_data
 
 RANKS, WORKERS = 2, 2
@@ -30,17 +32,42 @@ _MOMENTS = (
 )  # fmt: skip
 
 
-def write_run(root: Path, *, train: int, steps: int) -> list[str]:
+def write_run(root: Path, *, train: int, steps: int, task: str = "contrastive") -> list[str]:
     """Writes what a tiny run needs.
 
     Args:
         root: Where shards and tokenizer go.
-        train: Pairs in the shards; two ranks see about 24 in a step.
+        train: Samples in the shards; two ranks see 10 to 24 in a step.
         steps: Of the run.
+        task: Kind of the task.
 
     Returns:
         Flags of ``python -m train``, to which that of the run directory is to be added.
     """
+    options: dict[str, object] = {
+        "data__workers": WORKERS,
+        "data__drop__kind": "beta",
+        "data__drop__rate": 0.3,
+        "ema__decay": 0.9,
+        "checkpoint__every_steps": 3,
+        "checkpoint__keep": 2,
+        "log__samples": True,
+        "eval__workers": 0,
+    }
+    if task != "contrastive":
+        write_labelled(root / "train", train, shards=16)
+        write_labelled(root / "held_out", 24, shards=1)
+        options |= {
+            "data__augment": '{"min_area": 0.3, "flip": 0.5, "hue": 0.1}',
+            # Without it an image has a single patch, and a masked one is skipped, not handed out.
+            "data__resolution__upscale": True,
+            "data__validation": root / "held_out",
+            "eval__validation__every_steps": EVALUATED,
+        }
+        if task == "classify":
+            options["data__augment"] = '{"min_area": 0.3, "mixup": 0.5, "cutmix": 1}'
+        flags_of = {"classify": classify_flags, "masked_image": masked_flags}[task]
+        return flags_of(root / "train", root / "unused", steps, **options)
     write_tiny_data(root, train=train, shard_size=train // 16)
     held_out = root / "shapes/retrieval"
     evaluator = {
@@ -53,15 +80,8 @@ def write_run(root: Path, *, train: int, steps: int) -> list[str]:
         root,
         root / "unused",
         steps,
-        data__workers=WORKERS,
-        data__drop__kind="beta",
-        data__drop__rate=0.3,
-        ema__decay=0.9,
-        checkpoint__every_steps=3,
-        checkpoint__keep=2,
-        log__samples=True,
         eval__evaluators=json.dumps({"shapes": evaluator}),
-        eval__workers=0,
+        **options,
     )
 
 
@@ -80,9 +100,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_losses(run_dir: Path) -> list[tuple[float, ...]]:
     """What must not depend on how often a run was restarted, for each step."""
-    names = ("step", "loss", "grad_norm", "lr", "logit_scale", "examples")
+    names = ("step", "loss", "grad_norm", "lr", "logit_scale", "accuracy", "examples")
     lines = [line for line in read_metrics(run_dir) if "loss" in line]  # others are evaluations
-    return [tuple(line[name] for name in names) for line in lines]
+    return [tuple(line[name] for name in names if name in line) for line in lines]
 
 
 def last_step(run_dir: Path) -> int:

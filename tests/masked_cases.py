@@ -1,6 +1,7 @@
-"""A small masked image model and its loss one image at a time, in loops."""
+"""A small masked image model, flags of a run, and the loss one image at a time, in loops."""
 
 import torch
+from classify_cases import classify_flags
 from packed_examples import randomise
 
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -47,6 +48,20 @@ def computed_whole(model, image, kept, whole):
     prefix = tower._prefix()
     x_TC = torch.stack([*prefix, *tokens])
     return tower.encoder(x_TC, Segments.from_lengths([len(x_TC)]))[len(prefix) :]
+
+
+def masked_flags(data, run_dir, steps=4, **changes):
+    """Flags of ``navit-clip train`` for a run of a second, on labelled shards or others."""
+    options = {
+        "task__kind": "masked_image",
+        "task__model__decoder__width": 16,
+        "task__model__decoder__depth": 1,
+        "task__model__decoder__heads": 2,
+        "data__drop__kind": "fixed",
+        "data__drop__rate": 0.6,
+        "data__budget__tokens": '{"image": 40, "decoder": 80}',
+    }
+    return classify_flags(data, run_dir, steps, **options | changes)
 
 
 def one_by_one(model, images, visible):

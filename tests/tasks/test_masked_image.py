@@ -12,6 +12,7 @@ from classify_cases import ALONE, classify_flags, write_labelled
 from distributed import run_ranks
 from eval_cases import write_classes
 from masked_cases import build, one_by_one
+from masked_cases import masked_flags as flags
 from packed_examples import random_image
 from shard_factory import encode, photo, write_shard
 from tiny_run import run
@@ -167,19 +168,6 @@ def test_flops_are_those_of_tower_and_decoder(decoder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_labelled(tmp_path_factory.mktemp("images"))
-
-
-def flags(data, run_dir, steps=4, **changes):
-    options = {
-        "task__kind": "masked_image",
-        "task__model__decoder__width": 16,
-        "task__model__decoder__depth": 1,
-        "task__model__decoder__heads": 2,
-        "data__drop__kind": "fixed",
-        "data__drop__rate": 0.6,
-        "data__budget__tokens": '{"image": 40, "decoder": 80}',
-    }
-    return classify_flags(data, run_dir, steps, **options | changes)
 
 
 def metrics(run_dir):

@@ -122,9 +122,9 @@ def test_a_rank_that_fails_waits_for_no_thread(ranks, thread_s, error):
     assert f"{error}: the reason" in result.stderr
 
 
-def run_undisturbed(root, train, steps):
+def run_undisturbed(root, train, steps, task="contrastive"):
     """Flags of a run, and the directory of an undisturbed one."""
-    flags = write_run(root, train=train, steps=steps)
+    flags = write_run(root, train=train, steps=steps, task=task)
     run_to_end(two_ranks([*flags, "--run_dir", str(root / "whole")]), root / "whole.txt")
     return flags, root / "whole"
 
@@ -232,12 +232,15 @@ def test_a_host_that_dies_and_comes_back(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("task", "train"), [("contrastive", 768), ("classify", 240), ("masked_image", 240)]
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
-    tmp_path, pytestconfig
+    tmp_path, pytestconfig, task, train
 ):
     kills = pytestconfig.getoption("--kills")
     steps = 50 + 6 * kills
-    flags, whole = run_undisturbed(tmp_path, train=768, steps=steps)
+    flags, whole = run_undisturbed(tmp_path, train, steps, task)
     hits = run_killed(flags, tmp_path / "killed", kills, steps)
     assert len(hits) == kills
     assert len(read_losses(whole)) == steps
