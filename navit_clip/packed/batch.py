@@ -54,6 +54,11 @@ class BatchCounts:
     skipped: Counter[str] = field(default_factory=Counter)
     skip_log: tuple[str, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all streams."""
+        return sum(stream.tokens for stream in self.streams.values())
+
 
 @dataclass(frozen=True)
 class Batch(Movable, Generic[AnyInputs]):

@@ -71,6 +71,14 @@ class PackedImages(Movable):
         """P, side of a patch in pixels."""
         return math.isqrt(self.patches.shape[1] // 3)
 
+    def image(self, index: int) -> ImagePatches:
+        """The caller's image of this index again, without its targets; waits for the device."""
+        segment = int(self.order[index])
+        begin, end = self.segments.offsets[segment : segment + 2].tolist()
+        rows, columns = self.grids[segment].tolist()
+        patches, coords = self.patches[begin:end].cpu(), self.coords[begin:end].cpu()
+        return ImagePatches(patches.numpy(), coords.numpy(), (rows, columns))
+
 
 def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) -> PackedImages:
     """Lays the patches of many images end to end.

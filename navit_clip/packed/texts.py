@@ -27,6 +27,13 @@ class PackedTexts(Movable):
     segments: Segments
     order: Tensor
 
+    def caption(self, index: int) -> list[int]:
+        """Token ids of the caller's caption of this index; waits for the device."""
+        segment = int(self.order[index])
+        begin, end = self.segments.offsets[segment : segment + 2].tolist()
+        ids: list[int] = self.token_ids[begin:end].tolist()
+        return ids
+
 
 def pack_texts(token_ids: Sequence[Sequence[int]], *, budget: int | None = None) -> PackedTexts:
     """Lays the tokens of many captions end to end, sorted as in `pack_images`.

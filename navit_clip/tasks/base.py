@@ -22,8 +22,9 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import Model
-from navit_clip.packed.batch import Inputs
+from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.precision import Precision
+from navit_clip.tasks.media import Drawing, Media
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -108,6 +109,22 @@ class Task(ABC):
         The ranks tell each other before the forward pass, from inputs that are still on the host. A
         task that couples examples counts examples.
         """
+
+    def drawing(self, batch: Batch[Any], tokenizer: Tokenizer | None) -> Drawing | None:
+        """A picture of one batch on the host, None of a task that draws none."""
+        return None
+
+    def examples(
+        self, inputs: Inputs, outputs: Sequence[Tensor], tokenizer: Tokenizer | None
+    ) -> Mapping[str, Media]:
+        """Histograms and examples of a batch after its step, by a name that says what is shown.
+
+        Args:
+            inputs: Of one micro-batch, on the device.
+            outputs: The tensors that the model returned for it, and for others behind it.
+            tokenizer: Of the run.
+        """
+        return {}
 
     def after_step(self, model: nn.Module) -> None:  # noqa: B027  most tasks have nothing to do
         """Called after each step, to keep parameters within their limits.

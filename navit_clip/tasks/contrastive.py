@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from navit_clip.architectures import architecture
 from navit_clip.configs import check_choices
@@ -21,9 +21,11 @@ from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_cont
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
-from navit_clip.packed.batch import Inputs
+from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.tasks.base import Loss
 from navit_clip.tasks.caption_report import report_captions
+from navit_clip.tasks.confusions import hard_pairs
+from navit_clip.tasks.draw_batch import draw_batch, pairs_of
 from navit_clip.tasks.images import (
     ImageTask,
     ImageTaskConfig,
@@ -33,8 +35,11 @@ from navit_clip.tasks.images import (
     take_weights,
 )
 from navit_clip.tasks.locking import LockConfig, lock_towers
+from navit_clip.tasks.media import Drawing, Media, webp
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
+
+_MOST_SIDE = 1460  # pixels of the drawing of a batch
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,20 @@ class ContrastiveTask(ImageTask):
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
                 total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
         return Loss(total, {"logit_scale": outputs.logit_scale.detach()})
+
+    def drawing(self, batch: Batch[Any], tokenizer: Tokenizer | None) -> Drawing | None:
+        """The packed batch patch by patch, with its captions."""
+        pairs = pairs_of(batch, tokenizer.decode if tokenizer else lambda ids: "")
+        return Drawing(webp(draw_batch(batch.counts, pairs, "the training"), _MOST_SIDE))
+
+    def examples(
+        self, inputs: Inputs, outputs: Sequence[Tensor], tokenizer: Tokenizer | None
+    ) -> Mapping[str, Media]:
+        """Also margins of the logits and the pairs that are confused most."""
+        assert isinstance(inputs, PairInputs)
+        image_ED, text_ED, scale, *_ = outputs
+        hard = hard_pairs(inputs, (image_ED, text_ED, scale), tokenizer)
+        return {**super().examples(inputs, outputs, tokenizer), **hard}
 
     def after_step(self, model: nn.Module) -> None:
         """Keeps the logit scale within its maximum."""

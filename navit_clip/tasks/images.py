@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,11 @@ from navit_clip.export.description import Description
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel, build_model
 from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.packed.batch import Inputs
+from navit_clip.packed.images import PackedImages
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Task, TaskConfig
+from navit_clip.tasks.media import Histogram, Media
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
@@ -167,6 +171,18 @@ class ImageTask(Task):
         if weights is not None:
             model.load_state_dict(dict(weights), assign=True)
         return model.eval()
+
+    def examples(
+        self, inputs: Inputs, outputs: Sequence[Tensor], tokenizer: Tokenizer | None
+    ) -> Mapping[str, Media]:
+        """Tokens and aspect ratios (long side over short side, in patches) of the images."""
+        images: PackedImages = cast(Any, inputs).images
+        count = images.segments.num_examples
+        grids = images.grids[:count].cpu().numpy()
+        return {
+            "tokens_per_image": Histogram(np.array(images.segments.lengths[:count])),
+            "aspect_ratio": Histogram(grids.max(1) / grids.min(1)),
+        }
 
     def write_card(self, directory: Path, run_dir: Path) -> None:
         """Writes the model card of an export."""

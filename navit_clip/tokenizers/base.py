@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +51,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str, context_length: int) -> list[int]:
         """Ids of one caption, at most `context_length`, the last one marking its end."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """What is known of a caption by its ids, for people; empty if nothing is."""
+        return ""
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +60,13 @@ class OpenClipTokenizer(Tokenizer):
         end = tokenizer.eot_token_id
         ids = ids[: context_length - 1]
         return [*(ids[: ids.index(end)] if end in ids else ids), end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words without the special tokens."""
+        tokenizer = self._tokenizer
+        special = tokenizer.sot_token_id, tokenizer.eot_token_id
+        text: str = tokenizer.decode([int(i) for i in ids if i not in special])
+        return text.strip()
 
     def _encode_word(self, word: str) -> list[int]:
         """Ids of one word, cached."""

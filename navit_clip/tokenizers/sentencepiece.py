@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from navit_clip.errors import UserError
@@ -49,6 +50,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, context_length: int) -> list[int]:
         """Pieces of the caption, cut to leave room for the end piece."""
         return [*self._processor.encode(text)[: context_length - 1], self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that the pieces spell."""
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
 
     def id_of(self, token: str) -> int | None:
         """Id of a piece, None if there is no such piece."""

@@ -9,6 +9,7 @@ part of the input here and not the packer's. Ids are those of open_clip's `HFTok
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,10 @@ class SiglipTokenizer(Tokenizer):
         ids = self._vocabulary.encode(text, context_length)
         return ids + [self.pad_id] * (context_length - len(ids))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The cleaned caption without end and padding."""
+        return self._vocabulary.decode([int(i) for i in ids if i != self.pad_id])
+
 
 def _canonical(text: str) -> str:
     # Imported on first use: open_clip takes seconds.
@@ -116,6 +121,10 @@ class _Json:
 
     def encode(self, text: str, context_length: int) -> list[int]:
         return [*self._tokenizer.encode(text).ids[:-1][: context_length - 1], self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids)
+        return text
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)

@@ -29,9 +29,9 @@ from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.packed.images import ImagePatches
+from navit_clip.tasks.draw_batch import draw_batch, draw_on_grid, pairs_of
 from navit_clip.tools.inspect.__main__ import main
 from navit_clip.tools.inspect.describe import packing_to_json
-from navit_clip.tools.inspect.draw_batch import draw_batch, draw_on_grid
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
 from navit_clip.tools.inspect.statistics import collect_statistics
 
@@ -233,6 +233,15 @@ def test_captions_of_drawn_pairs_are_those_that_were_tokenised(tmp_path, pipelin
         encoded = build.tokenizer.encode(pair.text, build.context_length)
         assert encoded == ids[pair.segments["text"]]
     assert len({pair.text for pair in packing.samples}) > 2
+    # A packed batch alone tells the same, the captions as the tokenizer spells them.
+    batch = next(load_batches(build, data.config, build.seed))
+    again = pairs_of(batch, build.tokenizer.decode)
+    for known, found in zip(packing.samples, again, strict=True):
+        assert np.array_equal(found.image.patches, known.image.patches)
+        assert np.array_equal(found.image.coords, known.image.coords)
+        assert found.image.grid == known.image.grid
+        assert known.text.startswith(found.text)
+        assert found[3:] == known[3:]
 
 
 def test_packing_of_a_config(tmp_path, config, capsys):
@@ -338,9 +347,7 @@ def test_picture_of_every_kind_of_batch(tmp_path, pipeline, fields):
     shard = write_shard(tmp_path / "0.tar", {"long": long, "a": sample(0), "b": sample(1)})
     data = pipeline([shard], **fields)
     packing = measure_packing(data.mixture, data.build, data.config, data.build.seed, 3)
-    draw_batch(packing, "a test", tmp_path / "out.png")
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.height < 3000
+    assert draw_batch(packing.batches[0], packing.samples, "a test").height < 3000
 
 
 def test_kept_patches_are_drawn_where_they_were():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -14,8 +15,8 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.files import write_output
 from navit_clip.recipes import find_recipe
+from navit_clip.tasks.draw_batch import draw_batch
 from navit_clip.tools.inspect.describe import to_json, to_text
-from navit_clip.tools.inspect.draw_batch import draw_batch
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
 from navit_clip.tools.inspect.settings import read_settings
 from navit_clip.tools.inspect.statistics import collect_statistics
@@ -75,7 +76,10 @@ def _inspect(args: argparse.Namespace) -> int:
         write_output(args.output, report, f"--output {args.output}")
     if args.picture and packing:
         title = config.name if config else "the default settings"
-        draw_batch(packing, title, args.picture)
+        file = io.BytesIO()
+        picture = draw_batch(packing.batches[0], packing.samples, title)
+        picture.save(file, format="PNG", optimize=True)
+        write_output(args.picture, file.getvalue(), f"--picture {args.picture}")
         print(f"\ndrew {args.picture}")
     elif args.picture:
         raise UserError("no usable sample: nothing to draw")

@@ -22,26 +22,9 @@ from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import BatchCounts, Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.packed.texts import PackedTexts
+from navit_clip.tasks.draw_batch import DrawnSample
 
 MAX_BATCHES = 32  # enough for means; a whole epoch would decode everything twice
-
-
-class DrawnSample(NamedTuple):
-    """One sample of a batch.
-
-    Attributes:
-        id: ``shard/key``.
-        image: Kept patches and the grid.
-        text: The caption that was tokenised, or names of classes.
-        tokens: Number of its tokens in each packed stream.
-        segments: Number of its segment in each packed stream.
-    """
-
-    id: str
-    image: ImagePatches
-    text: str
-    tokens: dict[str, int]
-    segments: dict[str, int]
 
 
 class PackingEfficiency(NamedTuple):

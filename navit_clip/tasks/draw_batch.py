@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.evaluation.gallery import wrap_text
-from navit_clip.files import write_output
+from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches
-from navit_clip.tools.inspect.packing_efficiency import DrawnSample, PackingEfficiency
 
 _COLOURS = ("#1f6feb", "#1a7f37", "#bc4c00", "#8250df", "#bf3989", "#9a6700")
 _WIDTH, _MARGIN = 1460, 30
@@ -32,25 +31,56 @@ _BLANK, _GRID = 246, "#d0d7de"  # a dropped patch is an empty cell, unlike any g
 _OTHERS = ("#d0d7de", "#e6eaef")  # segments of other samples, alternating
 
 
-def draw_batch(packing: PackingEfficiency, title: str, output: Path) -> None:
-    """Draws the first batch.
+class DrawnSample(NamedTuple):
+    """One sample of a batch.
+
+    Attributes:
+        id: ``shard/key``.
+        image: Kept patches and the grid.
+        text: The caption that was tokenised, or names of classes.
+        tokens: Number of its tokens in each packed stream.
+        segments: Number of its segment in each packed stream.
+    """
+
+    id: str
+    image: ImagePatches
+    text: str
+    tokens: dict[str, int]
+    segments: dict[str, int]
+
+
+def pairs_of(
+    batch: Batch[PairInputs], caption: Callable[[Sequence[int]], str]
+) -> list[DrawnSample]:
+    """The pairs of a packed batch on the host, in the order of the image stream.
+
+    `caption` makes text of token ids again.
+    """
+    inputs = batch.inputs
+    streams: dict[str, Any] = {"image": inputs.images, "text": inputs.texts}
+    pairs = []
+    for i, name in enumerate(batch.ids):
+        segments = {stream: int(packed.order[i]) for stream, packed in streams.items()}
+        tokens = {own: streams[own].segments.lengths[at] for own, at in segments.items()}
+        text = caption(inputs.texts.caption(i))
+        pairs.append(DrawnSample(name, inputs.images.image(i), text, tokens, segments))
+    return sorted(pairs, key=lambda pair: pair.segments["image"])
+
+
+def draw_batch(batch: BatchCounts, samples: Sequence[DrawnSample], title: str) -> Image.Image:
+    """Draws a batch.
 
     Args:
-        packing: See `measure_packing`.
-        title: What the batch was made of.
-        output: PNG file to write.
-
-    Raises:
-        UserError: If the file cannot be written.
+        batch: Its counts.
+        samples: Its samples, in the order of the image stream.
+        title: What it was made of.
     """
-    shown = _choose(packing.samples)
+    shown = _choose(samples)
     canvas = Image.new("RGB", (_WIDTH, 4000), _PAPER)
-    y = _draw_head(canvas, packing, title, shown)
+    y = _draw_head(canvas, batch, samples, title, shown)
     y = _draw_gallery(canvas, shown, y)
     y = _draw_patches(canvas, shown, y)
-    file = io.BytesIO()
-    canvas.crop((0, 0, _WIDTH, y + _MARGIN)).save(file, format="PNG", optimize=True)
-    write_output(output, file.getvalue(), f"--picture {output}")
+    return canvas.crop((0, 0, _WIDTH, y + _MARGIN))
 
 
 def _choose(samples: Sequence[DrawnSample]) -> list[DrawnSample]:
@@ -82,9 +112,12 @@ def _write(
 
 
 def _draw_head(
-    canvas: Image.Image, packing: PackingEfficiency, title: str, shown: Sequence[DrawnSample]
+    canvas: Image.Image,
+    batch: BatchCounts,
+    samples: Sequence[DrawnSample],
+    title: str,
+    shown: Sequence[DrawnSample],
 ) -> int:
-    batch = packing.batches[0]
     what = "pairs" if "text" in batch.streams else "images"
     _write(canvas, (_MARGIN, 22), f"One packed batch of {title}: {batch.examples:,} {what}", 26)
     y = 62
@@ -103,7 +136,7 @@ def _draw_head(
             line += f" ({dropped:,} of {counts.tokens_before_drop:,} patches were dropped)"
         _write(canvas, (_MARGIN, y), line, 17)
         numbers = {sample.segments[name]: number for number, sample in enumerate(shown)}
-        in_order = sorted(packing.samples, key=lambda sample: sample.segments[name])
+        in_order = sorted(samples, key=lambda sample: sample.segments[name])
         lengths = [sample.tokens[name] for sample in in_order]
         _draw_bar(canvas, y + 26, lengths, counts.budget, numbers)
         y += 26 + _BAR + 16
