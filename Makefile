@@ -32,6 +32,7 @@ demo: $(INSTALLED)
 		--captions $(SHAPES)/retrieval/captions.json $(SETTINGS) \
 		--output $(DEMO)/eval/retrieval.json --report $(DEMO)/eval/retrieval.html \
 		--gallery $(DEMO)/eval/gallery.png
+	$(BIN)/navit-clip report $(DEMO)
 	@echo
 	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 

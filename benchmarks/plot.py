@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import RESULTS, read_results
 from navit_clip.errors import UserError, one_line_errors
-from navit_clip.evaluation.report.charts import save_figure
+from navit_clip.evaluation.report.drawing import save_figure
 
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
 DRAWN = ("step", "towers", "sweep")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from navit_clip.errors import UserError
-from navit_clip.evaluation.report.charts import COLOURS, save_figure
+from navit_clip.evaluation.report.drawing import COLOURS, save_figure
 from navit_clip.evaluation.results import BREAKDOWNS
 from navit_clip.files import write_output
 from studies.compare import DRAWS, Curves, Estimate, Result, by_group, by_setting, last

@@ -43,9 +43,9 @@ def check_changes(
     if length.samples is not None and not seen:
         raise UserError(f"{before.parent} does not tell how many samples were seen: give steps")
     with reading(before, yaml.YAMLError):
-        old = _flat(yaml.safe_load(before.read_text()))
+        old = flat(yaml.safe_load(before.read_text()))
     old.setdefault("optim.name", ADAMW)  # of runs begun before there were others
-    new = _flat(yaml.safe_load(resolved))
+    new = flat(yaml.safe_load(resolved))
     changes = {}
     for name in dict.fromkeys([*old, *new]):
         there, here = old.get(name, _UNSET), new.get(name, _UNSET)
@@ -77,11 +77,7 @@ def keep_config(run_dir: Path, resolved: str, start: int) -> None:
         UserError: If the disk does not take it.
     """
     folder, where = run_dir / "configs", f"run_dir {run_dir}"
-    kept = {
-        int(match[1]): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _NAME.match(path.name))
-    }
+    kept = kept_configs(run_dir)
     for step, path in kept.items():
         if step > start:
             path.unlink(missing_ok=True)
@@ -91,8 +87,18 @@ def keep_config(run_dir: Path, resolved: str, start: int) -> None:
     write_output(run_dir / "config.yaml", resolved, where)
 
 
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted names."""
+def kept_configs(run_dir: Path) -> dict[int, Path]:
+    """Files of a run's configurations by the step from which on each holds."""
+    folder = run_dir / "configs"
+    return {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _NAME.match(path.name))
+    }
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Values of a configuration by dotted names."""
     if not isinstance(values, dict) or not values:
         return {name: values}
     return dict(_parts(values, name))
@@ -100,4 +106,4 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
 
 def _parts(values: dict[Any, Any], name: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        yield from _flat(value, f"{name}.{key}" if name else str(key)).items()
+        yield from flat(value, f"{name}.{key}" if name else str(key)).items()

@@ -8,7 +8,6 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from html_page import EVIL, Page
 from PIL import Image
 from report_cases import KINDS, SETTINGS, make_result, metrics_of
 from shard_factory import encode, photo, write_shard
@@ -33,9 +33,6 @@ from navit_clip.evaluation.report.samples import ReportSamples, _evenly, retriev
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.evaluation.summary import table
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
-
-EVIL = '<script>alert("1")</script> & </style> {{ 7 * 7 }} "\'>'
-
 
 # Samples
 
@@ -254,45 +251,6 @@ def test_samples_are_evenly_spaced(count, most):
 
 
 # The page
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order and that nothing is fetched or run."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.words: list[str] = []
-        self.style = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        if tag not in self.VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            assert not name.startswith("on")
-            assert name not in ("href", "srcset", "action")
-            if name == "src":
-                assert value.startswith("data:image/webp;base64,")
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "style":
-            self.style += data
-        elif data.strip():
-            self.words.append(data.strip())
 
 
 def evil_everywhere(value, name=""):

@@ -8,9 +8,7 @@ squares apart from them.
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path as LinePath
 from matplotlib.text import Annotation
@@ -30,8 +26,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from navit_clip.evaluation.calibration import Bin
+from navit_clip.evaluation.report.drawing import (
+    COLOURS,
+    INK,
+    PAPER,
+    SOFT,
+    STYLE,
+    TOOLTIP,
+    look_of,
+    new_figure,
+    save_figure,
+    to_svg,
+)
 from navit_clip.evaluation.results import EvalResult, Metric, Row, shorten
-from navit_clip.files import write_output
 
 Cost = Callable[[Row], float]  # 0 if not known
 
@@ -39,18 +46,6 @@ COSTS: tuple[tuple[str, Cost], ...] = (
     ("mean tokens per image", lambda row: row.mean_tokens),
     ("GFLOPs per image", lambda row: row.gflops or 0.0),
 )
-# Of models, before they repeat; as in the style sheet of the page.
-COLOURS = ("#2563eb", "#c2570c", "#0f8a6a", "#9333a8", "#6b7280")
-_MARKERS = ("o", "s", "^", "D", "v")
-_INK, _SOFT, _GRID, _PAPER = "#1f2328", "#5b6470", "#dfe3e8", "#ffffff"
-# In the page the colours are those of the reader's light or dark scheme.
-_VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
-    _INK: "var(--ink)",
-    _SOFT: "var(--soft)",
-    _GRID: "var(--rule)",
-    _PAPER: "var(--paper)",
-}
-_TOOLTIP = "tooltip: "  # begins the identifier of what the page shows a text for
 _LOG_FROM = 3.0  # ratio of largest to smallest from which a cost axis is logarithmic
 # Places of a label beside its point: offset in points of 1/72 inch, and how text aligns.
 _SIDES = (
@@ -61,31 +56,12 @@ _SIDES = (
 )
 _DASHES = ("-", "--")  # of the first headline metric and the second
 _RING: dict[str, Any] = {
-    "color": _INK,
+    "color": INK,
     "marker": "o",
     "mfc": "none",
     "ms": 10,
     "mew": 0.9,
     "clip_on": False,
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the font of the page
-    "svg.hashsalt": "navit-clip",  # the same chart is the same file
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _SOFT,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _SOFT,
-    "ytick.labelcolor": _SOFT,
-    "text.color": _INK,
-    "font.size": 8.0,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5.0,
 }
 
 
@@ -139,8 +115,8 @@ def draw_curve(path: Path, result: EvalResult) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    with rc_context({**_STYLE, "font.size": 10}):
-        figure = _figure(10, 4.6, dpi=150)
+    with rc_context({**STYLE, "font.size": 10}):
+        figure = new_figure(10, 4.6, dpi=150)
         panels = [
             (axes, lines_of(result, cost))
             for axes, (_, cost) in zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True)
@@ -150,11 +126,11 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         title = f"{result.heading} · {result.data}".removesuffix(" · ")
         figure.suptitle(shorten(title, 110), size=11)
         handles = [
-            Line2D([], [], label=shorten(name, 48), lw=2, **_look(series))
+            Line2D([], [], label=shorten(name, 48), lw=2, **look_of(series))
             for series, name in result.models.items()
         ]
         for dashed, metric in enumerate(result.headline.values()):
-            handles.append(Line2D([], [], label=metric.name, color=_INK, ls=_DASHES[dashed]))
+            handles.append(Line2D([], [], label=metric.name, color=INK, ls=_DASHES[dashed]))
         handles.append(Line2D([], [], label="own setting", ls="none", **_RING))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                       frameon=False, fontsize=9)  # fmt: skip
@@ -164,31 +140,20 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a picture as PNG, atomically; folders are made.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    write_output(path, file.getvalue())
-
-
 def curve_svgs(result: EvalResult) -> list[Markup]:
     """The panels of `draw_curve` for the page; only those whose costs are known."""
     charts = []
     for name, cost in COSTS:
         lines = lines_of(result, cost)
         if lines:
-            with rc_context(_STYLE):
-                figure = _figure(4.4, 2.8)
+            with rc_context(STYLE):
+                figure = new_figure(4.4, 2.8)
                 axes = figure.subplots()
                 _draw_panel(axes, lines, name)
                 figure.canvas.draw()
                 _label_settings(axes, lines)
                 metrics = " and ".join(dict.fromkeys(line.metric.name for line in lines))
-                charts.append(_to_svg(figure, f"{metrics} by {name}"))
+                charts.append(to_svg(figure, f"{metrics} by {name}"))
     return charts
 
 
@@ -199,29 +164,23 @@ def reliability_svg(bins: Sequence[Bin]) -> Markup:
         bins: Those that are not empty; a dot's area grows with the images in it.
     """
     most = max(one.images for one in bins)
-    with rc_context(_STYLE):
-        figure = _figure(4.4, 2.8)
+    with rc_context(STYLE):
+        figure = new_figure(4.4, 2.8)
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=_SOFT, ls="--", lw=1)
+        axes.plot([0, 1], [0, 1], color=SOFT, ls="--", lw=1)
         axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], color=COLOURS[0])
         for one in bins:
             text = (
                 f"{one.images:,} images: confidence {one.confidence:.1%}, right {one.accuracy:.1%}"
             )
             size = 3 + 10 * (one.images / most) ** 0.5
-            axes.plot(one.confidence, one.accuracy, "o", ms=size, gid=_TOOLTIP + text, alpha=0.75,
+            axes.plot(one.confidence, one.accuracy, "o", ms=size, gid=TOOLTIP + text, alpha=0.75,
                       color=COLOURS[0], mew=0, clip_on=False)  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (across) and accuracy (up)")
         axes.set(xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.5, 1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        return _to_svg(figure, "Accuracy by confidence")
-
-
-def _figure(width: float, height: float, dpi: int = 72) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+        return to_svg(figure, "Accuracy by confidence")
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], name: str) -> None:
@@ -232,14 +191,14 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], name: str) -> None:
         axes.set_xticks([])
         return
     for line in lines:
-        look = _look(line.series)
+        look = look_of(line.series)
         axes.plot(*zip(*line.points, strict=True), color=look["color"], ls=_DASHES[line.dashed])
         if line.dashed:
-            look["mfc"] = _PAPER
+            look["mfc"] = PAPER
         for row, (x, y) in zip(line.rows, line.points, strict=True):
             value = f"{line.metric.name} {line.metric.format(y)}"
             text = f"{row.model} at {row.setting.label}: {value}, {x:,.4g} {name}"
-            axes.plot(x, y, gid=_TOOLTIP + text, **look)
+            axes.plot(x, y, gid=TOOLTIP + text, **look)
             if row.is_own:
                 axes.plot(x, y, **_RING)
     costs, values = zip(*(point for line in lines for point in line.points), strict=True)
@@ -295,7 +254,7 @@ def _label_settings(axes: Axes, lines: Sequence[Line]) -> None:
             for x, y, ha, va in _SIDES:
                 label = axes.annotate(
                     row.setting.label, point, (x, y), textcoords="offset points", ha=ha, va=va,
-                    color=_look(line.series)["color"], annotation_clip=False,
+                    color=look_of(line.series)["color"], annotation_clip=False,
                 )  # fmt: skip
                 box = label.get_window_extent()
                 if (
@@ -312,29 +271,3 @@ def _label_settings(axes: Axes, lines: Sequence[Line]) -> None:
             taken += [box for _, _, box in found[:1]]
             for _, label, _ in found[1:]:
                 label.remove()
-
-
-def _to_svg(figure: Figure, title: str) -> Markup:
-    """The figure as an element of the page: its colours and font, and no identifiers but links'."""
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg, count=1)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(rf'<g id="{_TOOLTIP}([^"]*)">', r"<g><title>\1</title>", svg)
-    # Identifiers of groups would be ambiguous in a page of several charts.
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    # In the font of the page; which of the two forms it is depends on matplotlib's version.
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    label = f'<svg role="img" aria-label="{escape(title)}" '
-    return Markup(svg.strip().replace("<svg ", label, 1))
-
-
-def _look(series: int) -> dict[str, Any]:
-    colour, marker = COLOURS[series % len(COLOURS)], _MARKERS[series % len(_MARKERS)]
-    return {"color": colour, "marker": marker, "clip_on": False}

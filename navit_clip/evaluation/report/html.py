@@ -10,7 +10,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from navit_clip.evaluation.report.charts import COLOURS, curve_svgs, reliability_svg
+from navit_clip.evaluation.report.charts import curve_svgs, reliability_svg
+from navit_clip.evaluation.report.drawing import COLOURS
 from navit_clip.evaluation.report.samples import ReportSamples
 from navit_clip.evaluation.results import BREAKDOWNS, EvalResult, Group, Metric, Row, percent
 from navit_clip.files import write_output
@@ -32,14 +33,7 @@ def write_report(
     Raises:
         UserError: If the file cannot be written.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
+    environment = page_environment()
     metrics = result.measured
     groups = Counter(metric.group for metric in metrics.values() if metric.group)
     page = environment.get_template("page.html").render(
@@ -51,11 +45,24 @@ def write_report(
         reliability=reliability_svg(samples.calibration) if samples.calibration else None,
         breakdowns=_breakdowns(result),
         worst=sorted(result.own.per_class.items(), key=lambda item: (item[1], item[0])),
-        colours=len(COLOURS),
         command=command,
-        versions=_versions(),
+        versions=versions(),
     )
     write_output(path, page)
+
+
+def page_environment(*folders: Path) -> Environment:
+    """Templates of these folders, and the style sheet and template of this one."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    environment.globals["colours"] = len(COLOURS)
+    return environment
 
 
 def _breakdowns(
@@ -81,9 +88,10 @@ def _breakdowns(
     return tables
 
 
-def _versions() -> str:
-    versions = [f"Python {platform.python_version()}"]
+def versions() -> str:
+    """Of what a page was made with."""
+    found = [f"Python {platform.python_version()}"]
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            versions.append(f"{package} {version(package)}")
-    return ", ".join(versions)
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
