@@ -14,6 +14,8 @@ usage: {prog} COMMAND …
 
   train                 train a model, alone or under torchrun
   eval                  zero-shot classification, retrieval, tables of results
+  report                one page of a run, or of several side by side
+  dashboard             a workspace on wandb for a project's runs
   embed                 images or texts to a file of vectors
   data make_shards      make webdataset shards of image files, or verify them
   data inspect          look at shards: what training would skip, how full batches would be
@@ -27,6 +29,8 @@ usage: {prog} COMMAND …
 _COMMANDS = {
     "train": "navit_clip.training.__main__",
     "eval": "navit_clip.evaluation.__main__",
+    "report": "navit_clip.training.report.__main__",
+    "dashboard": "navit_clip.training.dashboard",
     "embed": "navit_clip.evaluation.embed_files",
     "data make_shards": "navit_clip.tools.make_shards.__main__",
     "data inspect": "navit_clip.tools.inspect.__main__",

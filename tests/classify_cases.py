@@ -63,6 +63,7 @@ def classify_flags(data: Path, run_dir: Path, steps: int = 4, **overrides: objec
         "optim.schedule.kind": "constant",
         "checkpoint.every_steps": 2,
         "log.every_steps": 1,
+        "log.media_every_steps": 0,
         "device": "cpu",
     }
     options.update({name.replace("__", "."): value for name, value in overrides.items()})

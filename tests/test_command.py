@@ -57,7 +57,7 @@ def test_version(capsys):
         ("tarin", "did you mean train?"),
         ("make-shards", "did you mean data make_shards?"),
         ("data inspct", "did you mean data inspect?"),
-        ("xyz", "there are train, eval, embed, data make_shards"),
+        ("xyz", "there are train, eval, report, dashboard, embed"),
     ],
 )
 def test_an_unknown_command_is_one_line(capsys, typed, advice):

@@ -72,6 +72,7 @@ def tiny_flags(root: Path, run_dir: Path, steps: int, **overrides: object) -> li
         "data.budget.max_examples": 32,
         "optim.schedule.warmup_steps": 2,
         "log.every_steps": 1,
+        "log.media_every_steps": 0,
         "device": "cpu",
     }
     for tower in ("image", "text"):

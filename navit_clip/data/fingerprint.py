@@ -23,6 +23,7 @@ from navit_clip.data.command import CommandStream
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.patterns import COMMAND, is_url
 from navit_clip.data.shards import MANIFEST
+from navit_clip.files import reading
 
 _HEAD, _TAIL = 4096, 32768  # a tar ends with up to 20 blocks of zeros, so many say nothing
 _LOCAL, _REMOTE, _COMMANDS = 512, 16, 2
@@ -69,6 +70,18 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int, str]]:
             record = json.loads(line)
             found[record["shard"]] = record["bytes"], record["samples"], record["sha256"]
     return found
+
+
+def compare(path: Path, now: dict[str, Fingerprint]) -> tuple[str | None, dict[str, Fingerprint]]:
+    """What is another than in a checkpoint's file, see `difference`, and all that is known.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    with reading(path, ValueError, TypeError, AttributeError, KeyError):
+        before = json.loads(path.read_text())
+        # What cannot be read today is still compared tomorrow.
+        return difference(before, now), before | now
 
 
 def difference(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> str | None:

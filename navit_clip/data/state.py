@@ -53,6 +53,8 @@ class DataState:
         leftovers: What each of the rank's readers finishes first in each dataset, by the reader's
             number; empty unless the number of readers changed.
         samples: Samples that all ranks have trained on since the run began.
+        tokens: Tokens of all their streams, after token drop.
+        flops: What training on them computed.
         batches: Batches consumed since its readers began.
         readers: State of each of the rank's readers, by number; none before its first batch.
     """
@@ -64,8 +66,25 @@ class DataState:
     images: int = 0
     leftovers: dict[int, list[Leftover]] = field(default_factory=dict)
     samples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
     batches: int = 0
     readers: dict[int, ReaderState] = field(default_factory=dict)
+
+    def count(self, samples: float, tokens: float, flops: float) -> None:
+        """Counts what all ranks trained on in a step."""
+        self.samples += int(samples)
+        self.tokens += int(tokens)
+        self.flops += flops
+
+    @property
+    def seen(self) -> dict[str, float]:
+        """What all ranks have trained on, as it is logged."""
+        return {
+            "samples_seen": self.samples,
+            "tokens_seen": self.tokens,
+            "flops_seen": self.flops,
+        }
 
     def advance(self, batch: Batch[Any]) -> None:
         """Counts a batch as consumed."""
@@ -128,7 +147,7 @@ def open_state(
             )
     if len(saved) == world_size and first.total == state.total:
         return replace(saved[rank])
-    state.samples = first.samples
+    state.samples, state.tokens, state.flops = first.samples, first.tokens, first.flops
     state.images, leftovers = reshard(saved, mixture, seed, state.total)
     own = range(rank * per_rank, (rank + 1) * per_rank)
     state.leftovers = {reader: leftovers[reader] for reader in own}

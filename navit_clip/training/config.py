@@ -39,7 +39,7 @@ from navit_clip.tokenizers.load import TokenizerConfig
 from navit_clip.training.ema import EMAConfig
 from navit_clip.training.evaluation import EvalConfig
 from navit_clip.training.length import RunLength
-from navit_clip.training.metrics import LogConfig
+from navit_clip.training.loggers import LogConfig
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
 

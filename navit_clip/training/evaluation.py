@@ -31,6 +31,7 @@ from navit_clip.evaluation.results import EvalResult
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import write_output
 from navit_clip.tasks.base import ExportedModel, Task
+from navit_clip.tasks.media import Media, nearest_captions
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.step import Stepper
@@ -124,6 +125,7 @@ class Evaluations:
         tokenizer: Of the run.
         ranks: This process among all of them.
         validation: Of the run, if it has one.
+        shows: Whether evaluators give examples too.
 
     Raises:
         UserError: If an evaluator has no data, or a setting or metric asked for does not exist.
@@ -137,8 +139,11 @@ class Evaluations:
         tokenizer: Tokenizer | None,
         ranks: Ranks,
         validation: Validation | None = None,
+        *,
+        shows: bool = False,
     ) -> None:
         self.config, self.ranks, self._validation = config, ranks, validation
+        self._shows = shows
         self._run_dir = run_dir
         self._task, self._tokenizer = task, tokenizer
         self._plans = config.plans()
@@ -178,7 +183,7 @@ class Evaluations:
 
     def run(
         self, names: Sequence[str], step: int, stepper: Stepper, watchdog: Watchdog
-    ) -> Iterator[tuple[dict[str, float], str]]:
+    ) -> Iterator[tuple[dict[str, float], str, dict[str, Media]]]:
         """Evaluates the weights as they are; every rank consumes the whole iterator.
 
         Args:
@@ -189,7 +194,7 @@ class Evaluations:
 
         Yields:
             Of each evaluator, on rank 0 alone: what to log (the step, and ``eval/NAME/METRIC`` of
-            each metric, ``validation/METRIC``), and a line for the terminal.
+            each metric, ``validation/METRIC``), a line for the terminal, and examples by name.
 
         Raises:
             UserError: If data has become unreadable, or the disk takes no result.
@@ -214,7 +219,7 @@ class Evaluations:
                 line = f"step {step}, {VALIDATION} {loss:.4f}, {skipped} skipped"
                 with kept():
                     line += self._offer(logged, step, partial(self._export, weights))
-                yield {"step": step, **logged}, f"{line} ({seconds:.1f} s)"
+                yield {"step": step, **logged}, f"{line} ({seconds:.1f} s)", {}
         evaluators = [name for name in names if name != VALIDATION]
         if not evaluators:
             return
@@ -234,7 +239,10 @@ class Evaluations:
             if result is not None:
                 if evaluator.draws_in_training:
                     evaluator.draw_gallery(self._file(name, step, "png"))
-                yield self._log(name, step, result, trained, since)
+                with kept():
+                    shown = nearest_captions(evaluator.samples()) if self._shows else None
+                examples: dict[str, Media] = {f"nearest-{name}": shown} if shown else {}
+                yield *self._log(name, step, result, trained, since), examples
 
     def _log(
         self, name: str, step: int, result: EvalResult, model: ExportedModel, since: float

@@ -1,55 +1,29 @@
-"""What a run reports: metrics.jsonl, the wandb dashboard, and the line the user watches."""
+"""What a run measures of its steps, files of lines, and the line the user watches."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import threading
 import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError, printable
-from navit_clip.files import atomic_write, reading, write_output, writing
+from navit_clip.errors import printable
+from navit_clip.files import atomic_write, reading, writing
 from navit_clip.packed.batch import Batch
 from navit_clip.training.length import RunLength
 
 _CONTINUES = "; once it can be written, the same command continues from the last checkpoint"
 _LONG_S = 15.0  # after which a silent start says what it waits for
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What the run reports.
-
-    Attributes:
-        every_steps: Steps between lines of metrics.jsonl and points on the dashboard.
-        wandb: ``online``, ``offline`` (files for `wandb sync`), or ``disabled``.
-        wandb_project: Project on the dashboard.
-        wandb_name: Name of the run there; null takes the run directory's.
-        samples: Also write the ids of every step's samples, to samples-RANK.jsonl.
-    """
-
-    every_steps: int = 10
-    wandb: Literal["online", "offline", "disabled"] = "disabled"
-    wandb_project: str = "navit-clip"
-    wandb_name: str | None = None
-    samples: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
 
 
 class Interval:
@@ -162,61 +136,6 @@ class StepLog:
         """Closes the file."""
         with suppress(OSError):  # of a line that `write` has reported
             self._file.close()
-
-
-class MetricsLog(StepLog):
-    """metrics.jsonl and wandb, written by rank 0.
-
-    Args:
-        run_dir: Where metrics.jsonl lies.
-        config: Whether and where wandb reports.
-        resolved: The run's configuration as plain values, for the dashboard.
-        step: The step the run goes on from, see `StepLog`.
-    """
-
-    def __init__(
-        self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], step: int
-    ) -> None:
-        super().__init__(run_dir / "metrics.jsonl", step)
-        self._wandb: Any = None
-        if config.wandb != "disabled":
-            self._wandb = _start_wandb(run_dir, config, resolved)
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Appends one line, and a point on the dashboard."""
-        # A skipped step's loss may be NaN, which is not JSON.
-        super().write({k: v if math.isfinite(v) else None for k, v in values.items()})
-        if self._wandb is not None:
-            self._wandb.log(values, step=int(values["step"]))
-
-    def close(self) -> None:
-        """Closes the file and the dashboard."""
-        super().close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
-    import wandb
-
-    # The same id after a restart continues the same curve.
-    id_file = run_dir / "wandb_id"
-    with reading(id_file, ValueError):
-        run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
-    write_output(id_file, run_id + "\n")
-    try:
-        return wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_name or run_dir.name,
-            id=run_id,
-            resume="allow",
-            mode=config.wandb,
-            dir=str(run_dir),
-            config=resolved,
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.Error as error:
-        raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
 
 
 # tqdm's default leaves 28 of 80 columns to the metrics, and cuts what is longer.

@@ -21,7 +21,7 @@ from navit_clip.checkpoints.checkpoint import Checkpoints
 from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS
 from navit_clip.checkpoints.lock import RunLock
 from navit_clip.checkpoints.rank_state import SavedDataStates
-from navit_clip.data.fingerprint import Fingerprint, difference, fingerprints
+from navit_clip.data.fingerprint import Fingerprint, compare, fingerprints
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.state import DataState, open_state
@@ -29,7 +29,6 @@ from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import reading
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
@@ -37,12 +36,13 @@ from navit_clip.training.config import TrainConfig, count_epochs, name_precision
 from navit_clip.training.evaluation import Evaluations
 from navit_clip.training.history import check_changes, keep_config
 from navit_clip.training.late import Uploads, reads_late
-from navit_clip.training.metrics import Interval, MetricsLog, Progress, SkipReport, StepLog
+from navit_clip.training.metrics import Interval, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter
 from navit_clip.training.nonfinite import NonFiniteError, NonFiniteGuard
+from navit_clip.training.reporter import Reporter
 from navit_clip.training.signals import stop_signals
 from navit_clip.training.starting_weights import starting_point
-from navit_clip.training.step import PendingStep, Stepper, StepResult
+from navit_clip.training.step import PendingStep, Stepper
 from navit_clip.training.validation import open_validation
 from navit_clip.training.watchdog import Watchdog
 
@@ -81,7 +81,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
                 model_dir = run.directory / "model"
                 run.task.export(weights, run.tokenizer).save_pretrained(model_dir)
                 run.task.write_card(model_dir, run.directory)
-                run.progress.log(f"model written to {model_dir}")
+                run.reporter.exported(model_dir)
         finally:
             run.close()
 
@@ -126,8 +126,9 @@ class _Run:
         validation = open_validation(
             config.eval.validation, config.task, config.data, self.tokenizer, ranks
         )
+        shows = config.log.media_every_steps > 0
         self.evaluations = Evaluations(
-            config.eval, self.directory, self.task, self.tokenizer, ranks, validation
+            config.eval, self.directory, self.task, self.tokenizer, ranks, validation, shows=shows
         )
         self.stepper = build_stepper(config, self.task, model, ranks)
         saved: Sequence[DataState] = []
@@ -147,11 +148,12 @@ class _Run:
         self.shards: dict[str, Fingerprint] = {}
         self.checkpoints.describe = self._describe
         self.board = WaitBoard(max(1, config.data.workers))
-        self.watchdog = Watchdog(
-            self.directory, ranks.rank, config.stall_timeout_s, self.board.lines
-        )
         self.progress = Progress(config.length, self.start, seen, visible=ranks.is_first)
-        self.metrics: MetricsLog | None = None
+        self.reporter = Reporter(
+            config.log, self.directory, self.task, self.tokenizer, self.progress, ranks
+        )
+        watched = self.board.lines, self.reporter.stalled
+        self.watchdog = Watchdog(self.directory, ranks.rank, config.stall_timeout_s, *watched)
         self.samples: StepLog | None = None
         self.batches: Generator[Batch[Any], None, None] | None = None
         self.first: list[Batch[Any]] = []  # taken ahead of the first step
@@ -163,11 +165,7 @@ class _Run:
             self.shards = fingerprints(self.mixture)
             if self.start:
                 path = self.checkpoints.path(self.start) / RUN_SHARDS
-                with reading(path, ValueError, TypeError, AttributeError, KeyError):
-                    before = json.loads(path.read_text())
-                    problem = difference(before, self.shards)
-                    # What cannot be read today is still compared tomorrow.
-                    self.shards = before | self.shards
+                problem, self.shards = compare(path, self.shards)
         if (problem := self.ranks.broadcast(problem)) is not None:
             raise UserError(
                 f"the checkpoint was taken with other training shards: {problem}; resume with the "
@@ -186,10 +184,11 @@ class _Run:
         """Reports, and waits for each rank's first batch: bad data refuses the command too."""
         config, ranks = self.config, self.ranks
         self.meter = FlopsMeter(self.stepper.precision, ranks)
-        parameters = sum(p.numel() for p in self.stepper.model.parameters())
+        self.parameters = sum(p.numel() for p in self.stepper.model.parameters())
         self.progress.log(
-            f"{parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on {ranks.device}, "
-            f"{self.stepper.kernels}, {self.stepper.precision}, {self.meter.describe()}, "
+            f"{self.parameters / 1e6:.1f}M parameters, {ranks.world_size} rank(s) on "
+            f"{ranks.device}, {self.stepper.kernels}, {self.stepper.precision}, "
+            f"{self.meter.describe()}, "
             + (f"continuing from step {self.start}" if self.start else "from step 0")
         )
         slow = slow_precision(self.stepper.precision, ranks.device)
@@ -248,26 +247,30 @@ class _Run:
         ranks.barrier()
         if config.log.samples:
             self.samples = StepLog(self.directory / f"samples-{ranks.rank}.jsonl", self.start)
+        facts = {
+            "parameters": self.parameters,
+            "precision": self.stepper.precision,
+            "data": self.mixture.digest,
+        }
+        self.reporter.open(yaml.safe_load(self.resolved), facts, self.start)
         if ranks.is_first:
-            values: dict[str, Any] = yaml.safe_load(self.resolved)
-            self.metrics = MetricsLog(self.directory, config.log, values, self.start)
             for line in self.task.report(self.mixture, self.tokenizer):
                 self.progress.log(line)
+        if self.first and not self.start:
+            self.reporter.begin(self.first[0])
 
     def close(self) -> None:
         if self.batches is not None:
             self.batches.close()  # ends the data workers
         self.checkpoints.close()
-        self.progress.close()
-        for log in (self.metrics, self.samples):
-            if log is not None:
-                log.close()
+        self.reporter.close()
+        if self.samples is not None:
+            self.samples.close()
 
     def catch_up(self) -> None:
         """Makes up for evaluations of a run that was killed between a checkpoint and those."""
         if self.start:
-            logged = self.metrics.resumed if self.metrics is not None else set()
-            logged = self.ranks.broadcast(logged)
+            logged = self.reporter.resumed()
             due = self.evaluations.due(self.start, last=self.over, logged=logged)
             self._evaluate(due, self.start)
 
@@ -281,12 +284,12 @@ class _Run:
             for step in count(self.start):
                 # The first one compiles, and waits for the readers to start.
                 self.watchdog.heartbeat(f"step {step + 1}", slow=step == self.start)
-                taken = self._take(interval)
+                taken, counts = self._take(interval)
                 done = step + 1
                 asked = bool(signals) or self.checkpoints.failed
                 announced = self.stepper.announce(
                     [batch.inputs for batch in taken],
-                    [sum(batch.counts.examples for batch in taken), asked, self.lock.lost],
+                    [*counts, asked, self.lock.lost],
                 )
                 logged = done % config.log.every_steps == 0 or done == config.steps
                 seen = self.data_state.samples
@@ -301,16 +304,17 @@ class _Run:
                     if self.samples is not None:
                         reader = next(iter(batch.state))
                         self.samples.write({"step": done, "reader": reader, "ids": batch.ids})
-                sizes, *flags = zip(*(more for _, *more in announced.wait()), strict=True)
-                self.data_state.samples += int(sum(sizes))
-                progress.advance(int(sum(sizes)))
+                _, *by_rank = zip(*announced.wait(), strict=True)
+                samples, tokens, flops, asking, losing = map(sum, by_rank)
+                self.data_state.count(samples, tokens, flops)
+                progress.advance(int(samples))
                 self.over = config.length.is_over(done, self.data_state.samples)
                 logged = logged or self.over
                 # A checkpoint that failed stops the run now, not at the next one: saving says why.
                 if ranks.world_size == 1:  # needs no one's consent: also what came since
                     stopping, lost = bool(signals) or self.checkpoints.failed, self.lock.lost
                 else:
-                    stopping, lost = map(any, flags)
+                    stopping, lost = asking > 0, losing > 0
                 if lost:
                     raise UserError(
                         f"another trainer has taken {self.directory} from this one, which had "
@@ -320,8 +324,7 @@ class _Run:
                 saving = done % config.checkpoint.every_steps == 0 or self.over
                 self._pending = begun, None
                 if logged:
-                    rates = {"samples_seen": self.data_state.samples, **interval.rates(ranks)}
-                    self._pending = begun, rates
+                    self._pending = begun, {**self.data_state.seen, **interval.rates(ranks)}
                     interval = Interval(self.build.streams, datasets)
                 if saving or stopping or due or not reads_late(ranks.device):
                     self._settle()
@@ -339,18 +342,21 @@ class _Run:
                     break
             self.checkpoints.wait()
 
-    def _take(self, interval: Interval) -> list[Batch[Any]]:
-        """The micro-batches of the next step, still on the host."""
-        taken = []
+    def _take(self, interval: Interval) -> tuple[list[Batch[Any]], list[float]]:
+        """The micro-batches of the next step, still on the host; their samples, tokens, FLOPs."""
+        taken, counts = [], [0.0, 0.0, 0.0]
         assert self.batches is not None
         for _ in range(self.config.accumulate):
             asked = time.perf_counter()
             batch = self.first.pop() if self.first else next(self.batches)
             waited = time.perf_counter() - asked
             taken.append(batch)
-            interval.add(batch, waited, self.task.flops(batch.inputs))
+            flops = self.task.flops(batch.inputs)
+            interval.add(batch, waited, flops)
+            own = batch.counts.examples, batch.counts.tokens, flops
+            counts = [before + more for before, more in zip(counts, own, strict=True)]
         interval.steps += 1
-        return taken
+        return taken, counts
 
     def _settle(self) -> None:
         """Waits for the step that was begun last and reports it.
@@ -363,8 +369,7 @@ class _Run:
         try:
             result = self.stepper.finish(begun)
         except NonFiniteError as error:
-            if self.ranks.is_first:
-                error.found.record(self.directory)
+            self.reporter.nonfinite(error.found)
             self.checkpoints.wait()  # else the last good one may not be visible yet
             raise UserError(
                 f"{error}; last good checkpoint: {self.checkpoints.latest() or 'none'}; lower "
@@ -372,29 +377,14 @@ class _Run:
             ) from error
         if result.nonfinite is not None:
             self.progress.log(f"skipped a step: {result.nonfinite}")
-            if self.ranks.is_first:
-                result.nonfinite.record(self.directory)
+            self.reporter.nonfinite(result.nonfinite)
+        else:
+            self.reporter.examples(begun)
         if rates is not None:
-            self._log(begun.number, result, rates)
-
-    def _log(self, step: int, result: StepResult, rates: dict[str, float]) -> None:
-        values: dict[str, float] = {
-            "step": step,
-            "loss": result.loss,
-            "lr": result.lr,
-            **result.metrics,
-            "grad_norm": result.grad_norm,
-            **result.measured,
-            "skipped_steps": self.stepper.guard.skipped_steps,
-            **rates,
-            **self.meter.metrics(rates["model_flops_per_s"]),
-        }
-        if self.metrics is not None:
-            self.metrics.write(values)
-        self.progress.show(values)
+            skipped = {"skipped_steps": self.stepper.guard.skipped_steps}
+            metered = self.meter.metrics(rates["model_flops_per_s"])
+            self.reporter.step(begun, result, {**skipped, **rates, **metered})
 
     def _evaluate(self, names: Sequence[str], step: int) -> None:
-        for values, line in self.evaluations.run(names, step, self.stepper, self.watchdog):
-            if self.metrics is not None:
-                self.metrics.write({**values, "samples_seen": self.data_state.samples})
-            self.progress.log(line)
+        for values, line, shown in self.evaluations.run(names, step, self.stepper, self.watchdog):
+            self.reporter.evaluation({**values, **self.data_state.seen}, line, shown)

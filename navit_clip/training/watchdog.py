@@ -34,6 +34,7 @@ class Watchdog:
         timeout_s: Seconds without progress before the report, and again before the end; 0 watches
             nothing.
         waits: Lines on what data workers wait for.
+        alert: Takes the line of a report.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Watchdog:
         rank: int,
         timeout_s: float,
         waits: Callable[[], Sequence[str]] = tuple,
+        alert: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.path = run_dir / "stalls" / f"rank-{rank}.txt"
         self.rank, self.timeout_s, self.waits = rank, timeout_s, waits
+        self.alert = alert
         self._what, self._limit_s, self._since = "", 0.0, 0.0
         self._ended = threading.Event()
 
@@ -104,3 +107,4 @@ class Watchdog:
             with self.path.open("a") as file:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), line, end="", file=file, flush=True)
                 faulthandler.dump_traceback(file)
+        self.alert(line)

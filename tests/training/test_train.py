@@ -185,13 +185,6 @@ def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
     assert multiprocessing.active_children() == others
 
 
-def test_wandb_offline_writes_its_files(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run_dir = tmp_path / "run"
-    assert run(monkeypatch, tiny_flags(data, run_dir, 2, log__wandb="offline")) == 0
-    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-
-
 def test_sigmoid_loss_trains(data, tmp_path, monkeypatch):
     flags = tiny_flags(
         data, tmp_path / "run", 2, task__loss__kind="sigmoid", task__model__init_bias=-10

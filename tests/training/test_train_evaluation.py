@@ -223,7 +223,7 @@ def test_half_precision_is_the_towers_and_the_watchdog_gets_heartbeats(data, tmp
         flags = flags_of(data, tmp_path, 3, evaluators, precision=precision)
         stepper, evaluations, tokenizer = open_run(flags, ALONE)
         watchdog = Heartbeats()
-        ((values, line),) = evaluations.run(["held-out"], 3, stepper, watchdog)
+        ((values, line, _),) = evaluations.run(["held-out"], 3, stepper, watchdog)
         assert set(watchdog.sent) == {("the evaluation held-out of step 3", True)}
         assert len(watchdog.sent) >= 3  # before it, at images, at captions
         found[precision] = values
@@ -261,7 +261,7 @@ def evaluate_rank(every_flags):
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
             )
-            found[kind] = [values for values, _ in results], still, stepper.full_weights()
+            found[kind] = [values for values, *_ in results], still, stepper.full_weights()
     return found
 
 
@@ -281,7 +281,7 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     stepper, evaluations, _ = open_run(every_flags["ddp"], ALONE)
     names, threads = [VALIDATION, "held-out"], torch.get_num_threads()
     torch.set_num_threads(1)  # as each rank has
-    alone = [values for values, _ in evaluations.run(names, 3, stepper, Heartbeats())]
+    alone = [values for values, *_ in evaluations.run(names, 3, stepper, Heartbeats())]
     torch.set_num_threads(threads)
     for kind in every_flags:
         together = first[kind][0]
