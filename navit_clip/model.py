@@ -20,6 +20,7 @@ from navit_clip.errors import UserError
 from navit_clip.export.card import LIBRARY, TAGS, TASK
 from navit_clip.export.description import Description
 from navit_clip.export.hub import PretrainedModel
+from navit_clip.inference.cascade import classify_twice
 from navit_clip.inference.embed import image_vectors, text_vectors
 from navit_clip.inference.images import size_images
 from navit_clip.inference.preprocess import Preprocess
@@ -209,6 +210,9 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
         max_tokens: int | None = None,
+        *,
+        cascade: tuple[int, int] | None = None,
+        share: float = 0.3,
     ) -> Tensor:
         """Zero-shot classification: which of the labels an image shows.
 
@@ -221,12 +225,16 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
             labels: What to choose from.
             templates: Prompts with ``{}`` in the label's place; None for ``a photo of a {}.``.
             max_tokens: As in `encode_image`.
+            cascade: Instead of `max_tokens`: a limit for all images and a larger one for those that
+                the model is then least sure of, such as (64, 256).
+            share: Of `cascade`: the share of the images that is classified again, rounded up.
 
         Returns:
             float32 [E, labels]; rows sum to 1.
 
         Raises:
-            ValueError: If there is no label or template, or a template without ``{}``.
+            ValueError: If there is no label or template, a template without ``{}``, or limits or
+                share of a cascade are out of range.
         """
         labels = list(_checked_strings(labels, "labels"))
         if templates is None:
@@ -247,7 +255,13 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
             vectors.append(F.normalize(prompts_LTD.mean(1), dim=-1))
         labels_CD = torch.cat(vectors)
         scale = self.log_scale.detach().float().exp().cpu()
-        return (scale * self.encode_image(images, max_tokens) @ labels_CD.T).softmax(-1)
+
+        def classify(images: Iterable[ImageInput], max_tokens: int | None) -> Tensor:
+            return (scale * self.encode_image(images, max_tokens) @ labels_CD.T).softmax(-1)
+
+        if cascade is not None:
+            return classify_twice(classify, images, cascade, share)
+        return classify(images, max_tokens)
 
 
 def _checked_strings(texts: Iterable[Any], name: str) -> Iterator[str]:

@@ -118,7 +118,7 @@ class ClassEvaluator(EmbeddingEvaluator[S]):
             top1_E = found.rank_E < 1
             hits_L = classes.group_E[top1_E].bincount(minlength=len(classes.groups))
             accuracy_L = hits_L / images_L.double()
-            row = make_row(model, data, setting, partial(_accuracy, found.rank_E))
+            row = make_row(model, data, setting, partial(top_accuracy, found.rank_E))
             ece = expected_calibration_error(found.confidence_E, top1_E)
             yield replace(
                 row,
@@ -143,7 +143,7 @@ class ClassEvaluator(EmbeddingEvaluator[S]):
         def measure(index: Tensor) -> dict[str, float]:
             precision_C = average_precision(readout.only(index), right_EC[index])
             return {
-                **_accuracy(found.rank_E, index[labelled_E[index]]),
+                **top_accuracy(found.rank_E, index[labelled_E[index]]),
                 "map": precision_C.nanmean().item(),
             }
 
@@ -221,7 +221,8 @@ def check_competitors(count: int) -> None:
         )
 
 
-def _accuracy(rank_E: Tensor, index: Tensor) -> dict[str, float]:
+def top_accuracy(rank_E: Tensor, index: Tensor) -> dict[str, float]:
+    """Fractions of the images of `index` with a right class among the first 1 and 5."""
     return {f"top{k}": fraction(rank_E[index] < k) for k in (1, 5)}
 
 

@@ -339,7 +339,6 @@ def _check_skips(data: Embedded) -> None:
 def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measure) -> Row:
     """A row with the cost of its setting, metrics, and these by shape and size of the images."""
     lengths = data.lengths[setting]
-    flops = sum(n * model.image_flops(tokens) for tokens, n in Counter(lengths).items())
     return Row(
         model=model.name,
         series=0,
@@ -347,7 +346,13 @@ def make_row(model: Model, data: Embedded, setting: EvalSetting, measure: Measur
         is_own=setting == model.own_setting,
         mean_tokens=sum(lengths) / len(lengths),
         padding=data.padding[setting],
-        flops_per_image=flops / len(lengths),
+        flops_per_image=mean_flops(model, lengths),
         metrics=measure(torch.arange(len(lengths))),
         breakdowns=break_down(data.sizes, measure),
     )
+
+
+def mean_flops(model: Model, lengths: Sequence[int]) -> float:
+    """Forward FLOPs per image, of images of so many tokens each; 0 of none."""
+    flops = sum(n * model.image_flops(tokens) for tokens, n in Counter(lengths).items())
+    return flops / max(1, len(lengths))

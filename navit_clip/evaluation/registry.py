@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from navit_clip.errors import UserError
+from navit_clip.evaluation.cascade import Cascade
 from navit_clip.evaluation.classification import Classify
 from navit_clip.evaluation.evaluator import Evaluator
 from navit_clip.evaluation.fewshot import FewShot
@@ -20,7 +21,7 @@ from navit_clip.evaluation.zeroshot import ZeroShot
 
 EVALUATORS: dict[str, type[Evaluator[Any]]] = {
     evaluator.kind: evaluator
-    for evaluator in (ZeroShot, Retrieval, Classify, FewShot, Linear, Reconstruct)
+    for evaluator in (ZeroShot, Retrieval, Classify, FewShot, Linear, Cascade, Reconstruct)
 }
 
 

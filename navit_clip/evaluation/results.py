@@ -303,11 +303,10 @@ def _row_from_json(
     entry: Mapping[str, Any], metrics: Mapping[str, Metric], model: str, series: int
 ) -> Row:
     """Parts that results of earlier versions lack may be missing."""
-    kind, label = entry["view"], str(entry["label"])
     return Row(
         model=model,
         series=series,
-        setting=EvalSetting(kind, None if kind == "native" else int(label.rstrip("²"))),
+        setting=EvalSetting.from_label(entry["view"], str(entry["label"])),
         is_own=bool(entry["own"]),
         mean_tokens=float(entry["mean_tokens"]),
         padding=_optional(entry.get("padding")),

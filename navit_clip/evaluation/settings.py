@@ -7,6 +7,7 @@ other resolutions: token limits, images at their own size, and squares as plain 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,15 +22,21 @@ class EvalSetting:
     Attributes:
         kind: ``capped``, at the image's own size and aspect ratio up to a token limit;
             ``native``, at its own size, up to what the model's positions know; ``square``, at
-            exactly this side whatever its shape.
-        size: The token limit (``capped``) or the side in pixels (``square``); None for ``native``.
+            exactly this side whatever its shape; ``cascade``, at a token limit and some images
+            again at another.
+        size: The token limit (``capped``, ``cascade``) or the side in pixels (``square``); None for
+            ``native``.
+        then: Of ``cascade``: the other limit.
+        percent: Of ``cascade``: how many of the images are evaluated again.
 
     Raises:
-        ValueError: If `size` is missing, below 1, or given for ``native``.
+        ValueError: If a size is missing, below 1, or given for another kind.
     """
 
-    kind: Literal["capped", "native", "square"]
+    kind: Literal["capped", "native", "square", "cascade"]
     size: int | None = None
+    then: int | None = None
+    percent: int | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -38,17 +45,32 @@ class EvalSetting:
                 raise ValueError(f"size must be None for a native setting, got {self.size}")
         elif self.size is None or self.size < 1:
             raise ValueError(f"size must be at least 1 for a {self.kind} setting, got {self.size}")
+        if (self.kind == "cascade") == (self.then is None or self.percent is None):
+            raise ValueError("then and percent belong to a cascade setting, both of them")
+
+    @classmethod
+    def from_label(cls, kind: str, label: str) -> EvalSetting:
+        """The setting of this kind and `label`.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return cls(kind, *map(int, re.findall(r"\d+", label)))  # type: ignore[arg-type]
 
     @property
     def label(self) -> str:
-        """For tables and plots: ``256``, ``native`` or ``224²``."""
+        """For tables and plots: ``256``, ``native``, ``224²`` or ``64→256 30%``."""
         if self.kind == "native":
             return "native"
+        if self.kind == "cascade":
+            return f"{self.size}→{self.then} {self.percent}%"
         return f"{self.size}²" if self.kind == "square" else str(self.size)
 
     @property
     def key(self) -> str:
-        """`label` as one can type it: ``224px`` for a square."""
+        """`label` as one can type it: ``224px`` for a square, ``64-256-30`` for a cascade."""
+        if self.kind == "cascade":
+            return f"{self.size}-{self.then}-{self.percent}"
         return f"{self.size}px" if self.kind == "square" else self.label
 
     @property

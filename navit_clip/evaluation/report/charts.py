@@ -3,7 +3,7 @@
 matplotlib draws them, as a PNG of two panels (mean tokens and GFLOPs per image) or as SVG inside
 the page. Colour and marker stand for the model, dashes for the second metric, a label for the
 setting, a ring for the model's own. Settings at native aspect ratio are joined in order of cost,
-squares apart from them.
+squares and cascades (dotted) apart from them.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ _SIDES = (
     (-8, 0, "right", "center"),
 )
 _DASHES = ("-", "--")  # of the first headline metric and the second
+_DOTS = ":"  # of cascades
+_JOINED = (("capped", "native"), ("square",), ("cascade",))  # kinds of settings
 _RING: dict[str, Any] = {
     "color": INK,
     "marker": "o",
@@ -90,12 +92,12 @@ def lines_of(result: EvalResult, cost: Cost) -> list[Line]:
     """What a panel draws: settings whose cost and metric are known."""
     lines = []
     for dashed, (key, metric) in enumerate(result.headline.items()):
-        for series, square in product(result.models, (False, True)):
+        for series, kinds in product(result.models, _JOINED):
             rows = [
                 row
                 for row in sorted(result.rows, key=cost)
                 if row.series == series
-                and (row.setting.kind == "square") == square
+                and row.setting.kind in kinds
                 and cost(row)
                 and not math.isnan(row.metrics[key])
             ]
@@ -131,6 +133,8 @@ def draw_curve(path: Path, result: EvalResult) -> None:
         ]
         for dashed, metric in enumerate(result.headline.values()):
             handles.append(Line2D([], [], label=metric.name, color=INK, ls=_DASHES[dashed]))
+        if any(row.setting.kind == "cascade" for row in result.rows):
+            handles.append(Line2D([], [], label="cascades", color=INK, ls=_DOTS))
         handles.append(Line2D([], [], label="own setting", ls="none", **_RING))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                       frameon=False, fontsize=9)  # fmt: skip
@@ -192,7 +196,8 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], name: str) -> None:
         return
     for line in lines:
         look = look_of(line.series)
-        axes.plot(*zip(*line.points, strict=True), color=look["color"], ls=_DASHES[line.dashed])
+        dashes = _DOTS if line.rows[0].setting.kind == "cascade" else _DASHES[line.dashed]
+        axes.plot(*zip(*line.points, strict=True), color=look["color"], ls=dashes)
         if line.dashed:
             look["mfc"] = PAPER
         for row, (x, y) in zip(line.rows, line.points, strict=True):
