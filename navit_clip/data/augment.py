@@ -95,7 +95,10 @@ def sample_crop(
     for _ in range(_TRIES):
         area = height * width * rng.uniform(config.min_area, 1)
         ratio = aspect * math.exp(rng.uniform(-stretch, stretch))
-        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        # In steps as well, so that it also begins with a whole pixel in files stored upside down.
+        rows, columns = (
+            step * round(math.sqrt(square) / step) for square in (area / ratio, area * ratio)
+        )
         if 1 <= rows <= height and 1 <= columns <= width:
             top, left = (
                 step * int(rng.integers(rest // step + 1))
