@@ -92,5 +92,6 @@ bench: $(VENV)/.bench $(PEER)/.installed
 	$(call MEASURE,sweep)
 	$(call MEASURE,end_to_end) $(PHOTOS) --peer-python $(PEER)/bin/python
 	$(call MEASURE,evaluation)
+	$(call MEASURE,serving) $(GIVEN)
 	$(BIN)/python -m benchmarks.plot --results $(OUT)
 	$(BIN)/python -m benchmarks.tables --results $(OUT)

@@ -24,7 +24,7 @@ from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.errors import UserError
 from navit_clip.losses.contrastive import softmax_contrastive_loss
 from navit_clip.models.clip import CLIP
-from navit_clip.packed.images import pack_images
+from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 
 BUCKETS = 4  # of the padded images: images of one length side by side waste least
@@ -150,7 +150,7 @@ class TimmNaFlex(_OpenClipText):
         by_length = sorted(pairs, key=lambda real: real.pair.lengths[0])
         size = -(-len(by_length) // BUCKETS)
         buckets = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        images = [_padded(bucket, device) for bucket in buckets]
+        images = [padded([real.pair.image for real in bucket], device) for bucket in buckets]
         return images, _text_slots(by_length).to(device)
 
     def embed_images(self, batch: Slots) -> Tensor:
@@ -219,8 +219,8 @@ def _text_slots(pairs: Sequence[RealPair]) -> Tensor:
     return torch.tensor([ids + [0] * (CONTEXT - len(ids)) for ids in captions])
 
 
-def _padded(bucket: Sequence[RealPair], device: torch.device) -> dict[str, Tensor]:
-    images = [real.pair.image for real in bucket]
+def padded(images: Sequence[ImagePatches], device: torch.device) -> dict[str, Tensor]:
+    """Images as timm's NaFlexViT takes them, all as long as the longest."""
     fields = {
         "patches": [torch.tensor(image.patches) / 127.5 - 1 for image in images],
         "patch_coord": [torch.tensor(image.coords, dtype=torch.int64) for image in images],

@@ -29,6 +29,7 @@ TITLES = {
     "loss": "Loss",
     "exchange": "Loss between ranks",
     "evaluation": "Evaluation",
+    "serving": "Serving",
     "loader": "Loader",
     "loader_memory": "Memory of the loader",
     "packing": "Packing",

@@ -17,6 +17,7 @@ usage: {prog} COMMAND …
   report                one page of a run, or of several side by side
   dashboard             a workspace on wandb for a project's runs
   embed                 images or texts to a file of vectors
+  serve                 a model's vectors and classes over HTTP
   data make_shards      make webdataset shards of image files, or verify them
   data inspect          look at shards: what training would skip, how full batches would be
   data train_tokenizer  train a SentencePiece model on the captions of shards
@@ -32,6 +33,7 @@ _COMMANDS = {
     "report": "navit_clip.training.report.__main__",
     "dashboard": "navit_clip.training.dashboard",
     "embed": "navit_clip.evaluation.embed_files",
+    "serve": "navit_clip.serving.__main__",
     "data make_shards": "navit_clip.tools.make_shards.__main__",
     "data inspect": "navit_clip.tools.inspect.__main__",
     "data train_tokenizer": "navit_clip.tools.train_tokenizer",

@@ -95,6 +95,21 @@ def _facts(found: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k == "made" or not isinstance(v, dict)}
 
 
+def test_serving_in_three_ways(shards, monkeypatch, tmp_path):
+    for package in ("starlette", "prometheus_client"):
+        pytest.importorskip(package, reason=f"{package} (extra serve) is not installed")
+    serving = importlib.import_module("benchmarks.serving")
+    monkeypatch.setattr(serving, "CLIENTS", (2,))
+    flags = ["--size", "XS/16", "--rounds", "1", "--requests", "6", "--shards", shards]
+    found = run(monkeypatch, tmp_path, "serving", *flags)
+    ways = found["clients"]["2"]
+    assert list(ways) == ["packed", "padded", "one by one"]
+    for way in ("padded", "one by one"):
+        ratio = found[f"ratio_{way.replace(' ', '_')}"]
+        assert ratio == ways["packed"]["requests_per_s"] / ways[way]["requests_per_s"]
+        assert f"| {ratio:.2f}× |" in tables.section("serving", found)
+
+
 def test_sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "SIDES", (32, 64))
     monkeypatch.setattr(sweep, "STREAMS", (128, 512))

@@ -92,15 +92,22 @@ def text_vectors(
 ) -> Tensor:
     """Embeds captions of any length, cut at the model's context, as `image_vectors` does images."""
     context = model.config.text.context_length
+    ids = (tokenizer.encode(text, context) for text in texts)
+    return ids_vectors(model, ids, normalize=normalize)
 
-    def embed(batch: Sequence[list[int]]) -> Tensor:
+
+def ids_vectors(
+    model: CLIP, captions: Iterable[Sequence[int]], *, normalize: bool = True
+) -> Tensor:
+    """Embeds token ids of captions that fit the model's context, as `image_vectors` are made."""
+
+    def embed(batch: Sequence[Sequence[int]]) -> Tensor:
         packed = pack_texts(batch).to(model.device)
         if normalize:
             return model.embed_texts(packed)
         return model.text_projection(model.text(packed))
 
-    ids = (tokenizer.encode(text, context) for text in texts)
-    return embed_streams(model.config.embed_dim, ids, len, embed)
+    return embed_streams(model.config.embed_dim, captions, len, embed)
 
 
 # Not inference_mode: its tensors could not be trained on, by a linear probe for one.
