@@ -240,7 +240,8 @@ FLAGS_TO_FIELDS = {
     "--siglip --lock-image --lock-image-unlocked-groups 3 --force-patch-dropout 0.5 "
     "--force-image-size 384 --force-context-length 32 --force-quick-gelu --image-mean 0 0 0 "
     "--text-key txt;caption --max-image-pixels 1000000 --train-num-samples 6400 --epochs 2 "
-    "--delete-previous-checkpoint --report-to wandb --name mine --aug-cfg scale=(0.5,1.0)": {
+    "--delete-previous-checkpoint --report-to wandb,tensorboard --name mine --wandb-notes tried "
+    "--aug-cfg scale=(0.5,1.0)": {
         "task.loss.kind": "sigmoid",
         "task.model.init_bias": -10.0,
         "task.lock.image_unlocked_blocks": 2,
@@ -258,6 +259,8 @@ FLAGS_TO_FIELDS = {
         "checkpoint.every_steps": 100,
         "checkpoint.keep_every": 0,
         "log.wandb_name": "mine",
+        "log.wandb_notes": "tried",
+        "log.tensorboard": True,
         "run_dir": "logs/mine",
     },
     "--use-naflex --naflex-seq-lens 64 256 --opt timm/lion --beta1 0.9 --beta2 0.99 --lr 1e-4 "

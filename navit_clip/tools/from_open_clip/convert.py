@@ -320,11 +320,14 @@ def checkpoints(t: Translation, frequency: int) -> None:
 
 def report_to(t: Translation, value: str) -> None:
     """Dashboards."""
-    for name in filter(None, value.split(",")):
-        if name in ("wandb", "all"):
-            t.set("log.wandb", "online")
-            t.set("log.wandb_project", t.args.wandb_project_name)
-            if t.args.name:
-                t.set("log.wandb_name", t.args.name)
-        else:
-            t.lose("--report-to", f"{name}: metrics.jsonl of the run directory has all metrics")
+    names = set(filter(None, value.split(",")))
+    if names & {"wandb", "all"}:
+        t.set("log.wandb", "online")
+        t.set("log.wandb_project", t.args.wandb_project_name)
+        for field, given in (("name", t.args.name), ("notes", t.args.wandb_notes)):
+            if given:
+                t.set(f"log.wandb_{field}", given)
+    if names & {"tensorboard", "all"}:
+        t.set("log.tensorboard", True)
+    for name in sorted(names - {"wandb", "tensorboard", "all"}):
+        t.lose("--report-to", f"{name}: metrics.jsonl of the run directory has all metrics")

@@ -262,9 +262,9 @@ TABLE: dict[str, dict[str, Flag]] = {
             Flag("log.every_steps", "metrics and terminal alike", c.to("log.every_steps"))
         ),
         "--train-loss-ema-samples": _main(Flag("", "the loss is shown as it is")),
-        "--report-to": Flag("log.wandb", "online", c.report_to),
+        "--report-to": Flag("log.wandb, log.tensorboard", "online, true", c.report_to),
         "--wandb-project-name": _read("log.wandb_project"),
-        "--wandb-notes": Flag("", "edit them on the dashboard"),
+        "--wandb-notes": _read("log.wandb_notes"),
         "--val-frequency": _read("eval.validation.every_steps", "in steps"),
         "--val-retrieval-chunk-size": _main(Flag("-", "scores never are in memory all at once")),
         "--val-retrieval-precision": _main(Flag("-", "scores are compared in float64")),
