@@ -22,12 +22,13 @@ usage: {prog} COMMAND …
   data inspect          look at shards: what training would skip, how full batches would be
   data train_tokenizer  train a SentencePiece model on the captions of shards
   data shapes           write a data set of pictures of shapes, to try things with
+  completion            a script that completes commands in bash and zsh
   doctor                what this machine has for a run, and what to fix
   from_open_clip        translate a training command of open_clip
 
 {prog} COMMAND --help explains one. {prog} --version prints the version."""
 
-_COMMANDS = {
+COMMANDS = {
     "train": "navit_clip.training.__main__",
     "eval": "navit_clip.evaluation.__main__",
     "report": "navit_clip.training.report.__main__",
@@ -38,6 +39,7 @@ _COMMANDS = {
     "data inspect": "navit_clip.tools.inspect.__main__",
     "data train_tokenizer": "navit_clip.tools.train_tokenizer",
     "data shapes": "navit_clip.tools.shapes.__main__",
+    "completion": "navit_clip.tools.completion",
     "doctor": "navit_clip.tools.doctor",
     "from_open_clip": "navit_clip.tools.from_open_clip.__main__",
 }
@@ -59,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     count = 2 if words[:1] == ["data"] else 1
     typed, rest = words[:count], words[count:]
     command = " ".join(typed).replace("-", "_")
-    if command in _COMMANDS:
-        run = importlib.import_module(_COMMANDS[command]).main
+    if command in COMMANDS:
+        run = importlib.import_module(COMMANDS[command]).main
         status: int | None = run(rest, f"{prog} {' '.join(typed)}")
         return status
     if typed[-1:] in (["-h"], ["--help"]):
@@ -80,9 +82,9 @@ def _advice(command: str) -> str:
     from difflib import get_close_matches
 
     # Also without the `data` before it.
-    names = {name: name for name in _COMMANDS} | {name.split()[-1]: name for name in _COMMANDS}
+    names = {name: name for name in COMMANDS} | {name.split()[-1]: name for name in COMMANDS}
     close = get_close_matches(command, names, n=1)
-    return f"did you mean {names[close[0]]}?" if close else f"there are {', '.join(_COMMANDS)}"
+    return f"did you mean {names[close[0]]}?" if close else f"there are {', '.join(COMMANDS)}"
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_an_unknown_command_is_one_line(capsys, typed, advice):
         ["data", "train-tokenizer"],
         ["data", "shapes"],
         ["from-open-clip"],
+        ["completion"],
         ["doctor"],
     ],
 )
