@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from shard_factory import make_shards, sample, write_shard
 
-from benchmarks import comparison, end_to_end, needs, step, sweep, tables
+from benchmarks import comparison, end_to_end, needs, step, sweep, tables, windows
 from benchmarks.command import read_results
 from benchmarks.comparison import Variant, compare
 from benchmarks.pairs import draw_batches, read_samples
@@ -28,6 +28,7 @@ from benchmarks.peers import PROJECTS
 from benchmarks.plot import draw
 from benchmarks.sizes import WIDTHS
 from navit_clip.errors import UserError
+from navit_clip.packed.windows import Units
 
 TINY = ["--size", "XS/16", "--pairs", "3", "--rounds", "1"]
 CPU = torch.device("cpu")
@@ -250,6 +251,16 @@ def test_open_clips_main_branch_fills_one_length(shards):
         alone = towers(towers.prepare([short], CPU))[1]
     torch.testing.assert_close(image_ED.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(text_ED[pairs.index(short)], alone[0])
+
+
+def test_windows():
+    curve = windows.cost_curve(7)
+    assert 49 <= min(curve, key=curve.__getitem__) < 60  # near the area of a window
+    assert min(curve.values()) == 1
+    units = Units.of(windows.some_images(2, windows.VISIBLE))
+    found = windows.measure_stage(units, 2, 7, shifted=True, rounds=1)
+    assert found["windows"]["pairs"] < found["groups"]["pairs"]
+    assert found["windows"]["padding"] == 0 <= found["groups"]["padding"]
 
 
 def test_attention(monkeypatch, tmp_path):

@@ -210,10 +210,13 @@ def _model_table(description: Description, parameters: int) -> str:
 
     model, preprocess = description.model, description.preprocess
     image = model.image
+    patches = f"patches of {image.patch_size}×{image.patch_size}"
+    if image.hierarchy.depths:
+        patches += f" in {len(image.hierarchy.depths)} stages, windows of {image.hierarchy.window}"
     shape = "squashed to a square" if preprocess.square else "at their aspect ratio"
     rows = [
         ["parameters", f"{parameters / 1e6:.1f}M"],
-        ["image tower", f"{tower(image)}, patches of {image.patch_size}×{image.patch_size}"],
+        ["image tower", f"{tower(image)}, {patches}"],
         ["images", f"at most {preprocess.max_tokens} patches each, {shape}"],
     ]
     if isinstance(model, CLIPConfig):

@@ -61,6 +61,8 @@ def test_a_stopped_classifier_goes_on_bit_for_bit_and_is_exported(data, tmp_path
     images = [photo(i, 20 + i, 30) for i in range(5)]
     found = models[0].classify(images)
     torch.testing.assert_close(models[0].classify(images[3:]), found[3:])
+    card = (whole / "model/README.md").read_text()
+    assert "patches of 8×8 in 2 stages, windows of 3" in card
 
 
 def test_a_clip_with_a_partly_locked_tower(tmp_path, monkeypatch):
