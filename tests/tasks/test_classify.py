@@ -127,6 +127,29 @@ def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(output, accumulat
         torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13, msg=name)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_labels_of_mixed_images_are_soft_targets_however_often_the_step_accumulates(accumulate):
+    stepper, plain = new_stepper(), new_stepper().model
+    part, inputs, expected = examples(0), [], []
+    drawn = {name: np.random.default_rng(i).random(9) for i, (name, _, _) in enumerate(part)}
+    for batch in micro_batches(part, ALONE, accumulate):
+        rows = zip(batch.ids, batch.inputs.labels.lengths, strict=True)
+        weights = np.concatenate([drawn[name][:count] for name, count in rows])
+        inputs.append(replace(batch.inputs, weights=torch.from_numpy(weights)))
+    loss, _ = stepper._backward(inputs, stepper.announce(inputs))
+    for example in part:
+        (logits,) = plain(pack([example]).inputs).logits_EL
+        target = torch.zeros_like(logits)
+        target[torch.from_numpy(example[2])] = torch.from_numpy(
+            drawn[example[0]][: len(example[2])]
+        )
+        expected.append(F.binary_cross_entropy_with_logits(logits, target, reduction="sum"))
+    (mean := torch.stack(expected).mean()).backward()
+    assert loss.total.item() == pytest.approx(mean.item(), rel=1e-12)
+    for found, other in zip(stepper.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
 def train_steps(ranks, image, parallel, accumulate, steps=3):
     stepper = new_stepper(ranks=ranks, image=image, parallel=parallel)
     rows = []
