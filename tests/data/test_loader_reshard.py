@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from loader_cases import ONE_BY_ONE, naming_epochs, take
 from shard_factory import HTML, ids_of, make_shards, sample, write_shard
 
-from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig, mean_rate
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.state import reshard
+from navit_clip.data.state_json import data_from_json, data_to_json
 from navit_clip.errors import UserError
 
 

@@ -10,13 +10,13 @@ import pytest
 from loader_cases import ONE_BY_ONE, content, epoch_of, take
 from shard_factory import HTML, encode, make_shards, photo, sample, write_shard
 
-from navit_clip.checkpoints.rank_state import data_from_json, data_to_json
 from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
+from navit_clip.data.state_json import data_from_json, data_to_json
 from navit_clip.errors import UserError
 
 
