@@ -108,12 +108,13 @@ def _torch() -> Iterator[Check]:
         old = "no bfloat16 before 8.0: it trains in float32, slowly" if gpu.major < 8 else ""
         about = f"{gpu.name}, {_gb(gpu.total_memory)}, compute {gpu.major}.{gpu.minor}"
         yield Check(f"GPU {i}", about, old)
-    kernels = find_spec("triton") is not None
-    yield Check(
-        "kernels",
-        f"Triton {metadata.version('triton')}" if kernels else "no Triton",
-        "" if kernels else "pip install triton: attention and loss are slower without our kernels",
-    )
+    try:
+        import triton
+
+        yield Check("kernels", f"Triton {triton.__version__}")
+    except ImportError:
+        fix = "pip install triton: attention and loss are slower without our kernels"
+        yield Check("kernels", "no Triton", fix)
 
 
 def _shared_memory() -> Iterator[Check]:
