@@ -33,7 +33,7 @@ class Wandb:
         facts: See `navit_clip.training.loggers.Loggers`.
 
     Raises:
-        UserError: If there is no login, or no network at the start.
+        UserError: If there is no login, no network at the start, or a name is none to wandb.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Wandb:
                     silent=True, finish_timeout=_FINISH_S, finish_timeout_raises=True
                 ),
             )
-        except wandb.Error as error:
-            raise UserError(f"wandb: {error}; log in, or use --log.wandb offline") from error
+        except (wandb.Error, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"wandb: {reason}; log in, or use --log.wandb offline") from error
         for axis in AXES:
             self._run.define_metric(axis)
         for prefix in metric_prefixes():

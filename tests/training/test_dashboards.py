@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from step_cases import ALONE
 from tiny_run import run, tiny_flags, write_tiny_data
 from wandb_file import OfflineRun
 
 from navit_clip.__main__ import main
 from navit_clip.training import loggers
 from navit_clip.training.loggers import LogConfig, Loggers
+from navit_clip.training.nonfinite import NonFinite
+from navit_clip.training.reporter import Reporter
 from navit_clip.training.sections import AXES, SECTIONS, dashboard_key
+from navit_clip.training.watchdog import Watchdog
 
 PAGE = Path(__file__).parents[2] / "docs/dashboard.md"
 
@@ -216,6 +220,36 @@ def test_a_dashboard_that_cannot_be_opened_refuses_a_new_run_and_not_one_that_go
     opened.write({"step": 4})
     opened.close()
     assert len(lines) == 1
+
+
+def test_points_past_a_restart_are_hidden_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from navit_clip.training.tensorboard_logger import TensorBoard
+
+    for start, end, loss in ((0, 5, 1.0), (3, 6, 2.0)):
+        board = TensorBoard(tmp_path, start)
+        for step in range(start + 1, end):
+            board.log({"step": step, "loss": loss, "mfu": math.nan})
+        board.finish()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("learning/loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+    assert events.Tags()["scalars"] == ["learning/loss"]
+
+
+def test_steps_that_are_not_finite_and_stalls_are_alerts(tmp_path, monkeypatch):
+    reporter = Reporter(LogConfig(), tmp_path, None, None, None, ALONE)
+    found = NonFinite(3, math.nan, 1.0, (), ("a/b",))
+    reporter.nonfinite(found)  # before it is open, as on other ranks
+    reporter.loggers, _ = open_loggers(tmp_path, monkeypatch)
+    (dashboard,) = reporter.loggers._dashboards.values()
+    reporter.nonfinite(found)
+    watchdog = Watchdog(tmp_path, 0, 1e-3, alert=reporter.stalled)
+    watchdog._report(7.0, "nothing")
+    assert dashboard.calls == ["a step that is not finite", "stalled"]
+    assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 1
 
 
 def test_waiting_for_data_is_an_alert_once(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert "third : stopped, step 5 of 30" in text.replace("third:", "third :")
     differences = text[text.index("Configuration differences") :]
     assert re.search(r"optim\.lr 0\.001 0\.003 0\.001", differences)
-    assert re.search(r"data\.workers None None 4", differences)
+    assert re.search(r"data\.workers – – 4", differences)
     assert "run_dir" not in differences[: differences.index("Evaluations")]
     assert "samples seen" in page.words  # the axis
     assert all(name in text for name in (str(runs[0]), str(runs[1])))  # of one name

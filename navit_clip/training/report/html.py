@@ -122,7 +122,7 @@ def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     configs = [flat(run.config) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     return {
-        name: [_shown(config.get(name)) for config in configs]
+        name: [_shown(config.get(name, "–")) for config in configs]
         for name in names
         if name not in _UNCOMPARED
         and any(config.get(name) != configs[0].get(name) for config in configs)
@@ -160,4 +160,7 @@ def _number(value: float) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    for count, unit in ((hours, "h"), (60 * hours, "min")):
+        if count >= 1:
+            return f"{count:.3g}\N{NO-BREAK SPACE}{unit}"
+    return f"{3600 * hours:.0f}\N{NO-BREAK SPACE}s"
