@@ -12,12 +12,11 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice, repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from navit_clip.configs import check_choices
 from navit_clip.models.linear import Linear
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, LayerNorm
 from navit_clip.models.window_attention import WindowAttention
@@ -39,20 +38,15 @@ class HierarchyConfig:
         depths: Blocks of each stage, such as Swin-T's (2, 2, 6, 2); empty for a plain encoder.
         window: Side of a window of attention, in tokens of the stage; every second block has its
             windows shifted by half of that.
-        rows: How windows of different lengths are computed, which changes time, not results:
-            ``windows``, each by itself, those of one length at once; or ``groups``, whole windows
-            put together in rows of one length, the one that costs least (GreenMIM).
 
     Raises:
-        ValueError: If a stage has no block, `window` is below 1, or `rows` is unknown.
+        ValueError: If a stage has no block, or `window` is below 1.
     """
 
     depths: tuple[int, ...] = ()
     window: int = 7
-    rows: Literal["windows", "groups"] = "windows"
 
     def __post_init__(self) -> None:
-        check_choices(self)
         if min(self.depths, default=1) < 1:
             raise ValueError(f"depths must be at least 1, got {self.depths}")
         if self.window < 1:
@@ -162,6 +156,10 @@ class HierarchicalEncoder(Encoder):
     Args:
         config: Of the last stage.
         hierarchy: The stages.
+
+    Attributes:
+        grouped: Put windows together in groups of one length, the one that costs least (GreenMIM),
+            in place of computing each by itself; changes time, not results.
     """
 
     def __init__(self, config: EncoderConfig, hierarchy: HierarchyConfig) -> None:
@@ -173,6 +171,7 @@ class HierarchicalEncoder(Encoder):
         ]
         super().__init__(config, blocks)
         self.hierarchy = hierarchy
+        self.grouped = False
         if config.pre_norm:
             self.pre_norm = LayerNorm(stages[0].width, config)
 
@@ -197,14 +196,16 @@ class HierarchicalEncoder(Encoder):
         windows: Any = self._windows(images)
         return self.norm(self._run_blocks(self._enter(x_TC), images.segments, windows, scales))
 
+    def group_windows(self) -> None:
+        """Sets `grouped`."""
+        self.grouped = True
+
     def _windows(self, images: PackedImages) -> list[Windows]:
         """Those of each block."""
         hierarchy, units = self.hierarchy, Units.of(images)
         windows: list[Windows] = []
         for number, stage in enumerate(hierarchy.stages(self.config)):
-            group = None
-            if hierarchy.rows == "groups":
-                group = partial(best_groups, width=stage.width)
+            group = partial(best_groups, width=stage.width) if self.grouped else None
             plain, shifted = (
                 arrange(
                     units, hierarchy.merges - number, hierarchy.window, shifted=shifted, group=group

@@ -32,9 +32,11 @@ def some_images(patch_size, seed, *, hide=True, count=4):
     ]
 
 
-def check(config, images, padding=0):
+def check(config, images, padding=0, *, grouped=False):
     """Compares packed images with each on its own grid, tokens and gradients."""
     tower = random_tower(config)
+    if grouped:
+        tower.encoder.group_windows()
     budget = sum(len(image.patches) for image in images) + padding
     packed = pack_images(images, budget=budget)
     tokens = tower.tokens(packed).x_TC.split(packed.segments.lengths)
@@ -63,8 +65,7 @@ def test_packed_images_are_as_each_on_its_own_grid(depths, window, hide):
 @pytest.mark.parametrize("hide", [True, False], ids=["sparse", "dense"])
 def test_windows_put_together_in_groups_give_the_same(hide):
     config = tower_config()
-    grouped = replace(config, hierarchy=replace(config.hierarchy, rows="groups"))
-    check(grouped, some_images(config.patch_size, 5, hide=hide), padding=2)
+    check(config, some_images(config.patch_size, 5, hide=hide), padding=2, grouped=True)
 
 
 def test_unit_sized_windows_stay_where_they_are():

@@ -165,7 +165,7 @@ CASES = [
     (TOWER, ParallelConfig()),
     (TOWER, ParallelConfig("fsdp")),
     (HIERARCHICAL, ParallelConfig()),
-    (HIERARCHICAL, ParallelConfig("fsdp", activation_checkpointing=True)),
+    (HIERARCHICAL, ParallelConfig("fsdp", activation_checkpointing=True, windows="grouped")),
 ]
 
 
