@@ -2,10 +2,13 @@
 
 Photos as squares of 224 pixels, three quarters of their patches hidden, the same images for all;
 forward and backward pass and AdamW. Each trial is a process of its own, one after another, round
-after round. ``mae`` has MAE's decoder of eight blocks, ``mae_light`` one block; ``full`` computes
-mask tokens in the tower and predicts by a linear layer (SimMIM). ``speed_*`` says how many times as
-fast as ``full`` a step is, the median of the rounds' ratios, ``memory_*`` the fraction of its
-memory above weights, gradients and moments.
+after round.
+
+Plain towers: ``mae`` has MAE's decoder of eight blocks, ``mae_light`` one block; ``full`` computes
+mask tokens in the tower and predicts by a linear layer (SimMIM). Hierarchical towers, of which 32
+pixels are hidden or visible as one: ``greenmim`` has a decoder of one block, ``simmim`` is as
+``full``. ``speed_*`` says how many times as fast as those that compute all a step is, the median of
+the rounds' ratios, ``memory_*`` the fraction of their memory above weights, gradients and moments.
 
     python -m benchmarks.masked_image --size B/16 --images 16
 """
@@ -17,7 +20,7 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,7 @@ from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb,
 from benchmarks.needs import need_proc
 from benchmarks.pairs import read_samples
 from benchmarks.sizes import HEAD_WIDTH, PATCH, SQUARE, WIDTHS
+from navit_clip.architectures import architecture
 from navit_clip.commands import number
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.masked import MaskedBuilder, MaskedSample
@@ -44,20 +48,30 @@ from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.masked import MaskedInputs
 
 HIDDEN = 0.75
-AGAINST = {"mae": "full", "mae_light": "full"}
+AGAINST = {"mae": "full", "mae_light": "full", "greenmim": "simmim"}
+SWINS = {"XS/16": "swin_p", "S/16": "swin_s", "B/16": "swin_b", "L/16": "swin_l"}
+TOWERS = ("plain", "hierarchical")
 
 
-def models(size: str) -> dict[str, MaskedImageConfig]:
-    """All variants by name."""
-    width, depth = WIDTHS[size].image, WIDTHS[size].image_depth
-    image = ImageTowerConfig(
-        PATCH, EncoderConfig(width, depth, width // HEAD_WIDTH), pooling="mean"
-    )
-    return {
-        "mae": MaskedImageConfig(image),
-        "mae_light": MaskedImageConfig(image, EncoderConfig(512, 1, 16)),
-        "full": MaskedImageConfig(image, None),
-    }
+def models(size: str, towers: Sequence[str] = TOWERS) -> dict[str, MaskedImageConfig]:
+    """Variants by name."""
+    light, found = EncoderConfig(512, 1, 16), dict[str, MaskedImageConfig]()
+    if "plain" in towers:
+        width, depth = WIDTHS[size].image, WIDTHS[size].image_depth
+        encoder = EncoderConfig(width, depth, width // HEAD_WIDTH)
+        image = ImageTowerConfig(PATCH, encoder, pooling="mean")
+        found |= {
+            "mae": MaskedImageConfig(image),
+            "mae_light": MaskedImageConfig(image, light),
+            "full": MaskedImageConfig(image, None),
+        }
+    if "hierarchical" in towers:
+        image = architecture(SWINS[size]).image
+        found |= {
+            "greenmim": MaskedImageConfig(image, light),
+            "simmim": MaskedImageConfig(image, None),
+        }
+    return found
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if device == "cpu":
         need_proc()
     spawned = multiprocessing.get_context("spawn")
-    variants = models(args.size)
+    variants = models(args.size, args.towers)
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder, f"{name}.pickle") for name in variants}
         drawn = (args.shards, args.images, variants, files)
@@ -80,6 +94,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trials = in_turn(calls, args.rounds, warm_up=False)
     found: dict[str, Any] = {}
     for name, other in AGAINST.items():
+        if name not in trials:
+            continue
         both = list(zip(trials[name], trials[other], strict=True))
         found[f"speed_{name}"] = statistics.median(b["seconds"] / a["seconds"] for a, b in both)
         found[f"memory_{name}"] = statistics.median(a["peak_mb"] / b["peak_mb"] for a, b in both)
@@ -162,6 +178,7 @@ main = command(
     "precision",
     "shards",
     images={"type": number(1), "default": 16, "help": "images a step"},
+    towers={"nargs": "+", "choices": TOWERS, "default": TOWERS, "help": "default: both"},
 )
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import torch
 from classify_cases import classify_flags
+from hierarchical_cases import tower_config
 from packed_examples import randomise
 
+from navit_clip.models.hierarchical_tower import HierarchicalEncoder
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
 from navit_clip.models.position import PositionConfig
@@ -14,15 +16,19 @@ from navit_clip.packed.segments import Segments
 PATCH = 2
 
 
-def build(pooling="mean", registers=0, decoder=True):
+TOWERS = {
+    "mean": ImageTowerConfig(PATCH, EncoderConfig(16, 2, 2), PositionConfig(table_side=9), "mean"),
+    "cls": ImageTowerConfig(
+        PATCH, EncoderConfig(16, 2, 2), PositionConfig(table_side=9), "cls", registers=2
+    ),
+    # Units of two by two patches of a pixel.
+    "hierarchical": tower_config((2, 2), 3, heads=2, patch=PATCH // 2),
+}
+
+
+def build(tower="mean", decoder=True):
     torch.manual_seed(0)
-    config = MaskedImageConfig(
-        ImageTowerConfig(
-            PATCH, EncoderConfig(16, 2, 2), PositionConfig(table_side=9), pooling,
-            registers=registers,
-        ),
-        EncoderConfig(12, 1, 3) if decoder else None,
-    )  # fmt: skip
+    config = MaskedImageConfig(TOWERS[tower], EncoderConfig(12, 1, 3) if decoder else None)
     model = MaskedImage(config).double()
     randomise(model, 1)
     return model
@@ -42,6 +48,11 @@ def decoded(model, image, kept, whole):
 def computed_whole(model, image, kept, whole):
     """One image's tokens, all of which the tower computes (SimMIM)."""
     tower, tokens = model.image, []
+    if isinstance(tower.encoder, HierarchicalEncoder):
+        for index, unit in enumerate(whole.patches):
+            cells = tower.embed(tower.config.hierarchy.cut(unit[None]))
+            tokens.extend(cells if index in kept else [model.mask_token] * len(cells))
+        return tower.encoder(torch.stack(tokens), whole)
     positions = tower.position(whole.coords, whole.grids[whole.segments.ids])
     for index, embedded in enumerate(tower.embed(whole.patches)):
         tokens.append((embedded if index in kept else model.mask_token) + positions[index])

@@ -160,11 +160,17 @@ class HiddenPatches(NamedTuple):
 
     Attributes:
         mask_T: bool [T].
-        token_C: [C] stands in place of each after the embedding.
+        token_C: [C] stands in place of each after the embedding, of all patches of a unit in a
+            hierarchical tower.
     """
 
     mask_T: Tensor
     token_C: Tensor
+
+    def replace(self, x_TC: Tensor) -> Tensor:
+        """Puts the token in the place of what the hidden patches were embedded to."""
+        mask_T = self.mask_T.repeat_interleave(len(x_TC) // len(self.mask_T))
+        return torch.where(mask_T[:, None], self.token_C.to(x_TC.dtype), x_TC)
 
 
 class ImageTower(nn.Module):
@@ -244,16 +250,15 @@ class ImageTower(nn.Module):
         """
         segments = images.segments
         self.config.check_patch_size(images.patch_size)
-        if isinstance(self.encoder, HierarchicalEncoder):
-            x_TC = self.embed(self.config.hierarchy.cut(images.patches))
-            return self.encoder(x_TC.to(self.embed.weight.dtype), images), segments, None
-        sides_T2 = images.grids[segments.ids]
-        patches_TK = images.patches
+        patches_TK = self.config.hierarchy.cut(images.patches)
         if self.stem is not None:
             patches_TK = self.stem(images, self.embed.weight.dtype)
         x_TC = self.embed(patches_TK)
         if hidden is not None:
-            x_TC = torch.where(hidden.mask_T[:, None], hidden.token_C.to(x_TC.dtype), x_TC)
+            x_TC = hidden.replace(x_TC)
+        if isinstance(self.encoder, HierarchicalEncoder):
+            return self.encoder(x_TC.to(self.embed.weight.dtype), images), segments, None
+        sides_T2 = images.grids[segments.ids]
         if self.position is not None:
             x_TC = x_TC + self.position(images.coords, sides_T2)
         else:  # under autocast, positions keep the residual stream in the parameters' precision

@@ -108,11 +108,14 @@ class MaskedImage(nn.Module):
     def __init__(self, config: MaskedImageConfig) -> None:
         super().__init__()
         self.config = config
-        width = (config.decoder or config.image.encoder).width
+        last = config.image.encoder.width
+        width = last if config.decoder is None else config.decoder.width
         self.image = ImageTower(config.image)
         if config.decoder is not None:
-            self.to_decoder = Linear(config.image.encoder.width, width, bias=True)
-        self.mask_token = nn.Parameter(torch.empty(width))
+            self.to_decoder = Linear(last, width, bias=True)
+        # Without a decoder it is the tower's first stage that reads it.
+        merges = config.image.hierarchy.merges if config.decoder is None else 0
+        self.mask_token = nn.Parameter(torch.empty(width >> merges))
         nn.init.normal_(self.mask_token, std=TABLE_STD)
         self.decoder: Encoder | None = None
         if config.decoder is not None:

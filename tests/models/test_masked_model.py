@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from masked_cases import PATCH, build, one_by_one
+from masked_cases import PATCH, TOWERS, build, one_by_one
 from packed_examples import random_image
 
 from navit_clip.losses.masked_pixels import masked_pixel_loss
@@ -26,11 +26,11 @@ def examples(seed, grids=GRIDS):
 
 
 @pytest.mark.parametrize("budgets", [None, (70, 90)])
-@pytest.mark.parametrize(("pooling", "registers"), [("mean", 0), ("cls", 2)])
+@pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_packed_batch_equals_one_image_at_a_time(seed, decoder, pooling, registers, budgets):
-    model = build(pooling, registers, decoder)
+def test_a_packed_batch_equals_one_image_at_a_time(seed, decoder, tower, budgets):
+    model = build(tower, decoder)
     images, visible = examples(seed)
     expected = one_by_one(model, images, visible)
     expected.backward()
@@ -47,9 +47,10 @@ def test_a_packed_batch_equals_one_image_at_a_time(seed, decoder, pooling, regis
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("decoder", [True, False])
-def test_hidden_pixels_reach_the_targets_alone(decoder):
-    model = build(decoder=decoder)
+def test_hidden_pixels_reach_the_targets_alone(decoder, tower):
+    model = build(tower, decoder)
     images, visible = examples(4)
     inputs = pack_masked(images, visible)
     before = model(inputs).pixels_TK

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from masked_cases import build, one_by_one
 from masked_cases import masked_flags as flags
 from packed_examples import random_image
 from shard_factory import encode, photo, write_shard
+from test_hierarchical import TOWER
 from tiny_run import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,16 +43,20 @@ from navit_clip.training.schedule import ScheduleConfig
 from navit_clip.training.step import Stepper
 from navit_clip.training.validation import open_validation
 
+# Of towers whether there is a decoder: MAE, SimMIM; GreenMIM, and SimMIM with Swin.
+MODELS = list(product(("mean", "hierarchical"), (True, False)))
+each_model = pytest.mark.parametrize("model", MODELS, ids=str)
 
-def new_task(decoder=True):
-    config = MaskedImageTaskConfig(model=build(decoder=decoder).config)
+
+def new_task(model=("mean", True)):
+    config = MaskedImageTaskConfig(model=build(*model).config)
     return MaskedImageTask(config, DataConfig())
 
 
-def new_stepper(ranks=ALONE, parallel=None, precision="fp32"):
-    model = build()
+def new_stepper(of=("mean", True), ranks=ALONE, parallel=None, precision="fp32"):
+    model = build(*of)
     return Stepper(
-        new_task(),
+        new_task(of),
         model if precision == "fp32" else model.float(),
         ranks,
         length=RunLength(20),
@@ -84,9 +90,10 @@ def micro_batches(part, ranks, accumulate):
     return [pack(mine[number::accumulate]) for number in range(accumulate)]
 
 
+@each_model
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate):
-    stepper, plain = new_stepper(), build()
+def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate, model):
+    stepper, plain = new_stepper(model), build(*model)
     part = examples(0)
     inputs = [batch.inputs for batch in micro_batches(part, ALONE, accumulate)]
     loss, _ = stepper._backward(inputs, stepper.announce(inputs))
@@ -101,8 +108,8 @@ def test_the_step_has_the_loss_and_gradient_of_the_obvious_way(accumulate):
         torch.testing.assert_close(found.grad, other.grad, rtol=0, atol=1e-5 * scale, msg=name)
 
 
-def train_steps(ranks, parallel, accumulate, steps=3):
-    stepper = new_stepper(ranks, parallel)
+def train_steps(model, ranks, parallel, accumulate, steps=3):
+    stepper = new_stepper(model, ranks, parallel)
     rows = []
     for step in range(steps):
         result = stepper.step(micro_batches(examples(step), ranks, accumulate), step)
@@ -116,35 +123,41 @@ CASES = {"ddp": ParallelConfig(), "fsdp": ParallelConfig("fsdp")}
 
 def train_cases():
     ranks = Ranks(int(os.environ["RANK"]), 2, torch.device("cpu"))
-    return {name: train_steps(ranks, case, 2) for name, case in CASES.items()}
+    cases = product(MODELS, CASES.items())
+    return [(model, train_steps(model, ranks, case, 2)) for model, (_, case) in cases]
 
 
 def test_two_ranks_with_micro_batches_train_like_one_process():
-    expected, expected_weights = train_steps(ALONE, ParallelConfig(), 1)
+    alone = {model: train_steps(model, ALONE, ParallelConfig(), 1) for model in MODELS}
     for results in run_ranks(train_cases, 2):
-        for found, weights in results.values():
+        for model, (found, weights) in results:
+            expected, expected_weights = alone[model]
             np.testing.assert_allclose(found, expected, rtol=1e-6)
             for name, weight in (weights or {}).items():
                 np.testing.assert_allclose(weight, expected_weights[name], rtol=1e-5, atol=1e-7)
 
 
-def test_bfloat16_is_near_float64():
+@each_model
+def test_bfloat16_is_near_float64(model):
     part = examples(1)
     exact, found = (
-        new_stepper(precision=precision).step([pack(part)], 0) for precision in ("fp32", "bf16")
+        new_stepper(model, precision=precision).step([pack(part)], 0)
+        for precision in ("fp32", "bf16")
     )
     assert found.loss == pytest.approx(exact.loss, rel=0.02)
     assert found.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
 
 
-def test_compiled_blocks_of_tower_and_decoder_give_the_same(monkeypatch):
+@pytest.mark.parametrize("tower", ["mean", "hierarchical"])
+def test_compiled_blocks_of_tower_and_decoder_give_the_same(monkeypatch, tower):
     part = examples(2)
-    expected = new_stepper().step([pack(part)], 0)
+    expected = new_stepper((tower, True)).step([pack(part)], 0)
     monkeypatch.setattr(
         "navit_clip.models.transformer.torch.compile", partial(torch.compile, backend="aot_eager")
     )
     compiled_block.cache_clear()
-    found = new_stepper(parallel=ParallelConfig(compile=True)).step([pack(part)], 0)
+    compiled = new_stepper((tower, True), parallel=ParallelConfig(compile=True))
+    found = compiled.step([pack(part)], 0)
     compiled_block.cache_clear()
     assert found.loss == pytest.approx(expected.loss, rel=1e-9)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-9)
@@ -154,10 +167,10 @@ def test_compiled_blocks_of_tower_and_decoder_give_the_same(monkeypatch):
 def test_flops_are_those_of_tower_and_decoder(decoder):
     batch = pack(examples(0))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        build(decoder=decoder)(batch.inputs).pixels_TK.sum().backward()
+        build("mean", decoder)(batch.inputs).pixels_TK.sum().backward()
     if not decoder:  # computes all patches, so needs no stream of visible ones
         batch = replace(batch, inputs=replace(batch.inputs, images=None, places=None))
-    assert new_task(decoder).flops(batch.inputs) == pytest.approx(
+    assert new_task(("mean", decoder)).flops(batch.inputs) == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
 
@@ -212,9 +225,20 @@ def tuned_flags(data, run_dir, model):
     return [word for pair in pairs if ".model.image." not in pair[0] for word in pair]
 
 
-def test_a_tower_that_computes_all_patches_has_one_stream(data, tmp_path, monkeypatch):
+def test_a_hierarchical_tower_goes_on_too_bit_for_bit(data, tmp_path, monkeypatch):
+    options = TOWER | {"task__mask": "batch"}
+    for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert run(monkeypatch, flags(data, tmp_path / name, steps, **options)) == 0
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [v["loss"] for v in whole] == [v["loss"] for v in parts]
+    model = NaViTMaskedImage.from_pretrained(tmp_path / "whole/model")
+    assert model.features([photo(0, 40, 24)]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("tower", [{}, TOWER], ids=["plain", "hierarchical"])
+def test_a_tower_that_computes_all_patches_has_one_stream(data, tmp_path, monkeypatch, tower):
     def simmim(run_dir, steps):
-        words = flags(data, run_dir, steps, data__budget__tokens='{"image": 60}')
+        words = flags(data, run_dir, steps, data__budget__tokens='{"image": 60}', **tower)
         pairs = zip(words[::2], words[1::2], strict=True)
         kept = [word for pair in pairs if "model.decoder" not in pair[0] for word in pair]
         return [*kept, "--task.model.decoder", "null"]
