@@ -43,8 +43,8 @@ class MaskedImageConfig:
         position: Of the decoder's tokens; MAE's are fixed sinusoids.
 
     Raises:
-        ValueError: If the tower pools with parameters, or the decoder is causal or has no
-            positions.
+        ValueError: If the tower pools with parameters or has a stem, or the decoder is causal or
+            has no positions.
     """
 
     image: ImageTowerConfig = field(default_factory=_mean_pooled)
@@ -57,6 +57,11 @@ class MaskedImageConfig:
                 "image.pooling must be mean or cls without image.pooled_norm, since predicting "
                 f"patches trains no pooling; got {self.image.pooling} "
                 f"pooled_norm={self.image.pooled_norm}"
+            )
+        if self.image.stem != "none":
+            raise ValueError(
+                "image.stem must be none: its convolutions see hidden patches beside visible ones, "
+                f"got {self.image.stem}"
             )
         if self.position.kind == "none":
             raise ValueError(

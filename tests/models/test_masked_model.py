@@ -72,6 +72,11 @@ def test_all_visible_and_none_visible_are_refused():
             pack_masked([image], [kept])
 
 
+def test_a_stem_that_would_see_hidden_patches_is_refused():
+    with pytest.raises(ValueError, match=r"image\.stem must be none"):
+        MaskedImageConfig(ImageTowerConfig(pooling="mean", stem="resnet50"), None)
+
+
 @pytest.mark.parametrize("wrong", [{"pooling": "map"}, {"pooled_norm": True, "pooling": "mean"}])
 def test_a_pooling_that_nothing_would_train_is_refused(wrong):
     with pytest.raises(ValueError, match=r"image\.pooling must be mean or cls"):
