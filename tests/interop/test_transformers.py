@@ -266,6 +266,8 @@ def test_the_image_processor_comes_along(folders, name, tmp_path):
     assert ours.config.image.pixel_std == STD
     assert ours.preprocess == Preprocess(30 if name == "naflex" else 9)
     ours.save_transformers(tmp_path)
+    names = set(tokenizer_in(tmp_path)("a red dog"))
+    assert names == ({"input_ids", "attention_mask"} if name == "clip" else {"input_ids"})
     picture = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor(picture, return_tensors="pt")
@@ -403,6 +405,10 @@ def test_older_folders_and_those_in_parts_are_read(folders, tmp_path):
         save_file({name: state[name] for name in some}, folder / part)
     index = {"weight_map": {name: part for part, some in parts.items() for name in some}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    # Where newer versions keep them.
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": images}))
     values = json.loads((folder / "config.json").read_text())
     # The first versions wrote it so.
     values["text_config_dict"] = values["text_config"]

@@ -89,6 +89,8 @@ def tokenizer_files(tokenizer: Tokenizer, config: CLIPConfig) -> dict[str, bytes
         assert tokenizer.model is not None
         settings |= {
             "padding_side": "right",
+            # Not the mask of padding, which SigLIP attends to.
+            "model_input_names": ["input_ids"],
             "eos_token": tokenizer.token_of(tokenizer.end_id),
             "pad_token": tokenizer.token_of(tokenizer.pad_id),
         }
