@@ -324,6 +324,10 @@ def test_several_datasets_keep_their_sizes_or_are_mixed(tmp_path):
         (f"{TRAIN} --dataset-type synthetic", "navit-clip data shapes"),
         (f"{TRAIN} --force-image-size 224 336", "give one side"),
         (f"{TRAIN} --train-data-upsampling-factors 1::2", "give 1 numbers"),
+        (f"{TRAIN} --aug-cfg scale", "a value of the command cannot be read"),
+        (f"{TRAIN} --text-key 'a: b: c'", "a value of the command cannot be read"),
+        (f"{TRAIN} --force-patch-dropout 1e999", "a value of the command cannot be read"),
+        (f"{TRAIN} --siglip ''", "open_clip has no empty flag"),
     ],
 )
 def test_a_mistake_is_one_line(command, message, capsys):

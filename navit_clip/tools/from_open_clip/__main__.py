@@ -58,7 +58,7 @@ class _Theirs(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.search(r"unrecognized arguments: (.*)", message):
-            word = unknown[1].split()[0]
+            word = unknown[1].split(" ")[0] or "empty flag"
             close = get_close_matches(word, self._option_string_actions, 1)
             message = f"open_clip has no {word}{f'; did you mean {close[0]}?' if close else ''}"
         raise UserError(message)
@@ -79,7 +79,14 @@ def translate(command: str) -> str:
     Raises:
         UserError: If it is none of open_clip's trainer, or a flag or value is wrong.
     """
-    launcher, flags = _split(command)
+    try:
+        return _translate(*_split(command))
+    # Of open_clip's own actions too, which check nothing.
+    except (ValueError, TypeError, OverflowError, SyntaxError, yaml.YAMLError) as error:
+        raise UserError(f"a value of the command cannot be read: {error}") from error
+
+
+def _translate(launcher: str, flags: Sequence[str]) -> str:
     # In its module alone; it fills in defaults that depend on the model.
     with mock.patch.object(params, "argparse", SimpleNamespace(ArgumentParser=_Theirs)):
         args = params.parse_args(flags)
