@@ -19,6 +19,7 @@ C       model width
 L       classes
 N       pairs over all ranks
 P       side of a patch in pixels
+U       units of a hierarchical tower
 2       row and column
 ======  =========================================================================
 
@@ -34,6 +35,7 @@ token budget    most tokens of one stream in one batch
 token limit     most patches of one image; a larger one is scaled down
 bucket          samples that may share a batch; each has its own packer
 leftover        samples that were read and are in no batch yet, when a run is stopped
+unit            a patch of the stream of a hierarchical tower, which divides it further
 reader          one data worker's way through its part of the shards
 ==============  =================================================================
 

@@ -71,8 +71,8 @@ def encoder_flops(config: EncoderConfig, sums: LengthSums) -> int:
 def hierarchy_flops(hierarchy: HierarchyConfig, last: EncoderConfig, units: LengthSums) -> int:
     """Forward FLOPs of a hierarchical encoder, by the sums over units.
 
-    Windows are counted as if they were whole, unless there is but one: what smaller ones at edges
-    and beside dropped units spare is below 3%.
+    Windows are counted as if they were whole, unless there is but one. What smaller ones spare is
+    0.4% of a Swin-T on whole images of 224 pixels, and 2% with three quarters of the units dropped.
     """
     total = 0
     for stage, config in enumerate(hierarchy.stages(last)):

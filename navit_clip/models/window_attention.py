@@ -43,78 +43,78 @@ class WindowAttention(SegmentAttention):
         self, x_TC: Tensor, segments: Segments, windows: Windows
     ) -> Tensor:
         """Attends within windows; [T, C] to [T, C]."""
-        qkv_N3HD = self.qkv(windows.gather(x_TC)).unflatten(-1, (3, self.heads, -1))
-        out_NHD = attend_windows(
-            *self._normalised(qkv_N3HD, None),
+        qkv_S3HD = self.qkv(windows.gather(x_TC)).unflatten(-1, (3, self.heads, -1))
+        out_SHD = attend_windows(
+            *self._normalised(qkv_S3HD, None),
             self.bias,
             windows.cells,
             windows.ids,
             windows.layout,
         )
-        return windows.scatter(self.out(out_NHD.flatten(-2)), len(x_TC))
+        return windows.scatter(self.out(out_SHD.flatten(-2)), len(x_TC))
 
 
 @torch.library.custom_op("navit_clip::attend_windows", mutates_args=())
 def attend_windows(
-    q_NHD: Tensor,
-    k_NHD: Tensor,
-    v_NHD: Tensor,
+    q_SHD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
     bias_QH: Tensor,
-    cells_N: Tensor,
-    ids_N: Tensor | None,
+    cells_S: Tensor,
+    ids_S: Tensor | None,
     layout: Tensor,
 ) -> Tensor:
     """Softmax attention of each row of windows over itself.
 
     Args:
-        q_NHD: [N, H, D] queries; on a CPU q and k may be float32 beside values in half precision.
-        k_NHD: Keys.
-        v_NHD: Values.
+        q_SHD: [S, H, D] queries; on a CPU q and k may be float32 beside values in half precision.
+        k_SHD: Keys.
+        v_SHD: Values.
         bias_QH: [(2w − 1)², H] added to scores.
-        cells_N: `Windows.cells`.
-        ids_N: `Windows.ids`; places of different ids do not see each other.
+        cells_S: `Windows.cells`.
+        ids_S: `Windows.ids`; places of different ids do not see each other.
         layout: `Windows.layout`, on the host.
 
     Returns:
-        [N, H, D] in the values' precision.
+        [S, H, D] in the values' precision.
     """
-    out_NHD = torch.empty_like(v_NHD, memory_format=torch.contiguous_format)
-    with torch.autocast(v_NHD.device.type, enabled=False):
-        for batch in _batches(cells_N, ids_N, layout, v_NHD.shape[1]):
-            q, k, v = map(batch.read, (q_NHD, k_NHD, v_NHD))
+    out_SHD = torch.empty_like(v_SHD, memory_format=torch.contiguous_format)
+    with torch.autocast(v_SHD.device.type, enabled=False):
+        for batch in _batches(cells_S, ids_S, layout, v_SHD.shape[1]):
+            q, k, v = map(batch.read, (q_SHD, k_SHD, v_SHD))
             bias = batch.bias(bias_QH, q.dtype)
-            batch.write(out_NHD, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-    return out_NHD
+            batch.write(out_SHD, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return out_SHD
 
 
 @torch.library.custom_op("navit_clip::attend_windows_backward", mutates_args=())
 def attend_windows_backward(
-    grad_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NHD: Tensor,
-    v_NHD: Tensor,
+    grad_SHD: Tensor,
+    q_SHD: Tensor,
+    k_SHD: Tensor,
+    v_SHD: Tensor,
     bias_QH: Tensor,
-    cells_N: Tensor,
-    ids_N: Tensor | None,
+    cells_S: Tensor,
+    ids_S: Tensor | None,
     layout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of queries, keys, values and bias, by that of `attend_windows`' output."""
-    dq_NHD, dk_NHD, dv_NHD = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NHD, v_NHD)
+    dq_SHD, dk_SHD, dv_SHD = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_SHD, k_SHD, v_SHD)
     )
     dbias_QH = torch.zeros_like(bias_QH, dtype=torch.promote_types(bias_QH.dtype, torch.float32))
-    scale = q_NHD.shape[-1] ** -0.5
-    with torch.autocast(v_NHD.device.type, enabled=False):
-        for batch in _batches(cells_N, ids_N, layout, v_NHD.shape[1]):
-            grad, q, k, v = map(batch.read, (grad_NHD, q_NHD, k_NHD, v_NHD))
+    scale = q_SHD.shape[-1] ** -0.5
+    with torch.autocast(v_SHD.device.type, enabled=False):
+        for batch in _batches(cells_S, ids_S, layout, v_SHD.shape[1]):
+            grad, q, k, v = map(batch.read, (grad_SHD, q_SHD, k_SHD, v_SHD))
             weights = (q @ k.mT * scale + batch.bias(bias_QH, q.dtype)).softmax(-1)
             dweights = grad @ v.mT
             dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-            batch.write(dq_NHD, dscores @ k * scale)
-            batch.write(dk_NHD, dscores.mT @ q * scale)
-            batch.write(dv_NHD, weights.mT @ grad)
+            batch.write(dq_SHD, dscores @ k * scale)
+            batch.write(dk_SHD, dscores.mT @ q * scale)
+            batch.write(dv_SHD, weights.mT @ grad)
             batch.add_to_bias(dbias_QH, dscores)
-    return dq_NHD, dk_NHD, dv_NHD, dbias_QH.to(bias_QH.dtype)
+    return dq_SHD, dk_SHD, dv_SHD, dbias_QH.to(bias_QH.dtype)
 
 
 class _Batch(NamedTuple):
@@ -133,14 +133,14 @@ class _Batch(NamedTuple):
     offsets: Tensor
     apart: Tensor | None
 
-    def read(self, x_NHD: Tensor) -> Tensor:
+    def read(self, x_SHD: Tensor) -> Tensor:
         """The rows' places as [R, H, L, D], on a CPU in float32 at least."""
-        x = x_NHD[self.places].unflatten(0, (self.rows, -1)).transpose(1, 2)
+        x = x_SHD[self.places].unflatten(0, (self.rows, -1)).transpose(1, 2)
         return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x
 
-    def write(self, out_NHD: Tensor, x_RHLD: Tensor) -> None:
+    def write(self, out_SHD: Tensor, x_RHLD: Tensor) -> None:
         """The same back."""
-        out_NHD[self.places] = x_RHLD.transpose(1, 2).flatten(0, 1).to(out_NHD.dtype)
+        out_SHD[self.places] = x_RHLD.transpose(1, 2).flatten(0, 1).to(out_SHD.dtype)
 
     def bias(self, bias_QH: Tensor, dtype: torch.dtype) -> Tensor:
         """[R or 1, H, L, L] of the rows' scores; −∞ between windows."""
@@ -155,7 +155,7 @@ class _Batch(NamedTuple):
         dbias_QH.index_add_(0, places, dscores.movedim(1, -1).flatten(0, 2).to(dbias_QH.dtype))
 
 
-def _batches(cells_N: Tensor, ids_N: Tensor | None, layout: Tensor, heads: int) -> Iterator[_Batch]:
+def _batches(cells_S: Tensor, ids_S: Tensor | None, layout: Tensor, heads: int) -> Iterator[_Batch]:
     """The rows in parts of few enough scores."""
     start = 0
     for count, length, alike in layout.view(-1, 3).tolist():
@@ -164,17 +164,17 @@ def _batches(cells_N: Tensor, ids_N: Tensor | None, layout: Tensor, heads: int) 
             rows = min(most, count - begin)
             places = slice(start, start + rows * length)
             start = places.stop
-            cells_RL = cells_N[places].view(rows, length)[: 1 if alike else None]
+            cells_RL = cells_S[places].view(rows, length)[: 1 if alike else None]
             apart = None
-            if ids_N is not None:
-                ids_RL = ids_N[places].view(rows, length)
+            if ids_S is not None:
+                ids_RL = ids_S[places].view(rows, length)
                 apart = ids_RL[:, :, None] != ids_RL[:, None, :]
             yield _Batch(places, rows, cells_RL[:, :, None] - cells_RL[:, None, :], apart)
 
 
 @attend_windows.register_fake
-def _(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, *_: Any) -> Tensor:
-    return v_NHD.new_empty(v_NHD.shape)
+def _(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, *_: Any) -> Tensor:
+    return v_SHD.new_empty(v_SHD.shape)
 
 
 @attend_windows_backward.register_fake
@@ -186,8 +186,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:
-    return (*attend_windows_backward(grad_NHD, *ctx.saved_tensors), None, None, None)
+def _differentiate(ctx: Any, grad_SHD: Tensor) -> tuple[Tensor | None, ...]:
+    return (*attend_windows_backward(grad_SHD, *ctx.saved_tensors), None, None, None)
 
 
 attend_windows.register_autograd(_differentiate, setup_context=_setup_context)
@@ -195,15 +195,15 @@ attend_windows.register_autograd(_differentiate, setup_context=_setup_context)
 
 # Raw, as in `attention_op`: the cost is in the lengths and not in shapes.
 @register_flop_formula(torch.ops.navit_clip.attend_windows, get_raw=True)
-def _flops(q_NHD: Tensor, *args: Any, **_: Any) -> int:
+def _flops(q_SHD: Tensor, *args: Any, **_: Any) -> int:
     """Two products of each pair in a row."""
-    return 4 * q_NHD[0].numel() * _pairs(args[5])
+    return 4 * q_SHD[0].numel() * _pairs(args[5])
 
 
 @register_flop_formula(torch.ops.navit_clip.attend_windows_backward, get_raw=True)
-def _backward_flops(_grad: Tensor, q_NHD: Tensor, *args: Any, **_: Any) -> int:
+def _backward_flops(_grad: Tensor, q_SHD: Tensor, *args: Any, **_: Any) -> int:
     """Five, that of the scores included, which is computed again."""
-    return 10 * q_NHD[0].numel() * _pairs(args[5])
+    return 10 * q_SHD[0].numel() * _pairs(args[5])
 
 
 def _pairs(layout: Tensor) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,15 +47,15 @@ class EqualRows(NamedTuple):
 # Not frozen: see Segments.
 @dataclass(eq=False)
 class Windows(Movable):
-    """A stage's tokens in their windows, N places for the stage's T tokens; never changed.
+    """A stage's tokens in their windows, S places for the stage's T tokens; never changed.
 
     Attributes:
-        order: int64 [N], the token at each place; None if the stream's first N tokens lie so
+        order: int64 [S], the token at each place; None if the stream's first S tokens lie so
             already.
         places: int64 [T], where each token lies, the first place for padding; None likewise.
-        cells: int64 [N], row · (2w − 1) + column of each token within its window: the difference
+        cells: int64 [S], row · (2w − 1) + column of each token within its window: the difference
             of two says how they lie to each other.
-        ids: int64 [N], the window at each place, −1 where there is none, if rows hold more than
+        ids: int64 [S], the window at each place, −1 where there is none, if rows hold more than
             one; None if each row is a window.
         rows: What attends to what.
     """
@@ -67,14 +67,14 @@ class Windows(Movable):
     rows: tuple[EqualRows, ...]
 
     def gather(self, x_TC: Tensor) -> Tensor:
-        """[T, C] in the stream's order to [N, C], window by window."""
+        """[T, C] in the stream's order to [S, C], window by window."""
         return x_TC[: len(self.cells)] if self.order is None else x_TC.index_select(0, self.order)
 
-    def scatter(self, x_NC: Tensor, tokens: int) -> Tensor:
-        """[N, C] back to [T, C] in the stream's order; finite at padding, of no meaning."""
+    def scatter(self, x_SC: Tensor, tokens: int) -> Tensor:
+        """[S, C] back to [T, C] in the stream's order; finite at padding, of no meaning."""
         if self.places is None:
-            return F.pad(x_NC, (0, 0, 0, tokens - len(x_NC)))
-        return x_NC.index_select(0, self.places)
+            return F.pad(x_SC, (0, 0, 0, tokens - len(x_SC)))
+        return x_SC.index_select(0, self.places)
 
     @cached_property
     def layout(self) -> Tensor:
@@ -139,6 +139,37 @@ def arrange(
         group: Puts windows, by their lengths, together in rows of one length; None makes each a
             row of its own.
     """
+    window_T, lengths_W, cells_T = _sort(units, merges, window, shifted)
+    if group is None and (np.diff(window_T) >= 0).all():
+        return Windows(None, None, torch.from_numpy(cells_T), None, _rows(lengths_W, cells_T))
+    order_S = np.lexsort((cells_T, window_T))  # cell by cell: whole windows are then alike
+    places_T, cells_S, ids = np.argsort(order_S), cells_T[order_S], None
+    rows = _rows(lengths_W, cells_S)
+    if group is not None:
+        groups = group(lengths_W)
+        moved_S = groups.places(lengths_W)
+        spread = partial(_spread, places_S=moved_S, length=groups.count * groups.size)
+        ids = torch.from_numpy(spread(window_T[order_S], empty=-1))
+        order_S, cells_S = spread(order_S, empty=0), spread(cells_S, empty=0)
+        places_T = moved_S[places_T]
+        rows = (EqualRows(groups.count, groups.size, alike=False),)
+    padding = units.padding * 4**merges
+    return Windows(
+        torch.from_numpy(order_S),
+        torch.from_numpy(np.pad(places_T, (0, padding))),
+        torch.from_numpy(cells_S),
+        ids,
+        rows,
+    )
+
+
+def _sort(
+    units: Units, merges: int, window: int, shifted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The window of each token, the tokens of each window, and `Windows.cells` in stream order.
+
+    Windows are numbered in the order of their lengths, so that those of one length are one batch.
+    """
     cells_K2 = cells_of(merges)
     side, count = 1 << merges, len(cells_K2)
     coords_T2 = (side * units.coords_U2[:, None] + cells_K2).reshape(-1, 2)
@@ -148,45 +179,23 @@ def arrange(
     images_T = units.images_U.repeat(count)
     keys_T = (images_T * rows + corners_T2[:, 0]) * columns + corners_T2[:, 1]
     _, window_T, lengths_W = np.unique(keys_T, return_inverse=True, return_counts=True)
-    # Windows in the order of their lengths, so that those of one length are one batch.
     by_length_W = np.argsort(lengths_W, kind="stable")
-    window_T, lengths_W = np.argsort(by_length_W)[window_T], lengths_W[by_length_W]
-    cells_T = within_T2 @ (2 * window - 1, 1)
-    if group is None and (np.diff(window_T) >= 0).all():
-        return Windows(None, None, torch.from_numpy(cells_T), None, _rows(lengths_W, cells_T))
-    order_N = np.lexsort((cells_T, window_T))  # cell by cell: whole windows are then alike
-    places_T = np.argsort(order_N)
-    ids_N, cells_N = window_T[order_N], cells_T[order_N]
-    rows = _rows(lengths_W, cells_N)
-    if group is not None:
-        groups = group(lengths_W)
-        new_N = groups.places(lengths_W)
-        order_N, ids_N, cells_N = (
-            _spread(values_N, new_N, groups.count * groups.size, fill)
-            for values_N, fill in ((order_N, 0), (ids_N, -1), (cells_N, 0))
-        )
-        places_T, rows = new_N[places_T], (EqualRows(groups.count, groups.size, alike=False),)
-    return Windows(
-        torch.from_numpy(order_N),
-        torch.from_numpy(np.pad(places_T, (0, units.padding * count))),
-        torch.from_numpy(cells_N),
-        None if group is None else torch.from_numpy(ids_N),
-        rows,
-    )
+    window_T = np.argsort(by_length_W)[window_T]
+    return window_T, lengths_W[by_length_W], within_T2 @ (2 * window - 1, 1)
 
 
-def _spread(values_N: np.ndarray, places_N: np.ndarray, length: int, fill: int) -> np.ndarray:
-    """The values at their places of a longer array, and `fill` elsewhere."""
-    spread = np.full(length, fill)
-    spread[places_N] = values_N
+def _spread(values_S: np.ndarray, *, places_S: np.ndarray, length: int, empty: int) -> np.ndarray:
+    """The values at their places of a longer array, `empty` elsewhere."""
+    spread = np.full(length, empty)
+    spread[places_S] = values_S
     return spread
 
 
-def _rows(lengths_W: np.ndarray, cells_N: np.ndarray) -> tuple[EqualRows, ...]:
+def _rows(lengths_W: np.ndarray, cells_S: np.ndarray) -> tuple[EqualRows, ...]:
     """Each window a row; windows lie in the order of their lengths."""
     rows, end = [], 0
     for length, count in zip(*np.unique(lengths_W, return_counts=True), strict=True):
         start, end = end, end + length * count
-        cells_RL = cells_N[start:end].reshape(count, length)
+        cells_RL = cells_S[start:end].reshape(count, length)
         rows.append(EqualRows(int(count), int(length), bool((cells_RL == cells_RL[0]).all())))
     return tuple(rows)
