@@ -86,7 +86,7 @@ class Batcher:
         """
         tokens = sum(map(tokens_of, items))
         # A request alone may be longer than the queue.
-        if self._closing or (self._queue and self._tokens + tokens > self._most):
+        if not self.alive or (self._queue and self._tokens + tokens > self._most):
             raise busy()
         loop = asyncio.get_running_loop()
         waiting = [_Waiting(item, tokens_of(item), loop.create_future()) for item in items]
