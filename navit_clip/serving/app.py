@@ -22,7 +22,7 @@ from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel
 from navit_clip.model import PLAIN_TEMPLATE, NaViTCLIP
 from navit_clip.serving.addresses import fetch
-from navit_clip.serving.batcher import Batcher, tokens_of
+from navit_clip.serving.batcher import Batcher, Item, tokens_of
 from navit_clip.serving.config import BatchConfig, Limits
 from navit_clip.serving.embed import embedder, probabilities
 from navit_clip.serving.inputs import Entry, Reader, bad, read_json, strings
@@ -164,8 +164,7 @@ class Service:
         form = values.get("encoding_format", "float")
         if form not in ("float", "base64"):
             raise bad("encoding_format must be float or base64")
-        items = await self._in_thread(lambda: self._reader.items(entries))
-        vectors = await self._batcher.embed(items)
+        items, vectors = await self._embed(entries)
         tokens = sum(map(tokens_of, items))
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, form)}
@@ -178,8 +177,7 @@ class Service:
         known = {"input", "model", "labels", "templates"}
         values, entries = await self._read(request, body, known, images_only=True)
         labels, prompts = self._labels(values, len(entries))
-        items = await self._in_thread(lambda: self._reader.items([*entries, *prompts]))
-        vectors = await self._batcher.embed(items)
+        _, vectors = await self._embed([*entries, *prompts])
         found = await self._in_thread(
             lambda: probabilities(self._model, vectors, len(entries), len(labels))
         )
@@ -214,6 +212,12 @@ class Service:
             raise bad(f"images and prompts (labels × templates) are more than {most:,} together")
         prompts = [template.replace("{}", label) for label in labels for template in templates]
         return labels, [Entry(text=prompt) for prompt in prompts]
+
+    async def _embed(self, entries: list[Entry]) -> tuple[list[Item], Tensor]:
+        """What the model gets, and the vectors of it."""
+        with self._batcher.coming():
+            items = await self._in_thread(lambda: self._reader.items(entries))
+        return items, await self._batcher.embed(items)
 
     async def _read(
         self, request: Request, body: Body, known: set[str], *, images_only: bool

@@ -1,7 +1,8 @@
 """Inputs of many requests packed into one forward pass, by tokens and under a deadline.
 
 Runs in the server's event loop; the model runs in one thread. What comes in while it runs makes the
-next batch, so that batches grow with the load and an idle server answers after `wait_ms`.
+next batch, so that batches grow with the load. A batch that is not full waits only while other
+requests are being decoded: a lone client's is computed at once.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +56,7 @@ class Batcher:
         self._embed, self._config, self._metrics = embed, config, metrics
         self._most = max_waiting_tokens
         self._queue: deque[_Waiting] = deque()
-        self._tokens = 0
+        self._tokens = self._coming = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "model")
         self._closing = False
@@ -77,6 +78,16 @@ class Batcher:
         if self._task is not None:
             await self._task
         self._thread.shutdown()
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While a request is prepared that will ask for vectors: batches wait for it."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._arrived.set()
 
     async def embed(self, items: Sequence[Item]) -> Tensor:
         """Vectors [E, D] of a request's inputs, in their order, however they are packed.
@@ -117,12 +128,12 @@ class Batcher:
                     one.future.set_result(vector)
 
     async def _fill(self) -> None:
-        """Waits for a full batch, or for the deadline of the first input."""
+        """Waits for a full batch, until nothing more is coming, or for the first one's deadline."""
         while not self._closing:
             left = None
             if self._queue:
                 left = self._queue[0].since + self._config.wait_ms / 1000 - time.monotonic()
-                if left <= 0 or self._tokens >= self._config.batch_tokens:
+                if left <= 0 or not self._coming or self._tokens >= self._config.batch_tokens:
                     return
             self._arrived.clear()
             with suppress(asyncio.TimeoutError):

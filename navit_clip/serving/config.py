@@ -51,7 +51,8 @@ class BatchConfig:
 
     Attributes:
         batch_tokens: Most tokens of one forward pass; a longer input goes alone.
-        wait_ms: Milliseconds that the first input of a batch waits for others.
+        wait_ms: Milliseconds that the first input of a batch waits at most for requests that are
+            being decoded.
 
     Raises:
         ValueError: If `batch_tokens` is below 1, or `wait_ms` negative.

@@ -83,17 +83,31 @@ def test_an_input_longer_than_a_batch_goes_alone():
     assert [len(batch) for batch in model.batches] == [1, 1, 1]
 
 
-def test_a_batch_that_is_not_full_waits_no_longer_than_the_deadline():
+def test_a_batch_that_is_not_full_waits_for_what_is_coming():
     model = Model()
 
     async def work(batcher: Batcher) -> None:
-        first = asyncio.ensure_future(batcher.embed([[1]]))
-        await asyncio.sleep(0.01)
+        with batcher.coming():
+            first = asyncio.ensure_future(batcher.embed([[1]]))
+            await asyncio.sleep(0.01)
+            assert not model.batches
         await asyncio.gather(first, batcher.embed([[2]]))
+        # Nothing is coming.
         await batcher.embed([[3]])
 
-    run(work, model, wait_ms=200)
+    run(work, model, wait_ms=60_000 - 1)
     assert model.batches == [[[1], [2]], [[3]]]
+
+
+def test_a_batch_waits_no_longer_than_the_deadline():
+    model = Model()
+
+    async def work(batcher: Batcher) -> None:
+        with batcher.coming():
+            await batcher.embed([[1]])
+
+    run(work, model, wait_ms=20)
+    assert model.batches == [[[1]]]
 
 
 def test_past_the_bound_requests_are_turned_away_and_those_before_are_served():

@@ -52,7 +52,8 @@ def model(model_dir: Path) -> NaViTCLIP:
 
 @pytest.fixture(scope="module")
 def client(model: NaViTCLIP) -> Iterator[TestClient]:
-    app = Service(model, "tiny", BatchConfig(wait_ms=1), LIMITS).app()
+    # A lone client waits for no other, however long it might.
+    app = Service(model, "tiny", BatchConfig(wait_ms=59_999), LIMITS).app()
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
