@@ -7,6 +7,7 @@ A task makes them of a batch (`Task.examples`, `Task.drawing`), evaluations of w
 from __future__ import annotations
 
 import io
+from base64 import b64encode
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeAlias
@@ -76,6 +77,11 @@ def webp(picture: Image.Image, most_side: int | None = None) -> bytes:
     file = io.BytesIO()
     picture.save(file, format="WEBP", quality=80)
     return file.getvalue()
+
+
+def data_uri(picture: bytes | None) -> str:
+    """A WebP as an address in a page, empty without one."""
+    return "" if picture is None else "data:image/webp;base64," + b64encode(picture).decode()
 
 
 def nearest_captions(samples: ReportSamples) -> Examples | None:

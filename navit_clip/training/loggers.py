@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from navit_clip.files import write_output
-from navit_clip.tasks.media import Drawing, Histogram, Media
+from navit_clip.tasks.media import Drawing, Histogram, Media, data_uri
 from navit_clip.training.metrics import StepLog
 
 _BINS = 30
@@ -200,10 +199,6 @@ def _to_json(shown: Media) -> dict[str, Any]:
         counts, edges = np.histogram(shown.values, _BINS)
         return {"counts": counts.tolist(), "edges": edges.tolist()}
     if isinstance(shown, Drawing):
-        return {"picture": _uri(shown.picture)}
-    rows = [{"picture": _uri(row.picture), "texts": row.texts} for row in shown.rows]
+        return {"picture": data_uri(shown.picture)}
+    rows = [{"picture": data_uri(row.picture), "texts": row.texts} for row in shown.rows]
     return {"rows": rows}
-
-
-def _uri(webp: bytes | None) -> str:
-    return "" if webp is None else "data:image/webp;base64," + b64encode(webp).decode()

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wandb
+from markupsafe import Markup
 from PIL import Image
 
 from navit_clip.errors import UserError
 from navit_clip.files import reading, write_output
-from navit_clip.tasks.media import Drawing, Histogram, Media
+from navit_clip.tasks.media import Drawing, Examples, Histogram, Media, data_uri
 from navit_clip.training.sections import AXES, dashboard_key, media_key, metric_prefixes
 
 if TYPE_CHECKING:  # a circle: it opens this
     from navit_clip.training.loggers import LogConfig
 
 _FINISH_S = 300.0  # an upload that takes longer is left to `wandb sync`
+_STYLE = "<style>body{font:14px sans-serif}th,td{text-align:left;padding:4px 8px}</style>"
 _ALERT_S = 1800.0  # between two alerts of one title
 
 
@@ -74,16 +76,17 @@ class Wandb:
         self._log({dashboard_key(key): value for key, value in values.items()}, values["step"])
 
     def show(self, name: str, shown: Media, step: int) -> None:
-        """A histogram, a picture or a table."""
+        """A histogram, a picture or a table.
+
+        Not `wandb.Table`, for which `log` would ask the server and the training wait for it.
+        """
         media: Any
         if isinstance(shown, Histogram):
             media = wandb.Histogram(shown.values.tolist())
         elif isinstance(shown, Drawing):
             media = _image(shown.picture)
         else:
-            media = wandb.Table(columns=["image", *shown.rows[0].texts])
-            for row in shown.rows:
-                media.add_data(row.picture and _image(row.picture), *row.texts.values())
+            media = wandb.Html(_table(shown), inject=False)
         self._log({media_key(name): media}, step)
 
     def _log(self, values: dict[str, Any], step: float) -> None:
@@ -102,6 +105,17 @@ class Wandb:
     def finish(self) -> None:
         """Waits for the upload, but not without limit."""
         self._run.finish()
+
+
+def _table(shown: Examples) -> str:
+    heads = Markup("").join(Markup("<th>{}</th>").format(label) for label in shown.rows[0].texts)
+    rows = (
+        [Markup('<img src="{}">').format(data_uri(row.picture)), *row.texts.values()]
+        for row in shown.rows
+    )
+    cells = (Markup("").join(map(Markup("<td>{}</td>").format, row)) for row in rows)
+    body = Markup("").join(map(Markup("<tr>{}</tr>").format, cells))
+    return f"{_STYLE}<table><tr><th></th>{heads}</tr>{body}</table>"
 
 
 def _image(webp: bytes) -> wandb.Image:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 from step_cases import ALONE
 from tiny_run import run, tiny_flags, write_tiny_data
 from wandb_file import OfflineRun
@@ -97,8 +98,12 @@ def test_axes_summaries_and_what_is_known_of_the_run(finished):
     assert list(offline.run.tags) == ["one", "two"]
     assert offline.run.notes == "of a test"
     assert offline.run.entity == "someone"
-    assert set(offline.artifacts) == {"run_table", "model"}
-    assert offline.summary["media/confusions._type"] == "table-file"
+    assert offline.artifacts == ["model"]
+    assert offline.summary["media/confusions._type"] == "html-file"
+    (path,) = finished.glob(f"wandb/offline-*/files/{offline.summary['media/confusions.path']}")
+    page = Page(path.read_text())
+    assert page.tags["img"] == page.tags["tr"] - 1 > 3
+    assert page.words[:3] == ["margin", "own caption", "best other"]
     facts = offline.config["facts"]
     assert facts == json.loads((finished / "facts.json").read_text())
     assert facts["parameters"] > 1000
@@ -157,7 +162,8 @@ def test_the_workspace_names_only_what_is_logged(finished):
     assert all(not getattr(panel.config, "x_axis", None) for panel in panels)  # they follow it
 
 
-def test_the_report_of_it_shows_examples(finished, capsys):
+def test_the_report_of_it_shows_examples(finished, monkeypatch):
+    monkeypatch.setattr("navit_clip.training.report.html.SECTIONS", ())  # curves take seconds
     assert main(["report", str(finished)]) == 0
     text = (finished / "report.html").read_text()
     assert text.count("<img") > 10
