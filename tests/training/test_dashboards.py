@@ -5,7 +5,6 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from html_page import Page
 from step_cases import ALONE
@@ -320,21 +319,3 @@ def test_a_dashboard_saved_again_replaces_itself(monkeypatch, capsys):
         assert main(["dashboard", "--project", "b", "--entity", "a"]) == 0
     assert views == {"id-0": "nw-navitclip-v"}
     assert capsys.readouterr().out.count("Dashboard: https://wandb.ai/a/b?nw=navitclip\n") == 2
-
-
-def test_margins_of_logits():
-    import torch
-
-    from navit_clip.tasks.confusions import margins
-
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 9, generator=generator)
-    codes = torch.tensor([0, 1, 2, 2, 3, 4, 5, 6, 7])
-    found, other = margins(logits, codes[:, None] == codes)
-    for i in range(9):
-        others = [j for j in range(9) if codes[j] != codes[i]]
-        best = max(others, key=lambda j: logits[i, j])
-        assert other[i] == best
-        assert found[i] == logits[i, i] - logits[i, best]
-    alone, _ = margins(logits[:1, :1], torch.ones(1, 1, dtype=torch.bool))
-    assert np.isinf(alone.numpy()).all()
