@@ -364,3 +364,12 @@ def test_few_hidden_patches_are_at_least_one():
         fewer = sample.trimmed(3)
         assert fewer.lengths == (3, len(sample.image.patches))
         assert set(fewer.visible) < set(sample.visible)
+
+
+def test_the_recipes_parse():
+    depths = {"masked_image_small": 2, "masked_image_b16": 8, "greenmim_swin_b": 1}
+    for recipe, depth in depths.items():
+        config, _ = parse_config(["--config", recipe, "--data.train", "shards"])
+        assert config.task.model.decoder.depth == depth
+    assert config.task.model.image.hierarchy.depths == (2, 2, 18, 2)
+    assert config.task.model.image.pixel_mean[0] == 0.485
