@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from navit_clip.commands import Parser, run_command
 from navit_clip.errors import UserError
 from navit_clip.files import one_line
-from navit_clip.training.sections import AXES, SECTIONS, SHOWN, Section, dashboard_key, media_key
+from navit_clip.training.sections import (
+    AXES,
+    NEAREST,
+    SECTIONS,
+    SHOWN,
+    Section,
+    dashboard_key,
+    media_key,
+)
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -34,11 +42,20 @@ def main(
     )
     parser.add_argument("--project", required=True, help="that runs log to (log.wandb_project)")
     parser.add_argument("--entity", help="user or team of the project; your own by default")
+    parser.add_argument(
+        "--evaluators", nargs="*", default=[], metavar="NAME",
+        help="of eval.evaluators, of which to show examples",
+    )  # fmt: skip
     return run_command(parser, _save, argv)
 
 
-def workspace(entity: str, project: str) -> Workspace:
+def workspace(entity: str, project: str, evaluators: Sequence[str] = ()) -> Workspace:
     """What is shown of a project's runs; needs no network.
+
+    Args:
+        entity: User or team.
+        project: Theirs.
+        evaluators: Names of evaluators to show examples of.
 
     Raises:
         UserError: If wandb's library for workspaces is not installed.
@@ -49,19 +66,24 @@ def workspace(entity: str, project: str) -> Workspace:
         raise UserError(
             "a dashboard needs the package wandb-workspaces: pip install 'navit-clip[dashboard]'"
         ) from error
+    examples = SHOWN | {f"{NEAREST}{name}": "eval" for name in evaluators}
     return workspaces.Workspace(
         entity=entity,
         project=project,
         name=_NAME,
         sections=[
-            workspaces.Section(name=section.title, panels=_panels(section), is_open=True)
+            workspaces.Section(
+                name=section.title,
+                panels=_panels(section, [n for n, of in examples.items() if of == section.name]),
+                is_open=True,
+            )
             for section in SECTIONS
         ],
         settings=workspaces.WorkspaceSettings(x_axis=AXES[0]),
     )
 
 
-def _panels(section: Section) -> list[Any]:
+def _panels(section: Section, examples: Sequence[str]) -> list[Any]:
     from wandb_workspaces.reports import v2 as reports
 
     panels: list[Any] = []
@@ -72,8 +94,7 @@ def _panels(section: Section) -> list[Any]:
             panels.append(reports.LinePlot(title=key, x=None, metric_regex=pattern))
         else:
             panels.append(reports.LinePlot(title=key, x=None, y=[shown]))
-    media = [name for name, shown_in in SHOWN.items() if shown_in == section.name]
-    return panels + [reports.MediaBrowser(title=n, media_keys=[media_key(n)]) for n in media]
+    return panels + [reports.MediaBrowser(title=n, media_keys=[media_key(n)]) for n in examples]
 
 
 def _save(args: argparse.Namespace) -> int:
@@ -83,7 +104,7 @@ def _save(args: argparse.Namespace) -> int:
     if entity is None:
         with one_line("wandb", hint="; run `wandb login`, or name the --entity"):
             entity = wandb.Api().default_entity
-    found = workspace(entity, args.project)
+    found = workspace(entity, args.project, args.evaluators)
     with one_line(f"wandb, project {entity}/{args.project}"):
         url = f"https://wandb.ai/{entity}/{args.project}?nw={_VIEW}"
         try:

@@ -34,6 +34,7 @@ from navit_clip.tasks.base import ExportedModel, Task
 from navit_clip.tasks.media import Media, nearest_captions
 from navit_clip.tokenizers.base import Tokenizer
 from navit_clip.training.best import BestModel
+from navit_clip.training.sections import NEAREST
 from navit_clip.training.step import Stepper
 from navit_clip.training.validation import Validation, ValidationConfig
 from navit_clip.training.watchdog import Watchdog
@@ -240,7 +241,7 @@ class Evaluations:
                     evaluator.draw_gallery(self._file(name, step, "png"))
                 with kept():
                     shown = nearest_captions(evaluator.samples()) if self._shows else None
-                examples: dict[str, Media] = {f"nearest-{name}": shown} if shown else {}
+                examples: dict[str, Media] = {f"{NEAREST}{name}": shown} if shown else {}
                 yield *self._log(name, step, result, trained, since), examples
 
     def _log(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 AXES = ("step", "samples_seen", "tokens_seen", "flops_seen")
 FRACTIONS = ("mfu", "data_wait", "padding", "token_drop", "share/*")
 _OWN = ("eval/", "validation/")
+NEAREST = "nearest-"  # before an evaluator's name: its images and what is nearest to them
 # Histograms, pictures and examples of the training, and the section that shows them.
 SHOWN = {
     "first_batch": "data",

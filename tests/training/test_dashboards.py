@@ -140,7 +140,7 @@ def test_the_workspace_names_only_what_is_logged(finished):
     from navit_clip.training.dashboard import workspace
 
     offline = OfflineRun(finished)
-    found = workspace("someone", "a-project")
+    found = workspace("someone", "a-project", ["held-out"])
     assert [section.name for section in found.sections] == [s.title for s in SECTIONS]
     shown = set()
     for panel in (panel for section in found.sections for panel in section.panels):
@@ -153,6 +153,7 @@ def test_the_workspace_names_only_what_is_logged(finished):
             assert keys <= {key.split(".")[0] for key in offline.keys}, panel
             shown |= keys
     numbers = {key for key in offline.keys if not key.startswith("media/")}
+    assert {key for key in documented() if key.startswith("media/")} <= shown
     assert numbers - shown == {*AXES, "validation/skipped", "validation/seconds"}
     # What wandb's library would send.
     spec = found._to_model().spec.section
