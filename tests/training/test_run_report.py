@@ -152,7 +152,14 @@ def test_damaged_files_beside_the_metrics_are_named_or_left_out(tmp_path):
     (directory / "eval").mkdir()
     (directory / "eval/broken.json").write_text('{"top1": 1}')
     (directory / "media").mkdir()
-    for number, content in enumerate(["{}", '{"step": 1, "rows": 3}', '{"step": 1, "counts": []}']):
+    for number, content in enumerate(
+        [
+            "{}",
+            '{"step": 1, "rows": 3}',
+            '{"step": 1, "counts": [], "edges": [1]}',
+            '{"step": 1, "counts": [1], "edges": [0, 1e308]}',
+        ]
+    ):
         (directory / f"media/{number}.json").write_text(content)
     (directory / "media/far.json").write_text('{"step": 1, "picture": "http://elsewhere"}')
     page = report_of(directory)
@@ -179,7 +186,9 @@ def test_what_holds_no_run_is_one_line(tmp_path, capsys):
 def test_hostile_text_stays_text(tmp_path):
     directory = make_run(tmp_path, "run", data={"train": EVIL}, task={"kind": EVIL})
     with (directory / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 31, EVIL: 1.0, f"eval/{EVIL}/x": 0.5}) + "\n")
+        evil = {EVIL: 1.0, f"eval/{EVIL}/x": 0.5, r"$\frac$": 1.0, "huge": 1e308, "lr": -1e308}
+        file.write(json.dumps({"step": 31, **evil}) + "\n")
+        file.write(json.dumps({"step": 10**400}) + "\n" + json.dumps({"step": None}) + "\n")
     (directory / "facts.json").write_text(json.dumps({EVIL: EVIL}))
     (directory / "media").mkdir()
     rows = {"step": 1, "rows": [{"picture": "", "texts": {EVIL: EVIL}}]}
@@ -187,6 +196,8 @@ def test_hostile_text_stays_text(tmp_path):
     page = report_of(directory)
     assert page.tags["script"] == 0
     assert " ".join(page.words).count(EVIL) > 4
+    assert r"$\frac$" in page.words
+    assert "2 damaged line(s)" in " ".join(page.words)
 
 
 def test_a_long_run_of_many_metrics_is_small(tmp_path):

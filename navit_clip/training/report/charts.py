@@ -57,7 +57,7 @@ def curve_svg(
         figure = new_figure(4.4, 2.3)
         figure.set_layout_engine("none")  # which would take half of the time
         axes = figure.add_axes((0.15, 0.18, 0.82, 0.7))
-        axes.set_title(key, loc="left", size=9)
+        axes.set_title(key, loc="left", size=9, parse_math=False)
         axes.set_xlabel(axis.replace("_", " "))
         for mark in marks:
             axes.axvline(mark, color=SOFT, ls=":", lw=1)
@@ -95,7 +95,7 @@ def histogram_svg(name: str, counts: Sequence[float], edges: Sequence[float]) ->
     with rc_context(STYLE):
         figure = new_figure(4.4, 1.8)
         axes = figure.subplots()
-        axes.set_title(name.replace("_", " "), loc="left", size=9)
+        axes.set_title(name.replace("_", " "), loc="left", size=9, parse_math=False)
         axes.stairs(counts, edges, fill=True, color=COLOURS[0])
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         return to_svg(figure, f"{name}: how many of each value")

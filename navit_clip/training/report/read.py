@@ -22,6 +22,7 @@ from navit_clip.training.history import flat, kept_configs
 
 _FILES = ("config.yaml", "metrics.jsonl")
 _PICTURE = "data:image/webp;base64,"
+_DRAWN = 1e100  # a chart of larger values has no limits
 _UNNAMED = Metric("", is_headline=True, is_fraction=False)
 
 
@@ -57,9 +58,9 @@ class Run:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def curve(self, key: str, axis: str) -> list[tuple[float, float]]:
-        """Points of a metric over an axis, where both are known."""
+        """Points of a metric over an axis, where both are known and can be drawn."""
         both = ((line.get(axis, math.nan), line.get(key, math.nan)) for line in self.lines)
-        return [(x, y) for x, y in both if math.isfinite(x) and math.isfinite(y)]
+        return [(x, y) for x, y in both if abs(x) < _DRAWN and abs(y) < _DRAWN]
 
     def last(self, key: str) -> float:
         """The last value of a metric, NaN without any."""
@@ -174,7 +175,8 @@ def _is_media(content: dict[str, Any]) -> bool:
         float(content["step"])
         if "counts" in content:
             counts, edges = content["counts"], content["edges"]
-            return len(counts) + 1 == len(edges) and all(map(math.isfinite, counts + edges))
+            drawn = all(abs(value) < _DRAWN for value in counts + edges)
+            return drawn and len(edges) == len(counts) + 1 > 1
         pictures = [content["picture"]] if "picture" in content else []
         for row in content["rows"] if not pictures else ():
             row["texts"].items()
@@ -196,11 +198,11 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
     *whole, _ = content.split(b"\n")
     for line in whole:
         try:
-            values = json.loads(line)
-            step = float(values["step"])
-            lines.append({k: math.nan if v is None else float(v) for k, v in values.items()})
-            assert math.isfinite(step)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError):
+            values = {k: math.nan if v is None else float(v) for k, v in json.loads(line).items()}
+            if not math.isfinite(values["step"]):
+                raise ValueError("no step")
+            lines.append(values)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             damaged += 1
     if damaged:
         notes.append(f"{path.name}: {damaged} damaged line(s) left out")
