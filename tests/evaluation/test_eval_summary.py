@@ -19,6 +19,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.registry import read_result
 from navit_clip.evaluation.report import charts
 from navit_clip.evaluation.report.charts import COSTS, draw_curve, lines_of
+from navit_clip.evaluation.report.drawing import new_figure
 from navit_clip.evaluation.results import Metric, wilson_interval
 from navit_clip.evaluation.summary import summarise, table
 
@@ -133,7 +134,7 @@ def test_labels_keep_clear_of_each_other_and_of_points():
         result = read_result(
             make_result("zeroshot", settings=[("capped", n) for n in sizes], seed=seed)
         )
-        figure = charts._figure(4.4, 2.8)
+        figure = new_figure(4.4, 2.8)
         axes = figure.subplots()
         lines = charts.lines_of(result, COSTS[0][1])
         charts._draw_panel(axes, lines, "tokens")
