@@ -274,6 +274,7 @@ def test_attention(monkeypatch, tmp_path):
         assert found[f"ratio_{peer}"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow  # ranks that compile, and peers of theirs
 def test_loss(monkeypatch, tmp_path):
     """Real ranks, and the table: a peer that was not tried differs from one that cannot."""
     found = run(monkeypatch, tmp_path, "loss", "--sizes", "1024", "--rounds", "1")

@@ -130,6 +130,7 @@ def test_the_readme(trained):
     assert (trained / "runs/b16/eval/retrieval.html").exists()
 
 
+@pytest.mark.slow  # minutes; the README has the commands that most people take
 def test_the_guide_of_evaluation(trained):
     for block in blocks_of("docs/evaluation.md"):
         run(block, trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def read_records(path: Path) -> list[Record]:
             continue
         _, length, kind = _HEAD.unpack_from(raw, at)
         at += _HEAD.size
+        if at + length > len(raw):  # still being written
+            break
         parts = (b"" if kind in (_FULL, _FIRST) else parts) + raw[at : at + length]
         at += length
         if kind in (_FULL, _LAST):
@@ -52,7 +55,12 @@ class OfflineRun:
         self.alerts: list[str] = []
         self.config: dict[str, Any] = {}
         self.artifacts: list[str] = []
-        for record in read_records(path):
+        records, patience = read_records(path), 100
+        # The process that writes it may be a little later than the run.
+        while records[-1].WhichOneof("record_type") != "exit" and patience:
+            time.sleep(0.1)
+            records, patience = read_records(path), patience - 1
+        for record in records:
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 self.history.append(_items(record.history.item))
