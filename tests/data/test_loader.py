@@ -407,4 +407,6 @@ def test_a_worker_killed_with_a_lock_keeps_nobody_waiting(tmp_path, pipeline):
         explain_killed_workers("the fix"),
     ):
         take(deadly, 1)
+    for worker in {*multiprocessing.active_children()} - others:
+        worker.join(20)  # told to end
     assert others >= {*multiprocessing.active_children()}
