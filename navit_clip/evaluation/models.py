@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -249,19 +249,23 @@ class PackedModel(_Packed):
         )
 
 
-class PackedTower(_Packed):
+AnyTower = TypeVar("AnyTower", NaViTClassifier, NaViTMaskedImage)
+
+
+class PackedTower(_Packed, Generic[AnyTower]):
     """A model of this library without texts, as its image tower; arguments as of `_Packed`."""
 
     reads_texts = False
 
     def __init__(
         self,
-        model: NaViTClassifier | NaViTMaskedImage,
+        model: AnyTower,
         name: str,
         precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         super().__init__(model, name, precision, around)
+        self.model: AnyTower = model
         self.tower = model.image
 
     def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
@@ -292,36 +296,16 @@ class PackedTower(_Packed):
         )
 
 
-class PackedClassifier(PackedTower):
+class PackedClassifier(PackedTower[NaViTClassifier]):
     """A classifier of this library, which evaluators see before its head; as `_Packed`."""
-
-    def __init__(
-        self,
-        model: NaViTClassifier,
-        name: str,
-        precision: Precision = "fp32",
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        super().__init__(model, name, precision, around)
-        self.model = model
 
     def image_flops(self, tokens: int) -> int:
         """By `navit_clip.models.flops`, head included."""
         return image_flops(self._image, len(self.model.classes), tokens)
 
 
-class PackedMaskedImage(PackedTower):
+class PackedMaskedImage(PackedTower[NaViTMaskedImage]):
     """A masked image model of this library, which evaluators see as its tower; as `_Packed`."""
-
-    def __init__(
-        self,
-        model: NaViTMaskedImage,
-        name: str,
-        precision: Precision = "fp32",
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        super().__init__(model, name, precision, around)
-        self.model = model
 
 
 def packed_model(
