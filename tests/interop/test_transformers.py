@@ -5,7 +5,6 @@ Small models of transformers' own classes with random weights, and tokenizers ma
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -19,8 +18,8 @@ import pytest
 import torch
 from packed_examples import random_image, randomise
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceTrainer
 from shard_factory import CAPTIONS
+from siglip_files import write_spiece
 from torch import Tensor
 
 from navit_clip.architectures import architecture
@@ -102,21 +101,7 @@ def clip_tokenizer() -> Any:
 
 
 def siglip_tokenizer(folder: Path) -> Any:
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS * 5),
-        model_writer=model,
-        vocab_size=70,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    path = folder / "spiece.model"
-    path.write_bytes(model.getvalue())
-    return transformers.SiglipTokenizer(str(path))
+    return transformers.SiglipTokenizer(str(write_spiece(folder)))
 
 
 def siglip2_tokenizer() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import random
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 from shard_factory import CAPTIONS
+from siglip_files import write_spiece
 
 from navit_clip.errors import UserError
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
@@ -68,21 +68,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SentencePiece model of a repository, ids as in T5."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS * 5),
-        model_writer=model,
-        vocab_size=70,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("spiece") / "spiece.model"
-    path.write_bytes(model.getvalue())
-    return path
+    return write_spiece(tmp_path_factory.mktemp("spiece"))
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 64])
