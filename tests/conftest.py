@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,12 @@ settings.load_profile("steady")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--kills N`` of the slow test in training/test_survival.py."""
     parser.addoption("--kills", type=int, default=6, help="how often a run is killed (slow test)")
+
+
+def pytest_configure() -> None:
+    """Commands that tests start can be interrupted, though a shell's background jobs cannot."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
