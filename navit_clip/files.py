@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import textwrap
 import uuid
 from collections.abc import Iterator
@@ -54,6 +56,34 @@ def write_output(path: Path, content: str | bytes, what: object = None) -> None:
 def storable(path: object) -> str:
     r"""A path as text that can be printed and stored; bytes that are not UTF-8 as ``\udce9``."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Makes a folder and locks it against other processes; the lock goes with the process.
+
+    Args:
+        folder: On a file system without locks, as some of networks are, nothing is locked.
+        wait: Until the process that has it locked ends or unlocks it.
+
+    Yields:
+        Whether it is free for this process; always true after waiting.
+
+    Raises:
+        OSError: If the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        free = True
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                free = False
+        yield free
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

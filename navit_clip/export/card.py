@@ -6,12 +6,9 @@ each evaluation of it a line with its results.
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -19,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from navit_clip.errors import printable
 from navit_clip.export.description import CONFIG_FILE, Description, is_transformers
-from navit_clip.files import atomic_write, reading, writing
+from navit_clip.files import atomic_write, locked, reading, writing
 from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -146,7 +143,7 @@ def add_evaluation(directory: Path, what: str, data: str, counts: str, results: 
     description, line = Description.read(directory / CONFIG_FILE), [what, data, counts, results]
     new = markdown_table(line, []).partition("\n")[0]
     key = markdown_table([what, data], []).partition("\n")[0]
-    with writing(f"the model card of {directory}", ValueError), _alone(directory):
+    with writing(f"the model card of {directory}", ValueError), locked(directory):
         text = path.read_text(encoding="utf-8")
         rows = [row for row in _evaluations(text, description) if not row.startswith(key)]
         atomic_write(path, _with_evaluations(text, [*rows, new], description))
@@ -165,18 +162,6 @@ def _with_evaluations(text: str, rows: Sequence[str], description: Description) 
     section = "\n".join(["", "## Evaluation", "", mark, "", header, *rows, ""])
     found = _EVALUATIONS.search(text)
     return text[: found.start()] + section + text[found.end() :] if found else text + section
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Waits until no other process of this host is inside for the same directory."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

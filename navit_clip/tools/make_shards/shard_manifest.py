@@ -7,18 +7,17 @@ continued run leaves the same file as an undisturbed one.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from navit_clip.data.shards import MANIFEST
 from navit_clip.errors import UserError
-from navit_clip.files import atomic_write, reading, sha256_of
+from navit_clip.files import atomic_write, locked, reading, sha256_of
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
 VERSION = 2  # raised when the same rows and files give other bytes
@@ -116,24 +115,16 @@ def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps a second run out; the lock goes with the process, however it ends.
+    """Makes a folder and keeps a second run out.
 
     Raises:
         UserError: If another run is writing there.
         OSError: If the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems have no locks; there the user has to take care.
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another run is writing to {folder}: wait for it") from error
+    with locked(folder, wait=False) as free:
+        if not free:
+            raise UserError(f"another run is writing to {folder}: wait for it")
         yield
-    finally:
-        os.close(handle)
 
 
 def find_damage(check: tuple[Path, ShardRecord]) -> str | None:
