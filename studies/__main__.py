@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors("python -m studies"):
         args = _parse(argv)
         out = args.out / Path(args.name).stem
-        places = {"out": str(out), "data": str(args.data)}
+        places = {"out": str(args.out / "data"), "data": str(args.data)}
         study = read_study(args.name, places)
         if args.command == "run":
             with join_ranks(args.device) as ranks:
@@ -36,7 +36,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m studies", description="Compares variants at equal compute.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("run", "train and evaluate what is missing; the same command continues"),
+        ("run", "train and evaluate what is missing; given several times, they share the work"),
         ("report", "write the page from the results"),
     ):
         command = commands.add_parser(name, help=text)

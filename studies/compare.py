@@ -50,21 +50,25 @@ class Curves:
     def __init__(
         self, results: Mapping[str, Sequence[Result]], test: str, way: str, right: int
     ) -> None:
+        self._results, self._asked = results, (test, way, right)
         self.flops = {
             arm: np.mean([[p["flops"] for p in run["points"]] for run in runs], axis=0)
             for arm, runs in results.items()
         }
         some = last(next(iter(results.values()))[0], test)
         rng, images = np.random.default_rng(0), len(some["sizes"])
-        seeds = min(map(len, results.values()))
-        queries_DQ = _weights(rng, images)[:, some["image_of"][way]]
-        queries_DQ /= queries_DQ.sum(1, keepdims=True)
-        seeds_DS = _weights(rng, seeds) / seeds
+        self._seeds = min(map(len, results.values()))
+        self._queries_DQ = _weights(rng, images)[:, some["image_of"][way]]
+        self._queries_DQ /= self._queries_DQ.sum(1, keepdims=True)
+        self._seeds_DS = _weights(rng, self._seeds) / self._seeds
         self.draws = {}
         for arm, runs in results.items():
-            points = [[p["scores"][test] for p in run["points"]] for run in runs[:seeds]]
-            hits_SPQ = np.array([[hits(found, way, right) for found in run] for run in points])
-            self.draws[arm] = np.einsum("ds,spd->dp", seeds_DS, hits_SPQ @ queries_DQ.T)
+            points = [[p["scores"][test] for p in run["points"]] for run in runs[: self._seeds]]
+            self.draws[arm] = self._draw([[hits(p, way, right) for p in run] for run in points])
+
+    def _draw(self, hits_SPQ: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        drawn_SPD = np.array(hits_SPQ) @ self._queries_DQ.T
+        return np.einsum("ds,spd->dp", self._seeds_DS, drawn_SPD)
 
     def accuracy(self, arm: str) -> list[Estimate]:
         """At each point."""
@@ -73,6 +77,15 @@ class Curves:
     def gain(self, arm: str, baseline: str) -> Estimate:
         """How much more of the queries an arm answers right at the end."""
         return Estimate.of(self.draws[arm][:, -1] - self.draws[baseline][:, -1])
+
+    def at(self, arm: str, setting: str, baseline: str | None = None) -> Estimate:
+        """Accuracy of an arm at the end at a setting, or how much more it is than another's."""
+        test, way, right = self._asked
+        found, *others = (
+            self._draw([[hits(last(r, test), way, right, setting)] for r in runs[: self._seeds]])
+            for runs in (self._results[name] for name in (arm, baseline) if name is not None)
+        )
+        return Estimate.of((found - others[0] if others else found)[:, 0])
 
     def compute_to_reach(self, arm: str, baseline: str) -> Estimate:
         """Compute with which an arm is as good as the baseline ever gets, relative to the latter's.
@@ -108,14 +121,6 @@ def last(run: Result, test: str) -> Result:
 def hits(found: Result, way: str, right: int, setting: str | None = None) -> np.ndarray:
     """Whether each query was answered right, at a run's own setting or another."""
     return np.array(found["ranks"][setting or found["own"]][way]) < right
-
-
-def by_setting(runs: Sequence[Result], test: str, way: str, right: int) -> dict[str, float]:
-    """Accuracy of an arm at the end by setting, mean of its seeds."""
-    return {
-        setting: float(np.mean([hits(last(run, test), way, right, setting) for run in runs]))
-        for setting in last(runs[0], test)["ranks"]
-    }
 
 
 def by_group(

@@ -12,7 +12,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.report.drawing import COLOURS, save_figure
 from navit_clip.evaluation.results import BREAKDOWNS
 from navit_clip.files import write_output
-from studies.compare import DRAWS, Curves, Estimate, Result, by_group, by_setting, last
+from studies.compare import DRAWS, Curves, Estimate, Result, by_group, last
 from studies.runs import best_lr, read_result, validated
 from studies.study import Run, Study, trials
 
@@ -44,7 +44,7 @@ def write_report(study: Study, name: str, out: Path, docs: Path) -> Path:
         lines += [f"Not done yet: {', '.join(missing)}.", ""]
     lines += [*_arms(study, results, curves), f"![Accuracy over training compute]({name}.png)", ""]
     lines += [
-        *_breakdowns(study, results, tests),
+        *_breakdowns(study, results, curves),
         *_rates(study, out),
         *_made(study, name, results),
     ]
@@ -113,24 +113,40 @@ def _arms(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
         yield from _table([f"{test}, {way}", "right", "difference", "compute"], rows)
 
 
-def _breakdowns(study: Study, results: _Results, tests: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _breakdowns(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
     yield "## By setting, aspect ratio and size\n"
-    yield "A number is a token limit at native aspect ratio, 96px a square.\n"
-    for test, way in tests:
-        asked = test, way, study.right_within
-        settings = {arm: by_setting(runs, *asked) for arm, runs in results.items()}
+    yield (
+        "A number is a token limit at native aspect ratio, 96px a square; in brackets the "
+        f"difference to `{study.baseline}` in points, with its 95% interval.\n"
+    )
+    base = study.baseline
+    for (test, way), one in curves.items():
+        known = last(results[base][0], test)["ranks"]
+        settings = {
+            arm: {
+                setting: f"{one.at(arm, setting).value:.1%}"
+                + (f" ({_points(one.at(arm, setting, base))})" if arm != base else "")
+                for setting in last(runs[0], test)["ranks"]
+                if setting in known
+            }
+            for arm, runs in results.items()
+        }
         yield from _compared(f"{test}, {way}", settings)
         for key, what in BREAKDOWNS.items():
-            groups = {arm: by_group(runs, *asked, key) for arm, runs in results.items()}
+            asked = test, way, study.right_within, key
+            groups = {
+                arm: {group: f"{value:.1%}" for group, value in by_group(runs, *asked).items()}
+                for arm, runs in results.items()
+            }
             yield from _compared(f"{test}, {way}, by {what}", groups)
 
 
 def _rates(study: Study, out: Path) -> Iterator[str]:
     yield f"## Learning rates\n\nValidation with seed {study.seeds[0]}.\n"
-    found: dict[str, dict[str, float]] = {arm: {} for arm in study.arms}
+    found: dict[str, dict[str, str]] = {arm: {} for arm in study.arms}
     for run in trials(study):
         if read_result(study, run, out) is not None:
-            found[run.arm][f"{run.lr:g}"] = validated(study, run, out)
+            found[run.arm][f"{run.lr:g}"] = f"{validated(study, run, out):.1%}"
     yield from _compared("arm", found)
 
 
@@ -165,13 +181,10 @@ def _draw(curves: _Curves, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _compared(head: str, found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _compared(head: str, found: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     """A row for each arm of what is by setting, group or rate."""
     names = list(dict.fromkeys(name for values in found.values() for name in values))
-    rows = [
-        [arm, *(f"{values[name]:.1%}" if name in values else "–" for name in names)]
-        for arm, values in found.items()
-    ]
+    rows = [[arm, *(values.get(name, "–") for name in names)] for arm, values in found.items()]
     yield from _table([head, *names], rows)
 
 

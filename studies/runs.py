@@ -1,6 +1,7 @@
 """Trains and evaluates what is missing of a study; killed anywhere, the same command goes on.
 
-A run is trained by the trainer from the ``train.yaml`` in its folder, which can be given to
+Given several times at once, on one machine, each process takes runs that no other has. A run is
+trained by the trainer from the ``train.yaml`` in its folder, which can be given to
 ``navit-clip train`` by hand as well, and resumes as every run does. Once its ``result.json`` is
 there it is done, and its checkpoints are removed.
 """
@@ -13,7 +14,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import yaml
 from benchmarks.command import describe_run
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
-from navit_clip.files import reading, write_output
+from navit_clip.files import locked, reading, write_output
 from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import train
 from studies.budget import Length, length_of
@@ -31,6 +33,7 @@ from studies.study import VALIDATION, Run, Study, merged, trials
 
 RESULT, RECIPE = "result.json", "train.yaml"
 _SAVES = 4  # checkpoints for each that is evaluated
+_POLL_S = 5.0  # between looks at what other processes have done
 
 
 def run_study(study: Study, out: Path, ranks: Ranks, workers: int) -> None:
@@ -45,18 +48,37 @@ def run_study(study: Study, out: Path, ranks: Ranks, workers: int) -> None:
     Raises:
         UserError: If data is missing or a recipe is wrong; or the study has changed since.
     """
+    with locked(out.parent):
+        _prepare(study)
+    while todo := [run for run in _ready(study, out) if read_result(study, run, out) is None]:
+        # After each the list is another one: rates have been chosen, others have done theirs.
+        if not any(_complete(study, run, out, ranks, workers) for run in todo):
+            time.sleep(_POLL_S)
+    _say(f"all runs of the study are in {out / 'runs'}")
+
+
+def _prepare(study: Study) -> None:
+    """Makes the data that is missing.
+
+    Raises:
+        UserError: If a command fails.
+    """
     for made, command in study.prepare.items():
         if not Path(made).exists():
             _say(f"python -m {command}")
             words = [sys.executable, "-m", *shlex.split(command)]
             if subprocess.run(words, check=False).returncode:
                 raise UserError(f"python -m {command} failed: see above")
-    for run in trials(study):
-        _complete(study, run, out, ranks, workers)
+
+
+def _ready(study: Study, out: Path) -> Iterator[Run]:
+    """The trials of rates, and the other seeds of the arms whose rate is chosen."""
+    yield from trials(study)
     for seed in study.seeds[1:]:
         for arm in study.arms:
-            _complete(study, Run(arm, best_lr(study, arm, out), seed), out, ranks, workers)
-    _say(f"all runs of the study are in {out / 'runs'}")
+            tried = (Run(arm, lr, study.seeds[0]) for lr in study.lrs)
+            if all(read_result(study, run, out) is not None for run in tried):
+                yield Run(arm, best_lr(study, arm, out), seed)
 
 
 def read_result(study: Study, run: Run, out: Path) -> dict[str, Any] | None:
@@ -100,11 +122,18 @@ def validated(study: Study, run: Run, out: Path) -> float:
     return statistics.fmean(sum(rank < right for rank in way) / len(way) for way in ways)
 
 
-def _complete(study: Study, run: Run, out: Path, ranks: Ranks, workers: int) -> None:
+def _complete(study: Study, run: Run, out: Path, ranks: Ranks, workers: int) -> bool:
+    """Makes a run's result; whether no other process is at it."""
+    with locked(out / "runs" / run.name, wait=False) as free:
+        if free and read_result(study, run, out) is None:
+            _train_and_score(study, run, out, ranks, workers)
+        return free
+
+
+def _train_and_score(study: Study, run: Run, out: Path, ranks: Ranks, workers: int) -> None:
     folder = out / "runs" / run.name
-    if (folder / RESULT).exists():
-        return
-    length, points = _length(study, run.arm, out)
+    with locked(out / "arms"):
+        length, points = _length(study, run.arm, out)
     _say(f"{run.name}: {length.steps} steps, about {length.images:,} images")
     config, resolved = parse_config(["--config", str(_write_recipe(study, run, folder, length))])
     train(config, resolved, ranks)

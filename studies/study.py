@@ -24,7 +24,11 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its YAML has it; names in paths: ``$out``, its output, and ``$data``.
+    """A study as its YAML has it.
+
+    Names in paths: ``$data``, and ``$out``, a folder for data that studies make and share. A YAML
+    that ``extends`` another has its fields but for those that it has itself; its `recipe` is what
+    it changes in that of the other. The name of another study as `arms` takes those of that one.
 
     Attributes:
         title: Heading of the report.
@@ -59,7 +63,7 @@ class Study:
     validation: dict[str, Any]
     tests: dict[str, dict[str, Any]]
     prepare: dict[str, str] = field(default_factory=dict)
-    points: int = 8
+    points: int = 6
     right_within: int = 1
 
     def __post_init__(self) -> None:
@@ -116,6 +120,13 @@ def read_study(name: str, places: Mapping[str, str]) -> Study:
         raise UserError(f"no study {name}: there are {', '.join(known)}; a path is taken too")
     with reading(path, ValueError, yaml.YAMLError):
         values = _filled(yaml.safe_load(path.read_text(encoding="utf-8")), places)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a study: it has no fields")
+    if extended := values.pop("extends", None):
+        base = vars(read_study(extended, places))
+        values = {**base, **values, "recipe": merged(base["recipe"], values.get("recipe", {}))}
+    if isinstance(values.get("arms"), str):
+        values["arms"] = read_study(values["arms"], places).arms
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:

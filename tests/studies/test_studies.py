@@ -18,6 +18,8 @@ from tiny_run import write_tiny_data
 
 from navit_clip.data.shards import add_member
 from navit_clip.errors import UserError
+from navit_clip.files import locked
+from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import Progress
 from studies import __file__ as package
 from studies import compare, runs
@@ -254,14 +256,45 @@ def test_a_part_depends_on_the_sample_alone(tmp_path):
     assert all(0.5 < found[part] / (4 * n) < 1.5 for part, n in (("test", 15), ("validation", 10)))
 
 
-@pytest.mark.parametrize(
-    "name", ["square_or_native_shapes", "square_or_native_photos", "aspect_figures"]
-)
-def test_studies_are_valid(name):
+@pytest.mark.parametrize("name", sorted(path.stem for path in HERE.glob("*.yaml")))
+def test_studies_are_valid(name, tmp_path):
     study = read_study(name, {"out": "o", "data": "d"})
     assert set(study.evaluators().plans()) == {"validation", *study.tests}
-    assert study.recipe_of(study.baseline)["data"]["resolution"]["mode"] == "square"
+    for arm in study.arms:
+        recipe = {**study.recipe_of(arm, 1000), "run_dir": "r", "steps": 1000}
+        assert "$" not in repr(recipe)
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
+        parse_config(["--config", str(tmp_path / "train.yaml")])
     assert "$" not in repr({**vars(study), "arms": ()})
+
+
+def test_a_study_extends_another(tmp_path):
+    write_study(tmp_path)
+    more = tmp_path / "more.yaml"
+    base = str(tmp_path / "tiny.yaml")
+    more.write_text(
+        yaml.safe_dump({"extends": base, "flops": 1.0, "recipe": {"data": {"workers": 3}}})
+    )
+    study, tiny = read_study(str(more), {}), read_study(base, {})
+    assert study.recipe == merged(tiny.recipe, {"data": {"workers": 3}})
+    assert (study.flops, study.arms, study.tests) == (1.0, tiny.arms, tiny.tests)
+    other = {**yaml.safe_load(Path(base).read_text()), "arms": str(more)}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    assert read_study(str(tmp_path / "other.yaml"), {}).arms == tiny.arms
+
+
+def test_processes_share_a_study(data, tmp_path, monkeypatch, capsys):
+    path, out = write_study(tmp_path), tmp_path / "out"
+    words = ("run", path, "--data", data, "--out", out, "--workers", "0")
+    others = out / "tiny/runs/square-lr0.001-seed0"
+    monkeypatch.setattr(runs.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with locked(others, wait=False) as free:
+        assert free
+        assert command(*words) == 130
+        assert [p.parent.name for p in out.rglob("result.json")] == ["falling-lr0.001-seed0"]
+        assert not any(others.iterdir())
+    assert command(*words) == 0
+    assert len(list(out.rglob("result.json"))) == 2
 
 
 @pytest.mark.parametrize(
