@@ -23,7 +23,8 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.patterns import expand_shards
-from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.raw_sample import RawSample
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer

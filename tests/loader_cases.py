@@ -16,8 +16,8 @@ from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.reader import Reader
-from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.state import DataState, ReaderState, open_state
 from navit_clip.packed.batch import Batch

@@ -23,8 +23,8 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.patches import cut_patches
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import generator, sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
 from navit_clip.models.pooling import MeanPooling
 from navit_clip.models.transformer import Encoder, EncoderConfig

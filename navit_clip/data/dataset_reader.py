@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.order import Cursor, ShardOrder, ShardSlice
-from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.raw_sample import RawSample
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import UserError
 

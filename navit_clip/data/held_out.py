@@ -20,7 +20,8 @@ from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.base import Origin, SampleBuilder
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.packer import Packer
-from navit_clip.data.shards import EveryNth, RawSample, ShardError, read_shard
+from navit_clip.data.raw_sample import RawSample
+from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.data.workers import batches_of, prepare_worker
 from navit_clip.errors import SkipSampleError, UserError

@@ -19,8 +19,8 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.dataset_reader import DatasetReader, read_again
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.packer import Packer
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import draw_index
-from navit_clip.data.shards import RawSample
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.data.state import DataState, ReaderState
 from navit_clip.errors import SkipSampleError, UserError

@@ -12,13 +12,13 @@ import re
 import tarfile
 from collections.abc import Container, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import IO
 
 from navit_clip.data.command import CommandStream
 from navit_clip.data.forward_stream import ForwardStream
 from navit_clip.data.http import HttpStream
 from navit_clip.data.patterns import COMMAND, is_url, shard_names
+from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES, RawSample
 from navit_clip.data.tar import TarReader, parse_header
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import storable
@@ -35,30 +35,6 @@ _COMPRESSED = {
 
 # Of a folder of shards that `navit_clip.tools.make_shards` made.
 MANIFEST = "manifest.jsonl"
-# Of a sample's members together. Images have a cap of their own (`navit_clip.data.decode`).
-MAX_SAMPLE_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """One sample as the shard has it.
-
-    Attributes:
-        id: ``shard/key``, stable across runs and machines.
-        index: How many samples of the shard stand before it.
-        members: Content by lower-case extension.
-        problem: Why its members were not read, None if they were.
-    """
-
-    id: str
-    index: int
-    members: dict[str, bytes]
-    problem: SkipSampleError | None = None
-
-    def check(self) -> None:
-        """Raises `SkipSampleError` if the members could not be read."""
-        if self.problem is not None:
-            raise self.problem
 
 
 class ShardError(Exception):

@@ -20,7 +20,8 @@ from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import describe_members, find_image
 from navit_clip.data.labels import find_labels
 from navit_clip.data.patterns import expand_shards
-from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.raw_sample import RawSample
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import storable
 

@@ -26,8 +26,8 @@ from navit_clip.data.decode import CROP_STEP, Box, EncodedImage
 from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.patches import join_patches
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig, sample_grid, sample_patch_size
 
 CROPS = AugmentConfig(min_area=0.05)

@@ -26,8 +26,9 @@ from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.drop import DropConfig, mean_rate
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.reader import Reader
-from navit_clip.data.shards import RawSample, read_shard
+from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.errors import UserError

@@ -16,8 +16,8 @@ from navit_clip.data.drop import DropConfig
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.mixup import partners
 from navit_clip.data.patches import cut_patches, join_patches
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import generator
-from navit_clip.data.shards import RawSample
 from navit_clip.data.sizing import ResolutionConfig
 
 NAMES = ("a", "b", "c", "d")

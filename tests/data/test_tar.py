@@ -15,7 +15,8 @@ import pytest
 from shard_factory import CAPTIONS, write_tar
 
 from navit_clip.data import shards
-from navit_clip.data.shards import MAX_SAMPLE_BYTES, ShardError, read_shard
+from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError
 
 RECORD = tarfile.RECORDSIZE

@@ -26,7 +26,7 @@ from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.masked import MaskedBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
-from navit_clip.data.shards import RawSample
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.distributed import Ranks
 from navit_clip.models.transformer import compiled_block

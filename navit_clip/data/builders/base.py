@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from navit_clip.data.packer import Packable
-from navit_clip.data.shards import RawSample
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.packed.batch import Inputs
 
 AnySample = TypeVar("AnySample", bound="Sample")

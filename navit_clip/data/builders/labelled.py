@@ -14,8 +14,8 @@ from navit_clip.data.builders.images import ImageBuilder, trim_image
 from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.mixup import mix, partners
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import generator, sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.ragged import Ragged

@@ -10,8 +10,8 @@ import numpy as np
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.images import ImageBuilder, trim_places
 from navit_clip.data.drop import DropConfig, hide_patches, sample_rate
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.errors import SkipSampleError
 from navit_clip.packed.images import ImagePatches
 from navit_clip.packed.masked import MaskedInputs, pack_masked

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.images import ImageBuilder, trim_image
 from navit_clip.data.captions import choose_caption
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.texts import PackedTexts, pack_texts

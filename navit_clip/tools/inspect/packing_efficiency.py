@@ -17,8 +17,8 @@ from navit_clip.data.captions import choose_caption
 from navit_clip.data.config import DataConfig
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import sample_generator
-from navit_clip.data.shards import RawSample
 from navit_clip.packed.batch import BatchCounts, Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.packed.texts import PackedTexts

@@ -17,7 +17,8 @@ from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.captions import find_captions
 from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.mixture import Mixture
-from navit_clip.data.shards import RawSample, ShardError, read_shard
+from navit_clip.data.raw_sample import RawSample
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import SkipSampleError
