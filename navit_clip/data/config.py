@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.budgets import Budgets, PackingMode
 from navit_clip.data.drop import DropConfig
@@ -34,6 +35,7 @@ class DatasetConfig:
         shards: Its shards, written as `DataConfig.train` is.
         weight: How many samples come from it, relative to the other datasets.
         captions: Its own caption weights; null takes those of the task.
+        files: How its image files are read, if it is no shards; null takes data.files.
 
     Raises:
         ValueError: If a field is out of range.
@@ -42,6 +44,7 @@ class DatasetConfig:
     shards: str | list[str]
     weight: float = 1.0
     captions: dict[str, float] | None = None
+    files: FilesConfig | None = None
 
     @property
     def patterns(self) -> list[str]:
@@ -61,12 +64,14 @@ class DataConfig:
 
     Attributes:
         train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
-            list files (``.txt``, one of these a line), or ``pipe:COMMAND``.
+            list files (``.txt``, one of these a line), or ``pipe:COMMAND``. Or image files as they
+            are: a CSV, TSV, JSON-lines or Parquet table, a JSON of captions, a folder of images.
         mix: Instead of `train`, several datasets by name, each with its shards and weight.
         validation: Shards for the validation loss, given as `train` is; see eval.validation.
         samples: How many samples the shards of all datasets hold, for a run of `epochs`; null
             takes what stands beside them (manifest.jsonl, NAME_stats.json, sizes.json) or counts.
         allow_commands: Run the shell commands of ``pipe:`` shards.
+        files: How image files are read that are no shards.
         resolution: How large an image becomes.
         drop: Which patches are left out.
         augment: How images are varied.
@@ -91,6 +96,7 @@ class DataConfig:
     validation: str | list[str] = field(default_factory=list)
     samples: float | None = None
     allow_commands: bool = False
+    files: FilesConfig = field(default_factory=FilesConfig)
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

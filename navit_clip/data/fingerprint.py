@@ -3,7 +3,8 @@
 Every folder that img2dataset writes has the same names. A checkpoint therefore keeps the size of
 each shard and hashes of its first and last bytes, which cost no more than to open it; of many
 shards, and of those that come over a network, a few are looked at. Of shards of `make_shards` it
-also keeps what their manifest says: how many samples they have, and the SHA-256 of the whole.
+also keeps what their manifest says: how many samples they have, and the SHA-256 of the whole; of
+image files that are read as shards a hash of what lists them, and of an image in some of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import urllib3
 from navit_clip.data.command import CommandStream
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.patterns import COMMAND, is_url
+from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import MANIFEST
 from navit_clip.files import reading
 
@@ -31,16 +33,18 @@ _THREADS = 16
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=10.0)
 
 # Size in bytes, and hashes of the first and the last bytes; None where it is not known. With a
-# manifest also the number of samples and the hash of all bytes.
+# manifest also the number of samples and the hash of all bytes. Pieces of a table or a folder have,
+# instead of bytes, hashes of their rows and of the first bytes of an image.
 Fingerprint = Sequence[Any]
 _UNKNOWN: Fingerprint = (None, None, None)
-_PARTS = ("bytes", "first bytes", "last bytes", "samples", "content")
+_PARTS = ("bytes", "first bytes", "last bytes", "samples", "content", "rows", "first image")
 
 
 def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
     """Fingerprints of a run's shards by short name, of those that can be read."""
     shards = dict(zip(mixture.names, mixture.shards, strict=True))
-    local = [name for name, shard in shards.items() if not _is_remote(shard)]
+    pieces = [name for name, shard in shards.items() if isinstance(shard, Piece)]
+    local = [name for name in shards if not _is_remote(shards[name]) and name not in set(pieces)]
     urls = [name for name, shard in shards.items() if is_url(shard)]
     commands = [name for name, shard in shards.items() if shard.startswith(COMMAND)]
     close = set(_some(local, _LOCAL))
@@ -48,6 +52,7 @@ def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
         *((name, _of_file if name in close else _size_of_file) for name in local),
         *((name, _of_url) for name in _some(urls, _REMOTE)),
         *((name, _of_command) for name in _some(commands, _COMMANDS)),
+        *((name, _of_piece) for name in pieces),
     ]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda task: task[1](shards[task[0]]), tasks)
@@ -124,6 +129,12 @@ def _of_file(shard: str) -> Fingerprint:
         file.seek(max(0, size - _TAIL))
         return size, _hash(head), _hash(file.read(_TAIL))
     return _UNKNOWN
+
+
+def _of_piece(piece: str) -> Fingerprint:
+    assert isinstance(piece, Piece)
+    head = piece.head(_HEAD)
+    return *_UNKNOWN, piece.count, None, piece.digest(), _hash(head) if head else None
 
 
 def _of_url(url: str) -> Fingerprint:

@@ -60,7 +60,11 @@ class Mixture:
         datasets = []
         for name, dataset in config.datasets.items():
             first = len(shards)
-            shards += expand_shards(dataset.patterns, allow_commands=config.allow_commands)
+            shards += expand_shards(
+                dataset.patterns,
+                allow_commands=config.allow_commands,
+                files=dataset.files or config.files,
+            )
             own = range(first, len(shards))
             datasets.append(Dataset(name, dataset.weight / total, dataset.captions, own))
         # Two datasets may share shards, with other captions say.

@@ -16,15 +16,18 @@ from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
+from navit_clip.data.annotations.image_files import FilesConfig
+from navit_clip.data.pieces import split_files
 from navit_clip.errors import UserError
 from navit_clip.files import storable
 
-_TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
+_TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")  # and JSONs, of image files
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 _TAR_IN_COMMAND = re.compile(r"""[^\s'"|<>;&()]+\.tar(?![\w-])""")
 _LISTS = (".txt", ".list")
+_FILES = FilesConfig()
 _INSTEAD = {
     "s3": "'pipe:aws s3 cp {} -'",
     "gs": "'pipe:gcloud storage cat {}'",
@@ -37,20 +40,24 @@ def is_url(shard: str) -> bool:
     return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND)
 
 
-def expand_shards(patterns: Sequence[str], *, allow_commands: bool = False) -> list[str]:
+def expand_shards(
+    patterns: Sequence[str], *, allow_commands: bool = False, files: FilesConfig = _FILES
+) -> list[str]:
     """Resolves what a user may write to a list of shards, in that order, each once.
 
     Args:
         patterns: Paths, folders (their ``*.tar``, sorted), globs and brace ranges, such as
-            ``data/{00000..00009}.tar``; URLs, with brace ranges as well, whose existence shows
+            ``data/{00000..00009}.tar``; tables, JSONs and folders of image files, as pieces
+            (`navit_clip.data.pieces`); URLs, with brace ranges as well, whose existence shows
             only when they are read; ``pipe:COMMAND``; list files, ``.txt`` or ``.list``, with one
             of these per line, relative to the list, blank lines and lines with ``#`` skipped.
         allow_commands: Accept ``pipe:``, whose commands run in a shell with the user's rights.
+        files: How image files are read.
 
     Raises:
         UserError: If a pattern matches no shard, or cannot be read from.
     """
-    shards = [s for pattern in patterns for s in _expand(pattern, allow_commands)]
+    shards = [s for pattern in patterns for s in _expand(pattern, allow_commands, files)]
     if not shards:
         raise UserError("no shards given: name at least one .tar file, folder or pattern")
     unique: dict[str, str] = {}
@@ -60,7 +67,9 @@ def expand_shards(patterns: Sequence[str], *, allow_commands: bool = False) -> l
     return list(unique.values())
 
 
-def _expand(pattern: str, allow_commands: bool, list_file: str = "") -> Iterator[str]:
+def _expand(
+    pattern: str, allow_commands: bool, files: FilesConfig, list_file: str = ""
+) -> Iterator[str]:
     scheme = _SCHEME.match(pattern)
     if scheme and os.path.exists(os.path.join(os.path.dirname(list_file), pattern.split("/")[0])):
         # A folder with a colon in its name; written so, nothing behind takes it for a scheme.
@@ -77,7 +86,7 @@ def _expand(pattern: str, allow_commands: bool, list_file: str = "") -> Iterator
     except ValueError as error:
         raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
     for name in names:
-        found = [name] if kind else _find(name, os.path.dirname(list_file))
+        found = [name] if kind else _find(name, os.path.dirname(list_file), files)
         if kind.startswith("http"):
             _check_url(name)
         for shard in found:
@@ -86,35 +95,23 @@ def _expand(pattern: str, allow_commands: bool, list_file: str = "") -> Iterator
             elif list_file:
                 raise UserError(f"{shard}: a list file cannot name another list file")
             else:
-                yield from _read_list(shard, allow_commands)
+                yield from _read_list(shard, allow_commands, files)
 
 
-def _find(name: str, folder: str) -> list[str]:
+def _find(name: str, folder: str, files: FilesConfig) -> list[str]:
     path = os.path.join(folder, name)
+    # The folder is no part of the pattern: it may hold a bracket of its own.
+    names = [name] if os.path.exists(path) else sorted(glob.glob(name, root_dir=folder or None))
+    if not names:
+        raise UserError(f"no shard found at {path}: check the path")
+    return [shard for one in names for shard in _open(os.path.join(folder, one), files)]
+
+
+def _open(path: str, files: FilesConfig) -> list[str]:
     if os.path.isdir(path):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-    elif os.path.isfile(path):
-        if path.lower().endswith(_TABLES):
-            raise UserError(
-                f"{path} is a table, no shard: navit-clip data make_shards makes shards of it "
-                "(--table, or --coco for JSON)"
-            )
-        found = [path]
-    else:
-        # The folder is no part of the pattern: it may hold a bracket of its own.
-        found = sorted(os.path.join(folder, p) for p in glob.glob(name, root_dir=folder or None))
-    if not found:
-        raise UserError(f"no shard found at {path}: {_what_to_do(path)}")
-    return found
-
-
-def _what_to_do(path: str) -> str:
-    if os.path.isdir(path) and os.listdir(path):
-        return (
-            "the folder holds no .tar file; navit-clip data make_shards makes shards of images in "
-            "class folders (--classes) or with a table of captions (--table)"
-        )
-    return "check the path (expected .tar files)"
+        tars = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        return tars or split_files(path, files)
+    return split_files(path, files) if path.lower().endswith(_TABLES) else [path]
 
 
 def _check_url(url: str) -> None:
@@ -127,7 +124,7 @@ def _check_url(url: str) -> None:
         raise UserError(f"{url}: a list of shards must be a local file, download it first")
 
 
-def _read_list(path: str, allow_commands: bool) -> Iterator[str]:
+def _read_list(path: str, allow_commands: bool, files: FilesConfig) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
@@ -138,7 +135,7 @@ def _read_list(path: str, allow_commands: bool) -> Iterator[str]:
         raise UserError(f"{path}: the list is empty, expected one shard or pattern per line")
     for number, pattern in patterns.items():
         try:
-            yield from _expand(pattern, allow_commands, path)
+            yield from _expand(pattern, allow_commands, files, path)
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
 

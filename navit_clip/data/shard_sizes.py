@@ -2,7 +2,7 @@
 
 From what tools write beside the shards: ``manifest.jsonl`` (`navit-clip data make_shards`),
 ``NAME_stats.json`` (img2dataset), ``sizes.json`` (webdataset, open_clip). Without these a few local
-shards are counted, header by header.
+shards are counted, header by header. Pieces of a table or a folder know their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.errors import UserError, printable
 
@@ -31,8 +32,9 @@ def samples_per_epoch(config: DataConfig) -> int:
     if config.samples is not None:
         return int(config.samples)
     shards = Mixture.find(config).shards
-    recorded = _recorded(set(shards))
-    sizes = {shard: size for shard, size in recorded if type(size) is int and size >= 0}
+    sizes = {shard: shard.count for shard in shards if isinstance(shard, Piece)}
+    recorded = _recorded(set(shards) - sizes.keys())
+    sizes |= {shard: size for shard, size in recorded if type(size) is int and size >= 0}
     unknown = [shard for shard in dict.fromkeys(shards) if shard not in sizes]
     remote = next((shard for shard in unknown if not os.path.isfile(shard)), None)
     if remote is not None or len(unknown) > _MOST_COUNTED:

@@ -2,7 +2,8 @@
 
 A shard is a tar whose neighbouring members ``key.jpg``, ``key.txt``, ``key.json`` form one sample,
 as img2dataset writes them; it lies in a file, on a web server, or comes out of a command. Read
-member by member, so that samples before a resume point cost a header each and no payload.
+member by member, so that samples before a resume point cost a header each and no payload. What
+stands for one may also be a piece of a table or a folder (`navit_clip.data.pieces`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from navit_clip.data.command import CommandStream
 from navit_clip.data.forward_stream import ForwardStream
 from navit_clip.data.http import HttpStream
 from navit_clip.data.patterns import COMMAND, is_url, shard_names
+from navit_clip.data.pieces import Piece
 from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES, RawSample
 from navit_clip.data.tar import TarReader, parse_header
 from navit_clip.errors import SkipSampleError
@@ -51,7 +53,7 @@ def read_shard(
     those beside the damage, which may lack members.
 
     Args:
-        path: A tar file, as `expand_shards` gives it: a path, a URL or ``pipe:COMMAND``.
+        path: A shard, as `expand_shards` gives it: a tar's path, a URL, ``pipe:COMMAND``, a piece.
         wanted: Indices to yield; the payload of all others is skipped, not read.
         name: What ids begin with; the file's name without ``.tar`` if not given.
 
@@ -59,6 +61,9 @@ def read_shard(
         ShardError: If the tar cannot be opened or is damaged, after what could be read.
     """
     shard = shard_names([path])[0] if name is None else name
+    if isinstance(path, Piece):
+        yield from path.samples(shard, wanted)
+        return
     try:
         with closing(_open(path)) as source:
             _check_start(source)

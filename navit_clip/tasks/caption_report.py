@@ -15,6 +15,7 @@ from os.path import isfile
 
 from navit_clip.data.captions import find_captions
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError
 from navit_clip.tokenizers.base import Tokenizer
@@ -38,7 +39,8 @@ def report_captions(
     for dataset in mixture.datasets:
         fields = list(dataset.captions or weights)
         line = f"captions of {dataset.name}: read from {', '.join(fields)}"
-        path = next((p for s in dataset.shards if isfile(p := mixture.shards[s])), None)
+        shards = [mixture.shards[shard] for shard in dataset.shards]
+        path = next((s for s in shards if isinstance(s, Piece) or isfile(s)), None)
         members = _first_samples(path) if path is not None else []
         read: Counter[str] = Counter()
         unread: Counter[str] = Counter()

@@ -14,6 +14,7 @@ from navit_clip.data.builders.labelled import LabelledBuilder, LabelledInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.data.labels import LabelReader
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.pieces import Piece
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.losses.classification import count_hits, sigmoid_loss, softmax_loss
@@ -162,7 +163,8 @@ def _read_names(path: str | None, data: DataConfig) -> list[str]:
         found = read_places(path, "task.classes")
     mixture = Mixture.find(data)
     for dataset in mixture.datasets:
-        beside = names_beside(mixture.shards[dataset.shards[0]])
+        first = mixture.shards[dataset.shards[0]]
+        beside = list(first.classnames) if isinstance(first, Piece) else names_beside(first)
         if found is None:
             found = beside
         # A list of one's own may have other words for them.

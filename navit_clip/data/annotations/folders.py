@@ -1,17 +1,21 @@
-"""Reads class folders: which folders are classes, which files their images, and what is neither."""
+"""Reads folders of images: classes of class folders, captions and labels in files beside images."""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
 from navit_clip.files import reading, storable
 
 _DESCRIBED = 5  # of what is skipped; the rest is only counted
+_SIDECARS = ("txt", "text", "caption", "json", "cls")
 # Of operating systems, network drives and notebooks; those that begin with a dot are known by it.
 _SYSTEM = {
     "__macosx",
@@ -44,6 +48,11 @@ class ClassFolders:
     images: list[tuple[str, int]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     skips: list[str] = field(default_factory=list)
+
+    @property
+    def captions(self) -> list[str]:
+        """The classes' names as one would write them, by index."""
+        return [name.replace("_", " ") for name in self.names]
 
 
 def is_image(path: Path) -> bool:
@@ -106,6 +115,61 @@ def find_images(root: Path) -> tuple[list[str], Counter[str]]:
     if not images:
         raise UserError(f"no image below {root}")
     return images, skipped
+
+
+def read_folder(root: Path) -> ImageList:
+    """All images below a folder, with what is known of them.
+
+    ``a.txt``, ``a.json`` or ``a.title.txt`` belong to ``a.jpg`` beside them, as in a tar of the
+    folder. Where no image has such a file, class folders give labels, and class names as captions;
+    images elsewhere have neither.
+
+    Raises:
+        UserError: If the folder cannot be read or holds no image.
+    """
+    files = _walk(root)
+    images = [name for name in files if is_image(Path(name))]
+    if not images:
+        raise UserError(f"no .tar file in {root}, and no image below it")
+    stems = {os.path.splitext(name)[0] for name in images}
+    beside: defaultdict[str, list[str]] = defaultdict(list)
+    for name in files:
+        folder, base = os.path.split(name)
+        words = base.split(".")
+        for count in range(len(words) - 1, 0, -1) if words[-1].lower() in _SIDECARS else ():
+            if (stem := os.path.join(folder, ".".join(words[:count]))) in stems:
+                beside[stem].append(".".join(words[count:]))
+                break
+    if beside:
+        found = (tuple(beside[os.path.splitext(name)[0]]) for name in images)
+        rows = [Row(name, (), sidecars=own) for name, own in zip(images, found, strict=True)]
+        return ImageList(root, rows)
+    classes = ClassFolders()
+    with suppress(UserError):  # there are none
+        classes = read_class_folders(root)
+    names, labels = classes.captions, dict(classes.images)
+    return ImageList(
+        root,
+        [Row(image, (names[labels[image]],), labels[image]) if image in labels else Row(image, ())
+         for image in images],
+        names,
+    )  # fmt: skip
+
+
+def _walk(root: Path) -> list[str]:
+    """All files below a folder that are not hidden, relative to it; folder by folder, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[str] = []
+    with reading(root):
+        for folder, folders, names in os.walk(root, onerror=fail):
+            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            place = os.path.relpath(folder, root)
+            own = sorted(name for name in names if not _is_hidden(name))
+            files += own if place == "." else [f"{place}/{name}" for name in own]
+    return files
 
 
 def _read_class(found: ClassFolders, folder: Path) -> None:

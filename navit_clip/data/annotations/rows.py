@@ -21,12 +21,15 @@ class Row:
         captions: As the file has them, perhaps none or empty ones; None for what is no text.
         label: Class index, None for captioned data.
         split: The split that Karpathy's file puts it in; other files have none.
+        sidecars: Extensions of the files beside the image that hold what is known of it, such as
+            ``txt``, perhaps none; None if it stands here.
     """
 
     name: str
     captions: tuple[str | None, ...]
     label: int | None = None
     split: str | None = None
+    sidecars: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class ImageList:
         """SHA-256 of all rows: the same however the file that named them was written."""
         found = hashlib.sha256()
         for row in self.rows:
-            found.update(json.dumps([row.name, row.captions, row.label]).encode() + b"\n")
+            beside = [row.sidecars] if row.sidecars is not None else []
+            line = json.dumps([row.name, row.captions, row.label, *beside])
+            found.update(line.encode() + b"\n")
         return found.hexdigest()
 
 

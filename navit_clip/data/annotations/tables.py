@@ -1,4 +1,4 @@
-"""Reads a CSV, TSV or Parquet table of image paths and captions.
+"""Reads a CSV, TSV, JSON-lines or Parquet table of image paths and captions.
 
 Rows that name the same image become one sample: many tables have one line per caption.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,11 @@ def open_table(
     """Rows of a table.
 
     Args:
-        path: A file that ends in ``.csv`` or ``.tsv`` (UTF-8, first line the columns' names), or
-            ``.parquet``.
+        path: A file that ends in ``.csv`` or ``.tsv`` (UTF-8, first line the columns' names),
+            ``.jsonl`` (an object a line) or ``.parquet``.
         images: The folder that relative paths in the table begin at.
         image_column: Holds the path.
-        caption_columns: Hold a caption each; in Parquet also a list of captions.
+        caption_columns: Hold a caption each; in JSON and Parquet also a list of captions.
 
     Raises:
         UserError: If the file cannot be read, lacks a column or has no row.
@@ -41,10 +42,12 @@ def open_table(
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
         lines = _delimited(path, columns)
+    elif suffix == ".jsonl":
+        lines = _json_lines(path, columns)
     elif suffix == ".parquet":
         lines = _parquet(path, columns)
     else:
-        raise UserError(f"{path}: expected a name that ends in .csv, .tsv or .parquet")
+        raise UserError(f"{path}: expected a name that ends in .csv, .tsv, .jsonl or .parquet")
     rows = []
     # ValueError: a path with a zero byte.
     with reading(path, ValueError):
@@ -74,7 +77,7 @@ def _check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) ->
         if column not in present:
             raise UserError(
                 f"no column {column!r} in {path}: it has {', '.join(map(repr, present))}; "
-                "see --image-column and --caption-column"
+                "give the image column and the caption columns by name"
             )
         if present.count(column) > 1:
             raise UserError(f"{path} has two columns {column!r}: rename one")
@@ -158,6 +161,22 @@ def _check_quotes(path: Path, number: int, row: Sequence[str], image: int) -> No
                     f"{path} line {number}: a field in quotes holds what looks like the row of "
                     f"{name[:60]}; check the quotes up to there"
                 )
+
+
+def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
+    present: dict[str, None] = {}
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                present |= dict.fromkeys(values.keys())
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{path} line {number} is no JSON object: {error}") from error
+            yield [values.get(column) for column in columns]
+    # A column may be missing wherever it would be null.
+    _check_columns(path, list(present), columns)
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:

@@ -12,11 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from navit_clip.commands import Parser, number, run_command
-from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
 from navit_clip.data.annotations.class_names import read_class_names
-from navit_clip.data.annotations.folders import read_class_folders
+from navit_clip.data.annotations.folders import read_class_folders, read_folder
+from navit_clip.data.annotations.image_files import FilesConfig, open_images
 from navit_clip.data.annotations.rows import ImageList, Row
-from navit_clip.data.annotations.tables import open_table
 from navit_clip.errors import UserError, printable
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.write_shard import ShardRecord
@@ -24,6 +23,7 @@ from navit_clip.tools.make_shards.write_shard import ShardRecord
 _DESCRIPTION = """Makes webdataset shards of image files, which are copied byte by byte, and their
 captions. After an interruption the same command continues; --verify checks the result."""
 
+_SOURCES = ("coco", "table", "folder", "classes")
 # Options that mean something for some inputs only; a silent one would be a mistake unnoticed.
 _BELONGS = {
     "images": ("coco", "table"),
@@ -31,9 +31,9 @@ _BELONGS = {
     "image_column": ("table",),
     "caption_column": ("table",),
     "classnames": ("classes",),
-    "output": ("coco", "table", "classes"),
-    "samples_per_shard": ("coco", "table", "classes"),
-    "shuffle_seed": ("coco", "table", "classes"),
+    "output": _SOURCES,
+    "samples_per_shard": _SOURCES,
+    "shuffle_seed": _SOURCES,
 }
 
 
@@ -50,7 +50,10 @@ def main(
         "--coco", type=Path, metavar="FILE", help="COCO's captions_*.json or Karpathy's dataset"
     )
     source.add_argument(
-        "--table", type=Path, metavar="FILE", help="a .csv, .tsv or .parquet of paths and captions"
+        "--table", type=Path, metavar="FILE", help="a .csv, .tsv, .jsonl or .parquet"
+    )
+    source.add_argument(
+        "--folder", type=Path, metavar="DIR", help="images with captions in files beside them"
     )
     source.add_argument("--classes", type=Path, metavar="DIR", help="a folder of class folders")
     source.add_argument("--verify", type=Path, metavar="DIR", help="check shards made earlier")
@@ -73,7 +76,7 @@ def main(
 
 
 def _run(args: argparse.Namespace) -> int:
-    kind = next(k for k in ("coco", "table", "classes", "verify") if getattr(args, k) is not None)
+    kind = next(k for k in (*_SOURCES, "verify") if getattr(args, k) is not None)
     for name, kinds in _BELONGS.items():
         if getattr(args, name) is not None and kind not in kinds:
             owners = " or ".join(f"--{owner}" for owner in kinds)
@@ -119,27 +122,19 @@ def _print_skipped(what: str, counts: Counter[str], examples: Sequence[str] = ()
 
 
 def _open(args: argparse.Namespace) -> ImageList:
-    if args.table is not None:
-        return open_table(
-            args.table,
-            args.images or args.table.parent,
-            args.image_column or "path",
-            args.caption_column or ["caption"],
-        )
     if args.classes is not None:
         return _open_classes(args.classes, args.classnames)
-    if args.images is None:
+    if args.folder is not None:
+        return read_folder(args.folder)
+    if args.images is None and args.coco is not None:
         raise UserError("--images is missing: name the folder of the images")
-    rows = read_caption_file(args.coco)
-    present = sorted({row.split for row in rows if row.split is not None})
-    if len(present) > 1 and not args.split:
-        raise UserError(
-            f"{args.coco} has splits {', '.join(present)}: name those wanted with --split"
-        )
-    rows = of_splits(rows, args.split or (), args.coco)
-    if not rows:
-        raise UserError(f"no image in {args.coco}")
-    return ImageList(args.images, rows)
+    config = FilesConfig(
+        images=args.images and str(args.images),
+        image_column=args.image_column or "path",
+        caption_columns=tuple(args.caption_column or ["caption"]),
+        splits=tuple(args.split or ()),
+    )
+    return open_images(args.coco or args.table, config)
 
 
 def _open_classes(folder: Path, names: Path | None) -> ImageList:
@@ -147,7 +142,7 @@ def _open_classes(folder: Path, names: Path | None) -> ImageList:
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: check --classes")
     found = read_class_folders(folder)
-    classnames = [name.replace("_", " ") for name in found.names]
+    classnames = found.captions
     if names is not None:
         classnames = read_class_names(str(names), found.names)
     rows = [Row(name, (classnames[label],), label) for name, label in found.images]

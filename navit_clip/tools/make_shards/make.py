@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from navit_clip.data.annotations.class_names import CLASSNAMES
+from navit_clip.data.annotations.image_files import check_files
 from navit_clip.data.annotations.rows import ImageList
-from navit_clip.data.seeding import generator
+from navit_clip.data.pieces import shard_name, shuffle_rows
 from navit_clip.data.workers import run_unordered
 from navit_clip.errors import UserError
 from navit_clip.files import atomic_write, writing
@@ -22,8 +21,6 @@ from navit_clip.tools.make_shards.shard_manifest import (
     sole_writer,
 )
 from navit_clip.tools.make_shards.write_shard import ShardRecord, ShardTask, write_shard
-
-_PROBED = 100  # rows whose files are looked for before anything is written
 
 
 def make_shards(
@@ -50,14 +47,9 @@ def make_shards(
     Raises:
         UserError: If the output cannot be used or no row has a usable image.
     """
-    _probe(images)
-    rows = list(images.rows)
-    if shuffle_seed is not None:
-        order = generator(shuffle_seed, "make_shards").permutation(len(rows))
-        rows = [rows[index] for index in order.tolist()]
+    check_files(images, "--images")
+    rows = shuffle_rows(images.rows, shuffle_seed)
     starts = range(0, len(rows), samples_per_shard)
-    # Wide enough that the shards' names sort in their order.
-    width = max(5, len(str(len(starts) - 1)))
     settings = {
         "rows": len(rows),
         "rows_sha256": images.digest(),
@@ -71,7 +63,7 @@ def make_shards(
         manifest = begin_manifest(output, settings)
         tasks = [
             ShardTask(
-                output / f"{shard:0{width}d}.tar",
+                output / f"{shard_name(shard, len(starts))}.tar",
                 images.folder,
                 start,
                 rows[start : start + samples_per_shard],
@@ -94,17 +86,6 @@ def make_shards(
     if not any(record.samples for record in records):
         raise UserError(f"no usable image among {len(rows):,}, the first: {records[0].skip_log[0]}")
     return records, len(missing)
-
-
-def _probe(images: ImageList) -> None:
-    if not images.folder.is_dir():
-        raise UserError(f"no folder at {images.folder}: check --images")
-    first = [row.name for row in itertools.islice(images.rows, _PROBED) if row.name]
-    if first and not any(os.path.exists(images.folder / name) for name in first):
-        raise UserError(
-            f"none of the first {len(first)} images exists, such as {images.folder / first[0]}: "
-            "check --images"
-        )
 
 
 def verify_shards(folder: Path, workers: int = 1) -> tuple[list[ShardRecord], list[str]]:

@@ -6,22 +6,20 @@ an interruption or on another machine, gets the same.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from navit_clip.data.annotations.members import read_members
 from navit_clip.data.annotations.rows import Row, usable_captions
-from navit_clip.data.decode import MAX_BYTES, EncodedImage
+from navit_clip.data.decode import EncodedImage, find_image
 from navit_clip.data.shards import add_member
 from navit_clip.data.skip_log import SkipLog
 from navit_clip.errors import SkipSampleError
-from navit_clip.files import sha256_of, storable
+from navit_clip.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,12 @@ def write_shard(task: ShardTask) -> ShardRecord:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index, row in enumerate(task.rows, task.first):
                 try:
-                    captions, unusable = usable_captions(row.captions)
-                    if not captions and unusable["bad_caption"]:
-                        raise SkipSampleError("bad_caption", "no caption is text in UTF-8")
-                    members = make_members(task.images, row, captions)
+                    unusable = _check_captions(row)
+                    members = read_members(task.images, row)
+                    image = EncodedImage(find_image(members))
+                    # The header does not show whether all pixels are there; decoding an eighth of
+                    # them does.
+                    image.pixels(max(1, image.height // 8), max(1, image.width // 8))
                 except SkipSampleError as error:
                     skips.skip_sample(row.name or "a row", error)
                     continue
@@ -108,47 +108,13 @@ def write_shard(task: ShardTask) -> ShardRecord:
     return replace(record, samples=samples, bytes=size, sha256=digest)
 
 
-def make_members(images: Path, row: Row, captions: Sequence[str]) -> dict[str, bytes]:
-    """The files of one sample, by extension: image, captions, label.
-
-    Args:
-        images: Folder that the row's name is relative to.
-        row: Names the image.
-        captions: The usable ones of the row.
+def _check_captions(row: Row) -> Counter[str]:
+    """How many of a row's captions cannot be used, by reason.
 
     Raises:
-        SkipSampleError: If training could not use it; the reason says why.
+        SkipSampleError: If all are empty or missing.
     """
-    if not row.name:
-        raise SkipSampleError("no_path", "names no image")
-    if not captions:
+    captions, unusable = usable_captions(row.captions)
+    if row.name and row.sidecars is None and not captions and not unusable["bad_caption"]:
         raise SkipSampleError("no_caption", "every caption is empty or missing")
-    data = _read(images / row.name)
-    image = EncodedImage(data)
-    # The header does not show whether all pixels are there; decoding an eighth of them does.
-    image.pixels(max(1, image.height // 8), max(1, image.width // 8))
-    fields: dict[str, Any] = {
-        "captions": captions,
-        "width": image.width,
-        "height": image.height,
-        "file_name": storable(row.name),
-    }
-    members = {
-        image.extension: data,
-        "json": json.dumps(fields, ensure_ascii=False).encode(),
-        "txt": captions[0].encode(),
-    }
-    if row.label is not None:
-        members["cls"] = str(row.label).encode()
-    return members
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            # One byte past the cap is enough to be refused by it.
-            return file.read(MAX_BYTES + 1)
-    # ValueError: a path with a zero byte.
-    except (OSError, ValueError) as error:
-        detail = getattr(error, "strerror", None) or str(error)
-        raise SkipSampleError("missing_image", detail) from error
+    return unusable
