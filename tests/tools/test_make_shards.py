@@ -289,6 +289,71 @@ def test_bytes_depend_on_input_and_seed_alone(tmp_path):
     assert order != names
 
 
+def test_parts_of_several_machines_merge_to_the_bytes_of_one_run(tmp_path, capsys, monkeypatch):
+    names = make_images(tmp_path / "in/ant", 9) + make_images(tmp_path / "in/sea_lion", 5)
+    common = ("--classes", tmp_path / "in", "--samples-per-shard", 2, "--shuffle-seed", 0)
+    run(*common, "--output", tmp_path / "one")
+    parts = [tmp_path / f"part{k}" for k in (3, 1, 2)]
+    for part in parts:
+        run(*common, "--part", f"{part.name[-1]}/3", "--output", part)
+        assert run("--verify", part) == 0
+    assert [len([*part.glob("*.tar")]) for part in parts] == [2, 3, 2]
+    assert len(names) == 14
+    merge = ("--merge", *parts, "--output")
+    run(*merge, tmp_path / "merged")
+    assert content(tmp_path / "merged") == content(tmp_path / "one")
+    assert "merged and verified 14 samples in 7 shards" in capsys.readouterr().out
+
+    # Killed in between, and on another disk, where no links can be made.
+    again = tmp_path / "again"
+    run(*merge, again)
+    (again / "00004.tar").unlink()
+    (again / ".x.partial").touch()
+    monkeypatch.setattr(os, "link", lambda *_: os.stat("/nowhere"))
+    run(*merge, again)
+    assert content(again) == content(tmp_path / "one")
+
+
+def test_parts_that_are_not_all_of_one_run_are_refused(tmp_path, capsys):
+    make_images(tmp_path / "in/ant", 8)
+    folders = {name: tmp_path / name for name in ("a", "b", "other", "half", "whole", "again")}
+    common = ("--classes", tmp_path / "in", "--samples-per-shard", 2)
+    run(*common, "--output", folders["whole"])
+    for name, *words in (
+        ("a", "--part", "1/2"),
+        ("b", "--part", "2/2"),
+        ("again", "--part", "2/2"),
+        ("half", "--part", "1/3"),
+        ("other", "--part", "2/2", "--shuffle-seed", 1),
+    ):
+        run(*common, *words, "--output", folders[name])
+
+    def problem(*names: str) -> str:
+        return refused(
+            capsys, "--merge", *(tmp_path / n for n in names), "--output", tmp_path / "m"
+        )
+
+    assert "part 2/2 is missing" in problem("a")
+    assert "again are both part 2/2: give one" in problem("a", "b", "again")
+    assert "other was made otherwise than" in (line := problem("a", "other"))
+    assert "(shuffle_seed was None, now 1)" in line
+    assert "(parts was 2, now 3)" in problem("a", "half")
+    assert "whole is no part: it was made without --part" in problem("a", "whole")
+    assert "no manifest.jsonl" in problem("a", "in")
+    manifest = folders["b"] / "manifest.jsonl"
+    text = manifest.read_text()
+    manifest.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    assert "b: 1 shards are not made yet, repeat its command" in problem("a", "b")
+    manifest.write_text(text)
+    shard = folders["b"] / "00003.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"ant", b"bee"))
+    assert "00003.tar: content differs from its SHA-256: delete it" in problem("a", "b")
+    assert "expected such as 3/16" in refused(capsys, *common, "--part", "4/3", "--output", "x")
+    assert "part was 1/2, now 2/2" in refused(
+        capsys, *common, "--part", "2/2", "--output", folders["a"]
+    )
+
+
 def test_killed_at_any_time_goes_on_to_the_same_bytes(tmp_path):
     images = tmp_path / "images"
     names = make_images(images, 12)

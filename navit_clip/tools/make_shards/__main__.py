@@ -18,10 +18,12 @@ from navit_clip.data.annotations.image_files import FilesConfig, open_images
 from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.errors import UserError, printable
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
+from navit_clip.tools.make_shards.merge import merge_parts
 from navit_clip.tools.make_shards.write_shard import ShardRecord
 
 _DESCRIPTION = """Makes webdataset shards of image files, which are copied byte by byte, and their
-captions. After an interruption the same command continues; --verify checks the result."""
+captions. After an interruption the same command continues; --verify checks the result. With --part
+several machines share the work, and --merge puts together and checks what they wrote."""
 
 _SOURCES = ("coco", "table", "folder", "classes")
 # Options that mean something for some inputs only; a silent one would be a mistake unnoticed.
@@ -31,7 +33,8 @@ _BELONGS = {
     "image_column": ("table",),
     "caption_column": ("table",),
     "classnames": ("classes",),
-    "output": _SOURCES,
+    "output": (*_SOURCES, "merge"),
+    "part": _SOURCES,
     "samples_per_shard": _SOURCES,
     "shuffle_seed": _SOURCES,
 }
@@ -57,6 +60,9 @@ def main(
     )
     source.add_argument("--classes", type=Path, metavar="DIR", help="a folder of class folders")
     source.add_argument("--verify", type=Path, metavar="DIR", help="check shards made earlier")
+    source.add_argument(
+        "--merge", type=Path, nargs="+", metavar="DIR", help="put parts together in --output"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the shards go")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where paths begin; a table's own folder if none"
@@ -71,22 +77,38 @@ def main(
     )
     parser.add_argument("--samples-per-shard", type=number(1), help="rows per shard (1000)")
     parser.add_argument("--shuffle-seed", type=int, help="shuffle the rows (their own order)")
+    parser.add_argument(
+        "--part", type=_part, metavar="K/N", help="make the K-th of N parts, each in its --output"
+    )
     parser.add_argument("--workers", type=number(1), default=os.cpu_count() or 1, help="processes")
     return run_command(parser, _run, argv, "interrupted: the same command continues")
 
 
 def _run(args: argparse.Namespace) -> int:
-    kind = next(k for k in (*_SOURCES, "verify") if getattr(args, k) is not None)
+    kind = next(k for k in (*_SOURCES, "verify", "merge") if getattr(args, k) is not None)
     for name, kinds in _BELONGS.items():
         if getattr(args, name) is not None and kind not in kinds:
             owners = " or ".join(f"--{owner}" for owner in kinds)
             raise UserError(f"--{name.replace('_', '-')} goes with {owners}, not with --{kind}")
-    return _verify(args) if args.verify is not None else _make(args)
+    if args.verify is not None:
+        return _verify(args)
+    if args.output is None:
+        raise UserError("--output is missing: name the folder to write")
+    if args.merge is not None:
+        records = merge_parts(args.merge, args.output, args.workers)
+        print(f"merged and verified {_describe(records)} in {args.output}")
+        return 0
+    return _make(args)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: expected such as 3/16, the third of 16 parts")
+    return int(part), int(parts)
 
 
 def _make(args: argparse.Namespace) -> int:
-    if args.output is None:
-        raise UserError("--output is missing: name the folder to write")
     images = _open(args)
     for note in images.notes:
         print(printable(note))
@@ -95,6 +117,7 @@ def _make(args: argparse.Namespace) -> int:
         args.output,
         samples_per_shard=args.samples_per_shard or 1000,
         shuffle_seed=args.shuffle_seed,
+        part=args.part or (1, 1),
         workers=args.workers,
     )
     what = f"{_describe(records)} in {args.output}"

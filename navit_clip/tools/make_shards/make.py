@@ -16,8 +16,8 @@ from navit_clip.files import atomic_write, writing
 from navit_clip.tools.make_shards.shard_manifest import (
     MANIFEST,
     begin_manifest,
+    existing_manifest,
     find_damage,
-    read_manifest,
     sole_writer,
 )
 from navit_clip.tools.make_shards.write_shard import ShardRecord, ShardTask, write_shard
@@ -29,6 +29,7 @@ def make_shards(
     *,
     samples_per_shard: int = 1000,
     shuffle_seed: int | None = None,
+    part: tuple[int, int] = (1, 1),
     workers: int = 1,
 ) -> tuple[list[ShardRecord], int]:
     """Writes the shards that are missing.
@@ -39,6 +40,7 @@ def make_shards(
         samples_per_shard: Rows per shard; those skipped leave it with fewer samples.
         shuffle_seed: Put the rows into a random order, the same for the same seed; None keeps
             their own.
+        part: (k, n) makes every n-th shard from the k-th on, see `merge`.
         workers: Number of processes; it does not change what is written.
 
     Returns:
@@ -57,6 +59,7 @@ def make_shards(
         "samples_per_shard": samples_per_shard,
         "shuffle_seed": shuffle_seed,
         "shards": len(starts),
+        **({"part": "{}/{}".format(*part)} if part[1] > 1 else {}),
     }
     hint = "; once that is fixed, the same command continues"
     with writing(f"--output {output}", hint=hint), sole_writer(output):
@@ -68,12 +71,13 @@ def make_shards(
                 start,
                 rows[start : start + samples_per_shard],
             )
-            for shard, start in enumerate(starts)
+            for shard, start in [*enumerate(starts)][part[0] - 1 :: part[1]]
         ]
         missing = [task for task in tasks if not manifest.is_whole(task.path.name)]
         sizes = {task.path.name: len(task.rows) for task in missing}
-        done = len(rows) - sum(sizes.values())
-        with tqdm(total=len(rows), initial=done, unit="image", desc="making shards") as bar:
+        total = sum(len(task.rows) for task in tasks)
+        done = total - sum(sizes.values())
+        with tqdm(total=total, initial=done, unit="image", desc="making shards") as bar:
             for record in run_unordered(write_shard, missing, workers):
                 manifest.add(record)
                 bar.update(sizes[record.shard])
@@ -83,7 +87,7 @@ def make_shards(
             partial.unlink()
         manifest.save()
     records = [manifest.records[task.path.name] for task in tasks]
-    if not any(record.samples for record in records):
+    if records and not any(record.samples for record in records):
         raise UserError(f"no usable image among {len(rows):,}, the first: {records[0].skip_log[0]}")
     return records, len(missing)
 
@@ -101,9 +105,7 @@ def verify_shards(folder: Path, workers: int = 1) -> tuple[list[ShardRecord], li
     Raises:
         UserError: If the folder has no manifest.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"no {MANIFEST} in {folder}: only shards made by make_shards have one")
+    manifest = existing_manifest(folder)
     records = [manifest.records[name] for name in sorted(manifest.records)]
     checks = [(folder / record.shard, record) for record in records]
     damage = run_unordered(find_damage, checks, workers)
@@ -111,7 +113,6 @@ def verify_shards(folder: Path, workers: int = 1) -> tuple[list[ShardRecord], li
     found = [problem for problem in progress if problem is not None]
     unknown = {path.name for path in folder.glob("*.tar")} - set(manifest.records)
     found += [f"{folder / name}: not in {MANIFEST}" for name in unknown]
-    unfinished = manifest.settings["shards"] - len(records)
-    if unfinished:
-        found.append(f"{folder}: {unfinished} shards are not made yet, repeat the command")
+    if manifest.unfinished:
+        found.append(f"{folder}: {manifest.unfinished} shards are not made yet, repeat the command")
     return records, sorted(found)

@@ -29,13 +29,20 @@ class Manifest:
 
     Attributes:
         folder: Where it and the shards lie.
-        settings: What the shards were made of; ``shards`` is how many there are to be.
+        settings: What the shards were made of; ``shards`` is how many there are to be, ``part``,
+            such as ``3/16``, which of them are made here.
         records: Finished shards by file name.
     """
 
     folder: Path
     settings: dict[str, Any]
     records: dict[str, ShardRecord]
+
+    @property
+    def unfinished(self) -> int:
+        """How many shards are still to be made here."""
+        part, _, parts = self.settings.get("part", "1/1").partition("/")
+        return len(range(int(part) - 1, self.settings["shards"], int(parts))) - len(self.records)
 
     def add(self, record: ShardRecord) -> None:
         """Adds a finished shard; on the disk when this returns."""
@@ -81,6 +88,27 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(folder, settings, {record.shard: record for record in records})
 
 
+def existing_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards.
+
+    Raises:
+        UserError: If it has none, or it is not one.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"no {MANIFEST} in {folder}: only shards made by make_shards have one")
+    return manifest
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in words, nothing if they are alike."""
+    return ", ".join(
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key)
+    )
+
+
 def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
     """Goes on with a folder's manifest or begins one.
 
@@ -98,14 +126,9 @@ def begin_manifest(folder: Path, settings: Mapping[str, Any]) -> Manifest:
         if any(folder.iterdir()):
             raise UserError(f"--output {folder} holds other files: name a new or empty folder")
         manifest = Manifest(folder, wanted, {})
-    differences = ", ".join(
-        f"{key} was {manifest.settings.get(key)}, now {value}"
-        for key, value in wanted.items()
-        if manifest.settings.get(key) != value
-    )
-    if differences:
+    if other := differences(manifest.settings, wanted):
         raise UserError(
-            f"--output {folder} has shards made otherwise ({differences}): repeat the command "
+            f"--output {folder} has shards made otherwise ({other}): repeat the command "
             "they were made with, name another folder or delete this one"
         )
     # Also drops a line that was cut off.
