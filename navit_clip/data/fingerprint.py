@@ -134,7 +134,7 @@ def _of_file(shard: str) -> Fingerprint:
 def _of_piece(piece: str) -> Fingerprint:
     assert isinstance(piece, Piece)
     head = piece.head(_HEAD)
-    return *_UNKNOWN, piece.count, None, piece.digest(), _hash(head) if head else None
+    return *_UNKNOWN, piece.size, None, piece.digest(), _hash(head) if head else None
 
 
 def _of_url(url: str) -> Fingerprint:

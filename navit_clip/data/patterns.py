@@ -12,16 +12,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
+from navit_clip.data.annotations.folders import holds_images
 from navit_clip.data.annotations.image_files import FilesConfig
+from navit_clip.data.annotations.tables import ARROW
 from navit_clip.data.pieces import split_files
 from navit_clip.errors import UserError
 from navit_clip.files import storable
 
-_TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")  # and JSONs, of image files
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", *ARROW)  # and JSONs, of image files
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -108,10 +111,21 @@ def _find(name: str, folder: str, files: FilesConfig) -> list[str]:
 
 
 def _open(path: str, files: FilesConfig) -> list[str]:
-    if os.path.isdir(path):
-        tars = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-        return tars or split_files(path, files)
-    return split_files(path, files) if path.lower().endswith(_TABLES) else [path]
+    if not os.path.isdir(path):
+        return split_files(path, files) if path.lower().endswith(_TABLES) else [path]
+    tars, *tables = (
+        sorted(glob.glob(os.path.join(glob.escape(path), name)))
+        for name in ("*.tar", "*.arrow", "*.parquet")
+    )
+    if tars:
+        return tars
+    found = next(filter(None, tables), [])
+    # What `datasets` computed once and keeps beside the data.
+    found = [path for path in found if not os.path.basename(path).startswith("cache-")]
+    # img2dataset writes a table beside each folder of images.
+    if not found or holds_images(Path(path)):
+        return split_files(path, files)
+    return [piece for table in found for piece in split_files(table, files)]
 
 
 def _check_url(url: str) -> None:

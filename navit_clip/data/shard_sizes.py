@@ -31,10 +31,10 @@ def samples_per_epoch(config: DataConfig) -> int:
     """
     if config.samples is not None:
         return int(config.samples)
-    shards = Mixture.find(config).shards
-    sizes = {shard: shard.count for shard in shards if isinstance(shard, Piece)}
-    recorded = _recorded(set(shards) - sizes.keys())
-    sizes |= {shard: size for shard, size in recorded if type(size) is int and size >= 0}
+    every = Mixture.find(config).shards
+    shards = [shard for shard in every if not isinstance(shard, Piece)]
+    recorded = _recorded(set(shards))
+    sizes = {shard: size for shard, size in recorded if type(size) is int and size >= 0}
     unknown = [shard for shard in dict.fromkeys(shards) if shard not in sizes]
     remote = next((shard for shard in unknown if not os.path.isfile(shard)), None)
     if remote is not None or len(unknown) > _MOST_COUNTED:
@@ -44,9 +44,9 @@ def samples_per_epoch(config: DataConfig) -> int:
             "NAME_stats.json or sizes.json): give data.samples"
         )
     sizes |= {shard: _count(shard) for shard in unknown}
-    total = sum(sizes[shard] for shard in shards)
+    total = sum(s.size if isinstance(s, Piece) else sizes[s] for s in every)
     if not total:
-        raise UserError(f"epochs needs training samples, and there is none in {len(shards)} shards")
+        raise UserError(f"epochs needs training samples, and there is none in {len(every)} shards")
     return total
 
 

@@ -61,10 +61,10 @@ def read_shard(
         ShardError: If the tar cannot be opened or is damaged, after what could be read.
     """
     shard = shard_names([path])[0] if name is None else name
-    if isinstance(path, Piece):
-        yield from path.samples(shard, wanted)
-        return
     try:
+        if isinstance(path, Piece):
+            yield from path.samples(shard, wanted)
+            return
         with closing(_open(path)) as source:
             _check_start(source)
             tar = TarReader(source)

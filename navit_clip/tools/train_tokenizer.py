@@ -21,6 +21,7 @@ from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import SkipSampleError, UserError, printable
 from navit_clip.files import write_output
+from navit_clip.tools.files_flags import add_files_flags, files_of
 
 _MEASURED = 100_000  # captions, evenly spread, that unknown pieces are counted in
 _MOST_BYTES = 1 << 16  # of a caption; SentencePiece leaves longer ones out, and says nothing
@@ -116,7 +117,8 @@ def main(
 ) -> int:
     """Trains a tokenizer, see `run_command`."""
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument("--shards", nargs="+", required=True, help="tars, folders or patterns")
+    parser.add_argument("--shards", nargs="+", required=True, help="tars, folders, tables")
+    add_files_flags(parser)
     parser.add_argument(
         "--captions", nargs="+", default=["all"], help="caption fields, such as txt json.title; all"
     )
@@ -138,7 +140,7 @@ def main(
 
 
 def _train(args: argparse.Namespace) -> int:
-    shards = expand_shards(args.shards)
+    shards = expand_shards(args.shards, files=files_of(args))
     pieces, unknown = train_tokenizer(
         shards,
         args.captions,

@@ -503,7 +503,7 @@ def test_unusable_tables(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--table", "t.txt"], "ends in .csv, .tsv or .parquet"),
+        (["--table", "t.txt"], "ends in .csv, .tsv, .jsonl or .parquet"),
         (["--table", "none.csv"], "No such file"),
         (["--coco", "none.json", "--images", "."], "cannot read none.json"),
         (["--coco", "none.json"], "--images is missing"),

@@ -117,6 +117,11 @@ def find_images(root: Path) -> tuple[list[str], Counter[str]]:
     return images, skipped
 
 
+def holds_images(root: Path) -> bool:
+    """Whether there is an image anywhere below a folder."""
+    return any(is_image(Path(name)) for name in _walk(root))
+
+
 def read_folder(root: Path) -> ImageList:
     """All images below a folder, with what is known of them.
 

@@ -27,10 +27,11 @@ class FilesConfig:
         images: The folder that paths in a table or a JSON begin at; null is its own.
         image_column: Column of a table that holds the path.
         caption_columns: Columns of a table that hold a caption each; none reads images alone.
+        label_column: Column of a table that holds the class, as an index or a name.
         splits: Splits of a Karpathy JSON to take.
         samples_per_shard: Images that are read together as a shard would be.
-        shuffle_seed: Puts the images into a random order before that, once and for all epochs; null
-            keeps their own, in which neighbours may be alike.
+        shuffle_seed: Puts image files into a random order before that, once and for all epochs;
+            null keeps their own, in which neighbours may be alike.
 
     Raises:
         ValueError: If a field is out of range.
@@ -39,6 +40,7 @@ class FilesConfig:
     images: str | None = None
     image_column: str = "path"
     caption_columns: tuple[str, ...] = ("caption",)
+    label_column: str | None = None
     splits: tuple[str, ...] = ()
     samples_per_shard: int = 1000
     shuffle_seed: int | None = 0
@@ -46,6 +48,12 @@ class FilesConfig:
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
+
+    @property
+    def columns(self) -> list[str]:
+        """Of a table, those that are read: of the image, perhaps the label, the captions."""
+        labels = [] if self.label_column is None else [self.label_column]
+        return [self.image_column, *labels, *self.caption_columns]
 
 
 def open_images(path: Path, config: FilesConfig) -> ImageList:
@@ -59,7 +67,9 @@ def open_images(path: Path, config: FilesConfig) -> ImageList:
     folder = path.parent if config.images is None else Path(config.images)
     if path.suffix.lower() == ".json":
         return ImageList(folder, _rows_of_splits(path, config.splits))
-    return open_table(path, folder, config.image_column, config.caption_columns)
+    return open_table(
+        path, folder, config.image_column, config.caption_columns, config.label_column
+    )
 
 
 def _rows_of_splits(path: Path, splits: Sequence[str]) -> list[Row]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ def read_members(images: Path, row: Row, max_pixels: int = MAX_PIXELS) -> dict[s
         max_pixels: Of an image.
 
     Raises:
-        SkipSampleError: If there is no image, or all its captions are none; the reason says why.
+        SkipSampleError: If there is no image, or as `make_members`; the reason says why.
     """
-    captions, unusable = usable_captions(row.captions)
-    if not captions and unusable["bad_caption"]:
-        raise SkipSampleError("bad_caption", "no caption is text in UTF-8")
+    _usable_captions(row)
     if not row.name:
         raise SkipSampleError("no_path", "names no image")
     path = images / row.name
     data = _read(path, "missing_image")
     if row.sidecars is None:
-        return make_members(data, captions, row.name, row.label, max_pixels)
+        return make_members(data, row, max_pixels)
     members = {path.suffix[1:].lower(): data}
     for extension in row.sidecars:
         beside = path.with_suffix(f".{extension}")
@@ -43,27 +40,25 @@ def read_members(images: Path, row: Row, max_pixels: int = MAX_PIXELS) -> dict[s
     return members
 
 
-def make_members(
-    data: bytes, captions: Sequence[str], name: str, label: int | None, max_pixels: int = MAX_PIXELS
-) -> dict[str, bytes]:
+def make_members(data: bytes, row: Row, max_pixels: int = MAX_PIXELS) -> dict[str, bytes]:
     """The files of one sample, by extension: image, captions, label.
 
     Args:
         data: The image, encoded.
-        captions: Those of its captions that can be used.
-        name: The image's.
-        label: Index of its class.
-        max_pixels: Of the image.
+        row: What is known of it.
+        max_pixels: Of an image.
 
     Raises:
-        SkipSampleError: If the image's header cannot be read, or is past a cap.
+        SkipSampleError: If the image's header cannot be read or is past a cap, or no caption is
+            text.
     """
+    captions = _usable_captions(row)
     image = EncodedImage(data, max_pixels)
     fields: dict[str, Any] = {
         "captions": captions,
         "width": image.width,
         "height": image.height,
-        "file_name": storable(name),
+        "file_name": storable(row.name),
     }
     members = {
         image.extension: data,
@@ -71,9 +66,16 @@ def make_members(
     }
     if captions:
         members["txt"] = captions[0].encode()
-    if label is not None:
-        members["cls"] = str(label).encode()
+    if row.label is not None:
+        members["cls"] = str(row.label).encode()
     return members
+
+
+def _usable_captions(row: Row) -> tuple[str, ...]:
+    captions, unusable = usable_captions(row.captions)
+    if not captions and unusable["bad_caption"]:
+        raise SkipSampleError("bad_caption", "no caption is text in UTF-8")
+    return captions
 
 
 def _read(path: Path, reason: str) -> bytes:

@@ -63,19 +63,21 @@ class ImageList:
 
 
 def merge_rows(rows: Iterable[Row]) -> list[Row]:
-    """Captioned rows, those of the same image and split made one with all their captions.
+    """Captioned rows, those of the same image, split and label made one with all their captions.
 
     An image that stood there once per caption would be its own negative. Rows that name no image
     come last, one by one, to be counted as skipped.
     """
-    found: dict[tuple[str, str | None], list[str | None]] = {}
+    found: dict[tuple[str, str | None, int | None], list[str | None]] = {}
     nameless = []
     for row in rows:
         if row.name:
-            found.setdefault((row.name, row.split), []).extend(row.captions)
+            found.setdefault((row.name, row.split, row.label), []).extend(row.captions)
         else:
             nameless.append(row)
-    merged = [Row(name, tuple(texts), split=split) for (name, split), texts in found.items()]
+    merged = [
+        Row(name, tuple(texts), label, split) for (name, split, label), texts in found.items()
+    ]
     return merged + nameless
 
 

@@ -6,25 +6,32 @@ Rows that name the same image become one sample: many tables have one line per c
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from navit_clip.data.annotations.arrow import ArrowFile
+from navit_clip.data.annotations.class_names import index_of
 from navit_clip.data.annotations.rows import ImageList, Row, merge_rows, to_text
 from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
 from navit_clip.files import reading
 
+ARROW = (".parquet", ".arrow")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_FIELD = 1 << 24  # the csv module gives up at 128 kB, and alternative texts can be longer
 
 
 def open_table(
-    path: Path, images: Path, image_column: str, caption_columns: Sequence[str]
+    path: Path,
+    images: Path,
+    image_column: str,
+    caption_columns: Sequence[str],
+    label_column: str | None = None,
 ) -> ImageList:
     """Rows of a table.
 
@@ -34,28 +41,35 @@ def open_table(
         images: The folder that relative paths in the table begin at.
         image_column: Holds the path.
         caption_columns: Hold a caption each; in JSON and Parquet also a list of captions.
+        label_column: Holds class indices; or names, which are numbered in sorted order.
 
     Raises:
         UserError: If the file cannot be read, lacks a column or has no row.
     """
-    columns = [image_column, *caption_columns]
+    columns = [image_column, *([] if label_column is None else [label_column]), *caption_columns]
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
         lines = _delimited(path, columns)
     elif suffix == ".jsonl":
         lines = _json_lines(path, columns)
-    elif suffix == ".parquet":
-        lines = _parquet(path, columns)
+    elif suffix in ARROW:
+        lines = _arrow(path, columns)
     else:
         raise UserError(f"{path}: expected a name that ends in .csv, .tsv, .jsonl or .parquet")
-    rows = []
+    rows, labels = [], []
     # ValueError: a path with a zero byte.
     with reading(path, ValueError):
         for name, *values in lines:
             file = (to_text(name) or "").strip()
             # An empty path would become the folder; those rows are counted as skipped.
             found = os.path.normpath(file) if file and "\0" not in file else ""
-            rows.append(Row(found, tuple(_texts(values))))
+            if label_column is not None:
+                labels.append((to_text(values.pop(0)) or "").strip())
+            rows.append(Row(found, tuple(to_texts(values))))
+    classes: list[str] = []
+    if label_column is not None:
+        numbers, classes = _number_labels(labels)
+        rows = [replace(row, label=label) for row, label in zip(rows, numbers, strict=True)]
     if not rows:
         raise UserError(f"{path} has no row below its columns' names")
     merged, notes = merge_rows(rows), []
@@ -64,15 +78,26 @@ def open_table(
             f"{len(rows):,} rows are {len(merged):,} images: "
             "the captions of an image were put together"
         )
-    return ImageList(images, merged, notes=notes)
+    return ImageList(images, merged, classes, notes)
 
 
-def _texts(values: Sequence[Any]) -> Iterator[str | None]:
+def _number_labels(labels: Sequence[str]) -> tuple[list[int | None], list[str]]:
+    """Class indices, and the classes' names if the labels are names; an empty label is none."""
+    indices = {label: index_of(label) for label in sorted(set(labels) - {""})}
+    if None not in indices.values():
+        return [indices.get(label) for label in labels], []
+    places = {name: place for place, name in enumerate(indices)}
+    return [places.get(label) for label in labels], list(indices)
+
+
+def to_texts(values: Sequence[Any]) -> Iterator[str | None]:
+    """The captions that a row's columns hold, one or a list of them each, as `rows.to_text`."""
     for value in values:
         yield from map(to_text, value if isinstance(value, (list, tuple)) else [value])
 
 
-def _check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) -> None:
+def check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raises a `UserError` if a table lacks a column, or has two of its name."""
     for column in wanted:
         if column not in present:
             raise UserError(
@@ -88,7 +113,7 @@ def _delimited(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
     _, header = next(lines, (0, None))
     if header is None:
         raise UserError(f"{path} is empty: expected a line of columns' names and rows")
-    _check_columns(path, header, columns)
+    check_columns(path, header, columns)
     positions = [header.index(column) for column in columns]
     for number, line in lines:
         # A caption cut at its own comma would otherwise be trained on.
@@ -176,19 +201,11 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
                 raise UserError(f"{path} line {number} is no JSON object: {error}") from error
             yield [values.get(column) for column in columns]
     # A column may be missing wherever it would be null.
-    _check_columns(path, list(present), columns)
+    check_columns(path, list(present), columns)
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
-    try:
-        # Not a dependency: large, and needed by this one kind of table.
-        parquet = importlib.import_module("pyarrow.parquet")
-        arrow = importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise UserError("reading Parquet needs pyarrow: pip install pyarrow") from error
-    with reading(path, arrow.ArrowException), parquet.ParquetFile(path) as table:
-        _check_columns(path, table.schema_arrow.names, columns)
-        for batch in table.iter_batches(columns=list(columns)):
-            # By name: the file's own order of columns may differ.
-            values = [batch.column(column).to_pylist() for column in columns]
-            yield from map(list, zip(*values, strict=True))
+def _arrow(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
+    table = ArrowFile(path)
+    check_columns(path, table.columns, columns)
+    for chunk in range(len(table.counts)):
+        yield from (values() for values in table.rows(chunk, columns))

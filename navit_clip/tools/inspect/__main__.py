@@ -16,6 +16,7 @@ from navit_clip.errors import UserError
 from navit_clip.files import write_output
 from navit_clip.recipes import find_recipe
 from navit_clip.tasks.draw_batch import draw_batch
+from navit_clip.tools.files_flags import add_files_flags, files_of
 from navit_clip.tools.inspect.describe import to_json, to_text
 from navit_clip.tools.inspect.packing_efficiency import measure_packing
 from navit_clip.tools.inspect.settings import read_settings
@@ -30,7 +31,8 @@ def main(
 ) -> int:
     """Inspects shards, see `run_command`."""
     parser = Parser(prog=prog, description=_DESCRIPTION)
-    parser.add_argument("shards", nargs="*", help="tars, folders or patterns; the config's if none")
+    parser.add_argument("shards", nargs="*", help="tars, folders, tables; the config's if none")
+    add_files_flags(parser)
     parser.add_argument("--config", help="a recipe or a training YAML: also measure its packing")
     parser.add_argument("--tokenizer", help="a SentencePiece model or open_clip; the config's")
     parser.add_argument(
@@ -49,7 +51,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if not args.shards and args.config is None:
         raise UserError("no shards given: name tars, folders or patterns, or a --config with them")
     config = find_recipe(args.config) if args.config else None
-    settings = read_settings(config, args.shards, args.captions, args.tokenizer)
+    files = files_of(args)
+    settings = read_settings(config, args.shards, args.captions, args.tokenizer, files)
     data, build = settings.data, settings.build
     mixture = Mixture.find(data)
     statistics = collect_statistics(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.builders.pairs import PairBuilder
 from navit_clip.data.config import DataConfig
@@ -55,6 +56,7 @@ def read_settings(
     shards: Sequence[str],
     captions: Sequence[str] | None,
     tokenizer: str | None,
+    files: FilesConfig,
 ) -> Settings:
     """The settings of a configuration, with those of the command line instead of its own.
 
@@ -64,6 +66,7 @@ def read_settings(
         shards: Patterns; none keeps the configuration's.
         captions: Caption fields of equal weight; None keeps the configuration's.
         tokenizer: A SentencePiece model's path, or ``open_clip``.
+        files: How tables are read; the default keeps the configuration's.
 
     Raises:
         UserError: If training would refuse the configuration, or a tokenizer cannot be read.
@@ -74,6 +77,8 @@ def read_settings(
         words.append(f"--config={config}")
     if shards:
         words += ["--data.mix={}", f"--data.train={json.dumps(list(shards))}"]
+    if files != FilesConfig():
+        words.append(f"--data.files={json.dumps(asdict(files))}")
     if captions is not None:
         words.append(f"--task.captions={json.dumps(dict.fromkeys(captions, 1.0))}")
     count_words = config is None and tokenizer is None

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from navit_clip.commands import Parser, number, run_command
 from navit_clip.data.annotations.class_names import read_class_names
 from navit_clip.data.annotations.folders import read_class_folders, read_folder
-from navit_clip.data.annotations.image_files import FilesConfig, open_images
+from navit_clip.data.annotations.image_files import open_images
 from navit_clip.data.annotations.rows import ImageList, Row
 from navit_clip.errors import UserError, printable
+from navit_clip.tools.files_flags import add_files_flags, files_of
 from navit_clip.tools.make_shards.make import make_shards, verify_shards
 from navit_clip.tools.make_shards.merge import merge_parts
 from navit_clip.tools.make_shards.write_shard import ShardRecord
@@ -32,6 +33,7 @@ _BELONGS = {
     "split": ("coco",),
     "image_column": ("table",),
     "caption_column": ("table",),
+    "label_column": ("table",),
     "classnames": ("classes",),
     "output": (*_SOURCES, "merge"),
     "part": _SOURCES,
@@ -64,14 +66,7 @@ def main(
         "--merge", type=Path, nargs="+", metavar="DIR", help="put parts together in --output"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the shards go")
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="where paths begin; a table's own folder if none"
-    )
-    parser.add_argument("--split", nargs="+", help="splits of a Karpathy file to take")
-    parser.add_argument("--image-column", help="column of the paths (default: path)")
-    parser.add_argument(
-        "--caption-column", action="append", help="column of captions, repeatable (caption)"
-    )
+    add_files_flags(parser)
     parser.add_argument(
         "--classnames", type=Path, metavar="FILE", help="a line per class (the folders' names)"
     )
@@ -151,13 +146,7 @@ def _open(args: argparse.Namespace) -> ImageList:
         return read_folder(args.folder)
     if args.images is None and args.coco is not None:
         raise UserError("--images is missing: name the folder of the images")
-    config = FilesConfig(
-        images=args.images and str(args.images),
-        image_column=args.image_column or "path",
-        caption_columns=tuple(args.caption_column or ["caption"]),
-        splits=tuple(args.split or ()),
-    )
-    return open_images(args.coco or args.table, config)
+    return open_images(args.coco or args.table, files_of(args))
 
 
 def _open_classes(folder: Path, names: Path | None) -> ImageList:

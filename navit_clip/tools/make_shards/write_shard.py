@@ -112,9 +112,10 @@ def _check_captions(row: Row) -> Counter[str]:
     """How many of a row's captions cannot be used, by reason.
 
     Raises:
-        SkipSampleError: If all are empty or missing.
+        SkipSampleError: If all are empty or missing, and nothing else is known of the image.
     """
     captions, unusable = usable_captions(row.captions)
-    if row.name and row.sidecars is None and not captions and not unusable["bad_caption"]:
+    known = captions or row.label is not None or row.sidecars is not None
+    if row.name and not known and not unusable["bad_caption"]:
         raise SkipSampleError("no_caption", "every caption is empty or missing")
     return unusable
