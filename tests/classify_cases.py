@@ -14,7 +14,7 @@ from shard_factory import SIZES, encode, photo, write_shard
 from navit_clip.data.builders.labelled import LabelledInputs
 from navit_clip.distributed import Ranks
 from navit_clip.packed.batch import Batch, BatchCounts
-from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.images import ImagePatches, Planner, pack_images
 from navit_clip.packed.ragged import Ragged
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -82,16 +82,18 @@ def examples(step: int, *, single: bool = False) -> list[Labelled]:
     return found
 
 
-def pack(part: list[Labelled]) -> Batch[LabelledInputs]:
+def pack(part: list[Labelled], planner: Planner | None = None) -> Batch[LabelledInputs]:
     """One batch."""
     inputs = LabelledInputs(
-        pack_images([image for _, image, _ in part]),
+        pack_images([image for _, image, _ in part], planner=planner),
         Ragged.from_arrays([labels for _, _, labels in part]),
     )
     return Batch(inputs, tuple(name for name, _, _ in part), BatchCounts(len(part)))
 
 
-def micro_batches(part: list[Labelled], ranks: Ranks, accumulate: int) -> list[Batch[Any]]:
+def micro_batches(
+    part: list[Labelled], ranks: Ranks, accumulate: int, planner: Planner | None = None
+) -> list[Batch[Any]]:
     """One rank's share of the examples of a step, as unequal as they are."""
     mine = part[ranks.rank :: ranks.world_size]
-    return [pack(mine[number::accumulate]) for number in range(accumulate)]
+    return [pack(mine[number::accumulate], planner) for number in range(accumulate)]

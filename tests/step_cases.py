@@ -19,7 +19,7 @@ from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
-from navit_clip.packed.images import ImagePatches, pack_images
+from navit_clip.packed.images import ImagePatches, Planner, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveLossConfig
 from navit_clip.tasks.locking import LockConfig
@@ -94,10 +94,10 @@ def cut(pairs: list[Pair], parts: int) -> list[list[Pair]]:
     return [pairs[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def pack(pairs: list[Pair]) -> Batch[PairInputs]:
+def pack(pairs: list[Pair], planner: Planner | None = None) -> Batch[PairInputs]:
     return Batch(
         PairInputs(
-            pack_images([image for _, image, _ in pairs]),
+            pack_images([image for _, image, _ in pairs], planner=planner),
             pack_texts([caption for _, _, caption in pairs]),
         ),
         ids=tuple(name for name, _, _ in pairs),
@@ -105,10 +105,12 @@ def pack(pairs: list[Pair]) -> Batch[PairInputs]:
     )
 
 
-def micro_batches(step: int, ranks: Ranks, accumulate: int) -> list[Batch[PairInputs]]:
+def micro_batches(
+    step: int, ranks: Ranks, accumulate: int, planner: Planner | None = None
+) -> list[Batch[PairInputs]]:
     """One rank's share of the global batch of a step."""
     mine = cut(global_batch(step), ranks.world_size)[ranks.rank]
-    return [pack(part) for part in cut(mine, accumulate)]
+    return [pack(part, planner) for part in cut(mine, accumulate)]
 
 
 def new_stepper(

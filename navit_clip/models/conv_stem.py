@@ -7,15 +7,15 @@ output is the token of the patch at its place. No patch may be dropped before.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from navit_clip.packed.grids import plan_grids
 from navit_clip.packed.images import PackedImages
 
 STRIDE, CHANNELS = 16, 1024
@@ -47,26 +47,19 @@ class ConvStem(nn.Module):
         Raises:
             ValueError: If patches were dropped.
         """
-        lengths = images.segments.lengths[: images.segments.num_examples]
-        starts = defaultdict(list)
-        # Waits for the device: the host must know which images are alike.
-        grids = images.grids[: len(lengths)].tolist()
-        for (rows, columns), length, start in zip(
-            grids, lengths, accumulate(lengths, initial=0), strict=False
-        ):
-            if length != rows * columns:
-                raise ValueError(f"a stem needs whole images, got {length} of {rows}×{columns}")
-            starts[rows, columns].append(start)
-        device = images.patches.device
+        plan: Any = images.plan
+        if plan is None:
+            plan = plan_grids(images).to(images.patches.device)
+        patches_TK = images.patches.index_select(0, plan.places)
+        # Filled in there: what is made of a list is copied, and waited for.
         mean_311, std_311 = (
-            torch.tensor(value, dtype=dtype, device=device)[:, None, None]
-            for value in (self.pixel_mean, self.pixel_std)
+            torch.stack([patches_TK.new_full((1, 1), x, dtype=dtype) for x in values])
+            for values in (self.pixel_mean, self.pixel_std)
         )
-        cells, places = [], []
-        for (rows, columns), group in starts.items():
-            index_ET = torch.tensor(group)[:, None] + torch.arange(rows * columns)
-            places.append(index_ET.flatten().to(device))
-            patches = images.patches[places[-1]].view(-1, rows, columns, STRIDE, STRIDE, 3)
+        cells = []
+        sizes = [rows * columns * count for rows, columns, count in plan.grids]
+        for (rows, columns, _), group in zip(plan.grids, patches_TK.split(sizes), strict=True):
+            patches = group.view(-1, rows, columns, STRIDE, STRIDE, 3)
             pixels_E3HW = patches.permute(0, 5, 1, 3, 2, 4).reshape(
                 -1, 3, rows * STRIDE, columns * STRIDE
             )
@@ -74,7 +67,7 @@ class ConvStem(nn.Module):
             cells.append(cells_ECHW.flatten(2).transpose(1, 2).flatten(0, 1))
         cells_TC = torch.cat(cells)
         everywhere_TC = cells_TC.new_zeros(len(images.patches), CHANNELS)
-        return everywhere_TC.index_copy(0, torch.cat(places), cells_TC)
+        return everywhere_TC.index_copy(0, plan.places, cells_TC)
 
 
 @cache

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from navit_clip.models.linear import Linear
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, LayerNorm
 from navit_clip.models.window_attention import WindowAttention
-from navit_clip.packed.images import PackedImages
+from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.packed.segments import Segments
-from navit_clip.packed.window_groups import best_groups
-from navit_clip.packed.windows import Units, Windows, arrange, cells_of
+from navit_clip.packed.windows import Windows, plan_windows
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,11 @@ class HierarchyConfig:
             for stage, depth in enumerate(self.depths)
         ]
 
+    def planner(self, encoder: EncoderConfig, *, grouped: bool = False) -> Planner:
+        """What sorts the tokens of images into windows, see `plan_windows`."""
+        widths = tuple(stage.width for stage in self.stages(encoder))
+        return partial(plan_windows, window=self.window, widths=widths, grouped=grouped)
+
     def cut(self, units_UK: Tensor) -> Tensor:
         """Units [U, P·P·3], row by row with channels last, as the patches of the first stage.
 
@@ -101,11 +105,14 @@ class HierarchyConfig:
         """
         if not self.merges:
             return units_UK
-        side = 1 << self.merges
-        patch = math.isqrt(units_UK.shape[1] // 3) // side
-        patches = units_UK.view(-1, side, patch, side, patch, 3).transpose(2, 3)
-        rows, columns = torch.from_numpy(cells_of(self.merges)).to(units_UK.device).unbind(1)
-        return patches[:, rows, columns].flatten(0, 1).flatten(1)
+        patch = math.isqrt(units_UK.shape[1] // 3) >> self.merges
+        halves = [2] * self.merges
+        # Each axis as halves of halves: the cells of each half of columns, then of each of rows.
+        patches = units_UK.view(-1, *halves, patch, *halves, patch, 3)
+        rows, columns = 1, self.merges + 2
+        cells = [axis + half for half in range(self.merges) for axis in (columns, rows)]
+        order = [0, *cells, rows + self.merges, columns + self.merges, patches.ndim - 1]
+        return patches.permute(order).reshape(-1, 3 * patch**2)
 
 
 class PatchMerging(nn.Module):
@@ -156,10 +163,6 @@ class HierarchicalEncoder(Encoder):
     Args:
         config: Of the last stage.
         hierarchy: The stages.
-
-    Attributes:
-        grouped: Put windows together in groups of one length, the one that costs least (GreenMIM),
-            in place of computing each by itself; changes time, not results.
     """
 
     def __init__(self, config: EncoderConfig, hierarchy: HierarchyConfig) -> None:
@@ -171,7 +174,6 @@ class HierarchicalEncoder(Encoder):
         ]
         super().__init__(config, blocks)
         self.hierarchy = hierarchy
-        self.grouped = False
         if config.pre_norm:
             self.pre_norm = LayerNorm(stages[0].width, config)
 
@@ -196,21 +198,13 @@ class HierarchicalEncoder(Encoder):
         windows: Any = self._windows(images)
         return self.norm(self._run_blocks(self._enter(x_TC), images.segments, windows, scales))
 
-    def group_windows(self) -> None:
-        """Sets `grouped`."""
-        self.grouped = True
-
     def _windows(self, images: PackedImages) -> list[Windows]:
         """Those of each block."""
-        hierarchy, units = self.hierarchy, Units.of(images)
+        plan: Any = images.plan
+        if plan is None:
+            planner = self.hierarchy.planner(self.config)
+            plan = planner(images).to(images.coords.device)
         windows: list[Windows] = []
-        for number, stage in enumerate(hierarchy.stages(self.config)):
-            group = partial(best_groups, width=stage.width) if self.grouped else None
-            plain, shifted = (
-                arrange(
-                    units, hierarchy.merges - number, hierarchy.window, shifted=shifted, group=group
-                ).to(images.coords.device)
-                for shifted in (False, True)
-            )
-            windows += islice(cycle([plain, shifted]), stage.depth)
+        for number, depth in enumerate(self.hierarchy.depths):
+            windows += islice(cycle(plan.windows[2 * number : 2 * number + 2]), depth)
         return windows

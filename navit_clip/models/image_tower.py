@@ -22,7 +22,8 @@ from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
 from navit_clip.models.rope import RotaryConfig, build_rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig, LayerNorm
-from navit_clip.packed.images import PackedImages
+from navit_clip.packed.grids import plan_grids
+from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.packed.segments import Segments
 
 
@@ -129,6 +130,16 @@ class ImageTowerConfig:
                 f"{self.patch_size}: image.position.coordinates fractional or interpolated, or "
                 "kind learned_1d or none"
             )
+
+    def planner(self, *, grouped: bool = False) -> Planner | None:
+        """What makes `PackedImages.plan` for this tower; None if it needs none.
+
+        Args:
+            grouped: See `plan_windows`.
+        """
+        if self.hierarchy.depths:
+            return self.hierarchy.planner(self.encoder, grouped=grouped)
+        return None if self.stem == "none" else plan_grids
 
     def with_patch_size(self, size: int) -> ImageTowerConfig:
         """How the same tower sees images that are cut into patches of another size.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class PackedImages(Movable):
         segments: Where each image lies; sorted by length, see `pack_images`.
         order: int64 [E]: the caller's i-th image is segment `order[i]`.
         targets: [T, ...] targets of each patch, zero at padding; None for tasks without.
+        plan: What a `Planner` made of the others, for a tower that has one; None leaves it to the
+            tower, which then waits for the device.
     """
 
     patches: Tensor
@@ -65,6 +67,7 @@ class PackedImages(Movable):
     segments: Segments
     order: Tensor
     targets: Tensor | None = None
+    plan: Movable | None = None
 
     @property
     def patch_size(self) -> int:
@@ -80,7 +83,16 @@ class PackedImages(Movable):
         return ImagePatches(patches.numpy(), coords.numpy(), (rows, columns))
 
 
-def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) -> PackedImages:
+Planner = Callable[[PackedImages], Movable]
+"""What a tower's host must know of images before it can begin: how they lie in windows, say.
+
+Made of images on the host, best where they are packed.
+"""
+
+
+def pack_images(
+    images: Sequence[ImagePatches], *, budget: int | None = None, planner: Planner | None = None
+) -> PackedImages:
     """Lays the patches of many images end to end.
 
     Segments are sorted by length, so that images of equal length lie side by side and attention
@@ -90,6 +102,7 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
     Args:
         images: At least one image; all of them with targets, or none.
         budget: Pad the stream to this many tokens, so that its shape never changes.
+        planner: Of the tower that reads them, if it has one.
 
     Raises:
         ValueError: If there is no image, more tokens than `budget`, or targets for some images.
@@ -101,7 +114,7 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
     if targets and len(targets) < len(rows):
         raise ValueError(f"{len(targets)} of {len(rows)} images have targets: give all or none")
     grids = np.array([image.grid for image in rows] + [(1, 1)] * bool(padding), dtype=np.int32)
-    return PackedImages(
+    packed = PackedImages(
         _concatenate([image.patches for image in rows], padding),
         _concatenate([image.coords for image in rows], padding),
         torch.from_numpy(grids),
@@ -109,6 +122,7 @@ def pack_images(images: Sequence[ImagePatches], *, budget: int | None = None) ->
         order,
         _concatenate(targets, padding) if targets else None,
     )
+    return packed if planner is None else replace(packed, plan=planner(packed))
 
 
 def _concatenate(parts: Sequence[np.ndarray], padding: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from navit_clip.packed.batch import Inputs
-from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
+from navit_clip.packed.images import ImagePatches, PackedImages, Planner, pack_images
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def pack_masked(
     budgets: Sequence[int] | None = None,
     *,
     full: bool = False,
+    planner: Planner | None = None,
 ) -> MaskedInputs:
     """Lays out images and their visible patches.
 
@@ -51,6 +52,7 @@ def pack_masked(
         budgets: Tokens that the streams of visible and of all patches are padded to; None pads
             neither.
         full: For a model that computes all patches: there is no stream of visible ones.
+        planner: Of the model's tower.
 
     Raises:
         ValueError: If there is no image, no patch of one is visible or none hidden, or the tokens
@@ -59,7 +61,9 @@ def pack_masked(
     for image, kept in zip(images, visible, strict=True):
         if not 0 < len(kept) < len(image.patches):
             raise ValueError(f"{len(kept)} of {len(image.patches)} patches are visible")
-    whole = pack_images(images, budget=budgets[-1] if budgets else None)
+    whole = pack_images(
+        images, budget=budgets[-1] if budgets else None, planner=planner if full else None
+    )
     starts = whole.segments.offsets[whole.order].numpy()
     weights = np.zeros(whole.segments.num_tokens, dtype=np.float32)
     for image, kept, start in zip(images, visible, starts, strict=True):
@@ -68,7 +72,7 @@ def pack_masked(
     if full:
         return MaskedInputs(None, whole, None, torch.from_numpy(weights))
     seen = [image.kept(kept) for image, kept in zip(images, visible, strict=True)]
-    packed = pack_images(seen, budget=budgets[0] if budgets else None)
+    packed = pack_images(seen, budget=budgets[0] if budgets else None, planner=planner)
     places = np.full(packed.segments.num_tokens, whole.segments.num_tokens)
     ends = packed.segments.offsets[packed.order + 1].numpy()
     for kept, start, end in zip(visible, starts, ends, strict=True):

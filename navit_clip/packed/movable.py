@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Movable:
-    """A dataclass of tensors, of others like it, and of values that stay on the host."""
+    """A dataclass of tensors, of others like it, of tuples of these, and of values on the host."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same on another device."""
@@ -26,5 +26,9 @@ class Movable:
 
     def _map(self, move: Callable[[Any], Any]) -> Self:
         values: Any = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        moved = {n: move(v) for n, v in values.items() if isinstance(v, Tensor | Movable)}
-        return replace(self, **moved)  # type: ignore[type-var]
+        for name, value in values.items():
+            if isinstance(value, Tensor | Movable):
+                values[name] = move(value)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Movable):
+                values[name] = tuple(map(move, value))
+        return replace(self, **values)  # type: ignore[type-var]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.movable import Movable
-from navit_clip.packed.window_groups import WindowGroups
+from navit_clip.packed.window_groups import WindowGroups, best_groups
 
 # Rows and columns of four cells that are merged, in Swin's order.
 _SQUARE = np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -83,6 +83,17 @@ class Windows(Movable):
         return torch.tensor(self.rows, dtype=torch.int64).flatten()
 
 
+@dataclass(eq=False)
+class StageWindows(Movable):
+    """What `PackedImages.plan` is for a hierarchical tower.
+
+    Attributes:
+        windows: Of each stage the plain ones, then the shifted ones.
+    """
+
+    windows: tuple[Windows, ...]
+
+
 class Units(NamedTuple):
     """Where the units of packed images lie, on the host.
 
@@ -108,6 +119,26 @@ class Units(NamedTuple):
         sides_U2 = images.grids.cpu().numpy().astype(np.int64)[images_U]
         coords_U2 = images.coords[:count].cpu().numpy().astype(np.int64)
         return cls(coords_U2, sides_U2, images_U, segments.padding)
+
+
+def plan_windows(
+    images: PackedImages, *, window: int, widths: tuple[int, ...], grouped: bool
+) -> StageWindows:
+    """Sorts the tokens of each stage of a tower into windows; waits for the images' device.
+
+    Args:
+        images: Whose patches are units.
+        window: w, side of a window.
+        widths: Of a token in each stage; the last has one for a unit.
+        grouped: Put windows together in groups of one length, the one that costs least (GreenMIM),
+            in place of computing each by itself; changes time, not results.
+    """
+    units, windows = Units.of(images), list[Windows]()
+    for merges, width in zip(reversed(range(len(widths))), widths, strict=True):
+        group = partial(best_groups, width=width) if grouped else None
+        for shifted in (False, True):
+            windows.append(arrange(units, merges, window, shifted=shifted, group=group))
+    return StageWindows(tuple(windows))
 
 
 def cells_of(merges: int) -> np.ndarray:

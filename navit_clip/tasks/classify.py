@@ -106,6 +106,7 @@ class ClassifyTask(ImageTask):
             seed,
             LabelReader(self.config.labels, self.names, single),
             augment=self.data.augment,
+            planner=self.planner,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -168,6 +168,7 @@ class ContrastiveTask(ImageTask):
             tokenizer,
             text.context_length,
             augment=self.data.augment,
+            planner=self.planner,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel, build_model
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.batch import Inputs
-from navit_clip.packed.images import PackedImages
+from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.precision import Precision
 from navit_clip.tasks.base import Around, ExportedModel, Task, TaskConfig
 from navit_clip.tasks.media import Histogram, Media
@@ -106,12 +106,16 @@ class ImageTaskConfig(TaskConfig):
         drop_path: Stochastic depth of the image tower in training: with this probability an image
             passes the last block's attention or MLP by, with less the earlier ones'. For
             fine-tuning; 0 is off.
+        windows: How a hierarchical tower computes windows with different numbers of tokens:
+            ``single``, each by itself, those of one length at once; or ``grouped``, put together in
+            groups of one length, with some padding (GreenMIM): fewer but larger products.
 
     Raises:
         ValueError: If a field is out of range; names it.
     """
 
     drop_path: float = field(default=0.0, kw_only=True)
+    windows: Literal["single", "grouped"] = field(default="single", kw_only=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -144,6 +148,11 @@ class ImageTask(Task):
         resolution = self.data.resolution
         most = default_max_tokens(resolution, self.config.model.image.patch_size)
         return Preprocess(most, square=resolution.mode == "square")
+
+    @property
+    def planner(self) -> Planner | None:
+        """What the image tower wants to know of images that are packed; None without such."""
+        return self.config.model.image.planner(grouped=self.config.windows == "grouped")
 
     @property
     def description(self) -> Description:

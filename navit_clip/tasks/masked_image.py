@@ -105,6 +105,7 @@ class MaskedImageTask(ImageTask):
             side,
             seed,
             augment=self.data.augment,
+            planner=self.planner,
             full=model.decoder is None,
             shared=self.config.mask == "batch",
         )

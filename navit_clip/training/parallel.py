@@ -49,9 +49,6 @@ class ParallelConfig:
         attention: Which kernels attend on CUDA. ``varlen``: FlashAttention, for segments of any
             length. ``short``: our own for those of up to 256 tokens, FlashAttention for longer
             ones. ``auto``: ``short``, the faster one in all that was measured (H100).
-        windows: How a hierarchical tower computes windows with different numbers of tokens:
-            ``single``, each by itself, those of one length at once; or ``grouped``, put together in
-            groups of one length, with some padding (GreenMIM): fewer but larger products.
         bf16_residual: With precision bf16: also hand the stream of tokens from block to block in
             bfloat16, which spares a GPU about half of the traffic that is not products or
             attention, and costs precision.
@@ -66,7 +63,6 @@ class ParallelConfig:
     compile: bool | None = None
     attention: Literal["auto", "varlen", "short"] = "auto"
     shard_ranks: int | None = None
-    windows: Literal["single", "grouped"] = "single"
     bf16_residual: bool = False
 
     def __post_init__(self) -> None:
@@ -122,13 +118,10 @@ class ParallelModel:
                 module.bf16_residual = config.bf16_residual
                 if compiled:
                     module.compile_blocks()
-            # Encoders and attention pooling have such kernels, hierarchical encoders have windows.
+            # Encoders and attention pooling have such kernels.
             pack = getattr(module, "pack_attention", None)
             if pack and short:
                 pack()
-            group = getattr(module, "group_windows", None)
-            if group and config.windows == "grouped":
-                group()
         if ranks.world_size == 1:
             return
         if config.kind == "ddp":

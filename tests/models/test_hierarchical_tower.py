@@ -35,10 +35,9 @@ def some_images(patch_size, seed, *, hide=True, count=4):
 def check(config, images, padding=0, *, grouped=False):
     """Compares packed images with each on its own grid, tokens and gradients."""
     tower = random_tower(config)
-    if grouped:
-        tower.encoder.group_windows()
     budget = sum(len(image.patches) for image in images) + padding
-    packed = pack_images(images, budget=budget)
+    planner = config.planner(grouped=True) if grouped else None
+    packed = pack_images(images, budget=budget, planner=planner)
     tokens = tower.tokens(packed).x_TC.split(packed.segments.lengths)
     actual = [tokens[i] for i in packed.order]
     expected = [dense_tokens(tower, image) for image in images]

@@ -150,34 +150,35 @@ def test_labels_of_mixed_images_are_soft_targets_however_often_the_step_accumula
         torch.testing.assert_close(found.grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
-def train_steps(ranks, image, parallel, accumulate, steps=3):
+def train_steps(ranks, image, parallel, accumulate, planner=None, steps=3):
     stepper = new_stepper(ranks=ranks, image=image, parallel=parallel)
     rows = []
     for step in range(steps):
-        result = stepper.step(micro_batches(examples(step), ranks, accumulate), step)
+        result = stepper.step(micro_batches(examples(step), ranks, accumulate, planner), step)
         rows.append((result.loss, result.grad_norm, result.metrics["accuracy"]))
     weights = stepper.host_weights()
     return np.array(rows), weights and {n: w.numpy() for n, w in weights.items()}
 
 
 HIERARCHICAL = tower_config((1, 2), 2, patch=1)
+GROUPED = HIERARCHICAL.planner(grouped=True)
 CASES = [
-    (TOWER, ParallelConfig()),
-    (TOWER, ParallelConfig("fsdp")),
-    (HIERARCHICAL, ParallelConfig()),
-    (HIERARCHICAL, ParallelConfig("fsdp", activation_checkpointing=True, windows="grouped")),
+    (TOWER, ParallelConfig(), None),
+    (TOWER, ParallelConfig("fsdp"), None),
+    (HIERARCHICAL, ParallelConfig(), None),
+    (HIERARCHICAL, ParallelConfig("fsdp", activation_checkpointing=True), GROUPED),
 ]
 
 
 def train_cases():
     ranks = Ranks(int(os.environ["RANK"]), 2, torch.device("cpu"))
-    return [train_steps(ranks, image, parallel, 2) for image, parallel in CASES]
+    return [train_steps(ranks, image, parallel, 2, planner) for image, parallel, planner in CASES]
 
 
 def test_two_ranks_with_micro_batches_train_like_one_process():
-    alone = {image: train_steps(ALONE, image, ParallelConfig(), 1) for image, _ in CASES}
+    alone = {image: train_steps(ALONE, image, ParallelConfig(), 1) for image, *_ in CASES}
     for rank, results in enumerate(run_ranks(train_cases, 2)):
-        for (image, _), (found, weights) in zip(CASES, results, strict=True):
+        for (image, *_), (found, weights) in zip(CASES, results, strict=True):
             expected, expected_weights = alone[image]
             np.testing.assert_allclose(found, expected, rtol=1e-6)  # accuracy is float32
             np.testing.assert_allclose(found[:, :2], expected[:, :2], rtol=1e-11)

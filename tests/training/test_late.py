@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from step_cases import ALONE, global_batch, micro_batches, new_stepper, pack, tiny_config
+from hierarchical_cases import tower_config
+from packed_examples import random_image
+from step_cases import (
+    ALONE,
+    global_batch,
+    micro_batches,
+    new_stepper,
+    pack,
+    tiny_config,
+    with_task,
+)
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -16,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP
-from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.transformer import EncoderConfig
+from navit_clip.packed.images import pack_images
 from navit_clip.tasks.contrastive import ContrastiveTask
 from navit_clip.training import trainer
 from navit_clip.training.ema import EMAConfig
@@ -64,10 +75,18 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_a_step_waits_for_the_device_nowhere(kind, accumulate):
-    stepper = new_stepper(tiny_config(kind=kind, accumulate=accumulate, ema=EMAConfig(0.9)))
-    batches = micro_batches(0, ALONE, accumulate)
+@pytest.mark.parametrize(
+    ("kind", "windows"),
+    [("softmax", None), ("sigmoid", None), ("softmax", "single"), ("softmax", "grouped")],
+)
+def test_a_step_waits_for_the_device_nowhere(kind, windows, accumulate):
+    config = tiny_config(kind=kind, accumulate=accumulate, ema=EMAConfig(0.9))
+    if windows:
+        model = replace(config.task.model, image=tower_config((2, 2), patch=1))
+        config = with_task(config, model=model, drop_path=0.2)
+    stepper = new_stepper(config)
+    planner = config.task.model.image.planner(grouped=windows == "grouped")
+    batches = micro_batches(0, ALONE, accumulate, planner)
     counts = stepper.announce([batch.inputs for batch in batches]).wait()
     announced = SimpleNamespace(wait=lambda: counts)  # they never were on the device
     with Calls() as calls, Operators() as operators:
@@ -115,9 +134,13 @@ ODD = replace(
 )
 
 
-@pytest.mark.parametrize("config", [tiny_config().task.model, ODD])
-def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config):
-    host = pack(global_batch(0)).inputs
+WINDOWS = replace(ODD, image=tower_config((2, 2), patch=1))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("config", [tiny_config().task.model, ODD, WINDOWS])
+def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config, grouped):
+    host = pack(global_batch(0), config.image.planner(grouped=grouped)).inputs
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with torch.device("cuda"):
             model = CLIP(config)
@@ -131,6 +154,19 @@ def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config):
             torch.tensor([1, 2], device="cuda")
             output.image_ED.cpu()
         assert len(copies.found) == 3
+
+
+def test_a_stem_on_a_gpu_copies_nothing_that_is_waited_for():
+    config = ImageTowerConfig(16, EncoderConfig(32, 1, 2), stem="resnet50")
+    images = [random_image(i, grid, patch_size=16) for i, grid in enumerate([(2, 3), (1, 1)])]
+    host = pack_images(images, budget=9, planner=config.planner())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            tower = ImageTower(config)
+        inputs = host.to("cuda", non_blocking=True)
+        with Copies() as copies:
+            assert tower(inputs).is_cuda
+    assert copies.found == []
 
 
 def test_batches_are_copied_beside_the_steps(monkeypatch):

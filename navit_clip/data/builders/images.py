@@ -16,7 +16,7 @@ from navit_clip.data.drop import DropConfig, keep_patches, sample_rate
 from navit_clip.data.patches import cut_patches
 from navit_clip.data.seeding import generator
 from navit_clip.data.sizing import ResolutionConfig, sample_grid, sample_patch_size
-from navit_clip.packed.images import ImagePatches
+from navit_clip.packed.images import ImagePatches, Planner
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ImageBuilder:
         max_grid_side: Most rows or columns that the model's positions know.
         seed: Of the run.
         augment: How images are varied.
+        planner: Of the image tower, if it has one.
     """
 
     resolution: ResolutionConfig
@@ -38,6 +39,7 @@ class ImageBuilder:
     max_grid_side: int
     seed: int
     augment: AugmentConfig = field(default=AugmentConfig(), kw_only=True)
+    planner: Planner | None = field(default=None, kw_only=True)
 
     def sample_image(
         self, members: dict[str, bytes], origin: Origin, rng: np.random.Generator, drop: DropConfig

@@ -118,7 +118,7 @@ class LabelledBuilder(ImageBuilder):
         weights = None
         if self.augment.mixes:
             images, labels, weights = self._mixed(samples)
-        packed = pack_images(images, budget=pad_to[0] if pad_to else None)
+        packed = pack_images(images, budget=pad_to[0] if pad_to else None, planner=self.planner)
         return LabelledInputs(packed, Ragged.from_arrays(labels), weights)
 
     def _mixed(

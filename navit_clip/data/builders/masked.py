@@ -102,4 +102,4 @@ class MaskedBuilder(ImageBuilder):
         if self.shared:
             first = dict[tuple[int, int], np.ndarray]()
             visible = tuple(first.setdefault(one.image.grid, one.visible) for one in samples)
-        return pack_masked(images, visible, pad_to, full=self.full)
+        return pack_masked(images, visible, pad_to, full=self.full, planner=self.planner)

@@ -111,6 +111,8 @@ class PairBuilder(ImageBuilder):
         """Packs pairs into an image stream and a text stream."""
         image_budget, text_budget = pad_to or (None, None)
         return PairInputs(
-            pack_images([pair.image for pair in samples], budget=image_budget),
+            pack_images(
+                [pair.image for pair in samples], budget=image_budget, planner=self.planner
+            ),
             pack_texts([pair.token_ids for pair in samples], budget=text_budget),
         )
