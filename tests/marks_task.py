@@ -193,7 +193,7 @@ class MarksTask(Task):
         total = (of_marks + error_T.square().sum()) / count
         return Loss(total, {"mark_loss": of_marks / count})
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module, found_inf: Tensor) -> None:
         assert isinstance(model, MarkModel)
         with torch.no_grad():
             model.offset.clamp_(max=self.config.most)

@@ -11,6 +11,8 @@ import torch
 from packed_examples import random_caption, random_image
 
 from navit_clip.data.builders.pairs import PairInputs
+from navit_clip.data.drop import hide_patches
+from navit_clip.data.seeding import generator
 from navit_clip.distributed import Ranks
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.image_tower import ImageTowerConfig
@@ -20,6 +22,7 @@ from navit_clip.models.text_tower import TextTowerConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, Planner, pack_images
+from navit_clip.packed.masked import hidden_weights
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveLossConfig
 from navit_clip.tasks.locking import LockConfig
@@ -94,11 +97,21 @@ def cut(pairs: list[Pair], parts: int) -> list[list[Pair]]:
     return [pairs[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def pack(pairs: list[Pair], planner: Planner | None = None) -> Batch[PairInputs]:
+def visible(pair: Pair) -> np.ndarray:
+    """Of an image's patches, those that are not hidden: about half."""
+    name, image, _ = pair
+    return hide_patches(len(image.patches), 0.5, generator("visible", name))
+
+
+def pack(
+    pairs: list[Pair], planner: Planner | None = None, *, hide: bool = False
+) -> Batch[PairInputs]:
+    images = pack_images([image for _, image, _ in pairs], planner=planner)
     return Batch(
         PairInputs(
-            pack_images([image for _, image, _ in pairs], planner=planner),
+            images,
             pack_texts([caption for _, _, caption in pairs]),
+            hidden_weights(images, list(map(visible, pairs))) if hide else None,
         ),
         ids=tuple(name for name, _, _ in pairs),
         counts=BatchCounts(len(pairs)),
@@ -106,11 +119,16 @@ def pack(pairs: list[Pair], planner: Planner | None = None) -> Batch[PairInputs]
 
 
 def micro_batches(
-    step: int, ranks: Ranks, accumulate: int, planner: Planner | None = None
+    step: int,
+    ranks: Ranks,
+    accumulate: int,
+    planner: Planner | None = None,
+    *,
+    hide: bool = False,
 ) -> list[Batch[PairInputs]]:
     """One rank's share of the global batch of a step."""
     mine = cut(global_batch(step), ranks.world_size)[ranks.rank]
-    return [pack(part, planner) for part in cut(mine, accumulate)]
+    return [pack(part, planner, hide=hide) for part in cut(mine, accumulate)]
 
 
 def new_stepper(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from navit_clip.configs import check_choices
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.linear import Linear
+from navit_clip.models.masked_features import MaskedFeatures
 from navit_clip.models.text_tower import TextTower, TextTowerConfig
 from navit_clip.packed.images import PackedImages
 from navit_clip.packed.texts import PackedTexts
@@ -81,12 +82,14 @@ class CLIPOutput(NamedTuple):
         text_ED: [E, D] unit vectors.
         logit_scale: Scalar factor on similarities.
         logit_bias: Scalar added to logits by the sigmoid loss, None without one.
+        masked_E: [E] errors of `MaskedFeatures`, None without.
     """
 
     image_ED: Tensor
     text_ED: Tensor
     logit_scale: Tensor
     logit_bias: Tensor | None
+    masked_E: Tensor | None = None
 
 
 class CLIPInputs(Protocol):
@@ -100,9 +103,17 @@ class CLIPInputs(Protocol):
     def texts(self) -> PackedTexts:
         """Their captions, packed."""
 
+    @property
+    def hidden(self) -> Tensor | None:
+        """What `CLIP.masked` wants to know of the images' patches."""
+
 
 class CLIP(nn.Module):
-    """A packed image tower and a packed text tower with one embedding space."""
+    """A packed image tower and a packed text tower with one embedding space.
+
+    Attributes:
+        masked: Masked prediction, which a task may add for its training; None without.
+    """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -115,6 +126,7 @@ class CLIP(nn.Module):
         self.text_projection = _projection(
             config.text_projection, config.text.encoder.width, config.embed_dim
         )
+        self.masked: MaskedFeatures | None = None
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.init_scale)))
         # A bias that no loss uses would stall DDP, which waits for its gradient.
         self.logit_bias: nn.Parameter | None = None
@@ -140,11 +152,16 @@ class CLIP(nn.Module):
         Scale and bias are outputs, not attributes read from outside, because DDP only reduces
         gradients of parameters that its forward used.
         """
+        masked_E = None
+        if self.masked is not None:
+            assert inputs.hidden is not None
+            masked_E = self.masked(self.image, inputs.images, inputs.hidden)
         return CLIPOutput(
             self.embed_images(inputs.images),
             self.embed_texts(inputs.texts),
             self.log_scale.exp(),
             self.logit_bias,
+            masked_E,
         )
 
     @torch.no_grad()

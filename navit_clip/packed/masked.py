@@ -64,17 +64,30 @@ def pack_masked(
     whole = pack_images(
         images, budget=budgets[-1] if budgets else None, planner=planner if full else None
     )
-    starts = whole.segments.offsets[whole.order].numpy()
-    weights = np.zeros(whole.segments.num_tokens, dtype=np.float32)
-    for image, kept, start in zip(images, visible, starts, strict=True):
-        weights[start : start + len(image.patches)] = 1 / (len(image.patches) - len(kept))
-        weights[start + kept] = 0
+    weights = hidden_weights(whole, visible)
     if full:
-        return MaskedInputs(None, whole, None, torch.from_numpy(weights))
+        return MaskedInputs(None, whole, None, weights)
     seen = [image.kept(kept) for image, kept in zip(images, visible, strict=True)]
     packed = pack_images(seen, budget=budgets[0] if budgets else None, planner=planner)
     places = np.full(packed.segments.num_tokens, whole.segments.num_tokens)
+    starts = whole.segments.offsets[whole.order].numpy()
     ends = packed.segments.offsets[packed.order + 1].numpy()
     for kept, start, end in zip(visible, starts, ends, strict=True):
         places[end - len(kept) : end] = start + kept
-    return MaskedInputs(packed, whole, torch.from_numpy(places), torch.from_numpy(weights))
+    return MaskedInputs(packed, whole, torch.from_numpy(places), weights)
+
+
+def hidden_weights(images: PackedImages, visible: Sequence[np.ndarray]) -> Tensor:
+    """`MaskedInputs.weights` of packed images; 0 everywhere in one of which nothing is hidden.
+
+    Args:
+        images: All patches of each.
+        visible: int64 indices of the visible ones of each, in the order in which they were packed.
+    """
+    offsets, segments = images.segments.offsets.numpy(), images.order.numpy()
+    weights = np.zeros(images.segments.num_tokens, dtype=np.float32)
+    for kept, start, end in zip(visible, offsets[segments], offsets[segments + 1], strict=True):
+        if len(kept) < end - start:
+            weights[start:end] = 1 / (end - start - len(kept))
+            weights[start + kept] = 0
+    return torch.from_numpy(weights)

@@ -126,17 +126,23 @@ class Task(ABC):
         """
         return {}
 
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027  most tasks have nothing to do
-        """Called after each step, to keep parameters within their limits.
+    def before_step(self, model: nn.Module, step: int) -> None:  # noqa: B027  most do the same
+        """Called before each step, by its number from 0, for what follows a schedule."""
 
-        Also after one that was skipped, of which the host does not know yet: it must change nothing
-        that is within them.
+    def after_step(self, model: nn.Module, found_inf: Tensor) -> None:  # noqa: B027  most do nothing
+        """Called after each step, to keep parameters within their limits, or averages of them.
+
+        Args:
+            model: After the step.
+            found_inf: Scalar on the device, 1 if the step was skipped, of which the host does not
+                know yet; else 0. Then nothing that is within its limits must change.
         """
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
         """Sets what only training needs, in place, before ranks share the model.
 
-        Such as parameters that are not trained, or layers that are left out at random.
+        Such as parameters that are not trained, layers that are left out at random, or modules that
+        checkpoints keep and exports leave out.
         """
 
     def layers_above(self, name: str) -> int:

@@ -18,9 +18,11 @@ from navit_clip.data.config import DataConfig, check_captions
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from navit_clip.losses.mean import mean_over_ranks
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
+from navit_clip.models.masked_features import MaskedFeatures, MaskedFeaturesConfig
 from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.tasks.base import Loss
 from navit_clip.tasks.caption_report import report_captions
@@ -79,6 +81,7 @@ class ContrastiveConfig(ImageTaskConfig):
             l), open_clip:NAME.
         loss: The loss over all pairs of all ranks.
         lock: Which towers keep their first weights.
+        masked: Masked prediction of an EMA's features beside the contrastive loss.
         captions: Caption field to sampling weight: ``all`` captions of an image (those of
             ``json.captions``, ``json.caption`` and ``txt``, each once), ``txt``, any text member
             such as ``title.txt``, or ``json.FIELD``. A dataset of data.mix may have its own.
@@ -93,6 +96,7 @@ class ContrastiveConfig(ImageTaskConfig):
     model: CLIPConfig = field(default_factory=CLIPConfig)
     loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
+    masked: MaskedFeaturesConfig = field(default_factory=MaskedFeaturesConfig)
     captions: dict[str, float] = field(default_factory=lambda: {"all": 1.0})
 
     def __post_init__(self) -> None:
@@ -103,6 +107,12 @@ class ContrastiveConfig(ImageTaskConfig):
             raise ValueError(
                 "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10), got "
                 f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
+            )
+        if self.masked.weight and (self.lock.image or self.model.image.stem != "none"):
+            raise ValueError(
+                f"masked.weight={self.masked.weight} trains the image tower to see hidden patches: "
+                "lock.image must be false and model.image.stem none, got "
+                f"{str(self.lock.image).lower()} and {self.model.image.stem}"
             )
 
     def check(self, data: DataConfig) -> None:
@@ -143,6 +153,7 @@ class ContrastiveTask(ImageTask):
     """
 
     couples_examples = True
+    _predicts = False  # as of `before_step`
 
     def build_model(self) -> CLIP:
         """A new model with random weights, on the host."""
@@ -169,6 +180,7 @@ class ContrastiveTask(ImageTask):
             text.context_length,
             augment=self.data.augment,
             planner=self.planner,
+            hide=self.config.masked.rate if self.config.masked.weight else 0.0,
         )
 
     def report(self, mixture: Mixture, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -205,7 +217,12 @@ class ContrastiveTask(ImageTask):
             else:
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
                 total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
-        return Loss(total, {"logit_scale": outputs.logit_scale.detach()})
+        metrics = {"logit_scale": outputs.logit_scale.detach()}
+        if outputs.masked_E is not None:
+            masked = mean_over_ranks(outputs.masked_E, counts)
+            metrics["masked_loss"] = masked.detach()
+            total = total + self.config.masked.weight * masked
+        return Loss(total, metrics)
 
     def drawing(self, batch: Batch[Any], tokenizer: Tokenizer | None) -> Drawing | None:
         """The packed batch patch by patch, with its captions."""
@@ -221,14 +238,26 @@ class ContrastiveTask(ImageTask):
         hard = hard_pairs(inputs, (image_ED, text_ED, scale), tokenizer)
         return {**super().examples(inputs, outputs, tokenizer), **hard}
 
-    def after_step(self, model: nn.Module) -> None:
-        """Keeps the logit scale within its maximum."""
-        cast(CLIP, model).clamp_scale()
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Begins masked prediction when it is due."""
+        self._predicts = self.config.masked.weight > 0 and step >= self.config.masked.start_step
+        if (masked := cast(CLIP, model).masked) is not None:
+            masked.active = self._predicts
+
+    def after_step(self, model: nn.Module, found_inf: Tensor) -> None:
+        """Keeps the logit scale within its maximum, and the teacher near the image tower."""
+        clip = cast(CLIP, model)
+        clip.clamp_scale()
+        if clip.masked is not None:
+            clip.masked.follow(clip.image, self.config.masked.decay, found_inf)
 
     def prepare(self, model: nn.Module) -> None:
-        """Locks the towers that are configured to keep their weights."""
+        """Locks the towers that are configured to keep their weights; adds masked prediction."""
         super().prepare(model)
-        lock_towers(cast(CLIP, model), self.config.lock)
+        clip = cast(CLIP, model)
+        lock_towers(clip, self.config.lock)
+        if self.config.masked.weight:
+            clip.masked = MaskedFeatures(clip.image)
 
     def layers_above(self, name: str) -> int:
         """Those of its tower; projections and scale have none above them."""
@@ -250,11 +279,17 @@ class ContrastiveTask(ImageTask):
         )
         model, lock = self.config.model, self.config.lock
         model = replace(model, image=model.image.with_patch_size(inputs.images.patch_size))
-        return sum(
+        towers = forward_flops(model, images, texts)
+        total = sum(
             sum(forward)
             + backward_flops(forward, trained_fraction=lock.trained_fraction(model, tower))
-            for tower, forward in forward_flops(model, images, texts).items()
+            for tower, forward in towers.items()
         )
+        if self._predicts:  # the tower reads all again, and so does the teacher, forward alone
+            tower = towers["image"]._replace(pool=0, projection=0)
+            head = 2 * model.image.encoder.width**2 * images.tokens
+            total += 2 * sum(tower) + backward_flops(tower) + 3 * head
+        return total
 
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:
         """The model that the run starts from, and its tokenizer.

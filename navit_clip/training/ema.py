@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from navit_clip.training.parallel import local_tensor
+from navit_clip.averages import local_tensor, update_averages
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class EMA:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
-        self._rate = 1 - decay
+        self._decay = decay
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Goes on from saved averages, sharded as these are."""
@@ -70,8 +69,5 @@ class EMA:
             found_inf: Scalar on the weights' device, 1 if the step was not finite, which leaves the
                 averages as they are; else 0.
         """
-        current = [local_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
-        averages = [local_tensor(average) for average in self.weights.values()]
-        kinds = {average.dtype for average in averages}
-        rates = {dtype: (1 - found_inf).to(dtype) * self._rate for dtype in kinds}
-        torch._foreach_lerp_(averages, current, [rates[average.dtype] for average in averages])
+        current = (p for p in model.parameters() if p.requires_grad)
+        update_averages(self.weights.values(), current, self._decay, found_inf)

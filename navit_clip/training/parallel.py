@@ -225,11 +225,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which is all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of many tensors as one vector, the same on every rank.
 

@@ -122,10 +122,12 @@ class Stepper:
     ) -> None:
         self.task, self.model, self.ranks = task, model, ranks
         self.length, self.optim, self.precision = length, optim, precision
+        self._exported = set(model.state_dict())
         task.prepare(model)  # DDP waits for the gradient of all that it finds trainable
         self._parallel = ParallelModel(model, parallel, ranks, bf16_blocks=precision == "bf16")
         self.kernels = self._parallel.kernels
-        self._parameters = list(model.parameters())  # looking them up takes milliseconds
+        # Looking them up takes milliseconds.
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self._lr_factors = build_optimizer(model, optim, task)
         self.ema = EMA(model, ema.decay) if ema.decay else None
         self.guard = guard
@@ -180,6 +182,7 @@ class Stepper:
         lr = self.optim.lr * lr_multiplier(self.optim.schedule, step, steps, seen)
         for group, factor in zip(self.optimizer.param_groups, self._lr_factors, strict=True):
             group["lr"] = lr * factor
+        self.task.before_step(self.model, step)
         loss, outputs = self._backward([batch.inputs for batch in batches], announced)
         norm = clip_gradients(self._parameters, self.optim.clip_norm)
         finite = torch.isfinite(loss.total.detach()) & torch.isfinite(norm)
@@ -190,7 +193,7 @@ class Stepper:
         before = [p.detach().clone() for p in self._parameters] if measure else []
         update(self.optimizer, found_inf)
         self.optimizer.zero_grad()
-        self.task.after_step(self.model)
+        self.task.after_step(self.model, found_inf)
         if self.ema is not None:
             self.ema.update(self.model, found_inf)
         return PendingStep(
@@ -227,7 +230,11 @@ class Stepper:
         ranks share the model.
         """
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        # Apart from the model as it is read without a trainer.
+        added = {name: model.pop(name) for name in list(model) if name not in self._exported}
         state = {"model": model, "optimizer": optimizer, "guard": self.guard.state()}
+        if added:
+            state["added"] = added
         if self.ema is not None:
             state["ema"] = self.ema.weights
         return state
@@ -244,7 +251,7 @@ class Stepper:
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=state["model"],
+            model_state_dict=state["model"] | state.get("added", {}),
             optim_state_dict=state["optimizer"],
         )
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
@@ -256,7 +263,9 @@ class Stepper:
     def weights(self) -> dict[str, Tensor]:
         """What is evaluated and exported: the EMA if there is one, else the latest; as sharded."""
         weights = self.model.state_dict()
-        return weights if self.ema is None else weights | self.ema.weights
+        if self.ema is not None:
+            weights |= self.ema.weights
+        return {name: weights[name] for name in weights if name in self._exported}
 
     def full_weights(self) -> dict[str, Tensor]:
         """`weights` in full on every rank's device; a collective call.

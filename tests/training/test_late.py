@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
+from navit_clip.models.masked_features import MaskedFeaturesConfig
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.images import pack_images
@@ -81,12 +82,13 @@ class Operators(TorchDispatchMode):
 )
 def test_a_step_waits_for_the_device_nowhere(kind, windows, accumulate):
     config = tiny_config(kind=kind, accumulate=accumulate, ema=EMAConfig(0.9))
+    config = with_task(config, masked=MaskedFeaturesConfig(0.25, start_step=1))
     if windows:
         model = replace(config.task.model, image=tower_config((2, 2), patch=1))
         config = with_task(config, model=model, drop_path=0.2)
     stepper = new_stepper(config)
     planner = config.task.model.image.planner(grouped=windows == "grouped")
-    batches = micro_batches(0, ALONE, accumulate, planner)
+    batches = micro_batches(0, ALONE, accumulate, planner, hide=True)
     counts = stepper.announce([batch.inputs for batch in batches]).wait()
     announced = SimpleNamespace(wait=lambda: counts)  # they never were on the device
     with Calls() as calls, Operators() as operators:
@@ -141,9 +143,9 @@ WINDOWS = replace(ODD, image=tower_config((2, 2), patch=1))
 @pytest.mark.parametrize("config", [tiny_config().task.model, ODD, WINDOWS])
 def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config, grouped):
     host = pack(global_batch(0), config.image.planner(grouped=grouped)).inputs
+    model = CLIP(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        with torch.device("cuda"):
-            model = CLIP(config)
+        model.to_empty(device="cuda")
         inputs = host.to("cuda", non_blocking=True)
         with Copies() as copies:
             output = model(inputs)
@@ -160,9 +162,9 @@ def test_a_stem_on_a_gpu_copies_nothing_that_is_waited_for():
     config = ImageTowerConfig(16, EncoderConfig(32, 1, 2), stem="resnet50")
     images = [random_image(i, grid, patch_size=16) for i, grid in enumerate([(2, 3), (1, 1)])]
     host = pack_images(images, budget=9, planner=config.planner())
+    tower = ImageTower(config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        with torch.device("cuda"):
-            tower = ImageTower(config)
+        tower.to_empty(device="cuda")
         inputs = host.to("cuda", non_blocking=True)
         with Copies() as copies:
             assert tower(inputs).is_cuda

@@ -12,12 +12,13 @@ from step_cases import ALONE, measurements, micro_batches, new_stepper, tiny_con
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch import nn
 
+from navit_clip.averages import local_tensor
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.training.config import parse_config
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.optimizers import _try_out
-from navit_clip.training.parallel import ParallelConfig, local_tensor
+from navit_clip.training.parallel import ParallelConfig
 from navit_clip.training.schedule import ScheduleConfig, lr_multiplier
 
 FSDP, HSDP = ParallelConfig("fsdp"), ParallelConfig("fsdp", shard_ranks=1)

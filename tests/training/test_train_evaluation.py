@@ -9,6 +9,7 @@ import torch
 from distributed import run_ranks
 from tiny_run import run, tiny_flags, write_tiny_data
 
+from navit_clip.averages import local_tensor
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
@@ -20,7 +21,6 @@ from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
 from navit_clip.training.evaluation import VALIDATION, Evaluations
 from navit_clip.training.metrics import Interval
-from navit_clip.training.parallel import local_tensor
 from navit_clip.training.trainer import build_stepper
 from navit_clip.training.validation import open_validation
 

@@ -7,15 +7,20 @@ about it follows from (seed, epoch, id).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
 
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.images import ImageBuilder, trim_image
 from navit_clip.data.captions import choose_caption
+from navit_clip.data.drop import hide_patches
 from navit_clip.data.raw_sample import RawSample
-from navit_clip.data.seeding import sample_generator
+from navit_clip.data.seeding import generator, sample_generator
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
+from navit_clip.packed.masked import hidden_weights
 from navit_clip.packed.texts import PackedTexts, pack_texts
 from navit_clip.tokenizers.base import Tokenizer
 
@@ -68,10 +73,13 @@ class PairInputs(Inputs):
     Attributes:
         images: All images.
         texts: Their captions.
+        hidden: float32 [T], above 0 at patches to be predicted, see `hidden_weights`; None if none
+            are.
     """
 
     images: PackedImages
     texts: PackedTexts
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,13 @@ class PairBuilder(ImageBuilder):
         captions: Weight of each caption field, for datasets without weights of their own.
         tokenizer: Turns captions into ids.
         context_length: Most text tokens.
+        hide: Fraction of an image's kept patches to be predicted from the others; 0 hides none.
     """
 
     captions: Mapping[str, float]
     tokenizer: Tokenizer
     context_length: int
+    hide: float = field(default=0.0, kw_only=True)
 
     @property
     def streams(self) -> tuple[str, str]:
@@ -110,9 +120,14 @@ class PairBuilder(ImageBuilder):
     def collate(self, samples: Sequence[Pair], pad_to: tuple[int, ...] | None) -> PairInputs:
         """Packs pairs into an image stream and a text stream."""
         image_budget, text_budget = pad_to or (None, None)
-        return PairInputs(
-            pack_images(
-                [pair.image for pair in samples], budget=image_budget, planner=self.planner
-            ),
-            pack_texts([pair.token_ids for pair in samples], budget=text_budget),
+        images = pack_images(
+            [pair.image for pair in samples], budget=image_budget, planner=self.planner
         )
+        texts = pack_texts([pair.token_ids for pair in samples], budget=text_budget)
+        hidden = hidden_weights(images, list(map(self._visible, samples))) if self.hide else None
+        return PairInputs(images, texts, hidden)
+
+    def _visible(self, pair: Pair) -> np.ndarray:
+        """Which of a pair's patches are not hidden: a function of (seed, epoch, id)."""
+        rng = generator(self.seed, pair.origin.epoch, "hide", pair.id)
+        return hide_patches(len(pair.image.patches), self.hide, rng)
