@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import repeat
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -299,7 +299,10 @@ class Encoder(nn.Module):
             for each call.
         drop_path: In training, with what probability an example passes the last block's attention
             or MLP by, earlier ones with less; see `draw_drop_path`.
+        in_windows: Attends within windows, for which there are no kernels.
     """
+
+    in_windows: ClassVar[bool] = False
 
     def __init__(self, config: EncoderConfig, blocks: Iterable[Block] | None = None) -> None:
         super().__init__()

@@ -110,8 +110,7 @@ class ParallelModel:
         compiled = cuda if config.compile is None else config.compile
         short = cuda and config.attention != "varlen"
         encoders = [m for m in model.modules() if isinstance(m, Encoder)]
-        wide = not all(encoder.suits_flash for encoder in encoders)
-        self.kernels = _kernels(cuda, compiled, short, half=bf16_blocks, wide=wide)
+        self.kernels = _kernels(encoders, cuda, compiled, short, half=bf16_blocks)
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.activation_checkpointing = config.activation_checkpointing
@@ -192,18 +191,26 @@ class ParallelModel:
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def _kernels(cuda: bool, compiled: bool, short: bool, *, half: bool, wide: bool = False) -> str:
-    if cuda and half and wide:
-        attention = "attention multiplied out, slowly, since heads are too wide for its kernels"
-    elif short and half:
-        attention = "attention of short segments in kernels of our own"
-    elif cuda and half:
-        attention = "attention by FlashAttention-2"
-    elif cuda and compiled:
-        attention = "attention multiplied out"
-    else:
-        attention = "attention by length"
-    return f"{'compiled' if compiled else 'eager'} blocks, {attention}"
+def _kernels(
+    encoders: Iterable[Encoder], cuda: bool, compiled: bool, short: bool, *, half: bool
+) -> str:
+    attention = (_attention(encoder, cuda, compiled, short, half=half) for encoder in encoders)
+    blocks = "compiled blocks" if compiled else "eager blocks"
+    return ", ".join(dict.fromkeys([blocks, *attention]))
+
+
+def _attention(encoder: Encoder, cuda: bool, compiled: bool, short: bool, *, half: bool) -> str:
+    if encoder.in_windows:
+        return "attention in windows multiplied out"
+    if cuda and half and not encoder.suits_flash:
+        return "attention multiplied out, slowly, since heads are too wide for its kernels"
+    if short and half:
+        return "attention of short segments in kernels of our own"
+    if cuda and half:
+        return "attention by FlashAttention-2"
+    if cuda and compiled:
+        return "attention multiplied out"
+    return "attention by length"
 
 
 def _mesh(config: ParallelConfig, ranks: Ranks) -> DeviceMesh:

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.model import NaViTCLIP
+from navit_clip.models.hierarchical_tower import HierarchicalEncoder, HierarchyConfig
 from navit_clip.models.transformer import Encoder, EncoderConfig
 from navit_clip.training.config import parse_config
 from navit_clip.training.ema import EMAConfig
@@ -199,7 +200,12 @@ def test_a_run_in_groups_of_shards_continues_in_other_ways(results, run_dirs):
     ],
 )
 def test_the_start_of_a_run_names_its_kernels(cuda, compiled, short, half, expected):
-    assert _kernels(cuda, compiled, short, half=half).startswith(expected)
+    encoder = Encoder(EncoderConfig(64, depth=1, heads=1))
+    found = _kernels([encoder, encoder], cuda, compiled, short, half=half)
+    assert found.startswith(expected)
+    windows = HierarchicalEncoder(encoder.config, HierarchyConfig((1,)))
+    expected = f"{found}, attention in windows multiplied out"
+    assert _kernels([encoder, windows], cuda, compiled, short, half=half) == expected
 
 
 def test_groups_of_shards_that_cannot_be():
@@ -213,6 +219,7 @@ def test_groups_of_shards_that_cannot_be():
 
 def test_the_start_of_a_run_says_that_heads_are_too_wide():
     assert Encoder(EncoderConfig(512, depth=1, heads=2)).suits_flash
-    assert not Encoder(EncoderConfig(520, depth=1, heads=2)).suits_flash
-    words = _kernels(True, True, False, half=True, wide=True)
+    wide = Encoder(EncoderConfig(520, depth=1, heads=2))
+    assert not wide.suits_flash
+    words = _kernels([wide], True, True, False, half=True)
     assert words.endswith("heads are too wide for its kernels")
