@@ -102,7 +102,9 @@ def build_optimizer(
         if parameter.requires_grad:
             factor = config.layer_decay ** task.layers_above(name)
             fallback = muon and parameter not in hidden
-            kind = (factor, name in heads, min(parameter.ndim, 2), fallback)
+            # Windows' attention has a table of biases, which Swin does not decay either.
+            ndim = min(parameter.ndim, 1 if name.endswith(".bias") else 2)
+            kind = (factor, name in heads, ndim, fallback)
             groups.setdefault(kind, []).append(parameter)
     head_decay = config.head_weight_decay
     if head_decay is None:

@@ -18,6 +18,7 @@ from navit_clip.data.config import DataConfig
 from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
 from navit_clip.training.config import parse_config
+from navit_clip.training.optim import OptimConfig, build_optimizer
 
 TOWER = {
     "task__model__image__patch_size": 8,
@@ -87,6 +88,18 @@ def test_merging_learns_with_the_block_it_leads_to(data):
     assert above["image.encoder.blocks.1.merge.linear.weight"] == 2
     assert above["image.encoder.blocks.1.attention.bias"] == 2
     assert above["image.encoder.norm.weight"] == above["head.weight"] == 0
+
+
+def test_tables_of_biases_do_not_decay(data):
+    config = ClassifierConfig(tower_config((1, 2)))
+    task = ClassifyTask(ClassifyConfig(model=config), DataConfig(train=str(data)))
+    model = task.build_model()
+    optimizer, _ = build_optimizer(model, OptimConfig(weight_decay=0.1), task)
+    decayed = [group["params"] for group in optimizer.param_groups if group["weight_decay"]]
+    ids = {id(parameter) for group in decayed for parameter in group}
+    attention = model.image.encoder.blocks[1].attention
+    assert id(attention.bias) not in ids
+    assert id(attention.qkv.weight) in ids
 
 
 def test_a_run_has_a_swin_by_its_name(data, tmp_path):
