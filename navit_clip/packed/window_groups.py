@@ -72,7 +72,7 @@ def fill_groups(lengths_W: np.ndarray, size: int) -> WindowGroups:
     Raises:
         ValueError: If there is no window, or one that is empty or longer than a group.
     """
-    lengths_W = _checked(lengths_W)
+    lengths_W, size = _checked(lengths_W), int(size)  # NumPy's would not hold 2 to its power
     if lengths_W.max() > size:
         raise ValueError(f"a window of {lengths_W.max()} tokens is longer than groups of {size}")
     return _assign(lengths_W, size, _fills(_histogram(lengths_W), size))

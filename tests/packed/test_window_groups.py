@@ -95,6 +95,13 @@ def test_full_windows_are_groups_by_themselves():
     assert np.array_equal(groups.places(np.full(12, 64)), np.arange(12 * 64))
 
 
+def test_a_size_may_be_numpys():
+    lengths = np.array([70, 3, 60, 9])
+    groups, expected = fill_groups(lengths, lengths.max()), fill_groups(lengths, 70)
+    assert groups.count == expected.count
+    assert np.array_equal(groups.group_W, expected.group_W)
+
+
 @pytest.mark.parametrize("lengths", [[], [3, 0]])
 def test_windows_without_tokens_are_refused(lengths):
     with pytest.raises(ValueError, match="at least one token each"):
