@@ -26,6 +26,8 @@ TITLES = {
     "end_to_end": "From shards to weights",
     "sweep": "Cost as sizes grow",
     "attention": "Attention",
+    "windows": "Windows of a hierarchical tower",
+    "masked_image": "Masked image pretraining",
     "loss": "Loss",
     "exchange": "Loss between ranks",
     "evaluation": "Evaluation",

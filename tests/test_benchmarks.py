@@ -32,6 +32,7 @@ from navit_clip.packed.windows import Units
 
 TINY = ["--size", "XS/16", "--pairs", "3", "--rounds", "1"]
 CPU = torch.device("cpu")
+MADE = {"versions": {}, "command": "", "commit": "", "machine": "", "threads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,20 @@ def test_windows():
     found = windows.measure_stage(units, 2, 7, shifted=True, rounds=1)
     assert found["windows"]["pairs"] < found["groups"]["pairs"]
     assert found["windows"]["padding"] == 0 <= found["groups"]["padding"]
+    stages = {"stage 3, shifted": found}
+    result = {"best_size": 56, "whole": stages, "hidden": stages, "made": MADE}
+    assert tables.section("windows", result).count("| stage 3, shifted |") == 2
+
+
+def test_the_table_of_masked_images_has_the_variants_that_were_measured():
+    trial = {"images_per_s": 2.0, "gflops_per_image": 14.0, "peak_mb": 900.0}
+    ratios = {"speed_greenmim": 2.994, "memory_greenmim": 0.29}
+    facts = {"images": 8, "size": "S/16", "precision": "fp32", "made": MADE}
+    result = {"greenmim": trial, "simmim": trial, **ratios, **facts}
+    section = tables.section("masked_image", result)
+    assert "| GreenMIM | 2.00 | 2.99× | 900 | 0.29 | 14.0 |" in section
+    assert "| Swin on all patches (SimMIM) | 2.00 |  | 900 |  | 14.0 |" in section
+    assert "MAE" not in section
 
 
 def test_attention(monkeypatch, tmp_path):
