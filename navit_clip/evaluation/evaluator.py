@@ -239,6 +239,10 @@ class EmbeddingEvaluator(Evaluator[S]):
                 f"{self.kind} compares images with texts, which {model.name} cannot read"
             )
 
+    def adapted(self, model: Model) -> Model:
+        """What embeds in place of an accepted model."""
+        return model
+
     def check_model(self, model: Model) -> None:
         """Refuses a model, or a setting that is impossible for it.
 
@@ -272,9 +276,9 @@ class EmbeddingEvaluator(Evaluator[S]):
         """Embeds on all ranks and scores on rank 0."""
         asked = self.spec.settings
         self.check_model(model)
-        models = [model, *baselines]
         for baseline in baselines:
             self.accept(baseline)
+        models = [self.adapted(one) for one in (model, *baselines)]
         settings = []
         for one in models:
             taken = [one.own_setting]
@@ -306,7 +310,7 @@ class EmbeddingEvaluator(Evaluator[S]):
         result = None
         with fail_together(ranks):
             if ranks.is_first:
-                self.model, self.data, self.texts_TD = model, data, vectors[0]
+                self.model, self.data, self.texts_TD = models[0], data, vectors[0]
                 result = self.result = self._result(zip(models, embedded, vectors, strict=True))
         return result
 

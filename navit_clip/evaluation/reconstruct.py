@@ -21,16 +21,15 @@ from torch import Tensor
 from navit_clip.data.decode import EncodedImage
 from navit_clip.data.drop import hide_patches
 from navit_clip.data.seeding import generator
-from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
-from navit_clip.evaluation.cache import Cache, bytes_digest, tensors_digest
+from navit_clip.evaluation.cache import bytes_digest, tensors_digest
 from navit_clip.evaluation.datasets import EvalDataset, open_images
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.evaluator import EmbeddingEvaluator, EvalSpec, make_row
 from navit_clip.evaluation.models import Model, PackedMaskedImage, Sizer
 from navit_clip.evaluation.report.pictures import read_images
 from navit_clip.evaluation.report.samples import ReportSamples
-from navit_clip.evaluation.results import EvalResult, Metric, Row
+from navit_clip.evaluation.results import Metric, Row
 from navit_clip.evaluation.settings import EvalSetting
 from navit_clip.files import write_output
 from navit_clip.inference.embed import embed_streams
@@ -153,22 +152,8 @@ class Reconstruct(EmbeddingEvaluator[ReconstructSpec]):
         """Opens the images."""
         return open_images(self.spec.data)
 
-    def run(
-        self,
-        model: Model,
-        ranks: Ranks,
-        workers: int,
-        *,
-        baselines: Sequence[Model] = (),
-        cache: Cache | None = None,
-        strict: bool = False,
-    ) -> EvalResult | None:
-        """As of other evaluators, of errors in place of features."""
-        model, *baselines = map(self._predictor, (model, *baselines))
-        return super().run(model, ranks, workers, baselines=baselines, cache=cache, strict=strict)
-
-    def _predictor(self, model: Model) -> _Predictor:
-        self.accept(model)
+    def adapted(self, model: Model) -> _Predictor:
+        """The same model, of errors in place of features."""
         assert isinstance(model, PackedMaskedImage)
         return _Predictor(model, self.spec.rate)
 
