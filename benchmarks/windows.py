@@ -24,7 +24,7 @@ from benchmarks.command import command, default_device
 from benchmarks.measure import alternate
 from navit_clip.architectures import architecture
 from navit_clip.commands import number
-from navit_clip.models.window_attention import WindowAttention
+from navit_clip.models.window_attention import TurnedWindows, WindowAttention
 from navit_clip.packed.images import ImagePatches, PackedImages, pack_images
 from navit_clip.packed.segments import Segments
 from navit_clip.packed.window_groups import attention_cost, best_groups, fill_groups
@@ -74,7 +74,7 @@ def measure_stage(
         windows = arrange(units, merges, window, shifted=shifted, group=group)
         milliseconds = 1e3 * (time.perf_counter() - begin)
         windows = windows.to(device)
-        attend = partial(attention, x_TC, segments, windows)
+        attend = partial(attention, x_TC, segments, TurnedWindows(windows))
         found[name] = {
             "lengths": len(windows.rows),
             "pairs": sum(rows.rows * rows.length**2 for rows in windows.rows) / tokens,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from navit_clip.models.hierarchical_tower import HierarchyConfig
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import Rotary, RotaryConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.images import ImagePatches
 
@@ -36,6 +37,7 @@ def tower_config(
     width: int = 16,
     heads: int = 4,
     patch: int = 2,
+    rotary: RotaryConfig = RotaryConfig(),  # noqa: B008  frozen
 ) -> ImageTowerConfig:
     """As Swin is, with patches of `patch` pixels in the first stage."""
     encoder = EncoderConfig(
@@ -53,6 +55,7 @@ def tower_config(
         encoder,
         PositionConfig("none"),
         "mean",
+        rotary=rotary,
         hierarchy=HierarchyConfig(depths, window),
     )
 
@@ -112,12 +115,18 @@ def dense_tokens(tower: ImageTower, image: ImagePatches) -> Tensor:
                 x_HWC = block.merge.linear(block.merge.norm(torch.cat(squares, -1)))
             shift = number % 2 * (hierarchy.window // 2)
             y_HWC = block.attention_norm(x_HWC)
-            x_HWC = x_HWC + _attend(block.attention, y_HWC, seen, hierarchy.window, shift)
+            rotary = None
+            if tower.encoder.rotary is not None:
+                cells = torch.cartesian_prod(*map(torch.arange, y_HWC.shape[:2])).double()
+                rotary = tower.encoder.rotary[stage](cells)[number]
+            x_HWC = x_HWC + _attend(block.attention, y_HWC, seen, hierarchy.window, shift, rotary)
             x_HWC = x_HWC + block.mlp(block.mlp_norm(x_HWC))
     return tower.encoder.norm(x_HWC)[torch.from_numpy(seen)]
 
 
-def _attend(attention, x_HWC: Tensor, seen: np.ndarray, window: int, shift: int) -> Tensor:
+def _attend(
+    attention, x_HWC: Tensor, seen: np.ndarray, window: int, shift: int, rotary: Rotary | None
+) -> Tensor:
     height, width = x_HWC.shape[:2]
     seen = np.kron(seen, np.ones((height // len(seen), width // seen.shape[1]), dtype=bool))
     cells = [(r, c) for r in range(height) for c in range(width)]
@@ -136,8 +145,12 @@ def _attend(attention, x_HWC: Tensor, seen: np.ndarray, window: int, shift: int)
                 offset = r - other_r + window - 1, c - other_c + window - 1
                 offsets[i, j] = offset[0] * (2 * window - 1) + offset[1]
     qkv_3HND = attention.qkv(x_HWC.flatten(0, 1)).unflatten(-1, (3, attention.heads, -1))
-    q, k, v = qkv_3HND.permute(1, 2, 0, 3)
-    bias_HNN = attention.bias[torch.from_numpy(offsets)].movedim(-1, 0)
-    scores = q @ k.mT * q.shape[-1] ** -0.5 + bias_HNN
+    q, k, v = qkv_3HND.unbind(1)
+    if rotary is not None:
+        q, k = rotary.rotate(q, k)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if rotary is None:
+        scores = scores + attention.bias[torch.from_numpy(offsets)].movedim(-1, 0)
     weights = scores.masked_fill(~torch.from_numpy(mask), -torch.inf).softmax(-1)
     return attention.out((weights @ v).transpose(0, 1).flatten(1)).unflatten(0, (height, width))

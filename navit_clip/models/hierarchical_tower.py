@@ -11,18 +11,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from navit_clip.models.interpolate import exact_dtype
 from navit_clip.models.linear import Linear
+from navit_clip.models.rope import RotaryConfig, RotarySpeeds
 from navit_clip.models.transformer import Block, Encoder, EncoderConfig, LayerNorm
-from navit_clip.models.window_attention import WindowAttention
+from navit_clip.models.window_attention import TurnedWindows, WindowAttention
 from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.packed.segments import Segments
-from navit_clip.packed.windows import Windows, plan_windows
+from navit_clip.packed.windows import plan_windows
 
 
 @dataclass(frozen=True)
@@ -135,24 +137,34 @@ class WindowBlock(Block):
         config: Of the stage.
         window: Side of a window.
         merging: Whether it is the first of a stage that merges the tokens of the one before.
+        biased: Whether its attention has a bias, see `WindowAttention`.
     """
 
-    def __init__(self, config: EncoderConfig, window: int, *, merging: bool) -> None:
-        super().__init__(config, WindowAttention(config, window))
+    def __init__(
+        self, config: EncoderConfig, window: int, *, merging: bool, biased: bool = True
+    ) -> None:
+        super().__init__(config, WindowAttention(config, window, biased=biased))
         self.merge = PatchMerging(config) if merging else nn.Identity()
 
     def forward(  # type: ignore[override]
-        self, x_TC: Tensor, segments: Segments, windows: Windows, scale_T2: Tensor | None = None
+        self,
+        x_TC: Tensor,
+        segments: Segments,
+        turned: TurnedWindows,
+        scale_T2: Tensor | None = None,
     ) -> Tensor:
         """[T, C] to [T, C], or [4T, C / 2] to that."""
         x_TC = self.merge(x_TC)
-        return super().forward(x_TC, segments, windows, scale_T2)  # type: ignore[arg-type]
+        return super().forward(x_TC, segments, turned, scale_T2)  # type: ignore[arg-type]
 
     def _mark_dynamic(  # type: ignore[override]
-        self, x_TC: Tensor, segments: Segments, windows: Windows, scale_T2: Tensor | None
+        self, x_TC: Tensor, segments: Segments, turned: TurnedWindows, scale_T2: Tensor | None
     ) -> None:
         super()._mark_dynamic(x_TC, segments, None, scale_T2)
-        for tensor in (windows.order, windows.places, windows.cells, windows.ids, windows.layout):
+        windows = turned.windows
+        varying = [windows.order, windows.places, windows.cells, windows.ids, windows.layout]
+        varying += [] if turned.rotary is None else [turned.rotary.positions_TA]
+        for tensor in varying:
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
@@ -163,17 +175,30 @@ class HierarchicalEncoder(Encoder):
     Args:
         config: Of the last stage.
         hierarchy: The stages.
+        rotary: Of a kind other than none, queries and keys turn by position within the window, and
+            attention has no bias.
     """
 
-    def __init__(self, config: EncoderConfig, hierarchy: HierarchyConfig) -> None:
+    in_windows = True
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        hierarchy: HierarchyConfig,
+        rotary: RotaryConfig = RotaryConfig(),  # noqa: B008  frozen
+    ) -> None:
         stages = hierarchy.stages(config)
+        biased = rotary.kind == "none"
         blocks = [
-            WindowBlock(stage, hierarchy.window, merging=number > 0 and index == 0)
+            WindowBlock(stage, hierarchy.window, merging=number > 0 and index == 0, biased=biased)
             for number, stage in enumerate(stages)
             for index in range(stage.depth)
         ]
         super().__init__(config, blocks)
         self.hierarchy = hierarchy
+        self.rotary: nn.ModuleList | None = None
+        if not biased:
+            self.rotary = nn.ModuleList(RotarySpeeds(rotary, stage, axes=2) for stage in stages)
         if config.pre_norm:
             self.pre_norm = LayerNorm(stages[0].width, config)
 
@@ -195,16 +220,24 @@ class HierarchicalEncoder(Encoder):
                 for _ in range(depth)
             ]
             scales = map(Tensor.repeat_interleave, scales_NU2, cells, repeat(0))
-        windows: Any = self._windows(images)
+        windows: Any = self._windows(images, exact_dtype(x_TC.dtype))
         return self.norm(self._run_blocks(self._enter(x_TC), images.segments, windows, scales))
 
-    def _windows(self, images: PackedImages) -> list[Windows]:
-        """Those of each block."""
+    def _windows(self, images: PackedImages, dtype: torch.dtype) -> list[TurnedWindows]:
+        """Those of each block, turned in this precision."""
         plan: Any = images.plan
         if plan is None:
             planner = self.hierarchy.planner(self.config)
             plan = planner(images).to(images.coords.device)
-        windows: list[Windows] = []
+        found: list[TurnedWindows] = []
         for number, depth in enumerate(self.hierarchy.depths):
-            windows += islice(cycle(plan.windows[2 * number : 2 * number + 2]), depth)
-        return windows
+            both, turns = plan.windows[2 * number : 2 * number + 2], None
+            if self.rotary is not None:
+                # How two tokens lie to each other is the same within a window as in the image.
+                places = [windows.coords(self.hierarchy.window).to(dtype) for windows in both]
+                turns = [self.rotary[number](places_S2) for places_S2 in places]
+            for index in range(depth):
+                shifted = index % 2
+                rotary = None if turns is None else turns[shifted][index]
+                found.append(TurnedWindows(both[shifted], rotary))
+        return found

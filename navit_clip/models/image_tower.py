@@ -20,7 +20,7 @@ from navit_clip.models.linear import Linear
 from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.pooling import Pooling, build_pooling
 from navit_clip.models.position import TABLE_STD, PositionConfig, build_position
-from navit_clip.models.rope import RotaryConfig, build_rotary
+from navit_clip.models.rope import RotaryConfig, RotarySpeeds, build_rotary
 from navit_clip.models.transformer import Encoder, EncoderConfig, LayerNorm
 from navit_clip.packed.grids import plan_grids
 from navit_clip.packed.images import PackedImages, Planner
@@ -49,8 +49,8 @@ class ImageTowerConfig:
             place of `encoder.final_norm`.
         rotary: Rotations of queries and keys by position, beside `position` or without it.
         hierarchy: Stages of window attention in place of a plain encoder. Windows know how their
-            tokens lie to each other: such a tower has no other positions, no class token and no
-            registers.
+            tokens lie to each other, by a bias or, with `rotary`, by integer coordinates within a
+            window: such a tower has no other positions, no class token and no registers.
         stem: What patches pass before they are embedded: ``resnet50``, the convolutions of ViT's
             hybrid R50+B/16, at patches of 16 pixels and of whole images alone.
 
@@ -98,14 +98,14 @@ class ImageTowerConfig:
         self.hierarchy.check(self.patch_size, self.encoder)
         if self.hierarchy.depths and (
             self.position.kind != "none"
-            or self.rotary.kind != "none"
+            or self.rotary.coordinates != "integer"
             or self.pooling == "cls"
             or self.registers
         ):
             raise ValueError(
-                "hierarchy.depths needs position.kind none, rotary.kind none, pooling mean or map "
-                f"and registers 0, got {position.kind}, {self.rotary.kind}, {self.pooling} and "
-                f"{self.registers}"
+                "hierarchy.depths needs position.kind none, rotary.coordinates integer, pooling "
+                f"mean or map and registers 0, got {position.kind}, {self.rotary.coordinates}, "
+                f"{self.pooling} and {self.registers}"
             )
         if self.stem != "none" and (self.patch_size != STRIDE or self.hierarchy.depths):
             raise ValueError(
@@ -191,7 +191,7 @@ class ImageTower(nn.Module):
         stem: Patches of pixels to vectors; None without.
         embed: Patches of pixels, or these vectors, to tokens.
         position: Embeds a patch's row and column; None without.
-        rotary: How queries and keys turn by them; None without.
+        rotary: How queries and keys turn by them; None without, and where the encoder has it.
         encoder: The transformer over the patches, class token and registers included.
         pool: (tokens [T, C], segments) to [E, C], one vector per image.
     """
@@ -227,12 +227,13 @@ class ImageTower(nn.Module):
             # Alike at first, they would stay alike.
             self.registers = nn.Parameter(torch.empty(config.registers, width))
             nn.init.normal_(self.registers, std=TABLE_STD)
-        self.rotary = build_rotary(config.rotary, config.encoder, axes=2)
-        self.encoder = (
-            HierarchicalEncoder(config.encoder, config.hierarchy)
-            if config.hierarchy.depths
-            else Encoder(config.encoder)
-        )
+        self.rotary: RotarySpeeds | None = None
+        self.encoder: Encoder
+        if config.hierarchy.depths:
+            self.encoder = HierarchicalEncoder(config.encoder, config.hierarchy, config.rotary)
+        else:
+            self.rotary = build_rotary(config.rotary, config.encoder, axes=2)
+            self.encoder = Encoder(config.encoder)
         self.pool = build_pooling(config.pooling, config.encoder)
         self.norm = LayerNorm(width, config.encoder) if config.pooled_norm else nn.Identity()
 

@@ -1,4 +1,4 @@
-"""Attention within windows, with a bias by how two tokens lie to each other (Swin).
+"""Attention within windows, by how two tokens lie to each other: a bias (Swin), or rotations.
 
 In the blocks of `hierarchical_tower`. Rows of `Windows` that are equally long are one batched
 product. It is an operator, as in `attention_op`: to the compiler one node that takes tensors alone,
@@ -16,11 +16,24 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from navit_clip.models.position import TABLE_STD
+from navit_clip.models.rope import Rotary
 from navit_clip.models.transformer import EncoderConfig, SegmentAttention
 from navit_clip.packed.segments import Segments
 from navit_clip.packed.windows import Windows
 
 _SCORES = 1 << 20  # that are held at a time: 4 MB in float32, which a CPU's caches hold
+
+
+class TurnedWindows(NamedTuple):
+    """What a block knows of its tokens.
+
+    Attributes:
+        windows: Those of the block.
+        rotary: Of their places, by position within a window; None for attention with a bias.
+    """
+
+    windows: Windows
+    rotary: Rotary | None = None
 
 
 class WindowAttention(SegmentAttention):
@@ -29,23 +42,28 @@ class WindowAttention(SegmentAttention):
     Args:
         config: Of the stage.
         window: w, side of a window.
+        biased: Whether there is a bias.
 
     Attributes:
-        bias: [(2w − 1)², H] added to scores, by how far the query lies below and right of the key.
+        bias: [(2w − 1)², H] added to scores, by how far the query lies below and right of the key;
+            None without.
     """
 
-    def __init__(self, config: EncoderConfig, window: int) -> None:
+    def __init__(self, config: EncoderConfig, window: int, *, biased: bool = True) -> None:
         super().__init__(config)
-        self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, config.heads))
-        nn.init.trunc_normal_(self.bias, std=TABLE_STD)
+        self.bias: nn.Parameter | None = None
+        if biased:
+            self.bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, config.heads))
+            nn.init.trunc_normal_(self.bias, std=TABLE_STD)
 
     def forward(  # type: ignore[override]
-        self, x_TC: Tensor, segments: Segments, windows: Windows
+        self, x_TC: Tensor, segments: Segments, turned: TurnedWindows
     ) -> Tensor:
         """Attends within windows; [T, C] to [T, C]."""
+        windows = turned.windows
         qkv_S3HD = self.qkv(windows.gather(x_TC)).unflatten(-1, (3, self.heads, -1))
         out_SHD = attend_windows(
-            *self._normalised(qkv_S3HD, None),
+            *self._normalised(qkv_S3HD, turned.rotary),
             self.bias,
             windows.cells,
             windows.ids,
@@ -59,7 +77,7 @@ def attend_windows(
     q_SHD: Tensor,
     k_SHD: Tensor,
     v_SHD: Tensor,
-    bias_QH: Tensor,
+    bias_QH: Tensor | None,
     cells_S: Tensor,
     ids_S: Tensor | None,
     layout: Tensor,
@@ -70,7 +88,7 @@ def attend_windows(
         q_SHD: [S, H, D] queries; on a CPU q and k may be float32 beside values in half precision.
         k_SHD: Keys.
         v_SHD: Values.
-        bias_QH: [(2w − 1)², H] added to scores.
+        bias_QH: [(2w − 1)², H] added to scores, if any.
         cells_S: `Windows.cells`.
         ids_S: `Windows.ids`; places of different ids do not see each other.
         layout: `Windows.layout`, on the host.
@@ -93,28 +111,36 @@ def attend_windows_backward(
     q_SHD: Tensor,
     k_SHD: Tensor,
     v_SHD: Tensor,
-    bias_QH: Tensor,
+    bias_QH: Tensor | None,
     cells_S: Tensor,
     ids_S: Tensor | None,
     layout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys, values and bias, by that of `attend_windows`' output."""
+    """The gradients of queries, keys, values and bias, by that of `attend_windows`' output.
+
+    The last is empty without a bias.
+    """
     dq_SHD, dk_SHD, dv_SHD = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_SHD, k_SHD, v_SHD)
     )
-    dbias_QH = torch.zeros_like(bias_QH, dtype=torch.promote_types(bias_QH.dtype, torch.float32))
+    table_QH = q_SHD.new_empty(0) if bias_QH is None else bias_QH
+    dbias_QH = torch.zeros_like(table_QH, dtype=torch.promote_types(table_QH.dtype, torch.float32))
     scale = q_SHD.shape[-1] ** -0.5
     with torch.autocast(v_SHD.device.type, enabled=False):
         for batch in _batches(cells_S, ids_S, layout, v_SHD.shape[1]):
             grad, q, k, v = map(batch.read, (grad_SHD, q_SHD, k_SHD, v_SHD))
-            weights = (q @ k.mT * scale + batch.bias(bias_QH, q.dtype)).softmax(-1)
+            scores = q @ k.mT * scale
+            if (bias := batch.bias(bias_QH, q.dtype)) is not None:
+                scores = scores + bias
+            weights = scores.softmax(-1)
             dweights = grad @ v.mT
             dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
             batch.write(dq_SHD, dscores @ k * scale)
             batch.write(dk_SHD, dscores.mT @ q * scale)
             batch.write(dv_SHD, weights.mT @ grad)
-            batch.add_to_bias(dbias_QH, dscores)
-    return dq_SHD, dk_SHD, dv_SHD, dbias_QH.to(bias_QH.dtype)
+            if bias_QH is not None:
+                batch.add_to_bias(dbias_QH, dscores)
+    return dq_SHD, dk_SHD, dv_SHD, dbias_QH.to(table_QH.dtype)
 
 
 class _Batch(NamedTuple):
@@ -123,14 +149,13 @@ class _Batch(NamedTuple):
     Attributes:
         places: Where they are.
         rows: R.
-        offsets: [R, L, L] how each query lies to each key, the difference of their cells; [1, L, L]
-            if it is the same in all rows.
+        cells: [R, L] those of the places; [1, L] if they lie the same in all rows.
         apart: bool [R, L, L], query and key are not of the same window; None if no such pair is.
     """
 
     places: slice
     rows: int
-    offsets: Tensor
+    cells: Tensor
     apart: Tensor | None
 
     def read(self, x_SHD: Tensor) -> Tensor:
@@ -142,17 +167,26 @@ class _Batch(NamedTuple):
         """The same back."""
         out_SHD[self.places] = x_RHLD.transpose(1, 2).flatten(0, 1).to(out_SHD.dtype)
 
-    def bias(self, bias_QH: Tensor, dtype: torch.dtype) -> Tensor:
-        """[R or 1, H, L, L] of the rows' scores; −∞ between windows."""
-        # Two tokens at the same cell have the row in the middle.
-        bias = bias_QH.to(dtype)[self.offsets + len(bias_QH) // 2].movedim(-1, 1)
+    def bias(self, bias_QH: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[R or 1, H or 1, L, L] of the rows' scores, −∞ between windows; None if 0 everywhere."""
+        if bias_QH is not None:
+            bias = bias_QH.to(dtype)[self._places_in(bias_QH)].movedim(-1, 1)
+        elif self.apart is not None:
+            bias = self.apart.new_zeros((), dtype=dtype)
+        else:
+            return None
         return bias if self.apart is None else bias.masked_fill(self.apart[:, None], -torch.inf)
 
     def add_to_bias(self, dbias_QH: Tensor, dscores_RHLL: Tensor) -> None:
         """Adds the rows' part to the gradient of the table."""
-        dscores = dscores_RHLL.sum_to_size(len(self.offsets), *dscores_RHLL.shape[1:])
-        places = (self.offsets + len(dbias_QH) // 2).flatten()
+        dscores = dscores_RHLL.sum_to_size(len(self.cells), *dscores_RHLL.shape[1:])
+        places = self._places_in(dbias_QH).flatten()
         dbias_QH.index_add_(0, places, dscores.movedim(1, -1).flatten(0, 2).to(dbias_QH.dtype))
+
+    def _places_in(self, bias_QH: Tensor) -> Tensor:
+        """[R or 1, L, L] rows of the table, by the difference of each query's and key's cells."""
+        # Two tokens at the same cell have the row in the middle.
+        return self.cells[:, :, None] - self.cells[:, None, :] + len(bias_QH) // 2
 
 
 def _batches(cells_S: Tensor, ids_S: Tensor | None, layout: Tensor, heads: int) -> Iterator[_Batch]:
@@ -169,7 +203,7 @@ def _batches(cells_S: Tensor, ids_S: Tensor | None, layout: Tensor, heads: int) 
             if ids_S is not None:
                 ids_RL = ids_S[places].view(rows, length)
                 apart = ids_RL[:, :, None] != ids_RL[:, None, :]
-            yield _Batch(places, rows, cells_RL[:, :, None] - cells_RL[:, None, :], apart)
+            yield _Batch(places, rows, cells_RL, apart)
 
 
 @attend_windows.register_fake
@@ -179,7 +213,9 @@ def _(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, *_: Any) -> Tensor:
 
 @attend_windows_backward.register_fake
 def _(_grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in tensors[:4])
+    *qkv, bias_QH = tensors[:4]
+    grads = [x.new_empty(x.shape) for x in qkv]
+    return (*grads, qkv[0].new_empty(0) if bias_QH is None else bias_QH.new_empty(bias_QH.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,7 +223,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad_SHD: Tensor) -> tuple[Tensor | None, ...]:
-    return (*attend_windows_backward(grad_SHD, *ctx.saved_tensors), None, None, None)
+    *grads, dbias_QH = attend_windows_backward(grad_SHD, *ctx.saved_tensors)
+    return (*grads, dbias_QH if len(dbias_QH) else None, None, None, None)
 
 
 attend_windows.register_autograd(_differentiate, setup_context=_setup_context)

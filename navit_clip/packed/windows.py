@@ -76,6 +76,11 @@ class Windows(Movable):
             return F.pad(x_SC, (0, 0, 0, tokens - len(x_SC)))
         return x_SC.index_select(0, self.places)
 
+    def coords(self, window: int) -> Tensor:
+        """int64 [S, 2]: row and column of each token within its window, of side `window`."""
+        side = 2 * window - 1
+        return torch.stack([self.cells // side, self.cells % side], 1)
+
     @cached_property
     def layout(self) -> Tensor:
         """int64 [3R], always on the host: `rows` for operators that take tensors alone."""

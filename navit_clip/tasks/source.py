@@ -96,7 +96,8 @@ class InitConfig:
         """Refuses a part of the configuration, such as ``task.model``, that is not as in the model.
 
         Both have the form that `asdict` gives them. Rotary positions may be added to towers that
-        have none, which leaves all of the model's weights as they are.
+        have none, which leaves all of the model's weights as they are; but not where they take the
+        place of windows' biases.
 
         Raises:
             UserError: Naming the first field that differs.
@@ -111,7 +112,8 @@ class InitConfig:
 def _differences(name: str, given: Any, known: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(given, dict):
         for key, value in given.items():
-            if key == "rotary" and known[key]["kind"] == "none":
+            windows = known.get("hierarchy", {}).get("depths")
+            if key == "rotary" and known[key]["kind"] == "none" and not windows:
                 continue
             yield from _differences(f"{name}.{key}", value, known[key])
     elif given != known:

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from navit_clip.data.patches import cut_patches
 from navit_clip.models.hierarchical_tower import HierarchyConfig
 from navit_clip.models.image_tower import ImageTower
+from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.transformer import compiled_block
 from navit_clip.packed.images import pack_images
 
@@ -59,6 +60,13 @@ def test_packed_images_are_as_each_on_its_own_grid(depths, window, hide):
     config = tower_config(depths, window)
     for seed in range(2):
         check(config, some_images(config.patch_size, seed, hide=hide), padding=3 * seed)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("kind", ["axial", "mixed"])
+def test_rotations_in_place_of_a_bias(kind, grouped):
+    config = tower_config((2, 2), width=32, rotary=RotaryConfig(kind))
+    check(config, some_images(config.patch_size, 4), padding=2, grouped=grouped)
 
 
 @pytest.mark.parametrize("hide", [True, False], ids=["sparse", "dense"])
@@ -150,7 +158,7 @@ def test_recomputed_blocks_have_the_same_gradient():
     [
         ({"hierarchy": HierarchyConfig((2, 2))}, "must add up to encoder.depth=7"),
         ({"patch_size": 6}, "patch_size must be a multiple of 4 for 3 stages, got 6"),
-        ({"registers": 2}, "hierarchy.depths needs .* registers 0, got none, none, mean and 2"),
+        ({"registers": 2}, "hierarchy.depths needs .* registers 0, got none, integer, mean and 2"),
         ({"pooling": "cls"}, "pooling mean or map"),
     ],
 )
