@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from classify_cases import classify_flags, write_labelled
 from hierarchical_cases import tower_config
+from packed_examples import random_image
 from shard_factory import photo
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip import NaViTClassifier, NaViTCLIP
 from navit_clip.architectures import architecture
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.labelled import LabelledImage
 from navit_clip.data.config import DataConfig
 from navit_clip.models.classifier import ClassifierConfig
+from navit_clip.packed.masked import pack_masked
 from navit_clip.tasks.classify import ClassifyConfig, ClassifyTask
 from navit_clip.training.config import parse_config
 from navit_clip.training.optim import OptimConfig, build_optimizer
@@ -88,6 +93,21 @@ def test_merging_learns_with_the_block_it_leads_to(data):
     assert above["image.encoder.blocks.1.merge.linear.weight"] == 2
     assert above["image.encoder.blocks.1.attention.bias"] == 2
     assert above["image.encoder.norm.weight"] == above["head.weight"] == 0
+
+
+@pytest.mark.parametrize("windows", ["single", "grouped"])
+def test_batches_bring_the_tower_its_windows(data, windows):
+    model = ClassifierConfig(tower_config((1, 2), patch=1))
+    config = ClassifyConfig(model=model, windows=windows)
+    build = ClassifyTask(config, DataConfig(train=str(data))).build_samples(None, 0)
+    image, labels = random_image(0, (3, 4)), np.array([0])
+    sample = LabelledImage("a", Origin(0, 0, 0, 0), image, labels, 0)
+    images = pickle.loads(pickle.dumps(build)).collate([sample], None).images
+    assert [one.ids is not None for one in images.plan.windows] == [windows == "grouped"] * 4
+    masked = pack_masked([image], [np.arange(5)], planner=build.planner)
+    assert masked.whole.plan is None
+    assert len(masked.images.plan.windows[-1].cells) >= 5
+    assert pack_masked([image], [np.arange(5)], full=True, planner=build.planner).whole.plan
 
 
 def test_tables_of_biases_do_not_decay(data):
