@@ -12,77 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from embedding_cases import (
+    ARRAYS,
+    BUDGET,
+    GOOD,
+    PATCH,
+    TEXTS,
+    by_hand,
+)
 from image_cases import cmyk_and_ycck, sideways_file
 from PIL import Image
 from shard_factory import encode, photo
 
 from navit_clip import NaViTCLIP
-from navit_clip import model as model_module
 from navit_clip.data.decode import EncodedImage
-from navit_clip.data.sizing import fit_grid
-from navit_clip.errors import UserError
-from navit_clip.inference import embed as embedding
-from navit_clip.inference import images as images_module
 from navit_clip.inference.embed import image_vectors, size_image, text_vectors
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.patch_embed import resize_kernel
 from navit_clip.models.position import PositionConfig
 from navit_clip.models.rope import RotaryConfig
-from navit_clip.packed.images import ImagePatches, pack_images
-from navit_clip.packed.texts import pack_texts
-
-PATCH, BUDGET = 8, 12  # of the model in conftest
-RNG = np.random.default_rng(0)
-SIZES = [
-    (1, 1), (1, 300), (300, 1), (8, 8), (7, 9), (90, 31),
-    *(tuple(RNG.integers(1, 120, 2)) for _ in range(17)), (40, 60),
-]  # fmt: skip
-ARRAYS = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-TEXTS = ["a red square", "", "blue", "a photo of a green circle on the left " * 3, "red"]
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> NaViTCLIP:
-    return NaViTCLIP.from_pretrained(model_dir)
-
-
-def by_hand(
-    model: NaViTCLIP, pixels: np.ndarray, max_tokens: int = BUDGET, square: bool = False
-) -> torch.Tensor:
-    """One image: resized by Pillow, cut by loops, alone in its stream."""
-    height, width, _ = pixels.shape
-    rows, columns = fit_grid(height, width, PATCH, max_tokens, 16)
-    if square:
-        rows = columns = math.isqrt(max_tokens)
-    resized = np.asarray(
-        Image.fromarray(pixels).resize((columns * PATCH, rows * PATCH), Image.Resampling.BICUBIC)
-    )
-    coords = [(row, column) for row in range(rows) for column in range(columns)]
-    patches = [
-        resized[r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH].reshape(-1)
-        for r, c in coords
-    ]
-    image = ImagePatches(np.stack(patches), np.array(coords, dtype=np.int32), (rows, columns))
-    with torch.no_grad():
-        return model.image_projection(model.image(pack_images([image])))[0]
-
-
-def text_by_hand(model: NaViTCLIP, text: str) -> torch.Tensor:
-    assert model.tokenizer is not None
-    with torch.no_grad():
-        ids = model.tokenizer.encode(text, model.config.text.context_length)
-        return model.text_projection(model.text(pack_texts([ids])))[0]
-
-
-@pytest.fixture
-def small_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many forward passes, many windows, groups of labels that the templates do not divide."""
-    monkeypatch.setattr(embedding, "STREAM_TOKENS", 25)
-    monkeypatch.setattr(images_module, "_WINDOW", 5)
-    monkeypatch.setattr(model_module, "_PROMPTS", 5)
-
-
-# Images
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -260,7 +208,6 @@ def test_nothing_in_nothing_out(model):
     assert model.classify([], ["a", "b"]).shape == (0, 2)
 
 
-GOOD = ARRAYS[-1]
 PNG = encode(Image.fromarray(GOOD), "PNG")
 BAD_IMAGES = {
     "a number": (3, "int is no image: give a PIL image"),
@@ -320,115 +267,3 @@ def test_a_batch_of_images_in_one_tensor_is_a_list(model):
 def test_a_token_limit_of_nothing(model):
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         model.encode_image([GOOD], max_tokens=0)
-
-
-# Texts
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.usefixtures("small_streams")
-def test_texts_are_embedded_as_each_alone_and_in_their_order(model, normalize):
-    expected = torch.stack([text_by_hand(model, text) for text in TEXTS])
-    if normalize:
-        expected = F.normalize(expected, dim=-1)
-    actual = model.encode_text(iter(TEXTS), normalize=normalize)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "text", ["\0", "\x1b[2J", " ", "\u202e", "🐈" * 999, "\ufffe", "▁", "</s>", "a" * 99_999]
-)
-def test_any_string_has_a_vector(model, text):
-    assert model.encode_text([text]).isfinite().all()
-
-
-def test_half_a_character_is_named(model):
-    with pytest.raises(ValueError, match=r"texts\[1\]: half a character"):
-        model.encode_text(["a", "b\ud83d"])
-
-
-@pytest.mark.parametrize("bad", [3, None, b"bytes", ["nested"]])
-def test_what_is_no_text_is_named_by_its_index(model, bad):
-    with pytest.raises(ValueError, match=r"texts\[1\]: .* is no string"):
-        model.encode_text(["a", bad])
-
-
-def test_one_text_is_no_list_of_texts(model):
-    with pytest.raises(ValueError, match="texts must be a list of strings, got one str"):
-        model.encode_text("a photo")
-
-
-# Both
-
-
-def test_similarity_is_the_cosine_of_every_pair(model):
-    actual = model.similarity(ARRAYS[:5], TEXTS)
-    for i, pixels in enumerate(ARRAYS[:5]):
-        for j, text in enumerate(TEXTS):
-            expected = F.cosine_similarity(by_hand(model, pixels), text_by_hand(model, text), dim=0)
-            assert actual[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("templates", [None, ["{}"], ["a {}", "the {}, a {}", "{} alone"]])
-@pytest.mark.usefixtures("small_streams")
-def test_classification_is_a_softmax_over_mean_prompts(model, templates):
-    labels = ["red square", "dot", "blue", "stripes"]
-    actual = model.classify(ARRAYS[:3], labels, templates)
-    for i, pixels in enumerate(ARRAYS[:3]):
-        image = F.normalize(by_hand(model, pixels), dim=0).double().numpy()
-        logits = []
-        for label in labels:
-            prompts = [t.replace("{}", label) for t in templates or ["a photo of a {}."]]
-            mean = sum(F.normalize(text_by_hand(model, p), dim=0).double().numpy() for p in prompts)
-            logits.append(model.log_scale.exp().item() * image @ mean / np.linalg.norm(mean))
-        expected = np.exp(logits) / np.exp(logits).sum()
-        np.testing.assert_allclose(actual[i], expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([],), "labels is empty"),
-        ((["a"], []), "templates is empty"),
-        ((["a"], ["{}", "a photo"]), r"templates\[1\] has no {} for the label: 'a photo'"),
-        ((["a", 2],), r"labels\[1\]: int is no string"),
-        (("dog",), "labels must be a list"),
-        ((["a"], "a {}"), "templates must be a list"),
-    ],
-)
-def test_labels_and_templates_that_make_no_sense(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model.classify([GOOD], *arguments)
-
-
-def test_a_model_that_was_built_says_what_it_lacks(model):
-    bare = NaViTCLIP(model.config)
-    with pytest.raises(UserError, match=r"no preprocess .*: give max_tokens"):
-        bare.encode_image([GOOD])
-    assert bare.encode_image([GOOD], max_tokens=4).shape == (1, 8)
-    with pytest.raises(UserError, match="no tokenizer: load it with"):
-        bare.encode_text(["a"])
-
-
-def test_a_linear_probe_can_be_trained_on_the_vectors(model):
-    vectors = model.encode_image(ARRAYS[:4])
-    assert not vectors.requires_grad
-    probe = torch.nn.Linear(8, 2)
-    F.cross_entropy(probe(vectors), torch.tensor([0, 1, 0, 1])).backward()
-    assert probe.weight.grad is not None
-
-
-def test_a_model_in_half_precision_gives_float32(model):
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    vectors = half.encode_image(ARRAYS)
-    assert vectors.dtype == torch.float32
-    assert F.cosine_similarity(vectors, model.encode_image(ARRAYS)).min() > 0.999
-    assert half.classify(ARRAYS[:2], ["a", "b"]).dtype == torch.float32
-
-
-def test_the_package_names_its_model():
-    import navit_clip
-
-    assert navit_clip.NaViTCLIP is NaViTCLIP
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = navit_clip.nothing
