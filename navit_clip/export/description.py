@@ -7,8 +7,10 @@ them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from navit_clip.configs import config_from_dict
@@ -21,6 +23,7 @@ from navit_clip.models.masked_image import MaskedImage, MaskedImageConfig
 
 CONFIG_FILE = "config.json"  # of an exported model
 FORMAT = 2
+_OWN = {"format", "kind"}  # which no configuration of transformers has
 
 ModelConfig = CLIPConfig | ClassifierConfig | MaskedImageConfig
 BareModel = CLIP | Classifier | MaskedImage
@@ -67,13 +70,17 @@ class Description:
             return MaskedImage(self.model)
         return Classifier(self.model, len(self.classes))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Writes the file atomically.
+
+        Args:
+            path: Of the file.
+            more: Values for other programs, which `read` passes over.
 
         Raises:
             OSError: If the disk does not take it.
         """
-        values = {"format": FORMAT, "kind": self.kind, **asdict(self)}
+        values = {"format": FORMAT, "kind": self.kind, **more, **asdict(self)}
         if self.weights_sha256 is None:
             del values["weights_sha256"]
         if not self.classes:
@@ -112,7 +119,7 @@ def is_transformers(path: Path) -> bool:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False  # whoever reads it says what is wrong
-    return isinstance(values, dict) and "model_type" in values and "format" not in values
+    return isinstance(values, dict) and "model_type" in values and not _OWN & values.keys()
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:

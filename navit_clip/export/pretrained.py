@@ -1,7 +1,9 @@
-"""A model's directory: all that inference needs, and nothing that runs code.
+"""A model's directory: all that inference needs, and nothing that runs code here.
 
 ``config.json`` (architecture, preprocessing, checksum of the weights, a classifier's class names),
-``model.safetensors`` (weights), the tokenizer's own files if there is one, and a model card.
+``model.safetensors`` (weights), the tokenizer's own files if there is one, and a model card. Beside
+a CLIP lie the two files by which transformers and sentence-transformers find the classes of
+`navit_clip.interop.auto`; nothing here reads them.
 Written by the trainer at its end and by a model's ``save_pretrained``, read by its
 ``from_pretrained`` (`navit_clip.export.hub`), the evaluation and the trainer. A repository of the
 Hugging Face Hub holds the same files: pushing is `huggingface_hub.ModelHubMixin.push_to_hub`,
@@ -10,6 +12,7 @@ which uploads what `save_pretrained` writes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +26,7 @@ from torch import nn
 from navit_clip.errors import UserError
 from navit_clip.export.card import CARD_FILE, WEIGHTS_FILE, write_card
 from navit_clip.export.description import CONFIG_FILE, BareModel, Description, is_transformers
-from navit_clip.files import one_line, reading, replacing, sha256_of, writing
+from navit_clip.files import atomic_write, one_line, reading, replacing, sha256_of, writing
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.interop import transformers
 from navit_clip.models.clip import CLIPConfig
@@ -33,6 +36,22 @@ from navit_clip.tokenizers.load import load_tokenizer
 
 # All that loading reads, and the card for whoever finds it.
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, CARD_FILE)
+
+# What transformers and sentence-transformers load an exported CLIP by.
+AUTO_FILE = "modeling_navit_clip"
+AUTO_MODULE = """\
+# For transformers and sentence-transformers; navit_clip itself does not read it.
+from navit_clip.interop.auto import NaViTCLIPConfig, NaViTCLIPModel, NaViTCLIPModule  # noqa: F401
+"""
+_AUTO_CONFIG = {
+    "model_type": "navit_clip",
+    "auto_map": {
+        "AutoConfig": f"{AUTO_FILE}.NaViTCLIPConfig",
+        "AutoModel": f"{AUTO_FILE}.NaViTCLIPModel",
+    },
+}
+_MODULES = [{"idx": 0, "name": "0", "path": "", "type": f"{AUTO_FILE}.NaViTCLIPModule"}]
+AUTO_FILES = {f"{AUTO_FILE}.py": AUTO_MODULE, "modules.json": json.dumps(_MODULES) + "\n"}
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -90,9 +109,11 @@ def save_pretrained(
         with replacing(path) as partial:
             save_file(weights, partial)
             checksum = sha256_of(partial)
-        Description(model.config, preprocess, checksum, tuple(classes)).write(
-            directory / CONFIG_FILE
-        )
+        description = Description(model.config, preprocess, checksum, tuple(classes))
+        clip = isinstance(model.config, CLIPConfig)
+        description.write(directory / CONFIG_FILE, _AUTO_CONFIG if clip else {})
+        for name, content in AUTO_FILES.items() if clip else ():
+            atomic_write(directory / name, content)
         # safetensors gives it to its owner alone; others may read it as they may the rest.
         path.chmod((directory / CONFIG_FILE).stat().st_mode & 0o777)
         if not (directory / CARD_FILE).exists():

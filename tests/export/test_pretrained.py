@@ -16,7 +16,7 @@ from navit_clip.configs import config_from_dict
 from navit_clip.errors import UserError
 from navit_clip.export import pretrained as pretrained_module
 from navit_clip.export.description import Description
-from navit_clip.export.pretrained import MODEL_FILES, save_pretrained
+from navit_clip.export.pretrained import AUTO_FILES, MODEL_FILES, save_pretrained
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIPConfig
@@ -61,7 +61,7 @@ def test_saving_again_writes_the_same_files(directory, tmp_path):
     again = tmp_path / "again"
     save_pretrained(again, loaded, loaded.tokenizer, loaded.preprocess)
     names = {path.name for path in directory.iterdir()}
-    assert names == {path.name for path in again.iterdir()} == set(MODEL_FILES)
+    assert names == {path.name for path in again.iterdir()} == {*MODEL_FILES, *AUTO_FILES}
     for name in names:
         assert (again / name).read_bytes() == (directory / name).read_bytes(), name
 
