@@ -21,6 +21,8 @@ from navit_clip.files import atomic_write
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 TOKENIZER_FILES = (DESCRIPTION_FILE, MODEL_FILE)  # all that any tokenizer saves
+# Tokenizers of as many ids that cut this alike have the same vocabulary, in practice.
+_PROBE = "Two dogs & a child's red kite, photographed at 10:45 on the north-eastern coast."
 PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without the ampersand
 
 
@@ -55,6 +57,19 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """What is known of a caption by its ids, for people; empty if nothing is."""
         return ""
+
+    def difference(self, other: Tokenizer, name: str) -> str | None:
+        """How its ids differ from those of another; None if they do not, in practice.
+
+        Args:
+            other: To compare with.
+            name: Of the other, for the result.
+        """
+        if self.vocab_size != other.vocab_size:
+            return f"{self.vocab_size} ids, {name} {other.vocab_size}"
+        if self.encode(_PROBE, 256) != other.encode(_PROBE, 256):
+            return f"other ids than {name}"
+        return None
 
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` needs into a model's directory."""

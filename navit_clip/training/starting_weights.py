@@ -16,9 +16,6 @@ from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import DESCRIPTION_FILE, Tokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
 
-# Tokenizers of as many ids that cut this alike have the same vocabulary, in practice.
-_PROBE = "Two dogs & a child's red kite, photographed at 10:45 on the north-eastern coast."
-
 
 def starting_point(
     task: Task, init: InitConfig, tokenizer: TokenizerConfig | None, checkpoint: Path | None
@@ -64,10 +61,5 @@ def _check_same(config: TokenizerConfig, own: Tokenizer, checkpoint: Path) -> No
 
 
 def _check_vocabulary(given: Tokenizer, theirs: Tokenizer, init: InitConfig) -> None:
-    if given.vocab_size != theirs.vocab_size:
-        what = f"{given.vocab_size} ids, that of init.model={init.model} {theirs.vocab_size}"
-    elif given.encode(_PROBE, 256) != theirs.encode(_PROBE, 256):
-        what = f"other ids than that of init.model={init.model}"
-    else:
-        return
-    raise UserError(f"the tokenizer has {what}: leave `tokenizer` out to take the model's")
+    if what := given.difference(theirs, f"that of init.model={init.model}"):
+        raise UserError(f"the tokenizer has {what}: leave `tokenizer` out to take the model's")
