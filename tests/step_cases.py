@@ -136,7 +136,9 @@ def new_stepper(
 ) -> Stepper:
     torch.manual_seed(config.seed)
     task = config.task.build(config.data)
-    return build_stepper(config, task, task.build_model().to(dtype=dtype or torch.float32), ranks)
+    model = task.build_model()
+    task.adapt(model)
+    return build_stepper(config, task, model.to(dtype=dtype or torch.float32), ranks)
 
 
 def measurements(stepper: Stepper, steps: range, accumulate: int = 1) -> np.ndarray:

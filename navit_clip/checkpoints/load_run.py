@@ -27,6 +27,7 @@ from navit_clip.errors import UserError
 from navit_clip.export.description import Description
 from navit_clip.files import reading
 from navit_clip.load import AnyModel, build_model
+from navit_clip.models.lora import merge_adapters, read_lora
 from navit_clip.tokenizers.base import DESCRIPTION_FILE
 from navit_clip.tokenizers.load import load_tokenizer
 
@@ -84,21 +85,24 @@ def _choose(run_dir: Path, step: int | None) -> int:
 def _load(folder: Path, model: AnyModel) -> None:
     damage = (ValueError, KeyError, TypeError, RuntimeError, dcp.CheckpointException)
     with reading(f"checkpoint {folder}", *damage):
-        manifest = Manifest.read(folder)
-        difference = manifest.difference(model.state_dict())
-        if difference is not None:
+        manifest, lora = Manifest.read(folder), read_lora(folder)
+        weights: dict[str, torch.Tensor] = model.state_dict()
+        if lora is not None:  # what they are merged to is compared when the model takes it
+            weights = {name: torch.empty(shape) for name, shape in manifest.weights.items()}
+        elif (difference := manifest.difference(weights)) is not None:
             raise UserError(f"{folder} is of another model than {RUN_MODEL} says: {difference}")
         index = read_index(folder, manifest.files)
         averaged = {
-            name: torch.empty_like(parameter)
-            for name, parameter in model.named_parameters()
+            name: torch.empty_like(weight)
+            for name, weight in weights.items()
             if f"ema.{name}" in index.state_dict_metadata
         }
-        state: dict[str, Any] = {"model": model.state_dict()}
+        state: dict[str, Any] = {"model": weights}
         if averaged:
             state["ema"] = averaged
         with warnings.catch_warnings():
             # Read by one process on purpose.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             read_tensors(state, folder, manifest.files, alone=True)
-    model.load_state_dict(state["model"] | averaged)
+        weights = state["model"] | averaged
+        model.load_state_dict(weights if lora is None else merge_adapters(weights, lora.scale))

@@ -161,7 +161,9 @@ def forward_flops(
     }
 
 
-def backward_flops(forward: TowerFlops, *, trained_fraction: float | None = None) -> float:
+def backward_flops(
+    forward: TowerFlops, *, trained_fraction: float | None = None, adapted: bool = False
+) -> float:
     """FLOPs of a tower's backward pass: one product each for the weights' and inputs' gradients.
 
     Args:
@@ -169,7 +171,11 @@ def backward_flops(forward: TowerFlops, *, trained_fraction: float | None = None
         trained_fraction: Fraction of a locked tower's blocks that are trained, the last ones; with
             0 pooling is locked too and the projection's input takes no gradient. None if the
             tower is not locked; then everything is trained, and only patches take no gradient.
+        adapted: The tower learns by adapters alone: its own weights take no gradient, but what
+            flows through them does. The adapters' products are left out.
     """
+    if adapted:
+        return forward.blocks + forward.pool + 2 * forward.projection
     if trained_fraction is None:
         return forward.embed + 2 * (forward.blocks + forward.pool + forward.projection)
     if trained_fraction == 0:

@@ -138,6 +138,17 @@ class Task(ABC):
                 know yet; else 0. Then nothing that is within its limits must change.
         """
 
+    def adapt(self, model: nn.Module) -> None:  # noqa: B027  most tasks train it as it is
+        """Adds what the model has in training alone, such as adapters, in place.
+
+        Called once it has its first weights, or before it takes those of a checkpoint. What is
+        drawn is the same on all ranks.
+        """
+
+    def plain_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a model as `build_model` makes it, out of those of one that was adapted."""
+        return weights
+
     def prepare(self, model: nn.Module) -> None:  # noqa: B027  most tasks train all of it
         """Sets what only training needs, in place, before ranks share the model.
 

@@ -22,6 +22,7 @@ from navit_clip.losses.mean import mean_over_ranks
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP, CLIPConfig, CLIPOutput
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
+from navit_clip.models.lora import LoraConfig, add_adapters, merge_adapters
 from navit_clip.models.masked_features import MaskedFeatures, MaskedFeaturesConfig
 from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.tasks.base import Loss
@@ -82,6 +83,7 @@ class ContrastiveConfig(ImageTaskConfig):
         loss: The loss over all pairs of all ranks.
         lock: Which towers keep their first weights.
         masked: Masked prediction of an EMA's features beside the contrastive loss.
+        lora: Adapters in towers that keep them too.
         captions: Caption field to sampling weight: ``all`` captions of an image (those of
             ``json.captions``, ``json.caption`` and ``txt``, each once), ``txt``, any text member
             such as ``title.txt``, or ``json.FIELD``. A dataset of data.mix may have its own.
@@ -97,22 +99,29 @@ class ContrastiveConfig(ImageTaskConfig):
     loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
     lock: LockConfig = field(default_factory=LockConfig)
     masked: MaskedFeaturesConfig = field(default_factory=MaskedFeaturesConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     captions: dict[str, float] = field(default_factory=lambda: {"all": 1.0})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_captions("captions", self.captions)
         self.lock.check(self.model)
+        for tower in self.lora.towers:
+            if getattr(self.lock, tower):
+                raise ValueError(
+                    f"lora.{tower} keeps all of the tower's own weights: leave lock.{tower} out"
+                )
         if (self.loss.kind == "sigmoid") != (self.model.init_bias is not None):
             raise ValueError(
                 "loss.kind sigmoid and model.init_bias go together (SigLIP uses -10), got "
                 f"loss.kind={self.loss.kind} model.init_bias={self.model.init_bias}"
             )
-        if self.masked.weight and (self.lock.image or self.model.image.stem != "none"):
+        kept = self.lock.image or bool(self.lora.image)
+        if self.masked.weight and (kept or self.model.image.stem != "none"):
             raise ValueError(
                 f"masked.weight={self.masked.weight} trains the image tower to see hidden patches: "
-                "lock.image must be false and model.image.stem none, got "
-                f"{str(self.lock.image).lower()} and {self.model.image.stem}"
+                "lock.image must be false, lora.image empty and model.image.stem none, got "
+                f"{str(self.lock.image).lower()}, {self.lora.image} and {self.model.image.stem}"
             )
 
     def check(self, data: DataConfig) -> None:
@@ -251,6 +260,20 @@ class ContrastiveTask(ImageTask):
         if clip.masked is not None:
             clip.masked.follow(clip.image, self.config.masked.decay, found_inf)
 
+    def adapt(self, model: nn.Module) -> None:
+        """Adds adapters to the towers that are configured to learn by them."""
+        add_adapters(cast(CLIP, model), self.config.lora)
+
+    def plain_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Merges the adapters, if there are any."""
+        lora = self.config.lora
+        return merge_adapters(weights, lora.scale) if lora.towers else weights
+
+    def describe(self, folder: Path) -> None:
+        """Writes the description as model.json, and the adapters' settings if there are any."""
+        super().describe(folder)
+        self.config.lora.write(folder)
+
     def prepare(self, model: nn.Module) -> None:
         """Locks the towers that are configured to keep their weights; adds masked prediction."""
         super().prepare(model)
@@ -277,12 +300,16 @@ class ContrastiveTask(ImageTask):
             LengthSums.of(segments.lengths[: segments.num_examples])
             for segments in (inputs.images.segments, inputs.texts.segments)
         )
-        model, lock = self.config.model, self.config.lock
+        model, lock, adapted = self.config.model, self.config.lock, self.config.lora.towers
         model = replace(model, image=model.image.with_patch_size(inputs.images.patch_size))
         towers = forward_flops(model, images, texts)
         total = sum(
             sum(forward)
-            + backward_flops(forward, trained_fraction=lock.trained_fraction(model, tower))
+            + backward_flops(
+                forward,
+                trained_fraction=lock.trained_fraction(model, tower),
+                adapted=tower in adapted,
+            )
             for tower, forward in towers.items()
         )
         if self._predicts:  # the tower reads all again, and so does the teacher, forward alone

@@ -20,7 +20,7 @@ from navit_clip.commands import Parser, run_command
 _WIDTH, _INDENT = 80, 15
 _SHARED, _DISK = 1 << 30, 5 << 30  # bytes below which a run is likely to fail
 _PACKAGES = ("open_clip_torch", "timm", "jsonargparse", "simplejpeg", "safetensors", "wandb")
-_OPTIONAL = {"pyarrow": "Parquet tables", "tokenizers": "SigLIP's tokenizers"}
+_OPTIONAL = {"pyarrow": "Parquet tables", "tokenizers": "SigLIP's tokenizers", "peft": "LoRA"}
 _HOSTS = ("https://huggingface.co", "https://api.wandb.ai")
 _TIMEOUT_S = 5.0
 

@@ -38,7 +38,8 @@ def check_changes(
 
     Raises:
         UserError: If a run cannot go on so: with fewer steps than are done, another task, another
-            architecture, whose weights may well have the same shapes, or another optimiser.
+            architecture or other adapters, whose weights may well have the same shapes, or another
+            optimiser.
     """
     if length.samples is not None and not seen:
         raise UserError(f"{before.parent} does not tell how many samples were seen: give steps")
@@ -51,7 +52,7 @@ def check_changes(
         there, here = old.get(name, _UNSET), new.get(name, _UNSET)
         if there == here or name == "run_dir":
             continue
-        if name in ("task.kind", "optim.name") or name.startswith("task.model."):
+        if name in ("task.kind", "optim.name") or name.startswith(("task.model.", "task.lora.")):
             raise UserError(
                 f"cannot resume from {before.parent}: {name} is {here}, was {there}: keep it, or "
                 "use another run_dir"

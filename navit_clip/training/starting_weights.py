@@ -38,13 +38,18 @@ def starting_point(
         own = load_tokenizer(checkpoint) if (checkpoint / DESCRIPTION_FILE).is_file() else None
         if own is not None and tokenizer is not None:
             _check_same(tokenizer, own, checkpoint)
-        return task.build_model(), own
+        model = task.build_model()
+        task.adapt(model)
+        return model, own
     given = build_tokenizer(tokenizer) if tokenizer is not None else None
+    theirs: Tokenizer | None = None
     if init.model is None:
-        return task.build_model(), given
-    model, theirs = task.start_from(init)
+        model = task.build_model()
+    else:
+        model, theirs = task.start_from(init)
     if given is not None and theirs is not None:
         _check_vocabulary(given, theirs, init)
+    task.adapt(model)
     return model, given or theirs
 
 

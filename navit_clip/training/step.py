@@ -271,19 +271,20 @@ class Stepper:
         """`weights` in full on every rank's device; a collective call.
 
         Weights that this rank holds in full are shared, not copied; shards are gathered, all of
-        them at once.
+        them at once. What a task adds for the training is merged, see `Task.plain_weights`.
         """
-        return {name: full_tensor(weight.detach()) for name, weight in self.weights().items()}
+        full = {name: full_tensor(weight.detach()) for name, weight in self.weights().items()}
+        return self.task.plain_weights(full)
 
     def host_weights(self) -> dict[str, Tensor] | None:
-        """A copy of `weights` in full on the host of rank 0, None on others; a collective call."""
+        """A copy of `full_weights` on the host of rank 0, None on others; a collective call."""
         gathered = {}
         for name, weight in self.weights().items():
             # One at a time: the whole model may not fit beside its shard.
             full = full_tensor(weight.detach())
             if self.ranks.is_first:
                 gathered[name] = full.cpu()
-        return gathered if self.ranks.is_first else None
+        return self.task.plain_weights(gathered) if self.ranks.is_first else None
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes, as a context."""
