@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from navit_clip.losses._members import Members, Merge, Transfer, all_gather, reduce_scatter
+from navit_clip.losses._ring import Ring
+
+Exchange = Literal["auto", "ring", "gather"]
+"""How texts reach the images of other ranks; see `softmax_contrastive_loss`."""
+
+# A ring's step takes a quarter of a millisecond however little there is to compute in it.
+_MANY_RANKS, _FEW_PAIRS = 16, 4096
 
 ROUND_ROWS = 65536
 """Rows of all ranks in one round: at 512 numbers of 2 bytes each, 67 MB."""
@@ -139,6 +147,15 @@ class Gather:
         dist.all_reduce(sums, group=self.members.group)
         merged = sums.log_() + largest
         return merged.view(len(made), -1, self._rows)[:, self.members.rank].flatten()
+
+
+def choose_exchange(exchange: Exchange, members: Members) -> Ring | Gather:
+    """The way of the texts, the same on all ranks."""
+    ranks = len(members.counts)
+    if exchange == "auto":
+        few = ranks > _MANY_RANKS and members.total < _FEW_PAIRS * ranks
+        exchange = "gather" if few else "ring"
+    return Gather(members) if exchange == "gather" and ranks > 1 else Ring(members)
 
 
 def _as_bytes(block: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ loss by the world size before `backward`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from navit_clip.kernels import contrastive as kernels
 from navit_clip.losses import _tiles as tiles
-from navit_clip.losses._gather import Gather
+from navit_clip.losses._gather import Exchange, Gather, choose_exchange
 from navit_clip.losses._members import DTYPES, Members
 from navit_clip.losses._ring import Ring
-
-Exchange = Literal["auto", "ring", "gather"]
-"""How texts reach the images of other ranks; see `softmax_contrastive_loss`."""
-
-# A ring's step takes a quarter of a millisecond however little there is to compute in it.
-_MANY_RANKS, _FEW_PAIRS = 16, 4096
 
 
 def softmax_contrastive_loss(
@@ -153,17 +147,10 @@ def _apply(
     device, logits = image_ED.device, tiles.logit_dtype(features[0])
     zero_d = (value.reshape(()).to(device, logits) for value in scalars.values())
     with _full_precision(image_ED):
-        loss: Tensor = function.apply(*features, *zero_d, _chosen(exchange, members), chunk_size)
+        loss: Tensor = function.apply(
+            *features, *zero_d, choose_exchange(exchange, members), chunk_size
+        )
     return loss
-
-
-def _chosen(exchange: Exchange, members: Members) -> Ring | Gather:
-    """The way of the texts, the same on all ranks."""
-    ranks = len(members.counts)
-    if exchange == "auto":
-        few = ranks > _MANY_RANKS and members.total < _FEW_PAIRS * ranks
-        exchange = "gather" if few else "ring"
-    return Gather(members) if exchange == "gather" and ranks > 1 else Ring(members)
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +29,7 @@ from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.tasks.base import Loss
 from navit_clip.tasks.caption_report import report_captions
 from navit_clip.tasks.confusions import hard_pairs
+from navit_clip.tasks.distillation import DistillConfig, Teacher
 from navit_clip.tasks.draw_batch import draw_batch, pairs_of
 from navit_clip.tasks.images import (
     ImageTask,
@@ -81,6 +83,7 @@ class ContrastiveConfig(ImageTaskConfig):
             fields that are not given: navit_b16 (ti, s, b, l, h; 14, 16, 32), swin_t (p, t, s, b,
             l), open_clip:NAME.
         loss: The loss over all pairs of all ranks.
+        distill: A teacher to learn from beside.
         lock: Which towers keep their first weights.
         masked: Masked prediction of an EMA's features beside the contrastive loss.
         lora: Adapters in towers that keep them too.
@@ -97,6 +100,7 @@ class ContrastiveConfig(ImageTaskConfig):
     kind: Literal["contrastive"] = "contrastive"
     model: CLIPConfig = field(default_factory=CLIPConfig)
     loss: ContrastiveLossConfig = field(default_factory=ContrastiveLossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     lock: LockConfig = field(default_factory=LockConfig)
     masked: MaskedFeaturesConfig = field(default_factory=MaskedFeaturesConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -163,6 +167,7 @@ class ContrastiveTask(ImageTask):
 
     couples_examples = True
     _predicts = False  # as of `before_step`
+    _tokenizer: Tokenizer | None = None
 
     def build_model(self) -> CLIP:
         """A new model with random weights, on the host."""
@@ -172,6 +177,7 @@ class ContrastiveTask(ImageTask):
         """What makes pairs of samples."""
         if tokenizer is None:
             raise UserError("init.model brings no tokenizer: give `tokenizer`")
+        self._tokenizer = tokenizer
         image, text = self.config.model.image, self.config.model.text
         if tokenizer.vocab_size > text.vocab_size:
             raise UserError(
@@ -220,18 +226,30 @@ class ContrastiveTask(ImageTask):
             "counts": [int(count) for count in counts] or None,
             "exchange": config.exchange,
         }
+        metrics = {"logit_scale": outputs.logit_scale.detach()}
         with nullcontext() if follow else torch.autocast(device, enabled=False):
             if config.kind == "softmax":
                 total = softmax_contrastive_loss(*features, **ring)
             else:
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
                 total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
-        metrics = {"logit_scale": outputs.logit_scale.detach()}
+            if self.teacher is not None:
+                distillation = self.teacher.loss(outputs, inputs, **ring)
+                total = total + self.config.distill.weight * distillation
+                metrics["distillation"] = distillation.detach()
         if outputs.masked_E is not None:
             masked = mean_over_ranks(outputs.masked_E, counts)
             metrics["masked_loss"] = masked.detach()
             total = total + self.config.masked.weight * masked
         return Loss(total, metrics)
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher, if there is one; after `build_samples`, which is given the tokenizer."""
+        config = self.config
+        if config.distill.teacher is None:
+            return None
+        return Teacher(config.distill, config.model, self.data, self._tokenizer)
 
     def drawing(self, batch: Batch[Any], tokenizer: Tokenizer | None) -> Drawing | None:
         """The packed batch patch by patch, with its captions."""
@@ -275,12 +293,14 @@ class ContrastiveTask(ImageTask):
         self.config.lora.write(folder)
 
     def prepare(self, model: nn.Module) -> None:
-        """Locks the towers that are configured to keep their weights; adds masked prediction."""
+        """Locks towers, adds masked prediction and reads the teacher, as configured."""
         super().prepare(model)
         clip = cast(CLIP, model)
         lock_towers(clip, self.config.lock)
         if self.config.masked.weight:
             clip.masked = MaskedFeatures(clip.image)
+        if self.teacher is not None:  # one that does not fit is refused before there is a batch
+            self.teacher.model.to(clip.device)
 
     def layers_above(self, name: str) -> int:
         """Those of its tower; projections and scale have none above them."""

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from navit_clip.losses import _gather, _members
-from navit_clip.losses._gather import Gather
+from navit_clip.losses._gather import Gather, choose_exchange
 from navit_clip.losses._members import Members
 from navit_clip.losses._ring import Ring
-from navit_clip.losses.contrastive import _chosen, softmax_contrastive_loss
+from navit_clip.losses.contrastive import softmax_contrastive_loss
 
 WORLD = tuple(range(8))
 FOUR = (0, 1, 2, 3)
@@ -412,7 +412,7 @@ def test_ranks_that_know_the_counts_do_not_ask(ranks):
     ],
 )
 def test_many_ranks_of_few_pairs_gather(counts, exchange, expected):
-    assert isinstance(_chosen(exchange, Members(0, counts, None)), expected)
+    assert isinstance(choose_exchange(exchange, Members(0, counts, None)), expected)
 
 
 def test_rounds_bound_the_rows_that_a_rank_holds():

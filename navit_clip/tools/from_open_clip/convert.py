@@ -132,6 +132,11 @@ def model(t: Translation, name: str) -> None:
     t.lose("--model", f"{name}: put the tokenizer.json of its Hugging Face repository here")
 
 
+def teacher(t: Translation, name: str) -> None:
+    """A model to distil."""
+    t.set("task.distill.teacher", f"{OPEN_CLIP}{name}")
+
+
 def weights(flag: str, note: str = "") -> Convert:
     """Set with the model."""
 

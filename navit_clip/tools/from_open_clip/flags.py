@@ -47,7 +47,6 @@ def _read(ours: str, note: str = "") -> Flag:
 _AUDIO = "no audio here"
 _PADDING = "captions and images are packed end to end, nothing is padded"
 _COCA = "CoCa's decoder of captions has no counterpart"
-_DISTILL = "no distillation here"
 _REMOTE = "sync the run directory with a tool for it; a checkpoint appears whole or not at all"
 _TWO_RANKS = "gradients are exact, and no rank holds the whole matrix of logits"
 
@@ -118,8 +117,8 @@ TABLE: dict[str, dict[str, Flag]] = {
         "--loss-dist-impl": Flag("-", "task.loss.exchange chooses by the number of ranks"),
         "--coca-caption-loss-weight": Flag("", _COCA),
         "--coca-contrastive-loss-weight": Flag("", _COCA),
-        "--distill-model": Flag("", _DISTILL),
-        "--distill-pretrained": Flag("", _DISTILL),
+        "--distill-model": Flag("task.distill.teacher", "open_clip:NAME", c.teacher),
+        "--distill-pretrained": Flag("task.distill.weights", "", c.to("task.distill.weights")),
         "--use-bnb-linear": Flag("", "no 8-bit layers here"),
         "--use-bn-sync": Flag("-", "ViTs have no batch norm"),
     },
