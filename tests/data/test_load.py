@@ -68,16 +68,30 @@ def test_another_state_is_refused(tmp_path, tokenizer, state, message):
         batches_of(tmp_path, tokenizer, resume=[state])
 
 
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    (tmp_path / "shards").mkdir()
-    make_shards(tmp_path / "shards", [20, 20, 20, 20])
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert set(re.findall(r"^```(\w+)$", PAGE.read_text(), re.MULTILINE)) == {"python"}
+def run_page(folder: Path, *skipped: str) -> dict[str, Any]:
+    """Runs the code of the page but for some sections, in a folder of shards; returns its names."""
+    (folder / "shards").mkdir()
+    make_shards(folder / "shards", [20, 20, 20, 20])
     names: dict[str, Any] = {}
-    for block in blocks:
-        # Worker processes take seconds to start.
-        exec(compile(block.replace("workers=2", "workers=0"), str(PAGE), "exec"), names)
+    for section in re.split("^#+ ", PAGE.read_text(), flags=re.MULTILINE):
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+            if not section.startswith(skipped):
+                # Worker processes take seconds to start.
+                exec(compile(block.replace("workers=2", "workers=0"), str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_lightning_loop_of_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("lightning", reason="lightning, which only this example needs, is missing")
+    monkeypatch.chdir(tmp_path)
+    names = run_page(tmp_path, "Many ranks", "Samples of your own")
+    assert len(names["whole"]) == 6
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(re.findall(r"^```(\w+)$", PAGE.read_text(), re.MULTILINE)) == {"python"}
+    names = run_page(tmp_path, "Lightning")
     assert len(names["whole"]) == 6
     assert len(names["letters"]) > 1
     assert names["ids"]
