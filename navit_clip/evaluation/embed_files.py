@@ -178,7 +178,9 @@ def _writer(output: Path) -> Callable[[Path, Sequence[str], Iterator[Tensor]], i
     try:
         importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise UserError("writing Parquet needs pyarrow: pip install pyarrow") from error
+        raise UserError(
+            "writing Parquet needs pyarrow: pip install 'navit-clip[parquet]'"
+        ) from error
     return _write_parquet
 
 

@@ -189,4 +189,4 @@ def test_parquet_without_pyarrow_names_the_fix(tmp_path, model_dir, monkeypatch,
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     output = tmp_path / "x.parquet"
     assert run("--model", model_dir, "--images", tmp_path, "--output", output) == 2
-    assert "pip install pyarrow" in capsys.readouterr().err
+    assert "pip install 'navit-clip[parquet]'" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_parquet_without_pyarrow_names_the_fix(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     line = refused(capsys, "--table", tmp_path / "t.parquet", "--output", tmp_path / "out")
-    assert "pip install pyarrow" in line
+    assert "pip install 'navit-clip[parquet]'" in line
 
 
 def test_class_folders(tmp_path, capsys):

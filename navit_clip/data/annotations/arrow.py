@@ -42,7 +42,7 @@ class ArrowFile:
             self._parquet = importlib.import_module("pyarrow.parquet")
         except ImportError as error:
             raise UserError(
-                f"reading {path} needs pyarrow: pip install pyarrow, or navit-clip[parquet]"
+                f"reading {path} needs pyarrow: pip install 'navit-clip[parquet]'"
             ) from error
         self._chunk, self._file = chunk, None
         try:
