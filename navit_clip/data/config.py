@@ -72,6 +72,7 @@ class DataConfig:
             takes what stands beside them (manifest.jsonl, NAME_stats.json, sizes.json) or counts.
         allow_commands: Run the shell commands of ``pipe:`` shards.
         files: How image files are read that are no shards.
+        validation_files: The same for validation; null takes files.
         resolution: How large an image becomes.
         drop: Which patches are left out.
         augment: How images are varied.
@@ -97,6 +98,7 @@ class DataConfig:
     samples: float | None = None
     allow_commands: bool = False
     files: FilesConfig = field(default_factory=FilesConfig)
+    validation_files: FilesConfig | None = None
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -113,19 +113,29 @@ def _find(name: str, folder: str, files: FilesConfig) -> list[str]:
 def _open(path: str, files: FilesConfig) -> list[str]:
     if not os.path.isdir(path):
         return split_files(path, files) if path.lower().endswith(_TABLES) else [path]
-    tars, *tables = (
-        sorted(glob.glob(os.path.join(glob.escape(path), name)))
-        for name in ("*.tar", "*.arrow", "*.parquet")
-    )
-    if tars:
+    if tars := _inside(path, "*.tar"):
         return tars
-    found = next(filter(None, tables), [])
-    # What `datasets` computed once and keeps beside the data.
-    found = [path for path in found if not os.path.basename(path).startswith("cache-")]
     # img2dataset writes a table beside each folder of images.
-    if not found or holds_images(Path(path)):
+    if (tables := _tables_in(path)) and not holds_images(Path(path)):
+        return [piece for table in tables for piece in split_files(table, files)]
+    try:
         return split_files(path, files)
-    return [piece for table in found for piece in split_files(table, files)]
+    except UserError as error:
+        for folder in _inside(path, "*/"):
+            if _inside(folder, "*.tar") or _tables_in(folder):
+                raise UserError(f"{error}, but data in {folder}: name that folder") from error
+        raise
+
+
+def _tables_in(folder: str) -> list[str]:
+    arrow = _inside(folder, "*.arrow")
+    # What `datasets` computed once and keeps beside the data.
+    data = [path for path in arrow if not os.path.basename(path).startswith("cache-")]
+    return data or _inside(folder, "*.parquet")
+
+
+def _inside(folder: str, pattern: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
 
 
 def _check_url(url: str) -> None:

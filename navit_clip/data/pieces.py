@@ -20,7 +20,7 @@ from typing import Any
 from navit_clip.data.annotations.arrow import ArrowFile
 from navit_clip.data.annotations.image_files import FilesConfig, check_files, open_images
 from navit_clip.data.annotations.members import make_members, read_members
-from navit_clip.data.annotations.rows import Row
+from navit_clip.data.annotations.rows import Row, to_text
 from navit_clip.data.annotations.tables import ARROW, check_columns, to_texts
 from navit_clip.data.decode import MOST_PIXELS
 from navit_clip.data.raw_sample import RawSample
@@ -161,7 +161,7 @@ class StoredPiece(Piece):
         label = texts.pop(0) if self.config.label_column is not None else None
         row = Row("", tuple(to_texts(texts)), label)
         if isinstance(image, dict):
-            row, image = replace(row, name=image.get("path") or ""), image.get("bytes")
+            row, image = replace(row, name=to_text(image.get("path")) or ""), image.get("bytes")
         if image is None:  # beside the table, perhaps
             return read_members(self.table.parent, row, MOST_PIXELS)
         return make_members(image, row, MOST_PIXELS)

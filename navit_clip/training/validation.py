@@ -135,7 +135,7 @@ def open_validation(
     """
     if not data.validation:
         return None
-    held_out = {"data.validation": DatasetConfig(data.validation)}
+    held_out = {"data.validation": DatasetConfig(data.validation, files=data.validation_files)}
     try:
         mixture = Mixture.find(replace(data, train=[], mix=held_out))
     except UserError as error:

@@ -181,6 +181,24 @@ def test_datasets_of_a_mixture_read_tables_by_columns_of_their_own(tmp_path):
     assert Counter(map(len, captions)) == {1: COUNT - 1, 2: 1}
 
 
+def test_splits_of_one_file_are_datasets_of_their_own(tmp_path):
+    names = write_images(tmp_path, 6)
+    images = [
+        {"filename": name, "split": ("train", "val")[i % 2], "sentences": [{"raw": "a"}]}
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    mix = {
+        split: DatasetConfig(str(tmp_path / "k.json"), files=FilesConfig(splits=(split,)))
+        for split in ("train", "val")
+    }
+    mixture = Mixture.find(DataConfig(mix=mix))
+    assert mixture.names == ("train/00000", "val/00000")
+    assert [sorted(json_names(piece)) for piece in mixture.shards] == [names[::2], names[1::2]]
+    with pytest.raises(UserError, match="has splits train, val: name those wanted as splits"):
+        shards_of(tmp_path / "k.json")
+
+
 def test_other_rows_and_other_images_are_noticed(tmp_path):
     source, _ = write_source("csv", tmp_path)
     config = DataConfig(train=str(source), files=FILES)

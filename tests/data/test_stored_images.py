@@ -133,6 +133,15 @@ def test_what_is_wrong_with_a_table_is_one_line(tmp_path, monkeypatch):
         pieces_of(path)
 
 
+def test_folders_as_datasets_saves_them(tmp_path):
+    path = write(as_datasets(photos()), tmp_path / "saved/train/data-00000-of-00001.arrow")
+    write(as_datasets(photos()), path.with_name("cache-0123.arrow"))
+    (path.parent / "state.json").write_text("{}")
+    assert len(pieces_of(path.parent)) == 3
+    with pytest.raises(UserError, match=r"no image below it, but data in .*/saved/train/: name"):
+        pieces_of(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "files"])
 def test_outputs_of_img2dataset_are_read_as_they_are(kind, tmp_path):
     images = photos()[:3]

@@ -15,6 +15,7 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from torch.nn import functional as F
 
 from navit_clip.data.builders.base import Origin
+from navit_clip.data.decode import find_image
 from navit_clip.data.shards import read_shard
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -113,6 +114,23 @@ def test_workers_seeds_and_budgets_of_the_run_change_nothing(data, tmp_path):
     wide, _ = loss_of(flags_of(data, tmp_path, data__budget__tokens__image=960))
     assert wide == pytest.approx(alone[0], rel=1e-5)
     assert loss_of(flags_of(data, tmp_path, eval__validation__batch=5)) < alone
+
+
+def test_held_out_files_give_the_loss_of_their_shards(data, tmp_path):
+    rows = []
+    for number in (2, 3):
+        for sample in read_shard(str(data / f"shapes/train/0000{number}.tar")):
+            name = sample.id.replace("/", "-")
+            (tmp_path / name).write_bytes(find_image(sample.members))
+            rows.append({"file": name, "caption": sample.members["txt"].decode()})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {
+        "data__validation": tmp_path / "t.jsonl",
+        "data__validation_files": '{"image_column": "file", "shuffle_seed": null}',
+    }
+    first = {"task__captions": '{"txt": 1.0}'}  # of several, which one depends on the sample's id
+    losses = [loss_of(flags_of(data, tmp_path, **first, **changes)) for changes in ({}, files)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 7])

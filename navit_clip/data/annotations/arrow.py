@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,11 @@ class ArrowFile:
 
     def class_names(self, column: str) -> list[str]:
         """Names of the classes whose indices a column of `datasets` has, none if it has others."""
-        about = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = about.get("info", {}).get("features", {}).get(column, {}).get("names")
-        return list(names or ())
+        # Whoever else writes such a note means something else by it.
+        with suppress(ValueError, TypeError, KeyError):
+            about = json.loads((self._schema.metadata or {})[b"huggingface"])
+            return [str(name) for name in about["info"]["features"][column]["names"]]
+        return []
 
     def rows(self, number: int, columns: Sequence[str]) -> Iterator[Callable[[], list[Any]]]:
         """What gives the values of each row of a chunk; they are made only when it is called.
@@ -86,6 +89,8 @@ class ArrowFile:
         """
         try:
             for batch in self._batches(number, columns):
+                # Offsets that are damaged would be followed out of the file's memory.
+                batch.validate(full=True)
                 # By name: the file's own order of columns may differ.
                 found = [batch.column(name) for name in columns]
                 yield from (partial(_values, found, index) for index in range(batch.num_rows))
@@ -100,4 +105,7 @@ class ArrowFile:
 
 
 def _values(columns: Sequence[Any], index: int) -> list[Any]:
-    return [column[index].as_py() for column in columns]
+    try:
+        return [column[index].as_py() for column in columns]
+    except (ValueError, KeyError) as error:  # a text or the name of a field is damaged
+        raise OSError(str(error)) from error
