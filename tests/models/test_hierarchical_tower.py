@@ -116,11 +116,12 @@ def test_bf16_is_near():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
 
 
-def test_compiled_blocks_compute_the_same_and_are_few_graphs(monkeypatch):
+@pytest.mark.parametrize("kind", ["none", "axial"])
+def test_compiled_blocks_compute_the_same_and_are_few_graphs(monkeypatch, kind):
     monkeypatch.setattr(
         "navit_clip.models.transformer.torch.compile", partial(torch.compile, backend="aot_eager")
     )
-    config = tower_config((1, 1))
+    config = tower_config((1, 1), rotary=RotaryConfig(kind))
     tower, compiled = random_tower(config), random_tower(config)
     compiled.load_state_dict(tower.state_dict())
     compiled.encoder.compile_blocks()

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from classify_cases import ALONE, classify_flags, write_labelled
 from distributed import run_ranks
 from eval_cases import write_classes
-from masked_cases import build, one_by_one
+from masked_cases import TOWERS, build, one_by_one
 from masked_cases import masked_flags as flags
 from packed_examples import random_image
 from shard_factory import encode, photo, write_shard
@@ -20,6 +21,7 @@ from test_hierarchical import TOWER
 from tiny_run import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from waits import Calls, Operators
 
 from navit_clip import NaViTClassifier, NaViTMaskedImage
 from navit_clip.data.builders.base import Origin
@@ -135,6 +137,20 @@ def test_two_ranks_with_micro_batches_train_like_one_process():
             np.testing.assert_allclose(found, expected, rtol=1e-6)
             for name, weight in (weights or {}).items():
                 np.testing.assert_allclose(weight, expected_weights[name], rtol=1e-5, atol=1e-7)
+
+
+@each_model
+def test_a_step_waits_for_the_device_nowhere(model):
+    stepper = new_stepper(model)
+    images, visible = zip(*examples(0), strict=True)
+    planner = TOWERS[model[0]].planner()
+    inputs = pack_masked(images, visible, full=not model[1], planner=planner)
+    batch = Batch(inputs, tuple(map(str, range(len(images)))), BatchCounts(len(images)))
+    counts = stepper.announce([inputs]).wait()
+    announced = SimpleNamespace(wait=lambda: counts)  # they never were on the device
+    with Calls() as calls, Operators() as operators:
+        stepper.begin([batch], 0, announced)
+    assert calls.found == operators.found == []
 
 
 @each_model

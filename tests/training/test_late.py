@@ -21,14 +21,14 @@ from step_cases import (
 )
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Calls, Copies, Operators
 
 from navit_clip.model import NaViTCLIP
 from navit_clip.models.clip import CLIP
 from navit_clip.models.image_tower import ImageTower, ImageTowerConfig
 from navit_clip.models.masked_features import MaskedFeaturesConfig
 from navit_clip.models.position import PositionConfig
+from navit_clip.models.rope import RotaryConfig
 from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.images import pack_images
 from navit_clip.tasks.contrastive import ContrastiveTask
@@ -37,42 +37,6 @@ from navit_clip.training.ema import EMAConfig
 from navit_clip.training.late import Uploads
 from navit_clip.training.nonfinite import NonFiniteError
 from navit_clip.training.optim import OptimConfig
-
-# What a host can only answer once the device has come that far.
-READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
-READS += ("__index__", "__contains__", "__array__", "to")
-LATER_READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
-
-
-class Calls(TorchFunctionMode):
-    """Names of methods in READS that are called on tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        places = (*args[1:], *(kwargs or {}).values())
-        to_device = name == "to" and not any(isinstance(p, str) and p == "cpu" for p in places)
-        if name in READS and not to_device:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    """Names of operators whose result's value or shape the host waits for."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        sized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in LATER_READS or sized:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -105,24 +69,6 @@ def test_a_step_waits_for_the_device_nowhere(kind, windows, accumulate):
         assert operators.found
 
 
-class Copies(TorchDispatchMode):
-    """Copies between host and device that one of the two waits for."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("copy_", "_to_copy"):
-            source = args[1 if name == "copy_" else 0]
-            waits = not any(arg is True for arg in (*args, (kwargs or {}).get("non_blocking")))
-            if source.device.type != out.device.type and waits:
-                self.found.append(name)
-        return out
-
-
 ODD = replace(
     tiny_config().task.model,
     image=ImageTowerConfig(
@@ -137,10 +83,11 @@ ODD = replace(
 
 
 WINDOWS = replace(ODD, image=tower_config((2, 2), patch=1))
+TURNED = replace(ODD, image=tower_config((2, 2), patch=1, rotary=RotaryConfig("mixed")))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("config", [tiny_config().task.model, ODD, WINDOWS])
+@pytest.mark.parametrize("config", [tiny_config().task.model, ODD, WINDOWS, TURNED])
 def test_a_forward_pass_on_a_gpu_copies_nothing_that_is_waited_for(config, grouped):
     host = pack(global_batch(0), config.image.planner(grouped=grouped)).inputs
     model = CLIP(config)
