@@ -14,15 +14,15 @@ from contextlib import contextmanager
 
 from navit_clip.torchrun import report
 
-_PASSWORD = re.compile(r"(https?://)[^\s/?#]*@", re.IGNORECASE)
+_PASSWORD = re.compile(r"(\w://)[^\s/?#]*@")
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
     """Text of foreign origin, fit for a terminal, a log or a card.
 
-    Web addresses lose passwords and queries, which may be signatures; control characters, with
-    which a file's name can move the cursor or forge a line, are spelt as escapes.
+    Addresses lose passwords, and web addresses queries, which may be signatures; control
+    characters, with which a file's name can move the cursor or forge a line, are spelt as escapes.
     """
     text = _QUERY.sub(r"\1", _PASSWORD.sub(r"\1", text))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

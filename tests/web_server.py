@@ -29,6 +29,8 @@ class Site:
     statuses: list[int] = field(default_factory=list)
     retry_after: str | None = None
     redirect: bool = False
+    moved_to: str = ""  # another host to redirect to
+    tokens: list[str | None] = field(default_factory=list)
     reset: bool = False
     cut: Callable[[int], int | None] = lambda number: None
     stall: Callable[[int], int | None] = lambda number: None
@@ -46,8 +48,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         site = self.site
         path = self.path.partition("?")[0].lstrip("/")
+        site.tokens.append(self.headers.get("Authorization"))
         if site.redirect and not path.startswith("moved/"):
-            return self.answer(302, {"Location": f"/moved{self.path}", "Content-Length": "0"})
+            location = f"{site.moved_to}/moved{self.path}"
+            return self.answer(302, {"Location": location, "Content-Length": "0"})
         number = len(site.asked)
         wanted = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
         site.asked.append(int(wanted[1]) if wanted else 0)

@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 from contextlib import suppress
 
-from navit_clip.data.forward_stream import CHUNK, ForwardStream, RemoteError
+from navit_clip.data.forward_stream import CHUNK, ForwardStream
+from navit_clip.retries import RemoteError
 
 # A command has no timeouts of its own unless its author thought of them.
 COMMAND_TIMEOUT_S = 300.0

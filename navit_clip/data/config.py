@@ -63,9 +63,10 @@ class DataConfig:
     """From shards to packed batches.
 
     Attributes:
-        train: Shards, one or a list: paths, folders, globs, brace ranges, ``http(s)`` addresses,
-            list files (``.txt``, one of these a line), or ``pipe:COMMAND``. Or image files as they
-            are: a CSV, TSV, JSON-lines or Parquet table, a JSON of captions, a folder of images.
+        train: Shards, one or a list: paths, folders, globs, brace ranges, addresses (``https``,
+            ``s3``, ``gs``, ``hf``, …), list files (``.txt``, one of these a line), or
+            ``pipe:COMMAND``. Or image files as they are: a CSV, TSV, JSON-lines or Parquet table, a
+            JSON of captions, a folder of images.
         mix: Instead of `train`, several datasets by name, each with its shards and weight.
         validation: Shards for the validation loss, given as `train` is; see eval.validation.
         samples: How many samples the shards of all datasets hold, for a run of `epochs`; null

@@ -15,22 +15,25 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import urllib3
 
 from navit_clip.data.command import CommandStream
+from navit_clip.data.hub import web_file
 from navit_clip.data.mixture import Mixture
-from navit_clip.data.patterns import COMMAND, is_url
+from navit_clip.data.patterns import COMMAND, is_stored, is_url
 from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import MANIFEST
 from navit_clip.files import reading
+from navit_clip.stores import open_store, within
 
 _HEAD, _TAIL = 4096, 32768  # a tar ends with up to 20 blocks of zeros, so many say nothing
 _LOCAL, _REMOTE, _COMMANDS = 512, 16, 2
 _THREADS = 16
-_TIMEOUT = urllib3.Timeout(connect=5.0, read=10.0)
+_TIMEOUT_S = 10.0
 
 # Size in bytes, and hashes of the first and the last bytes; None where it is not known. With a
 # manifest also the number of samples and the hash of all bytes. Pieces of a table or a folder have,
@@ -44,13 +47,16 @@ def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:
     """Fingerprints of a run's shards by short name, of those that can be read."""
     shards = dict(zip(mixture.names, mixture.shards, strict=True))
     pieces = [name for name, shard in shards.items() if isinstance(shard, Piece)]
-    local = [name for name in shards if not _is_remote(shards[name]) and name not in set(pieces)]
-    urls = [name for name, shard in shards.items() if is_url(shard)]
     commands = [name for name, shard in shards.items() if shard.startswith(COMMAND)]
+    urls = [name for name, shard in shards.items() if is_url(shard)]
+    stored = [name for name, shard in shards.items() if is_stored(shard)]
+    others = {*pieces, *commands, *urls, *stored}
+    local = [name for name in shards if name not in others]
     close = set(_some(local, _LOCAL))
     tasks: list[tuple[str, Callable[[str], Fingerprint]]] = [
         *((name, _of_file if name in close else _size_of_file) for name in local),
         *((name, _of_url) for name in _some(urls, _REMOTE)),
+        *((name, _of_object) for name in _some(stored, _REMOTE)),
         *((name, _of_command) for name in _some(commands, _COMMANDS)),
         *((name, _of_piece) for name in pieces),
     ]
@@ -105,10 +111,6 @@ def _some(names: Sequence[str], most: int) -> Sequence[str]:
     return names[:: -(-len(names) // most)] if names else names
 
 
-def _is_remote(shard: str) -> bool:
-    return is_url(shard) or shard.startswith(COMMAND)
-
-
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -137,8 +139,26 @@ def _of_piece(piece: str) -> Fingerprint:
     return *_UNKNOWN, piece.size, None, piece.digest(), _hash(head) if head else None
 
 
-def _of_url(url: str) -> Fingerprint:
-    with suppress(urllib3.exceptions.HTTPError, ValueError), urllib3.PoolManager() as pool:
+def _of_object(address: str) -> Fingerprint:
+    # Each store's library has errors of its own.
+    with suppress(Exception):
+        return within(_TIMEOUT_S, partial(_read_object, address))
+    return _UNKNOWN
+
+
+def _read_object(address: str) -> Fingerprint:
+    store, path = open_store(address)
+    size = store.info(path)["size"]
+    head = store.cat_file(path, start=0, end=min(_HEAD, size))
+    return size, _hash(head), _hash(store.cat_file(path, start=max(0, size - _TAIL), end=size))
+
+
+def _of_url(address: str) -> Fingerprint:
+    url, headers = web_file(address)
+    with (
+        suppress(urllib3.exceptions.HTTPError, ValueError),
+        urllib3.PoolManager(headers=headers) as pool,
+    ):
         size, head = _range_of(pool, url, f"bytes=0-{_HEAD - 1}", _HEAD)
         if size is None:
             return size, head, None
@@ -155,8 +175,8 @@ def _range_of(
     response = pool.request(
         "GET",
         url,
-        headers={"Range": wanted, "Accept-Encoding": "identity"},
-        timeout=_TIMEOUT,
+        headers={**pool.headers, "Range": wanted, "Accept-Encoding": "identity"},
+        timeout=urllib3.Timeout(connect=_TIMEOUT_S / 2, read=_TIMEOUT_S),
         retries=urllib3.Retry(None, connect=0, read=0, status=0, other=0, redirect=5),
         preload_content=False,
         decode_content=False,

@@ -1,8 +1,8 @@
 """Shards that are no local files, as much like an open file as reading a tar takes.
 
 A tar is read from front to back, with jumps ahead over payload that is not wanted and one look back
-by a block at its end, so a stream remembers no more than that block. `navit_clip.data.http` and
-`navit_clip.data.command` bring the bytes.
+by a block at its end, so a stream remembers no more than that block. `navit_clip.data.http`,
+`navit_clip.data.store` and `navit_clip.data.command` bring the bytes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from abc import ABC, abstractmethod
 from tarfile import BLOCKSIZE
 
 from navit_clip.data.waiting import note, noted
+from navit_clip.retries import RemoteError
 
 # Per read: asked for a whole image at once, Python takes that memory for each piece that arrives.
 CHUNK = 1 << 18
-
-
-class RemoteError(OSError):
-    """A stream cannot go on; the message says why, but names no shard, which the caller knows."""
 
 
 class ForwardStream(ABC):

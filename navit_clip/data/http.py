@@ -6,31 +6,20 @@ is one `RemoteError`.
 
 from __future__ import annotations
 
-import random
 import re
-import sys
-from time import monotonic, sleep
+from collections.abc import Mapping
+from time import monotonic
 
 import urllib3
 
-from navit_clip.data.forward_stream import CHUNK, ForwardStream, RemoteError
-from navit_clip.errors import printable
+from navit_clip import retries
+from navit_clip.data.forward_stream import CHUNK, ForwardStream
+from navit_clip.retries import SLOWEST, RemoteError, Retries
 
 # A server that takes longer to accept is down or overloaded; trying again finds another one.
 CONNECT_TIMEOUT_S = 10.0
-# Between two packets, not for the whole shard: long enough for a store with cold disks.
-READ_TIMEOUT_S = 60.0
-# Slower than any line that one could train over: so many bytes a second, for so many periods of
-# `READ_TIMEOUT_S` in a row.
-SLOWEST = 1024
+# Below `SLOWEST` for so many periods of `READ_TIMEOUT_S` in a row a server is given up.
 SLOW_PERIODS = 3
-# Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
-# a server's restart and most rate limits. After progress the count starts again.
-ATTEMPTS = 10
-# Attempts, or seconds, after which a server that has not sent anything yet is named.
-SAID, SAID_S = 4, 5.0
-BACK_OFF_S = 0.5  # doubles with every attempt
-BACK_OFF_LIMIT_S = 30.0
 # A new request costs a connection, its encryption and slow start: at 10–30 ms and 50–100 MB/s about
 # the time of this many bytes. Shorter gaps are cheaper to receive and drop.
 FAR_SEEK = 1 << 20
@@ -60,15 +49,16 @@ class HttpStream(ForwardStream):
 
     Args:
         url: ``http`` or ``https``; redirects are followed.
+        headers: Sent with every request, an ``Authorization`` not to another host.
 
     Raises:
         RemoteError: On the first read, seek or later: a status that will not change, a file that
             changed in between, or `ATTEMPTS` failures without progress.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(url)
-        self._url = url
+        self._url, self._headers = url, headers or {}
         # Not shared: a pool carried through a fork would hand one socket to two workers.
         self._pool = urllib3.PoolManager()
         self._response: urllib3.BaseHTTPResponse | None = None
@@ -76,8 +66,7 @@ class HttpStream(ForwardStream):
         self._total: int | None = None
         self._ranges = False
         self._ended_at: int | None = None
-        self._failures = 0
-        self._since, self._said = monotonic(), False
+        self._retries = Retries(url)
         self._waited_s, self._came, self._slow = 0.0, 0, 0
 
     def close(self) -> None:
@@ -101,13 +90,15 @@ class HttpStream(ForwardStream):
                 # as much again, and never get on.
                 chunk = self._read1(self._response, size)
                 if chunk:
-                    self._failures = 0
+                    self._retries.progress()
                     return chunk
                 self._end_body(self._response)
             except urllib3.exceptions.LocationValueError as error:
                 raise RemoteError(str(error)) from error
             except urllib3.exceptions.HTTPError as error:
-                self._back_off(error)
+                self._disconnect()
+                asked_s = error.wait_s if isinstance(error, _TryAgainError) else 0.0
+                self._retries.failed(_reason(error), asked_s)
             except ValueError as error:  # a redirect to no address, a length of 5000 digits
                 raise RemoteError(f"a malformed answer: {error}") from error
         return b""
@@ -122,7 +113,7 @@ class HttpStream(ForwardStream):
     def _connect(self) -> None:
         """Requests the file from `_reached` on, and checks that it is still the same file."""
         # Compressed on the way, a body's length and ranges would be those of other bytes.
-        headers = {"Accept-Encoding": "identity"}
+        headers = {**self._headers, "Accept-Encoding": "identity"}
         if self._reached:
             headers["Range"] = f"bytes={self._reached}-"
             etag, modified = self._version or (None, None)
@@ -134,7 +125,7 @@ class HttpStream(ForwardStream):
             "GET",
             self._url,
             headers=headers,
-            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=retries.READ_TIMEOUT_S),
             retries=_REDIRECTS_ONLY,
             preload_content=False,
             decode_content=False,
@@ -164,7 +155,7 @@ class HttpStream(ForwardStream):
         chunk = response.read1(min(size, CHUNK))
         self._waited_s += monotonic() - asked  # for the server, not for whoever reads
         self._came += len(chunk)
-        if self._waited_s > READ_TIMEOUT_S:
+        if self._waited_s > retries.READ_TIMEOUT_S:
             slow = self._came < SLOWEST * self._waited_s
             self._slow, self._waited_s, self._came = self._slow + 1 if slow else 0, 0.0, 0
             if self._slow >= SLOW_PERIODS:
@@ -192,25 +183,6 @@ class HttpStream(ForwardStream):
             return
         self._ended_at = self._reached
         raise _TryAgainError(f"the connection was closed at byte {self._reached}")
-
-    def _back_off(self, error: urllib3.exceptions.HTTPError) -> None:
-        self._disconnect()
-        self._failures += 1
-        if self._failures >= ATTEMPTS:
-            raise RemoteError(f"{_reason(error)}, after {ATTEMPTS} attempts")
-        late = self._failures >= SAID or monotonic() - self._since > SAID_S
-        if late and not (self._reached or self._said):
-            # At the start of a run nobody else can say what is waited for.
-            self._said = True
-            line = f"waiting for {self._url}: {_reason(error)}"
-            line += f", attempt {self._failures} of {ATTEMPTS}"
-            print(printable(line), file=sys.stderr, flush=True)
-        wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
-        # Hundreds of workers that a server turned away at once must not come back at once. A
-        # generator of its own: the global one belongs to the caller, seed and state.
-        wait *= random.Random().uniform(0.5, 1.0)
-        asked = error.wait_s if isinstance(error, _TryAgainError) else 0.0
-        sleep(max(wait, min(asked, BACK_OFF_LIMIT_S)))
 
 
 def _check_status(response: urllib3.BaseHTTPResponse) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,9 +21,12 @@ from braceexpand import braceexpand
 from navit_clip.data.annotations.folders import holds_images
 from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.annotations.tables import ARROW
+from navit_clip.data.hub import HUB, web_file
 from navit_clip.data.pieces import split_files
 from navit_clip.errors import UserError
 from navit_clip.files import storable
+from navit_clip.retries import RemoteError
+from navit_clip.stores import ask, open_store
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", *ARROW)  # and JSONs, of image files
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
@@ -31,16 +35,17 @@ _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 _TAR_IN_COMMAND = re.compile(r"""[^\s'"|<>;&()]+\.tar(?![\w-])""")
 _LISTS = (".txt", ".list")
 _FILES = FilesConfig()
-_INSTEAD = {
-    "s3": "'pipe:aws s3 cp {} -'",
-    "gs": "'pipe:gcloud storage cat {}'",
-    "hf": "https://huggingface.co/datasets/OWNER/NAME/resolve/main/…",
-}
+_MAGIC = re.compile(r"[*?\[]")
 
 
 def is_url(shard: str) -> bool:
-    """Whether a shard lies on a web server."""
-    return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND)
+    """Whether a shard comes from a web server, such as the Hugging Face Hub's."""
+    return shard.lower().startswith(("http:", "https:", HUB))
+
+
+def is_stored(shard: str) -> bool:
+    """Whether a shard lies in an object store, or in what else fsspec reads."""
+    return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND) and not is_url(shard)
 
 
 def expand_shards(
@@ -50,10 +55,11 @@ def expand_shards(
 
     Args:
         patterns: Paths, folders (their ``*.tar``, sorted), globs and brace ranges, such as
-            ``data/{00000..00009}.tar``; tables, JSONs and folders of image files, as pieces
-            (`navit_clip.data.pieces`); URLs, with brace ranges as well, whose existence shows
-            only when they are read; ``pipe:COMMAND``; list files, ``.txt`` or ``.list``, with one
+            ``data/{00000..00009}.tar``; the same in an object store, such as ``s3://bucket/*.tar``;
+            tables, JSONs and folders of image files, as pieces (`navit_clip.data.pieces`); URLs
+            with brace ranges; ``pipe:COMMAND``; list files, ``.txt`` or ``.list``, with one
             of these per line, relative to the list, blank lines and lines with ``#`` skipped.
+            Whether a URL or an object that is named in full exists shows when it is read.
         allow_commands: Accept ``pipe:``, whose commands run in a shell with the user's rights.
         files: How image files are read.
 
@@ -80,16 +86,18 @@ def _expand(
     kind = scheme[1].lower() if scheme else ""
     if kind == "pipe" and not allow_commands:
         raise UserError(f"{pattern}: commands are not run unless --data.allow_commands true")
-    if kind not in ("", "pipe", "http", "https"):
-        instead = f"use {_INSTEAD[kind].format(pattern)}, or " if kind in _INSTEAD else ""
-        raise UserError(f"{pattern}: {kind}: is not read directly; {instead}copy the shards first")
     try:
         # A shell's own backslashes must survive; in a path they keep a brace literal.
         names = list(braceexpand(pattern, escape=kind != "pipe"))
     except ValueError as error:
         raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
     for name in names:
-        found = [name] if kind else _find(name, os.path.dirname(list_file), files)
+        if kind in ("pipe", "http", "https"):
+            found = [name]
+        elif kind:
+            found = _find_stored(name)
+        else:
+            found = _find(name, os.path.dirname(list_file), files)
         if kind.startswith("http"):
             _check_url(name)
         for shard in found:
@@ -136,6 +144,26 @@ def _tables_in(folder: str) -> list[str]:
 
 def _inside(folder: str, pattern: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+
+
+def _find_stored(name: str) -> list[str]:
+    if "://" not in name:
+        raise UserError(f"{name}: no path and no address, expected such as s3://bucket/0.tar")
+    store, path = open_store(name)
+    if name.endswith(_LISTS):
+        raise UserError(f"{name}: a list of shards must be a local file, download it first")
+    if not _MAGIC.search(path):
+        if path.endswith(".tar"):
+            web_file(name)
+            return [name]
+        path = f"{path.rstrip('/')}/*.tar"
+    try:
+        found = sorted(ask(name, partial(store.glob, path)))
+    except RemoteError as error:
+        raise UserError(f"{name}: {error}") from error
+    if not found:
+        raise UserError(f"no shard found at {name}: check the address (expected .tar files)")
+    return [store.unstrip_protocol(shard) for shard in found]
 
 
 def _check_url(url: str) -> None:

@@ -1,9 +1,9 @@
 """Webdataset shards to raw samples.
 
 A shard is a tar whose neighbouring members ``key.jpg``, ``key.txt``, ``key.json`` form one sample,
-as img2dataset writes them; it lies in a file, on a web server, or comes out of a command. Read
-member by member, so that samples before a resume point cost a header each and no payload. What
-stands for one may also be a piece of a table or a folder (`navit_clip.data.pieces`).
+as img2dataset writes them; it lies in a file, on a web server, in an object store, or comes out of
+a command. Read member by member, so that samples before a resume point cost a header each and no
+payload. What stands for one may also be a piece of a table or a folder (`navit_clip.data.pieces`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import IO
 from navit_clip.data.command import CommandStream
 from navit_clip.data.forward_stream import ForwardStream
 from navit_clip.data.http import HttpStream
-from navit_clip.data.patterns import COMMAND, is_url, shard_names
+from navit_clip.data.hub import web_file
+from navit_clip.data.patterns import COMMAND, is_stored, is_url, shard_names
 from navit_clip.data.pieces import Piece
 from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES, RawSample
+from navit_clip.data.store import StoreStream
 from navit_clip.data.tar import TarReader, parse_header
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import storable
@@ -53,7 +55,8 @@ def read_shard(
     those beside the damage, which may lack members.
 
     Args:
-        path: A shard, as `expand_shards` gives it: a tar's path, a URL, ``pipe:COMMAND``, a piece.
+        path: A shard, as `expand_shards` gives it: a tar's path or address, ``pipe:COMMAND``, a
+            piece.
         wanted: Indices to yield; the payload of all others is skipped, not read.
         name: What ids begin with; the file's name without ``.tar`` if not given.
 
@@ -140,7 +143,9 @@ def _open(path: str) -> IO[bytes] | ForwardStream:
     if path.startswith(COMMAND):
         return CommandStream(path.removeprefix(COMMAND))
     if is_url(path):
-        return HttpStream(path)
+        return HttpStream(*web_file(path))
+    if is_stored(path):
+        return StoreStream(path)
     return open(path, "rb")
 
 

@@ -18,8 +18,9 @@ from loader_cases import content, pair_pipeline, take
 from shard_factory import make_shards, write_shard
 from web_server import Site, serve
 
+from navit_clip import retries
 from navit_clip.data import command as command_stream
-from navit_clip.data import http as remote
+from navit_clip.data import http
 from navit_clip.data.command import CommandStream
 from navit_clip.data.http import HttpStream
 from navit_clip.data.loader import load_batches
@@ -32,7 +33,7 @@ from navit_clip.training.watchdog import Watchdog
 def waits(monkeypatch):
     """The waits between attempts, which the tests do not sit through."""
     waits: list[float] = []
-    monkeypatch.setattr(remote, "sleep", waits.append)
+    monkeypatch.setattr(retries, "sleep", waits.append)
     return waits
 
 
@@ -91,7 +92,7 @@ SITES = {
 
 @pytest.mark.parametrize("name", SITES)
 def test_the_same_from_a_server_as_from_disk(name, shard, monkeypatch):
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.2 if name == "stalls" else 5.0)
+    monkeypatch.setattr(retries, "READ_TIMEOUT_S", 0.2 if name == "stalls" else 5.0)
     data = shard.read_bytes()
     with serve(Site({"a/00000.tar": data}, **SITES[name])) as site:
         url = f"{site.url}/a/00000.tar?signature=x"
@@ -191,8 +192,8 @@ def test_a_refusal_is_not_tried_again(status, waits):
     ],
 )
 def test_gives_up_after_attempts_without_progress(site, reason, shard, monkeypatch):
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(remote, "ATTEMPTS", 4)
+    monkeypatch.setattr(retries, "READ_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(retries, "ATTEMPTS", 4)
     with serve(Site({"0.tar": shard.read_bytes()}, **site)) as running:
         url = f"{running.url}/0.tar"
         with pytest.raises(ShardError) as raised:
@@ -380,7 +381,7 @@ class Drip:
 
 def test_a_server_that_drips_is_given_up(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(remote, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(http, "monotonic", lambda: clock[0])
     stream = HttpStream("http://host/0.tar")
     stream._response = Drip(clock)
     with pytest.raises(OSError, match="less than 1,024 bytes a second"):
@@ -451,7 +452,7 @@ def test_the_same_batches_from_a_server_that_drops_every_tenth_connection(
 def test_a_stall_names_the_shard_that_a_data_worker_waits_for(
     tokenizer, shard, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(retries, "READ_TIMEOUT_S", 0.5)
     board = WaitBoard(1)
     watchdog = Watchdog(tmp_path, 0, 1.0, board.lines)
 

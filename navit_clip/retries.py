@@ -1,0 +1,64 @@
+"""When a web server or an object store that fails is asked again: one policy for all."""
+
+from __future__ import annotations
+
+import random
+import sys
+from time import monotonic, sleep
+
+from navit_clip.errors import printable
+
+# Between two packets, or for one range: long enough for a store with cold disks.
+READ_TIMEOUT_S = 60.0
+# Slower than any line that one could train over, in bytes a second.
+SLOWEST = 1024
+# Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
+# a server's restart and most rate limits. After progress the count starts again.
+ATTEMPTS = 10
+# Attempts, or seconds, after which a server that has not sent anything yet is named.
+SAID, SAID_S = 4, 5.0
+BACK_OFF_S = 0.5  # doubles with every attempt
+BACK_OFF_LIMIT_S = 30.0
+
+
+class RemoteError(OSError):
+    """Something remote cannot be read or written; the message says why, but not what it was."""
+
+
+class Retries:
+    """Counts attempts without progress, and waits between them.
+
+    Args:
+        address: What is asked, named on standard error while nothing at all comes.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._failures = 0
+        self._since, self._quiet = monotonic(), False
+
+    def progress(self) -> None:
+        """Something came."""
+        self._failures, self._quiet = 0, True
+
+    def failed(self, reason: str, asked_s: float = 0.0) -> None:
+        """Waits before the next attempt, at least for as long as the server asked.
+
+        Raises:
+            RemoteError: After `ATTEMPTS` without progress.
+        """
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            raise RemoteError(f"{reason}, after {ATTEMPTS} attempts")
+        late = self._failures >= SAID or monotonic() - self._since > SAID_S
+        if late and not self._quiet:
+            # At the start of a run nobody else can say what is waited for.
+            self._quiet = True
+            line = f"waiting for {self._address}: {reason}"
+            line += f", attempt {self._failures} of {ATTEMPTS}"
+            print(printable(line), file=sys.stderr, flush=True)
+        wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
+        # Hundreds of workers that a server turned away at once must not come back at once. A
+        # generator of its own: the global one belongs to the caller, seed and state.
+        wait *= random.Random().uniform(0.5, 1.0)
+        sleep(max(wait, min(asked_s, BACK_OFF_LIMIT_S)))
