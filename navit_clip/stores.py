@@ -38,7 +38,7 @@ def open_store(address: str) -> tuple[Any, str]:
     Raises:
         UserError: If nothing reads such addresses, or what does is not installed.
     """
-    protocol = address.partition("://")[0].lower()
+    protocol = address.partition("://")[0].lower() if "://" in address else "file"
     options = {"auto_mkdir": True} if protocol in ("file", "local") else {}
     try:
         store, path = url_to_fs(address, use_listings_cache=False, **options)

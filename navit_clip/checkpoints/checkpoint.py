@@ -24,14 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import (
-    BlockingAsyncStager,
-    DefaultStager,
-    StagingOptions,
-)
 
 from navit_clip.checkpoints.folder import (
     PARTIAL,
@@ -45,12 +39,14 @@ from navit_clip.checkpoints.folder import (
     shapes,
     step_folder,
 )
+from navit_clip.checkpoints.mirror import Mirror
 from navit_clip.checkpoints.rank_state import (
     SavedDataStates,
     rank_file,
     rank_state,
     restore_generators,
 )
+from navit_clip.checkpoints.staging import pinned_stager, plain_stager
 from navit_clip.checkpoints.tensor_files import read_tensors
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
@@ -77,12 +73,15 @@ class CheckpointConfig:
             0 keeps none.
         asynchronous: Write while the training goes on, from a copy of the state in the host's
             memory; false writes from where the state is and lets the training wait.
+        mirror: Where a copy of the run directory is kept, such as ``s3://bucket/run``; a command
+            without a newer checkpoint in its own directory goes on from that.
     """
 
     every_steps: int = 1000
     keep: int = 2
     keep_every: int = 0
     asynchronous: bool = True
+    mirror: str | None = None
 
     def __post_init__(self) -> None:
         if self.keep_every < 0 or self.keep_every % max(1, self.every_steps):
@@ -93,6 +92,10 @@ class CheckpointConfig:
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def expendable(self, steps: list[int]) -> list[int]:
+        """Which of all checkpoints are not kept, of steps in rising order."""
+        return [s for s in steps[: -self.keep] if not self.keep_every or s % self.keep_every]
 
 
 class Checkpoints:
@@ -111,6 +114,9 @@ class Checkpoints:
     def __init__(self, directory: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.directory, self.config, self.ranks = directory, config, ranks
         self.describe: Callable[[Path], None] = lambda folder: None
+        self.mirror: Mirror | None = None
+        if config.mirror:
+            self.mirror = Mirror(config.mirror, directory.parent, config.expendable, ranks)
         self._damaged: list[tuple[Path, str]] = []
         # The writing threads talk among themselves: in the training's group their messages would
         # meet those of whatever step the other ranks have reached.
@@ -120,7 +126,7 @@ class Checkpoints:
             self._group = cast(dist.ProcessGroup, group)
         else:  # it says so on every save, and here it is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        self._pinned = _pinned_stager(ranks.device)
+        self._pinned = pinned_stager(ranks.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[str | None] | None = None
         self._newest: int | None = None
@@ -175,6 +181,8 @@ class Checkpoints:
         for path, what in self._damaged:
             report(f"{set_aside(path, what)}; going on from step {self._newest}")
         self._damaged = []
+        if self.mirror is not None:
+            self.mirror.begin(report)
 
     def save(self, step: int, state: dict[str, Any], data: DataState) -> None:
         """Takes a checkpoint of the state after `step` steps; every rank calls it.
@@ -207,7 +215,7 @@ class Checkpoints:
             self._finish, step, rank_state(data, self.ranks.device), shapes(state["model"])
         )
         if self.config.asynchronous:
-            stager = self._pinned or _plain_stager()
+            stager = self._pinned or plain_stager()
             writing = cast("Future[Any]", dcp.async_save(state, async_stager=stager, **where))
             self._writing = self._thread.submit(finish, writing.result)
         else:
@@ -233,7 +241,7 @@ class Checkpoints:
         return writing.exception() is not None or writing.result() is not None
 
     def close(self) -> None:
-        """Waits a while for the last checkpoint, whatever becomes of it; for a run that fails.
+        """Waits a while for the last checkpoint, whatever becomes of it, and for the mirror.
 
         It may still be written, and the process group may not go away under a thread that uses it;
         but the ranks that it waits for may be the ones that failed.
@@ -242,6 +250,8 @@ class Checkpoints:
             with suppress(Exception, dcp.CheckpointException):
                 self._writing.result(_LAST_WAIT_S)
         self._thread.shutdown(wait=False)
+        if self.mirror is not None:
+            self.mirror.close()
 
     def load(self, step: int, state: dict[str, Any]) -> SavedDataStates:
         """Reads the state after `step` steps; every rank calls it.
@@ -352,10 +362,11 @@ class Checkpoints:
             folder.rename(final)
         except OSError as error:
             return error.strerror or str(error)
-        steps, every = saved_steps(self.directory), self.config.keep_every
-        for step in steps[: -self.config.keep]:
-            if not every or step % every:
+        for step in self.config.expendable(saved_steps(self.directory)):
+            if self.mirror is None or step != self.mirror.uploading:
                 remove(self.path(step))
+        if self.mirror is not None:
+            self.mirror.update()
         return None
 
     def _raise(self, step: int, problem: str | None) -> None:
@@ -365,28 +376,6 @@ class Checkpoints:
                 f"cannot write checkpoint {self.path(step)}: {problem}; the latest complete one is "
                 + ("none" if latest is None else f"of step {latest}")
             )
-
-
-def _plain_stager() -> DefaultStager:
-    """Plain copies, done when `stage` returns: the next step changes what is copied."""
-    options = StagingOptions(
-        use_pinned_memory=False,
-        use_shared_memory=False,
-        use_async_staging=False,
-        use_non_blocking_copy=False,
-    )
-    return DefaultStager(options)
-
-
-def _pinned_stager(device: torch.device) -> BlockingAsyncStager | None:
-    """On CUDA a stager to be kept, for copies into page-locked memory, several times faster.
-
-    Its one copy is written to again by the next `stage`, by when it has been written to the disk.
-    Not DefaultStager, which in torch 2.11 gives its memory back after each use.
-    """
-    if device.type != "cuda":
-        return None
-    return BlockingAsyncStager(cache_staged_state_dict=True)
 
 
 def _disk_error(error: BaseException) -> str | None:

@@ -32,7 +32,7 @@ RUN_CONFIG = "config.yaml"  # in a checkpoint: of the command that wrote it
 RUN_SHARDS = "shards.json"  # in a checkpoint: see `navit_clip.data.fingerprint`
 PARTIAL, REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
 FORMAT = 3  # of a checkpoint; read no other
-_MANIFEST, _CHECKSUM = "run.json", "checksum"
+MANIFEST, _CHECKSUM = "run.json", "checksum"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -45,8 +45,14 @@ def saved_steps(directory: Path) -> list[int]:
     """Steps of all complete checkpoints, in rising order."""
     if not directory.is_dir():
         return []
-    matches = (_NAME.match(path.name) for path in directory.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+    steps = (step_of(path.name) for path in directory.iterdir())
+    return sorted(step for step in steps if step is not None)
+
+
+def step_of(name: str) -> int | None:
+    """The step of a complete checkpoint by its folder's name, None if that is none."""
+    match = _NAME.match(name)
+    return int(match[1]) if match else None
 
 
 def partial_folder(folder: Path) -> Path:
@@ -85,7 +91,7 @@ class Manifest:
         """
         values = asdict(self)
         content = json.dumps({**values, _CHECKSUM: _checksum(values)})
-        atomic_write(folder / _MANIFEST, content)
+        atomic_write(folder / MANIFEST, content)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -95,7 +101,7 @@ class Manifest:
             ValueError: If it is absent, or not what `write` wrote.
             UserError: If another version wrote it.
         """
-        path = folder / _MANIFEST
+        path = folder / MANIFEST
         try:
             values = json.loads(path.read_text())
             checksum = values.pop(_CHECKSUM, None)
@@ -114,7 +120,7 @@ class Manifest:
             manifest = cls(**values)
             manifest._check_types()
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{_MANIFEST} cannot be read: {error}") from error
+            raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
         return manifest
 
     def _check_types(self) -> None:

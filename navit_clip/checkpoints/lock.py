@@ -83,8 +83,9 @@ class RunLock:
         with suppress(OSError):
             if self.path.read_bytes() == self._own:
                 self.path.unlink()
-            if self._made:
-                for folder in (self.path.parent / "checkpoints", self.path.parent):
+        for folder in (self.path.parent / "checkpoints", self.path.parent):
+            with suppress(OSError):
+                if self._made:
                     folder.rmdir()
 
     def _take(self) -> None:

@@ -111,6 +111,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_finite(self)
+        if "://" in self.run_dir:
+            raise ValueError(
+                f"run_dir={self.run_dir}: give a folder, and this as checkpoint.mirror"
+            )
         given = {name: n for name in _LENGTHS if (n := getattr(self, name)) is not None}
         if len(given) != 1:
             found = " and ".join(f"{name}={n}" for name, n in given.items()) or "none"

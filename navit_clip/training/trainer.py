@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,15 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
     Raises:
         UserError: For anything the user can fix; nothing already written is lost.
     """
-    config, resolved = name_precision(config, resolved, ranks)
-    config = count_epochs(config, ranks)
-    with RunLock(Path(config.run_dir), ranks) as lock:
-        run = _Run(config, resolved, ranks, lock)
+    run_dir = Path(config.run_dir)
+    with (
+        RunLock(run_dir, ranks) as lock,
+        closing(Checkpoints(run_dir / "checkpoints", config.checkpoint, ranks)) as checkpoints,
+    ):
+        if checkpoints.mirror is not None:
+            checkpoints.mirror.fetch()
+        config, resolved = name_precision(config, resolved, ranks)
+        run = _Run(count_epochs(config, ranks), resolved, lock, checkpoints)
         try:
             with explain_killed_workers(_KILLED_WORKERS), run.watchdog.watching():
                 run.begin()
@@ -84,6 +90,8 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
                 run.reporter.exported(model_dir)
         finally:
             run.close()
+        if checkpoints.mirror is not None:
+            checkpoints.mirror.finish()
 
 
 def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks: Ranks) -> Stepper:
@@ -104,10 +112,12 @@ def build_stepper(config: TrainConfig, task: Task, model: torch.nn.Module, ranks
 class _Run:
     """The parts of a run, in the state of its newest checkpoint, and the loop that moves them."""
 
-    def __init__(self, config: TrainConfig, resolved: str, ranks: Ranks, lock: RunLock) -> None:
-        self.config, self.ranks, self.directory = config, ranks, Path(config.run_dir)
-        self.resolved, self.lock = resolved, lock
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", config.checkpoint, ranks)
+    def __init__(
+        self, config: TrainConfig, resolved: str, lock: RunLock, checkpoints: Checkpoints
+    ) -> None:
+        self.config, self.resolved, self.directory = config, resolved, Path(config.run_dir)
+        self.lock, self.checkpoints = lock, checkpoints
+        ranks = self.ranks = lock.ranks
         self.start = self.checkpoints.newest() or 0
         checkpoint = self.checkpoints.path(self.start) if self.start else None
         self.changes, seen = list[str](), 0
@@ -262,7 +272,6 @@ class _Run:
     def close(self) -> None:
         if self.batches is not None:
             self.batches.close()  # ends the data workers
-        self.checkpoints.close()
         self.reporter.close()
         if self.samples is not None:
             self.samples.close()

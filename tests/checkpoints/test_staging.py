@@ -32,7 +32,7 @@ def test_the_memory_kept_for_staging_holds_each_checkpoint(tmp_path, monkeypatch
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(
         checkpoint,
-        "_pinned_stager",
+        "pinned_stager",
         lambda device: BlockingAsyncStager(cache_staged_state_dict=True),
     )
     assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "kept", 2, **options)) == 0
@@ -45,5 +45,5 @@ def test_the_memory_kept_for_staging_holds_each_checkpoint(tmp_path, monkeypatch
 
 
 def test_only_cuda_gets_page_locked_memory():
-    assert checkpoint._pinned_stager(torch.device("cpu")) is None
-    assert checkpoint._pinned_stager(torch.device("cuda", 0)) is not None
+    assert checkpoint.pinned_stager(torch.device("cpu")) is None
+    assert checkpoint.pinned_stager(torch.device("cuda", 0)) is not None
