@@ -50,8 +50,8 @@ class StepResult:
         grad_norm: Global norm of the gradient before clipping.
         lr: Learning rate of the step, where no layer has a lower one.
         metrics: Of the task, by name.
-        measured: If the step was to be measured: ``param_norm``, the global norm of the weights
-            after it, and ``update_norm``, that of what it added to them.
+        measured: If the step was to be measured: ``param_norm``, the global norm of the trained
+            weights after it, and ``update_norm``, that of what it added to them.
         nonfinite: Set if the step was skipped.
     """
 
