@@ -14,7 +14,7 @@ import torch
 from distributed import run_ranks
 from hierarchical_cases import tower_config
 from masked_cases import computed_whole
-from packed_examples import randomise
+from packed_examples import random_image, randomise
 from step_cases import (
     ALONE,
     global_batch,
@@ -29,6 +29,10 @@ from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip import NaViTCLIP
 from navit_clip.checkpoints.load_run import load_run
+from navit_clip.data.builders.base import Origin
+from navit_clip.data.builders.pairs import Pair, PairBuilder
+from navit_clip.data.drop import DropConfig
+from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.distributed import Ranks
 from navit_clip.models.flops import LengthSums, backward_flops, forward_flops
 from navit_clip.models.masked_features import MaskedFeaturesConfig
@@ -225,6 +229,23 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_exports_no_teacher(tmp_path, monk
     for name, weight in models[0].items():
         assert not name.startswith("masked.")
         assert all(torch.equal(model[name], weight) for model in models)
+
+
+def test_what_is_hidden_follows_from_seed_epoch_and_id():
+    def hidden(seed=0, epoch=0, name="a"):
+        build = PairBuilder(ResolutionConfig(), DropConfig(), 2, 9, seed, {}, None, 8, hide=0.25)
+        images = {name: random_image(0, (4, 5)), "single": random_image(1, (1, 1))}
+        origin = Origin(epoch, 0, 0, 0)
+        pairs = [Pair(one, origin, image, [1, 2], seed) for one, image in images.items()]
+        return build.collate(pairs, (30, 9)).hidden
+
+    weights = hidden()
+    assert weights[0] == 0  # the shortest image comes first; its one patch is not hidden
+    assert sorted(weights[1:21].tolist()) == [0] * 15 + [pytest.approx(1 / 5)] * 5
+    assert not weights[21:].any()
+    assert torch.equal(hidden(), weights)
+    assert not any(torch.equal(hidden(**{key: 1}), weights) for key in ("seed", "epoch"))
+    assert not torch.equal(hidden(name="b"), weights)
 
 
 @pytest.mark.parametrize(
