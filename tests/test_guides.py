@@ -1,6 +1,6 @@
 """The shell blocks of README and docs run as written, one after the other, on small data.
 
-A folder holds what the pages assume: COCO's JSON, ImageNet's class folders, photos. Two commands
+A folder holds what the pages assume: a table, COCO's JSON, ImageNet's class folders. Two commands
 come before the real ones: `navit-clip` stops a training after two steps and asks for no more word
 pieces than a small vocabulary has, `torchrun` does that in one process and trains a narrow model.
 Blocks about several nodes are the subject of `test_launchers`.
@@ -82,7 +82,10 @@ def write_classes(root: Path, names: list[str]) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages assume."""
     root = tmp_path_factory.mktemp("world")
-    write_coco(root / "captions_train2017.json", root / "train2017", 300)
+    write_coco(root / "train.json", root / "train2017", 300)
+    captions = json.loads((root / "train.json").read_text())["annotations"]
+    rows = [f"train2017/{one['image_id']}.jpg,{one['caption']}" for one in captions]
+    (root / "photos.csv").write_text("\n".join(["path,caption", *rows]))
     (root / "coco").mkdir()
     write_coco(root / "coco/captions_val2017.json", root / "coco/val2017", 40)
     synsets = ImageNetInfo("imagenet-1k").label_names()

@@ -13,7 +13,7 @@ import yaml
 from open_clip_train import params
 
 from navit_clip.__main__ import main
-from navit_clip.data.annotations.tables import open_table
+from navit_clip.data.annotations.image_files import FilesConfig, open_images
 from navit_clip.errors import UserError
 from navit_clip.evaluation.arguments import parse_arguments
 from navit_clip.tools.from_open_clip.__main__ import translate
@@ -163,7 +163,7 @@ def test_fields_of_the_table_exist():
     for name, flag in FLAGS.items():
         for path in set(flag.ours.split(", ")) - {"", "-", "task.model.name"}:
             place = values
-            for part in path.split(".") if not path.startswith("make_shards") else ():
+            for part in path.split("."):
                 if place:  # what is named by the user is empty
                     assert part in place, (name, path)
                     place = place[part]
@@ -202,20 +202,20 @@ def test_the_run_is_the_same_one(tmp_path):
     assert "RN50: its image tower is a ResNet" in text
 
 
-def test_a_table_becomes_shards_first(tmp_path):
+def test_a_table_is_read_as_it_is(tmp_path):
     text = translate(README["csv"])
-    make, other, train = commands(text)
-    assert make == (
-        "navit-clip data make_shards --table /path/to/train_data.csv --images . "
-        "--image-column filepath --caption-column title --output shards/train"
+    assert commands(text) == ["navit-clip train --config run.yaml"]
+    data = parsed(text, tmp_path).data
+    assert (data.train, data.validation) == (
+        "/path/to/train_data.csv",
+        "/path/to/validation_data.csv",
     )
-    assert "shards/validation" in other
-    assert train == "navit-clip train --config run.yaml"
-    config = parsed(text, tmp_path)
-    assert (config.data.train, config.data.validation) == ("shards/train", "shards/validation")
-    (tmp_path / "t.csv").write_text("filepath,title\na.jpg,a dog\n")
-    open_table(tmp_path / "t.csv", tmp_path, "filepath", ["title"])  # those options exist
-    assert "'\\t' separates" in text
+    assert data.files == FilesConfig(".", "filepath", ("title",))
+    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\ta dog, or two\n")  # open_clip's tabs
+    (row,) = open_images(tmp_path / "t.csv", data.files).rows
+    assert (row.name, row.captions) == ("a.jpg", ("a dog, or two",))
+    other = translate(README["csv"] + " --csv-separator ';'")
+    assert "--csv-separator: /path/to/train_data.csv must have tabs or commas" in other
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

@@ -115,6 +115,7 @@ def _delimited(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
         raise UserError(f"{path} is empty: expected a line of columns' names and rows")
     check_columns(path, header, columns)
     positions = [header.index(column) for column in columns]
+    delimiter = _delimiter_of(path)
     for number, line in lines:
         # A caption cut at its own comma would otherwise be trained on.
         if len(line) != len(header):
@@ -122,7 +123,7 @@ def _delimited(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
                 f"{path} line {number} has {len(line)} fields, its header "
                 f"{len(header)}: quote captions that hold the delimiter"
             )
-        _check_quotes(path, number, line, positions[0])
+        _check_quotes(path, number, line, delimiter, positions[0])
         yield [line[position] for position in positions]
 
 
@@ -135,7 +136,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     Raises:
         UserError: If the file cannot be read or its quotes do not match.
     """
-    delimiter = _DELIMITERS[path.suffix.lower()]
+    delimiter = _delimiter_of(path)
     csv.field_size_limit(_LONGEST_FIELD)
     is_plain = delimiter == "\t" and _has_plain_lines(path)
     with _open(path) as file:
@@ -151,6 +152,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield reader.line_num, row
         except csv.Error as error:
             raise UserError(f"{path} line {reader.line_num}: {error}; check its quotes") from error
+
+
+def _delimiter_of(path: Path) -> str:
+    """By its name; open_clip's tables have tabs and are named ``.csv``."""
+    with _open(path) as file:
+        header = file.readline()
+    return "\t" if "\t" in header and "," not in header else _DELIMITERS[path.suffix.lower()]
 
 
 def _has_plain_lines(path: Path) -> bool:
@@ -174,9 +182,8 @@ def _unquoted(field: str) -> str:
     return field[1:-1].replace('""', '"') if is_quoted else field
 
 
-def _check_quotes(path: Path, number: int, row: Sequence[str], image: int) -> None:
+def _check_quotes(path: Path, number: int, row: Sequence[str], delimiter: str, image: int) -> None:
     """A `UserError` if a field holds other rows: a stray quote swallows all up to the next."""
-    delimiter = _DELIMITERS[path.suffix.lower()]
     for field in row:
         for line in field.split("\n")[1:]:
             cells = line.split(delimiter)

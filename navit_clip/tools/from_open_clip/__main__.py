@@ -111,7 +111,7 @@ def _translate(launcher: str, flags: Sequence[str]) -> str:
             "set them in steps; open_clip counts epochs, and without --train-num-samples and the "
             "number of ranks it is unknown how many steps one has",
         )
-    commands = [*t.before, f"{_launched(launcher)} --config {_FILE}"]
+    commands = [f"{_launched(launcher)} --config {_FILE}"]
     body = yaml.safe_dump(t.config, sort_keys=False, width=_WIDTH, default_flow_style=None)
     return "\n".join([*_comments(commands, [*t.lost, *_without_counterpart(args)]), body])
 
@@ -128,8 +128,11 @@ def _evaluations(t: Translation) -> list[str]:
             words = ["--data", data, "--class-map", class_map, "--classnames", "imagenet"]
             found.append(f"navit-clip eval zeroshot {shlex.join([*chosen, *words])}")
     if args.val_data is not None:
-        words = ["--data", t.shards(args.val_data, "shards/validation")]
-        found += [*t.before, f"navit-clip eval retrieval {shlex.join([*chosen, *words])}"]
+        words = ["--data", args.val_data]
+        if t.is_table(args.val_data):
+            words = ["--images", ".", "--captions", args.val_data]
+            words += ["--image-column", args.csv_img_key, "--caption-column", args.csv_caption_key]
+        found.append(f"navit-clip eval retrieval {shlex.join([*chosen, *words])}")
     if found and t.starts_from and not Path(t.starts_from).suffix:
         t.lose("--pretrained", f"{t.starts_from} is not downloaded: name the file")
     return found

@@ -53,11 +53,7 @@ def epochs(t: Translation, value: int) -> None:
 def train_data(t: Translation, value: str) -> None:
     """One dataset, several that are read by their sizes, or several by weight."""
     captions(t, t.args.text_key or "txt")
-    sources = value.split("::")
-    shards = [
-        t.shards(source, f"shards/train{i if len(sources) > 1 else ''}")
-        for i, source in enumerate(sources)
-    ]
+    shards = [t.shards(source) for source in value.split("::")]
     if (factors := t.args.train_data_upsampling_factors) is None:
         t.set("data.train", shards[0] if len(shards) == 1 else shards)
         return
@@ -77,7 +73,7 @@ def val_data(t: Translation, value: str) -> None:
     """Validation loss, in batches of the same size."""
     if not t.args.val_frequency:
         return
-    t.set("data.validation", t.shards(value, "shards/validation"))
+    t.set("data.validation", t.shards(value))
     t.set("eval.validation.batch", t.args.batch_size)
     t.every("eval.validation.every_steps", t.args.val_frequency)
 

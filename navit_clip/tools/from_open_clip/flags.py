@@ -125,7 +125,7 @@ TABLE: dict[str, dict[str, Flag]] = {
     "Data": {
         "--train-data": Flag(
             "data.train, data.mix",
-            "shards as they are, several of them too; of a CSV make_shards makes some first",
+            "shards or a CSV as they are, several of them too",
             c.train_data,
         ),
         "--train-data-upsampling-factors": _read(
@@ -133,13 +133,13 @@ TABLE: dict[str, dict[str, Flag]] = {
         ),
         "--val-data": Flag("data.validation", "", c.val_data),
         "--val-num-samples": Flag("", "all of data.validation is read"),
-        "--dataset-type": _read("", "csv: make_shards; synthetic: navit-clip data shapes"),
+        "--dataset-type": _read("", "by the name; synthetic: navit-clip data shapes"),
         "--dataset-resampled": Flag(
             "", "an epoch reads each sample once, in an order of its own; a run stops anywhere"
         ),
-        "--csv-separator": _read("make_shards", "a .csv has commas, a .tsv tabs"),
-        "--csv-img-key": _read("make_shards --image-column"),
-        "--csv-caption-key": _read("make_shards --caption-column"),
+        "--csv-separator": _read("", "tabs and commas are told apart"),
+        "--csv-img-key": _read("data.files.image_column"),
+        "--csv-caption-key": _read("data.files.caption_columns"),
         "--image-key": _main(Flag("-", "jpg, jpeg, png and webp are found by themselves")),
         "--max-image-pixels": _main(Flag("data.resolution.max_pixels", "", c.max_pixels)),
         "--text-key": _main(_read("task.captions")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ class Translation:
         model: Configuration of the model, of a stand-in where ours cannot be it; set by `model`.
         is_stand_in: Whether it is one.
         config: Our configuration so far, nested.
-        before: Commands that make shards of tables.
         lost: What has no counterpart, a line each.
         unpaced: Fields in steps that open_clip has in epochs, of which it is unknown how long they
             are.
@@ -33,7 +31,6 @@ class Translation:
     model: CLIPConfig = field(init=False)
     is_stand_in: bool = False
     config: dict[str, Any] = field(default_factory=dict)
-    before: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     unpaced: list[str] = field(default_factory=list)
 
@@ -70,18 +67,20 @@ class Translation:
         elif epochs:
             self.unpaced.append(path)
 
-    def shards(self, source: str, folder: str) -> str:
-        """Shards of a dataset: those named, or those that are first made of a table."""
+    def is_table(self, source: str) -> bool:
+        """Whether a dataset is a table of image files, by its name unless its type is given."""
+        kind = self.args.dataset_type
+        return (Path(source).suffix[1:] if kind == "auto" else kind) in ("csv", "tsv")
+
+    def shards(self, source: str) -> str:
+        """A dataset as it is; of a table also how it is read."""
         args = self.args
-        kind = Path(source).suffix if args.dataset_type == "auto" else f".{args.dataset_type}"
-        if kind not in (".csv", ".tsv"):
-            if source.startswith("pipe:"):
-                self.set("data.allow_commands", True)
-            return source
-        columns = ["--image-column", args.csv_img_key, "--caption-column", args.csv_caption_key]
-        words = ["--table", source, "--images", ".", *columns, "--output", folder]
-        self.before.append(f"navit-clip data make_shards {shlex.join(words)}")
-        if args.csv_separator != (separator := "\t" if source.endswith(".tsv") else ","):
-            found = f"{args.csv_separator!r} separates the columns of {source}"
-            self.lose("--csv-separator", f"{found}, make_shards expects {separator!r} by its name")
-        return folder
+        if self.is_table(source):
+            # Paths begin where the command runs.
+            columns = {"image_column": args.csv_img_key, "caption_columns": [args.csv_caption_key]}
+            self.set("data.files", {"images": ".", **columns})
+            if args.csv_separator not in ("\t", ","):
+                self.lose("--csv-separator", f"{source} must have tabs or commas")
+        elif source.startswith("pipe:"):
+            self.set("data.allow_commands", True)
+        return source
