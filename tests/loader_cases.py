@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.reader import Reader
+from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.state import DataState, ReaderState, open_state
 from navit_clip.packed.batch import Batch
@@ -150,3 +151,16 @@ def content(batch: Batch[PairInputs]) -> dict[str, Any]:
         "counts": batch.counts,
         "state": batch.state,
     }
+
+
+def samples_and_error(
+    path: object, wanted: Collection[int] | None = None
+) -> tuple[list[RawSample], str | None]:
+    """Readable samples, and the error after them, without the name of the shard."""
+    samples: list[RawSample] = []
+    try:
+        for sample in read_shard(str(path), wanted):
+            samples.append(sample)
+    except ShardError as error:
+        return samples, str(error).removeprefix(f"{path}: ")
+    return samples, None
