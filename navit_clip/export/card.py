@@ -48,7 +48,10 @@ model = NaViTCLIP.from_pretrained("path/to/this/directory")
 image_vectors = model.encode_image(["photo.jpg"])  # paths, PIL images, arrays or tensors
 text_vectors = model.encode_text(["a photo of a dog"])
 probabilities = model.classify(["photo.jpg"], ["dog", "cat"])
-```"""
+```
+
+`transformers.AutoModel` and `sentence_transformers.SentenceTransformer` load it too, with
+`trust_remote_code=True` where navit-clip is installed."""
 _CLASSIFIER = """An image tower with a head over {classes} classes: {names}. {images}
 
 ## Use
