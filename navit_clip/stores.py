@@ -6,7 +6,6 @@ them. Credentials are found as each store's own tools find them; none is read or
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -80,8 +79,9 @@ def try_again(attempts: Retries, error: Exception) -> None:
     reason = _reason(error)
     if isinstance(error, FileNotFoundError):
         raise RemoteError(f"no such file or bucket ({reason})") from error
-    # Each store's library has its own error for having none.
-    if isinstance(error, _FINAL) or re.search("Credential|Unauthorized", type(error).__name__):
+    # Libraries have errors of their own for no credentials; that of Google's knows two kinds of no.
+    refused = reason.startswith("Forbidden") or getattr(error, "code", None) == 401
+    if isinstance(error, _FINAL) or refused or "Credential" in type(error).__name__:
         raise RemoteError(reason) from error
     attempts.failed(reason)
 

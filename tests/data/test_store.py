@@ -21,6 +21,8 @@ from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.store import StoreStream
 from navit_clip.errors import UserError, printable
+from navit_clip.retries import RemoteError, Retries
+from navit_clip.stores import try_again
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,31 @@ def test_what_does_not_pass_is_one_line(
     assert re.search(reason, error), error
     assert "\n" not in error
     assert SECRET not in error + "".join(capfd.readouterr())
+
+
+class NoCredentialsError(Exception):
+    pass
+
+
+class HttpError(Exception):
+    code = 401
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("b/0.tar"),
+        PermissionError("Access Denied"),
+        NoCredentialsError("Unable to locate credentials"),
+        OSError("Forbidden: https://host/b/0.tar\nno access"),  # as gcsfs has them
+        HttpError("Anonymous caller does not have storage.objects.get access, 401"),
+    ],
+)
+def test_what_another_attempt_would_not_change(error, waits):
+    with pytest.raises(RemoteError) as raised:
+        try_again(Retries("gs://b/0.tar"), error)
+    assert "\n" not in str(raised.value)
+    assert waits == []
 
 
 def test_a_bucket_that_vanishes(shard, small_ranges, monkeypatch):
