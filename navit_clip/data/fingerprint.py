@@ -135,8 +135,10 @@ def _of_file(shard: str) -> Fingerprint:
 
 def _of_piece(piece: str) -> Fingerprint:
     assert isinstance(piece, Piece)
-    head = piece.head(_HEAD)
-    return *_UNKNOWN, piece.size, None, piece.digest(), _hash(head) if head else None
+    with suppress(OSError):
+        head = piece.head(_HEAD)
+        return *_UNKNOWN, piece.size, None, piece.digest(), _hash(head) if head else None
+    return _UNKNOWN
 
 
 def _of_object(address: str) -> Fingerprint:

@@ -25,7 +25,7 @@ from navit_clip.data.annotations.tables import ARROW, check_columns, to_texts
 from navit_clip.data.decode import MOST_PIXELS
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import generator
-from navit_clip.errors import SkipSampleError
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.files import reading
 
 _TAIL = 32768  # bytes of a table that a fingerprint knows
@@ -210,6 +210,8 @@ def _split(path: str, config: FilesConfig) -> tuple[str, ...]:
         with reading(path, ValueError):
             file = ArrowFile(Path(path), config.samples_per_shard)
         check_columns(Path(path), file.columns, config.columns)
+        if not sum(file.counts):
+            raise UserError(f"{path} has no row")
         if file.holds_bytes(config.image_column):
             return tuple(_stored(path, file, config))
     images = open_images(Path(path), config)

@@ -9,7 +9,7 @@ import pytest
 from loader_cases import content, take
 from shard_factory import CAPTIONS, HTML, encode, photo, write_shard
 
-from navit_clip.data.annotations.image_files import FilesConfig
+from navit_clip.data.annotations.image_files import FilesConfig, open_images
 from navit_clip.data.fingerprint import difference, fingerprints
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
@@ -80,6 +80,9 @@ def test_stored_images_are_samples_as_files_are(name, pipeline, tmp_path):
     assert difference(before, fingerprints(stored.mixture)) is None
     write(as_datasets([*images[:-1], images[0]]), path)
     assert "has other rows" in difference(before, fingerprints(stored.mixture))
+    mixture = stored.mixture
+    path.unlink()  # a shard that cannot be read now is no other one
+    assert difference(before, fingerprints(mixture)) is None
 
 
 def test_what_a_table_may_hold_of_an_image(tmp_path):
@@ -128,6 +131,11 @@ def test_what_is_wrong_with_a_table_is_one_line(tmp_path, monkeypatch):
     path = write(as_datasets(photos()), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"no column 'path' in .*: it has 'label', 'image', 'text'"):
         pieces_of(path, FilesConfig())
+    with pytest.raises(UserError, match="holds the images themselves: read it where shards are"):
+        open_images(path, FILES)
+    empty = write(as_datasets(photos()).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match=r"empty\.parquet has no row"):
+        pieces_of(empty)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"needs pyarrow: .*navit-clip\[parquet\]"):
         pieces_of(path)

@@ -214,5 +214,7 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
 def _arrow(path: Path, columns: Sequence[str]) -> Iterator[list[Any]]:
     table = ArrowFile(path)
     check_columns(path, table.columns, columns)
+    if table.holds_bytes(columns[0]):
+        raise UserError(f"{path} holds the images themselves: read it where shards are, as it is")
     for chunk in range(len(table.counts)):
         yield from (values() for values in table.rows(chunk, columns))
