@@ -7,7 +7,7 @@ and is no part of the model: not of checkpoints, not of what ranks share, not of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -130,7 +130,8 @@ class Teacher:
             device = part.images.patches.device
             model = self.model.to(device)
             with autocast(choose_precision("auto", device), device):
-                images.append(model.embed_images(part.images))
+                # The batch's plan is for the tower that learns.
+                images.append(model.embed_images(replace(part.images, plan=None)))
                 texts.append(model.embed_texts(part.texts))
         return torch.cat(images), torch.cat(texts)
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hierarchical_cases import tower_config
 from open_clip.loss import DistillClipLoss
+from packed_examples import random_image
 from step_cases import ALONE, measurements, micro_batches, tiny_config, with_task
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch import nn
 
 from navit_clip.classifier import NaViTClassifier
+from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.errors import UserError
@@ -23,6 +26,8 @@ from navit_clip.model import NaViTCLIP
 from navit_clip.models.classifier import ClassifierConfig
 from navit_clip.models.clip import CLIPConfig
 from navit_clip.models.position import PositionConfig
+from navit_clip.packed.images import pack_images
+from navit_clip.packed.texts import pack_texts
 from navit_clip.tasks.contrastive import ContrastiveTask
 from navit_clip.tasks.distillation import DistillConfig
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
@@ -78,6 +83,22 @@ def test_the_loss_is_that_of_pairs_and_of_the_teacher(teacher, tokenizer, kind):
     expected = torch.autograd.grad(pairs + 0.7 * taught, weights)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_with_windows_of_its_own_ignores_those_of_the_model(tokenizer, tmp_path):
+    student, other = (
+        replace(SMALL, image=tower_config((1, 1), window, width=8, heads=2)) for window in (3, 2)
+    )
+    teacher = save_teacher(tmp_path / "teacher", other, tokenizer)
+    task = build(DistillConfig(str(teacher)), tokenizer, student)
+    images = [random_image(i, grid, patch_size=4) for i, grid in enumerate([(5, 4), (3, 7)])]
+    texts = pack_texts([[1, 2], [3]])
+    inputs = PairInputs(pack_images(images, planner=task.planner), texts)
+    assert inputs.images.plan is not None
+    found, _ = task.teacher.embed([inputs])
+    with torch.no_grad():
+        expected = NaViTCLIP.from_directory(teacher).embed_images(pack_images(images))
+    torch.testing.assert_close(found, expected)
 
 
 def test_micro_batches_are_one_batch_to_the_teacher_too(teacher, tokenizer):
