@@ -92,6 +92,8 @@ def _expand(
     except ValueError as error:
         raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
     for name in names:
+        if kind not in ("", "pipe") and urlsplit(name).path.lower().endswith(_TABLES):
+            raise UserError(f"{name}: a table must be a local file, download it first")
         if kind in ("pipe", "http", "https"):
             found = [name]
         elif kind:

@@ -106,6 +106,8 @@ def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
         ("http:/0.tar", "without a host"),
         ("https://host/*.tar", "brace range"),
         ("https://host/shards.txt", "download it first"),
+        ("https://host/t.parquet?signature=1", "a table must be a local file"),
+        ("s3://bucket/t.CSV", "a table must be a local file"),
         ("https://host/{0.tar", "unbalanced braces"),
     ],
 )

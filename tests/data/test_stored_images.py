@@ -72,6 +72,11 @@ def test_stored_images_are_samples_as_files_are(name, pipeline, tmp_path):
     assert [piece.size for piece in stored.mixture.shards] == [4, 4, 2]
     expected = [content(batch) for batch in take(files, 6)]
     assert [content(batch) for batch in take(stored, 6)] == expected
+    by_workers = [
+        [content(batch) for batch in take(pipeline([source], files=FILES, workers=2), 4)]
+        for source in (path.parent, tmp_path / "t.csv")
+    ]
+    assert by_workers[0] == by_workers[1]
     (batch, *_), state = take(stored, 1), stored.begin()
     state.advance(batch)
     assert [content(batch) for batch in take(stored, 5, state=state)] == expected[1:]

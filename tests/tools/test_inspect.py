@@ -90,6 +90,21 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 # Statistics
 
 
+def test_a_table_of_files_is_inspected_as_its_shards_would_be(tmp_path, capsys):
+    lines = ["file,title"]
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(sample(number)["png"])
+        lines.append(f"{number}.png,{CAPTIONS[number]}")
+    (tmp_path / "t.csv").write_text("\n".join([*lines, "gone.png,of nothing"]))
+    assert "no column 'path' in" in refused(capsys, tmp_path / "t.csv")
+    columns = ("--image-column", "file", "--caption-column", "title")
+    assert inspect(tmp_path / "t.csv", *columns, "--output", tmp_path / "o.json") == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert (found["samples"], found["usable"]) == (6, 5)
+    assert found["skipped"] == {"missing_image": 1}
+    assert "missing_image: gone.png: No such file" in found["skip_log"][0]
+
+
 def test_statistics_without_a_config(tmp_path, capsys):
     make_shards(tmp_path / "shards", [5, 3])
     numbers = [0, 1, 2, 3, 4, 100, 101, 102]
