@@ -9,7 +9,7 @@ from contextlib import closing
 
 import huggingface_hub
 import pytest
-from loader_cases import content, pair_pipeline, take
+from loader_cases import content, pair_pipeline, samples_and_error, take
 from s3_server import SECRET, Bucket, serve_bucket
 from shard_factory import make_shards, write_shard
 from web_server import Site, serve
@@ -44,17 +44,6 @@ def small_ranges(monkeypatch):
     """Ranges so small that a shard takes several."""
     monkeypatch.setattr(store, "FIRST_RANGE", 1 << 13)
     monkeypatch.setattr(store, "LARGEST_RANGE", 1 << 15)
-
-
-def samples_and_error(path, wanted=None):
-    """Readable samples, and the error after them, without the name of the shard."""
-    samples = []
-    try:
-        for sample in read_shard(str(path), wanted):
-            samples.append(sample)
-    except ShardError as error:
-        return samples, str(error).removeprefix(f"{path}: ")
-    return samples, None
 
 
 def every_third(status):
