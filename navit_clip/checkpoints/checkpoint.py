@@ -182,7 +182,7 @@ class Checkpoints:
             report(f"{set_aside(path, what)}; going on from step {self._newest}")
         self._damaged = []
         if self.mirror is not None:
-            self.mirror.begin(report)
+            self.mirror.begin(report, self._newest or 0)
 
     def save(self, step: int, state: dict[str, Any], data: DataState) -> None:
         """Takes a checkpoint of the state after `step` steps; every rank calls it.

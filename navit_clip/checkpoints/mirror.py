@@ -117,11 +117,13 @@ class Mirror:
                 return
             print(f"step {step} is damaged there ({damage})", flush=True)
 
-    def begin(self, report: Callable[[str], None]) -> None:
+    def begin(self, report: Callable[[str], None], step: int) -> None:
         """Takes the mirror for this trainer, whose command is accepted.
 
         Args:
             report: Gets a line for whatever goes wrong from now on.
+            step: The step that the run goes on from; what the mirror has of later ones is damaged,
+                or of what is now trained again.
 
         Raises:
             UserError: If it cannot be written.
@@ -134,6 +136,9 @@ class Mirror:
             atomic_write(self._run_dir / _OWNER, self._owner)
         try:
             self._write(_OWNER, self._owner)
+            for later in (found for found in _whole(self._sizes()) if found > step):
+                folder = step_folder(self._run_dir / _CHECKPOINTS, later)
+                self._remove(self._name(folder / MANIFEST))
         except RemoteError as error:
             raise UserError(f"cannot write {self._address}: {error}") from error
 

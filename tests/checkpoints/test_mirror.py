@@ -14,11 +14,14 @@ from itertools import pairwise
 
 import fsspec
 import pytest
+import torch
 from s3_server import Bucket, serve_bucket
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip import retries
 from navit_clip.checkpoints.folder import find_damage, saved_steps
+from navit_clip.checkpoints.mirror import Mirror
+from navit_clip.distributed import Ranks
 
 STEPS, EVERY = 6, 2
 
@@ -198,6 +201,13 @@ def test_damage_in_the_store_gives_way_to_the_checkpoint_before(
         assert outcome(tmp_path / "b") == outcome(undisturbed)
         there = download(bucket.objects, tmp_path / "there")
         assert whole_steps(there) == [STEPS - EVERY, STEPS]
+
+
+def test_what_is_to_be_trained_again_is_no_longer_whole(mirrored, tmp_path, monkeypatch):
+    with serve_bucket(Bucket(dict(mirrored[1][-1])), monkeypatch) as bucket:
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        Mirror("s3://b/run", tmp_path, lambda steps: [], ranks).begin(print, STEPS - EVERY)
+        assert whole_steps(download(bucket.objects, tmp_path / "there")) == [STEPS - EVERY]
 
 
 def test_what_is_refused_in_one_line(mirrored, data, undisturbed, tmp_path, monkeypatch, capfd):
