@@ -23,7 +23,7 @@ from open_clip_train import params
 
 from navit_clip.commands import Parser, run_command
 from navit_clip.errors import UserError
-from navit_clip.tools.from_open_clip.convert import OPEN_CLIP
+from navit_clip.tools.from_open_clip.convert import CONVERT, OPEN_CLIP, READ
 from navit_clip.tools.from_open_clip.flags import FLAGS
 from navit_clip.tools.from_open_clip.translation import Translation
 
@@ -102,9 +102,9 @@ def _translate(launcher: str, flags: Sequence[str]) -> str:
     t.set("run_dir", "")
     t.set("task.kind", "contrastive")
     for name, (dest, _) in args.flags.items():
-        value, convert = getattr(args, dest), FLAGS[name].convert
-        if convert is not None and value is not None:
-            convert(t, value)
+        value = getattr(args, dest)
+        if name in CONVERT and value is not None:
+            CONVERT[name](t, value)
     if t.unpaced:
         t.lose(
             ", ".join(t.unpaced),
@@ -176,9 +176,8 @@ def _launched(launcher: str) -> str:
 
 def _without_counterpart(args: argparse.Namespace) -> Iterator[str]:
     for name, (_, given) in args.flags.items():
-        flag = FLAGS[name]
-        if given and flag.convert is None and flag.ours == "":
-            yield f"{name}: {flag.note}"
+        if given and FLAGS[name].ours == "" and name not in READ:
+            yield f"{name}: {FLAGS[name].note}"
 
 
 def _comments(commands: Sequence[str], lost: Sequence[str]) -> Iterator[str]:

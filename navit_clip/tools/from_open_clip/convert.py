@@ -1,7 +1,7 @@
 """What flags of open_clip's trainer become: each function sets fields of our configuration.
 
-The table in `flags` names one for each flag that has a counterpart. They are called with the value
-of the flag, given or open_clip's default, unless it is None.
+`CONVERT` has one for each flag that has a counterpart, unless the function of another flag reads
+it. They are called with the value of the flag, given or open_clip's default, unless it is None.
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ def to(path: str) -> Convert:
 def if_set(path: str, value: Any) -> Convert:
     """Sets a field if the flag, which has no value, is given."""
     return lambda t, given: t.set(path, value) if given else None
-
-
-def with_others(t: Translation, value: Any) -> None:
-    """Another flag's function reads this one."""
 
 
 def run_dir(t: Translation, logs: str) -> None:
@@ -332,3 +328,53 @@ def report_to(t: Translation, value: str) -> None:
         t.set("log.tensorboard", True)
     for name in sorted(names - {"wandb", "tensorboard", "all"}):
         t.lose("--report-to", f"{name}: metrics.jsonl of the run directory has all metrics")
+
+
+# Flags that the functions of others read, though no field stands for them alone.
+READ = ("--dataset-type", "--csv-separator")
+CONVERT: dict[str, Convert] = {
+    "--logs": run_dir,
+    "--seed": to("seed"),
+    "--epochs": epochs,
+    "--model": model,
+    "--pretrained": weights("--pretrained"),
+    "--resume": weights("--resume", "weights are taken, not epoch and optimiser"),
+    "--force-context-length": architecture("text.context_length"),
+    "--force-quick-gelu": architecture(
+        "image.encoder.activation", "text.encoder.activation", fixed="quick_gelu"
+    ),
+    "--image-mean": architecture("image.pixel_mean"),
+    "--image-std": architecture("image.pixel_std"),
+    # open_clip's last group of a vision tower is the projection.
+    "--lock-image": lock("image", "lock_image_unlocked_groups", 1),
+    "--lock-text": lock("text", "lock_text_unlocked_layers", 0),
+    "--siglip": siglip,
+    "--distill-model": teacher,
+    "--distill-pretrained": to("task.distill.weights"),
+    "--train-data": train_data,
+    "--val-data": val_data,
+    "--max-image-pixels": max_pixels,
+    "--workers": to("data.workers"),
+    "--aug-cfg": augment,
+    "--batch-size": batch,
+    "--accum-freq": to("accumulate"),
+    "--opt": optimizer,
+    "--lr": to("optim.lr"),
+    "--wd": to("optim.weight_decay"),
+    "--lr-scheduler": schedule,
+    "--image-layer-decay": layer_decay,
+    "--visual-layer-decay": layer_decay,
+    "--text-layer-decay": layer_decay,
+    "--precision": precision,
+    "--grad-checkpointing": if_set("parallel.activation_checkpointing", True),
+    "--torchcompile": if_set("parallel.compile", True),
+    "--device": device,
+    "--fsdp": if_set("parallel.kind", "fsdp"),
+    "--fsdp-no-reshard-after-forward": if_set("parallel.reshard_after_forward", False),
+    "--save-frequency": checkpoints,
+    "--log-every-n-steps": to("log.every_steps"),
+    "--log-metric-every-n-steps": to("log.every_steps"),
+    "--report-to": report_to,
+    "--imagenet-val": imagenet("imagenet", "imagenet"),
+    "--imagenet-v2": imagenet("imagenet_v2", "index"),
+}
