@@ -126,9 +126,7 @@ def describe_run(name: str | None = None) -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             versions[library] = metadata.version(library)
     return {
-        "command": re.sub(
-            r" --(output|out|commit|peer-python|open-clip-main)[= ]('[^']*'|\S+)", "", typed
-        ),
+        "command": re.sub(rf" --({_LOCAL})[= ]('[^']*'|\S+)", "", typed),
         "commit": commit_of(Path(__file__).parent),
         "machine": _machine(),
         "threads": torch.get_num_threads(),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from benchmarks.command import default_device
-from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb, synchronize
+from benchmarks.measure import flop_counter, in_processes, in_turn, peak_mb, synchronize
 from benchmarks.needs import need_proc
 from benchmarks.pairs import RealPair, draw_batches, read_samples
 from benchmarks.peers import PROJECTS, Towers
@@ -208,7 +208,7 @@ def run_trial(
     with file.open("rb") as pickled:
         drawn: list[list[RealPair]] = pickle.load(pickled)
     batches = [towers.prepare(pairs, device) for pairs in drawn]
-    held_mb = _peak_mb(device)
+    held_mb = peak_mb(device.type)
     flops = []
     for batch in batches:
         # Nothing compiles under the counter.
@@ -229,7 +229,7 @@ def run_trial(
                 "seconds": seconds,
                 "flops": operations,
                 "real_tokens": {"image": image, "text": text}.get(variant.part, image + text),
-                "peak_mb": _peak_mb(device) - held_mb,
+                "peak_mb": peak_mb(device.type) - held_mb,
             }
         )
     return found
@@ -241,9 +241,3 @@ def _forward(variant: Variant, towers: Towers, batch: Any) -> Tensor:
         return towers.loss(image_ED, text_ED, towers.scale.exp())
     embed = towers.embed_images if variant.part == "image" else towers.embed_texts
     return embed(batch).float().square().sum()
-
-
-def _peak_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_mb("VmHWM")

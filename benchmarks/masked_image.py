@@ -30,7 +30,7 @@ import torch
 from torch import multiprocessing
 
 from benchmarks.command import command, default_device
-from benchmarks.measure import flop_counter, in_processes, in_turn, resident_mb, synchronize
+from benchmarks.measure import flop_counter, in_processes, in_turn, peak_mb, synchronize
 from benchmarks.needs import need_proc
 from benchmarks.pairs import read_samples
 from benchmarks.sizes import HEAD_WIDTH, PATCH, SQUARE, WIDTHS
@@ -149,7 +149,7 @@ def _trial(
         synchronize()
 
     step(single)  # makes gradients and moments, which are not counted
-    held_mb = _peak_mb(device)
+    held_mb = peak_mb(device)
     with flop_counter() as counter:
         step(inputs)
     begin = time.perf_counter()
@@ -160,14 +160,8 @@ def _trial(
         "seconds": seconds,
         "images_per_s": images / seconds,
         "gflops_per_image": counter.get_total_flops() / images / 1e9,
-        "peak_mb": _peak_mb(device) - held_mb,
+        "peak_mb": peak_mb(device) - held_mb,
     }
-
-
-def _peak_mb(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_mb("VmHWM")
 
 
 main = command(

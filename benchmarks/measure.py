@@ -77,6 +77,13 @@ def resident_mb(field: str, process: int | str = "self") -> float:
     return int(found[1]) / 1024
 
 
+def peak_mb(device: str) -> float:
+    """The most memory so far in MiB: the allocator's on CUDA, else this process's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident_mb("VmHWM")
+
+
 def in_processes(
     context: BaseContext, work: Callable[..., T], arguments: Sequence[Sequence[Any]], what: str
 ) -> list[T]:

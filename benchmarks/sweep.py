@@ -26,23 +26,16 @@ import numpy as np
 import torch
 
 from benchmarks.command import command, default_device
+from benchmarks.device.steps import build_stepper
 from benchmarks.measure import alternate, flop_counter
 from benchmarks.sizes import PATCH, WIDTHS, Widths
 from navit_clip.data.builders.pairs import PairInputs
-from navit_clip.data.config import DataConfig
 from navit_clip.data.patches import cut_patches
-from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.packed.images import pack_images
 from navit_clip.packed.texts import pack_texts
-from navit_clip.tasks.contrastive import ContrastiveConfig, ContrastiveTask
-from navit_clip.training.ema import EMAConfig
-from navit_clip.training.length import RunLength
-from navit_clip.training.nonfinite import NonFiniteGuard
-from navit_clip.training.optim import OptimConfig
 from navit_clip.training.parallel import ParallelConfig
-from navit_clip.training.step import Stepper
 
 # Its gradient and update cost the same at every point and, with a large vocabulary and narrow
 # towers, would hide what grows.
@@ -115,20 +108,8 @@ class Steps:
     """The model and its optimiser, which all points share."""
 
     def __init__(self, widths: Widths, precision: Literal["fp32", "bf16"], device: str) -> None:
-        torch.manual_seed(0)
-        self.device = torch.device(device)
-        task = ContrastiveTask(ContrastiveConfig(model=widths.config(VOCABULARY)), DataConfig())
-        self._stepper = Stepper(
-            task,
-            task.build_model().to(self.device),
-            Ranks(0, 1, self.device),
-            length=RunLength(1_000_000),  # the learning rate hardly changes
-            optim=OptimConfig(),
-            parallel=ParallelConfig(),
-            ema=EMAConfig(),
-            guard=NonFiniteGuard("stop", 1),
-            precision=precision,
-        )
+        self.device, model = torch.device(device), widths.config(VOCABULARY)
+        self._stepper = build_stepper(model, self.device, ParallelConfig(), precision)
         self._numbers = count()
 
     def take(self, batch: Batch[PairInputs]) -> None:

@@ -17,12 +17,13 @@ import open_clip
 import torch
 
 from benchmarks.device.setting import Setting
-from benchmarks.device.steps import build_stepper, time_steps
+from benchmarks.device.steps import COMPILED, COMPILED_BF16, build_stepper, time_steps
 from benchmarks.pairs import RealPair, draw_batches, pair_builder, read_samples
 from benchmarks.peers import OpenClip
 from benchmarks.sizes import WIDTHS
 from navit_clip.data.config import DataConfig
 from navit_clip.packed.batch import Batch, BatchCounts
+from navit_clip.training.parallel import ParallelConfig
 
 _PAIRS, _BATCHES, _STEPS = 768, 2, 10
 _WARM_UPS = 4
@@ -36,11 +37,11 @@ def _batches(setting: Setting, drop: float) -> list[list[RealPair]]:
     return list(draw_batches(samples, 4 if setting.tiny else _PAIRS, _BATCHES, drop))
 
 
-def check_ours(setting: Setting, bf16_residual: bool = False) -> Iterator[dict[str, Any]]:
+def check_ours(setting: Setting, parallel: ParallelConfig = COMPILED) -> Iterator[dict[str, Any]]:
     """Pairs per second of this project's steps, compiled, without drop and with half dropped."""
     setting.warm_up()
     widths = WIDTHS["XS/16" if setting.tiny else "B/16"]
-    stepper = build_stepper(widths.config(), setting, True, bf16_residual)
+    stepper = build_stepper(widths.config(), setting.device, parallel)
     build = pair_builder(DataConfig())
     for name, drop in (("all", 0.0), ("half", HALF)):
         drawn = _batches(setting, drop)
@@ -109,7 +110,7 @@ def _check_peer(setting: Setting, compiled: bool) -> Iterator[dict[str, Any]]:
     }
 
 
-check_ours_bf16 = partial(check_ours, bf16_residual=True)
+check_ours_bf16 = partial(check_ours, parallel=COMPILED_BF16)
 check_peer_eager = partial(_check_peer, compiled=False)
 check_peer_compiled = partial(_check_peer, compiled=True)
 

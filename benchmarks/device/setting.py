@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from navit_clip.data.shards import add_member
+
 # A GPU spins so long before the calls that are timed, so that all of them are queued when the first
 # one begins; else launching, not the kernels, would be measured where kernels are short.
 _HEAD_START_CYCLES = 25_000_000
@@ -123,9 +125,7 @@ class Setting:
                 picture.save(content, "JPEG")
                 caption = " ".join(["a picture of many colours"] * int(rng.integers(1, 4)))
                 for suffix, data in (("jpg", content.getvalue()), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{number:04}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_member(tar, f"{number:04}.{suffix}", data)
         return [str(shard)]
 
 

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._dynamo.utils import counters
@@ -37,28 +37,33 @@ _SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "tiny": (32, 1, 2)}
 _VOCABULARY, _CONTEXT = 32000, 24
 _BATCHES = 4
 _WARM_UPS = 6  # the first compiles, and each batch is seen once
+COMPILED = ParallelConfig(compile=True)
+COMPILED_BF16 = ParallelConfig(compile=True, bf16_residual=True)
 DATA_SHEET_TFLOPS = 989  # of an H100 or H200, dense bfloat16
 
 
 def build_stepper(
-    model: CLIPConfig, setting: Setting, compiled: bool, bf16_residual: bool = False
+    model: CLIPConfig,
+    device: torch.device,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"] = "bf16",
 ) -> Stepper:
-    """The trainer's step in bfloat16, with its defaults."""
-    if not setting.cuda:
+    """The trainer's step with its defaults."""
+    if parallel.compile and device.type != "cuda":
         # The path through the compiler's entry points, without the minutes of a C++ compiler.
         torch.compiler.set_stance("force_eager")
     torch.manual_seed(0)
     task = ContrastiveTask(ContrastiveConfig(model=model), DataConfig())
     return Stepper(
         task,
-        task.build_model().to(setting.device),
-        Ranks(0, 1, setting.device),
+        task.build_model().to(device),
+        Ranks(0, 1, device),
         length=RunLength(1_000_000),  # the learning rate hardly changes
         optim=OptimConfig(),
-        parallel=ParallelConfig(compile=compiled, bf16_residual=bf16_residual),
+        parallel=parallel,
         ema=EMAConfig(),
         guard=NonFiniteGuard("skip", 1000),
-        precision="bf16",
+        precision=precision,
     )
 
 
@@ -129,8 +134,7 @@ def _check_step(
     size: str,
     image_tokens: int,
     text_tokens: int,
-    compiled: bool = True,
-    bf16_residual: bool = False,
+    parallel: ParallelConfig = COMPILED,
     steps: int = 12,
     kernels: int = 4,
 ) -> Iterator[dict[str, Any]]:
@@ -144,7 +148,7 @@ def _check_step(
         ImageTowerConfig(16, encoder),
         TextTowerConfig(_VOCABULARY, _CONTEXT, encoder),
     )
-    stepper = build_stepper(model, setting, compiled, bf16_residual)
+    stepper = build_stepper(model, setting.device, parallel)
     task = stepper.task
     assert isinstance(task, ContrastiveTask)
     batches = [draw_batch(task, image_tokens, text_tokens, seed) for seed in range(_BATCHES)]
@@ -166,8 +170,8 @@ def _check_step(
 _check_small = partial(_check_step, size="B", image_tokens=16384, text_tokens=4288)
 _check_full = partial(_check_step, size="B", image_tokens=65536, text_tokens=17152, steps=6)
 check_step = partial(_check_small, kernels=10)
-check_step_eager = partial(_check_small, compiled=False, steps=8)
+check_step_eager = partial(_check_small, parallel=ParallelConfig(), steps=8)
 check_step_full = partial(_check_full, kernels=10)
-check_step_full_bf16 = partial(check_step_full, bf16_residual=True)
+check_step_full_bf16 = partial(check_step_full, parallel=COMPILED_BF16)
 check_step_large = partial(_check_step, size="L", image_tokens=32768, text_tokens=8576, steps=6)
-check_step_large_bf16 = partial(check_step_large, bf16_residual=True)
+check_step_large_bf16 = partial(check_step_large, parallel=COMPILED_BF16)
