@@ -69,10 +69,6 @@ class Classify(ClassEvaluator[ClassifySpec]):
         self.labelled.check_names(self.names)
         return self.labelled.dataset
 
-    def texts(self, data: Embedded) -> list[str]:
-        """None."""
-        return []
-
     def readout(
         self, model: Model, data: Embedded, texts_TD: Tensor, setting: EvalSetting
     ) -> Readout:

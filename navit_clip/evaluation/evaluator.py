@@ -212,9 +212,9 @@ class EmbeddingEvaluator(Evaluator[S]):
             embed: Gives the embeddings of a dataset by each of them.
         """
 
-    @abstractmethod
     def texts(self, data: Embedded) -> list[str]:
-        """All texts that `score` needs."""
+        """All texts that `score` needs; by default none."""
+        return []
 
     @abstractmethod
     def count(self, data: Embedded) -> int:

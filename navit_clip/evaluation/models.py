@@ -33,6 +33,7 @@ from navit_clip.models.flops import image_flops
 from navit_clip.models.image_tower import ImageTowerConfig
 from navit_clip.packed.images import ImagePatches, PackedImages
 from navit_clip.precision import Precision, autocast
+from navit_clip.tokenizers.base import Tokenizer
 
 Sizer = Callable[[EncodedImage, EvalSetting], Any]
 
@@ -115,7 +116,10 @@ def _size(
     return size_image(image, config, setting.max_tokens, square=square)
 
 
-class _Packed(Model):
+AnyPacked = TypeVar("AnyPacked", NaViTCLIP, NaViTClassifier, NaViTMaskedImage)
+
+
+class _Packed(Model, Generic[AnyPacked]):
     """What our models have in common.
 
     Args:
@@ -125,26 +129,28 @@ class _Packed(Model):
         around: A context for each of them.
 
     Attributes:
+        model: As given.
         preprocess: Of the model.
         around: As given.
     """
 
     def __init__(
         self,
-        model: AnyModel,
+        model: AnyPacked,
         name: str,
         precision: Precision = "fp32",
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         assert model.preprocess is not None
+        self.model: AnyPacked = model
         self._tower: nn.Module = model.image
-        self._config, self._device, self.preprocess = model.config, model.device, model.preprocess
+        self._device, self.preprocess = model.device, model.preprocess
         self.name, self.precision, self.around = name, precision, around
         self._set_image(model.config.image)
 
     def _set_image(self, image: ImageTowerConfig) -> None:
         self._image = image
-        tokens = self.preprocess.tokens_at(image.patch_size / self._config.image.patch_size)
+        tokens = self.preprocess.tokens_at(image.patch_size / self.model.config.image.patch_size)
         self.own_setting = EvalSetting("capped", tokens)
         self.sizer = partial(_size, image, self.preprocess.square)
 
@@ -201,21 +207,14 @@ class _Packed(Model):
             yield
 
 
-class PackedModel(_Packed):
+class PackedModel(_Packed[NaViTCLIP]):
     """A CLIP of this library; arguments as of `_Packed`."""
 
-    model: NaViTCLIP
-
-    def __init__(
-        self,
-        model: NaViTCLIP,
-        name: str,
-        precision: Precision = "fp32",
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        assert model.tokenizer is not None
-        super().__init__(model, name, precision, around)
-        self.model, self.tokenizer = model, model.tokenizer
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model."""
+        assert self.model.tokenizer is not None
+        return self.model.tokenizer
 
     def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
         return image_vectors(self.model, images)
@@ -249,27 +248,13 @@ class PackedModel(_Packed):
         )
 
 
-AnyTower = TypeVar("AnyTower", NaViTClassifier, NaViTMaskedImage)
-
-
-class PackedTower(_Packed, Generic[AnyTower]):
+class PackedTower(_Packed[AnyPacked]):
     """A model of this library without texts, as its image tower; arguments as of `_Packed`."""
 
     reads_texts = False
 
-    def __init__(
-        self,
-        model: AnyTower,
-        name: str,
-        precision: Precision = "fp32",
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        super().__init__(model, name, precision, around)
-        self.model: AnyTower = model
-        self.tower = model.image
-
     def _embed(self, images: Sequence[ImagePatches]) -> Tensor:
-        return feature_vectors(self.tower, images)
+        return feature_vectors(self.model.image, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """There are none."""
@@ -288,7 +273,7 @@ class PackedTower(_Packed, Generic[AnyTower]):
     def fingerprint(self) -> str:
         """Of the tower: a head reads what is kept."""
         return tensors_digest(
-            self.tower.state_dict(),
+            self.model.image.state_dict(),
             repr(self._image),
             repr(self.preprocess),
             self._device.type,

@@ -81,10 +81,6 @@ class Probe(ClassEvaluator[S]):
         self.names = self.names or [str(index) for index in range(last + 1)]
         self.labelled.check_names(self.names)
 
-    def texts(self, data: Embedded) -> list[str]:
-        """None."""
-        return []
-
     def features(
         self, model: Model, data: Embedded, setting: EvalSetting
     ) -> tuple[Tensor, Tensor, Tensor]:

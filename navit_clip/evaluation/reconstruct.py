@@ -157,10 +157,6 @@ class Reconstruct(EmbeddingEvaluator[ReconstructSpec]):
         assert isinstance(model, PackedMaskedImage)
         return _Predictor(model, self.spec.rate)
 
-    def texts(self, data: Embedded) -> list[str]:
-        """None."""
-        return []
-
     def count(self, data: Embedded) -> int:
         """Of all images at the model's own setting."""
         return sum(data.lengths[self.model.own_setting])
