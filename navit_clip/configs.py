@@ -1,7 +1,8 @@
 """Config dataclasses: their choices checked, and trees of them built from plain values.
 
 The command line and `config.json` name choices as text, and so may a caller in Python; without a
-check a pooling or position misspelt would silently become another.
+check a pooling or position misspelt would silently become another. Made with a field that is empty
+or out of range, every config raises a `ValueError` that names it.
 """
 
 from __future__ import annotations

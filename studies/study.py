@@ -47,9 +47,6 @@ class Study:
         prepare: Commands after ``python -m`` by a file that each makes, run once.
         points: Evaluations of each run, evenly over its steps.
         right_within: A query counts as right if its answer is among so many nearest.
-
-    Raises:
-        ValueError: If a field is out of range; names it.
     """
 
     title: str

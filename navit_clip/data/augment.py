@@ -43,9 +43,6 @@ class AugmentConfig:
             by λ ~ Beta(α, α), and so are their labels; 0 leaves it out.
         cutmix: α of CutMix, which pastes a part of one into the other. With both, each image gets
             one of them, as likely as the other.
-
-    Raises:
-        ValueError: If a field is out of range; names it.
     """
 
     min_area: float = 1.0

@@ -36,9 +36,6 @@ class DatasetConfig:
         weight: How many samples come from it, relative to the other datasets.
         captions: Its own caption weights; null takes those of the task.
         files: How its image files are read, if it is no shards; null takes data.files.
-
-    Raises:
-        ValueError: If a field is out of range.
     """
 
     shards: str | list[str]
@@ -88,9 +85,6 @@ class DataConfig:
         workers: Reader processes per rank; 0 reads in the training process.
         prefetch: Batches that each worker prepares ahead.
         max_bad_samples: Unusable samples in a row after which a reader gives up.
-
-    Raises:
-        ValueError: If a field is out of range.
     """
 
     train: str | list[str] = field(default_factory=list)

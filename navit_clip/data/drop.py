@@ -39,9 +39,6 @@ class DropConfig:
             around 2/3.
         ramp_images: Images over which every drawn rate rises from zero to its full value, in
             proportion, for a model that has never missed a patch; 0 drops in full at once.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
     """
 
     kind: Literal["none", "fixed", "beta", "resolution"] = "none"

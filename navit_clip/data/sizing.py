@@ -67,9 +67,6 @@ class ResolutionConfig:
         max_pixels: Images of more pixels are skipped, as their header tells; one takes up to 27
             bytes of memory per pixel.
         curriculum: How the limits of `max_side` and `max_tokens` are reached.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
     """
 
     mode: Literal["sampled", "native", "square"] = "sampled"

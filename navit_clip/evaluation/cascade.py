@@ -37,9 +37,6 @@ class CascadeSpec(ZeroShotSpec, ClassifySpec):
 
     Attributes:
         percents: Percentages of images that are evaluated again, such as 10,30,50.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     percents: tuple[int, ...] = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80)

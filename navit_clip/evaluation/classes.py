@@ -48,9 +48,6 @@ class LabelledSpec(EvalSpec):
         class_map: From class folder or label to class index: a file, ``imagenet``, or ``index`` for
             plain numbers.
         only_present: Only classes that occur in the data compete.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     data: str

@@ -23,9 +23,6 @@ class ClassifySpec(LabelledSpec):
 
     Attributes:
         field: Where samples of shards have their labels: ``cls``, or ``json.FIELD``.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     field: str = "cls"

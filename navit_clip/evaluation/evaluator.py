@@ -50,9 +50,6 @@ class EvalSpec:
         native: Also images at their own size, never enlarged.
         square: Also squares of these sides in pixels, such as 224.
         max_pixels: Images of more pixels are skipped, as their header tells.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     max_tokens: tuple[int, ...] = ()

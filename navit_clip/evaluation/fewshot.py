@@ -36,9 +36,6 @@ class FewShotSpec(ProbeSpec):
     Attributes:
         shots: Images of each class to learn from, such as 1,5,10,25.
         seeds: How many draws of these images are averaged.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     shots: tuple[int, ...] = (1, 5, 10, 25)

@@ -32,9 +32,6 @@ class ProbeSpec(LabelledSpec):
         train: Labelled images to learn from, in the forms that `data` has.
         train_labels: The label file of `train`, as `labels` is that of `data`.
         field: Where samples of shards have their labels: ``cls``, or ``json.FIELD``.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     train: str

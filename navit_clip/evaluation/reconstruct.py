@@ -49,9 +49,6 @@ class ReconstructSpec(EvalSpec):
     Attributes:
         data: A folder, with all images below it, or shards.
         rate: Fraction of an image's patches that are hidden, at least one and not all.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     data: str

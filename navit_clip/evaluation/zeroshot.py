@@ -36,9 +36,6 @@ class ZeroShotSpec(LabelledSpec):
         classnames: Text file with one name per line, or ``imagenet``; by default the folders'.
         templates: ``openai`` (80, the default), ``simple`` (7), ``plain`` (1), or a text file with
             {} in each line.
-
-    Raises:
-        ValueError: If a field is empty or out of range; the message names it.
     """
 
     classnames: str | None = None

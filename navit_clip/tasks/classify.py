@@ -38,9 +38,6 @@ class ClassifyConfig(ImageTaskConfig):
         labels: Where a sample has its labels: a text member such as ``cls``, or ``json.FIELD``. A
             number is a class index, a text a name; several for an image are lines of the member, or
             a list in the JSON.
-
-    Raises:
-        ValueError: If a field is out of range; names it.
     """
 
     kind: Literal["classify"] = "classify"

@@ -109,9 +109,6 @@ class ImageTaskConfig(TaskConfig):
         windows: How a hierarchical tower computes windows with different numbers of tokens:
             ``single``, each by itself, those of one length at once; or ``grouped``, put together in
             groups of one length, with some padding (GreenMIM): fewer but larger products.
-
-    Raises:
-        ValueError: If a field is out of range; names it.
     """
 
     drop_path: float = field(default=0.0, kw_only=True)

@@ -40,9 +40,6 @@ class OptimConfig:
             1 trains all alike; fine-tuning takes 0.65 to 0.9.
         clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
         schedule: Course of the learning rate over the steps.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
     """
 
     name: str = ADAMW
