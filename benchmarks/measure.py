@@ -89,12 +89,6 @@ def in_processes(
 ) -> list[T]:
     """What a function returned in new processes, all at once, one for each of the arguments.
 
-    Args:
-        context: Of `multiprocessing`, how they are started.
-        work: The function.
-        arguments: Those of each process.
-        what: It is called in errors.
-
     Raises:
         UserError: From the function; or if a process ended before, or took two hours.
     """

@@ -51,11 +51,8 @@ def check_choices(config: object) -> None:
 def check_finite(value: Any, name: str = "") -> None:
     """Checks that no number in a tree of configs, mappings and lists is NaN or infinite.
 
-    Comparisons with NaN are false, so that limits like ``value <= 0`` let it pass.
-
-    Args:
-        value: The tree.
-        name: Its own name, before those of its fields.
+    Comparisons with NaN are false, so that limits like ``value <= 0`` let it pass. `name` begins
+    the paths.
 
     Raises:
         ValueError: Naming the first such number by its full path.

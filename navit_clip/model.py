@@ -194,10 +194,7 @@ class NaViTCLIP(CLIP, PretrainedModel, library_name=LIBRARY, pipeline_tag=TASK, 
     ) -> Tensor:
         """Cosine similarity of every image with every text, not scaled.
 
-        Args:
-            images: As in `encode_image`.
-            texts: As in `encode_text`.
-            max_tokens: As in `encode_image`.
+        Arguments as of `encode_image` and `encode_text`.
 
         Returns:
             float32 [E, T] in [-1, 1], images by texts.

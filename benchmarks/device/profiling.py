@@ -35,10 +35,6 @@ def profile_steps(
 ) -> tuple[dict[str, Any], list[tuple[float, float, str]], dict[str, float]]:
     """What two steps launch, per step.
 
-    Args:
-        setting: Of the checks.
-        take: Takes the step of this number.
-
     Returns:
         Numbers; milliseconds, launches and name of each of the longest kernels; the host's calls.
     """

@@ -101,11 +101,6 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run.
 
-    Args:
-        directory: Where they are kept.
-        config: How they are written, and which are kept.
-        ranks: This process among all of them.
-
     Attributes:
         describe: Called by rank 0 with the folder of each: writes what belongs into it beside the
             state.

@@ -74,10 +74,6 @@ class _Planner(dcp.DefaultLoadPlanner):
 def read_index(folder: Path, files: Collection[str]) -> Metadata:
     """Which tensors a checkpoint holds, and where.
 
-    Args:
-        folder: Of the checkpoint.
-        files: Names of those that belong to it.
-
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is no such index, or names other files.

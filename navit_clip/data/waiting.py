@@ -18,11 +18,7 @@ _own: Any = None  # the place of this process
 
 
 class WaitBoard:
-    """A line for each worker of a rank.
-
-    Args:
-        workers: How many there are.
-    """
+    """A line for each worker of a rank."""
 
     def __init__(self, workers: int) -> None:
         self._places = [RawArray("c", _BYTES) for _ in range(workers)]

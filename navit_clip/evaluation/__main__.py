@@ -25,12 +25,7 @@ from navit_clip.precision import slow_precision
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.evaluation") -> None:
-    """Evaluates.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-    """
+    """Evaluates, or prints tables of results; see `parse_arguments`."""
     words = list(sys.argv[1:] if argv is None else argv)
     with one_line_errors(prog):
         args = parse_arguments(words, prog)

@@ -285,13 +285,7 @@ def _together(
 
 
 def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache | None) -> Tensor:
-    """Embeds prompts or captions on all ranks, in blocks as images are.
-
-    Args:
-        model: Embeds them.
-        texts: The same on all ranks.
-        ranks: This process among all of them.
-        cache: Where embeddings are kept from one evaluation to the next.
+    """Embeds prompts or captions, the same on all ranks, together and in blocks as images are.
 
     Returns:
         All of them on every rank, float32 [T, D] unit vectors on the host. Equal texts have equal

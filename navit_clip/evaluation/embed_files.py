@@ -50,12 +50,7 @@ _ROW_GROUP = 8192
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "navit-clip embed") -> None:
-    """Embeds.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-    """
+    """Embeds."""
     with one_line_errors(prog):
         args = _parser(prog).parse_args(argv)
         with join_ranks(args.device) as ranks, failing_at_once(ranks):

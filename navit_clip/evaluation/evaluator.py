@@ -202,12 +202,7 @@ class EmbeddingEvaluator(Evaluator[S]):
     def prepare(
         self, models: Sequence[Model], embed: Callable[[EvalDataset], list[Embedded]]
     ) -> None:
-        """Embeds what else is needed, once the data is open; every rank calls it.
-
-        Args:
-            models: The model and its baselines.
-            embed: Gives the embeddings of a dataset by each of them.
-        """
+        """Embeds what else the models need, once the data is open; every rank calls it."""
 
     def texts(self, data: Embedded) -> list[str]:
         """All texts that `score` needs; by default none."""

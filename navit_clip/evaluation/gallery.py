@@ -27,13 +27,6 @@ def draw_gallery(
 
     Captions of the image itself are green, those of others red.
 
-    Args:
-        dataset: Read again for the pixels of the chosen images.
-        data: The embedded images, with captions.
-        images_ED: Image embeddings at one setting.
-        texts_TD: Caption embeddings.
-        output: PNG file to write.
-
     Raises:
         UserError: If the file cannot be written.
     """

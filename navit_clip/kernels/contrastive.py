@@ -86,15 +86,9 @@ def softmax_weights(
 ) -> None:
     """Sets out to exp(logit - row_lse) + exp(logit - column_lse), less 2 for matching pairs.
 
-    Args:
-        image_ED: As above, as are the next four arguments.
-        text_MD: See above.
-        scale: See above.
-        row_lse_E: See above; over all texts.
-        column_lse_M: See above; over all images.
-        matches: Whether text i matches image i.
-        out_EM: [E, M], usually bfloat16; its rows lie a multiple of ALIGNMENT apart, of which what
-            exceeds M is set to zero.
+    Arguments as of `softmax_statistics`, with `row_lse_E` over all texts and `column_lse_M` over
+    all images; `matches` says whether text i matches image i. `out_EM` is [E, M], usually bfloat16;
+    its rows lie a multiple of ALIGNMENT apart, of which what exceeds M is set to zero.
     """
     from navit_clip.kernels._contrastive import weights_kernel
 

@@ -43,11 +43,8 @@ def pool_attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the query and of keys and values.
 
-    Args:
-        grad_EHD: [E, H, D] gradient of the output.
-        q_HD: As in the forward pass.
-        kv_T2HD: As in the forward pass.
-        offsets: As in the forward pass; the last one is T, else rows behind it stay undefined.
+    Of the output's gradient [E, H, D] and the forward pass's arguments; `offsets` must end with T,
+    else rows behind it stay undefined.
 
     Returns:
         [H, D] and [T, 2, H, D], in the precision of `q_HD` and of `kv_T2HD`.

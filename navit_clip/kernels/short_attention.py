@@ -109,16 +109,8 @@ def short_attention_backward(
 ) -> tuple[Tensor, Tensor] | None:
     """Writes the gradient of the packed QKV for the segments of all classes, and no other rows.
 
-    Args:
-        grad_THD: [T, H, D] gradient of the output, in the precision of `qkv_T3HD`, contiguous.
-        qkv_T3HD: As in the forward pass, as are the next arguments.
-        offsets: See above.
-        bounds: See above.
-        q_weight: See above.
-        k_weight: See above.
-        eps: See above.
-        causal: See above.
-        dqkv_T3HD: [T, 3, H, D] to write to, in the precision of `qkv_T3HD`, contiguous.
+    `grad_THD` is [T, H, D], the gradient of the output, and `dqkv_T3HD` [T, 3, H, D] is written to;
+    both are contiguous and in the precision of `qkv_T3HD`. All others are the forward pass's.
 
     Returns:
         [D] gradients of `q_weight` and `k_weight` in their precision, None without a norm.

@@ -49,11 +49,6 @@ def attention_cost(count: int, size: int, width: int) -> int:
 
     Four projections of each token, and of each pair of places in a group one product for its
     weight and one for its value: count·(4·size·width² + 2·size²·width).
-
-    Args:
-        count: Groups.
-        size: Tokens of each.
-        width: Of a token.
     """
     return count * (4 * size * width**2 + 2 * size**2 * width)
 
@@ -143,11 +138,8 @@ def _fullest(left: dict[int, int], size: int) -> dict[int, int]:
     """Windows by length whose sum comes closest to a size from below.
 
     The table of the dynamic programme has a row for 1, 2, 4, … windows of each length, and a row
-    is an integer whose bit t says whether t tokens can be had of the windows so far.
-
-    Args:
-        left: Windows to choose from by length, the longest first.
-        size: Tokens of a group.
+    is an integer whose bit t says whether t tokens can be had of the windows so far. `left` has the
+    longest windows first.
     """
     rows, reachable, within = [], 1, (1 << size + 1) - 1
     for length, count in left.items():

@@ -30,15 +30,7 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "navit-clip serve") -> int:
-    """Serves until it is told to end.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-
-    Returns:
-        The exit status.
-    """
+    """Serves until it is told to end."""
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="an exported model, such as RUN_DIR/model")
     parser.add_argument("--name", help="of the model in answers; default: its folder's")

@@ -41,13 +41,6 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Service:
     """One model's answers.
 
-    Args:
-        model: In evaluation mode.
-        name: It is called in answers.
-        batches: How requests are packed together.
-        limits: What clients may ask for.
-        addresses: Fetch images at public addresses.
-
     Attributes:
         embedder: From the model to the function that embeds a batch.
 

@@ -30,11 +30,6 @@ def report_captions(
     """Lines about each dataset: fields that are read, others with captions, unknown pieces.
 
     Only shards in files are looked into: a server or a command is not asked twice.
-
-    Args:
-        mixture: The shards.
-        weights: Of the task's caption fields, for datasets without their own.
-        tokenizer: Of the run.
     """
     for dataset in mixture.datasets:
         fields = list(dataset.captions or weights)

@@ -67,10 +67,6 @@ class ClassifyConfig(ImageTaskConfig):
 class ClassifyTask(ImageTask):
     """An image tower with a head, labelled images, and a loss that is a mean over the images.
 
-    Args:
-        config: Model and labels.
-        data: What is read, and how images are sized and dropped.
-
     Attributes:
         names: Class names by index.
 

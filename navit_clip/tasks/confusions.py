@@ -43,13 +43,7 @@ def margins(logits_EE: Tensor, same_EE: Tensor) -> tuple[Tensor, Tensor]:
 def hard_pairs(
     inputs: PairInputs, outputs: tuple[Tensor, Tensor, Tensor], tokenizer: Tokenizer | None
 ) -> Mapping[str, Media]:
-    """The margins of a batch and its hardest pairs.
-
-    Args:
-        inputs: The batch.
-        outputs: [≥ E, D] embeddings of images and captions, and the logit scale.
-        tokenizer: Of the run, to name captions.
-    """
+    """The margins of a batch and its hardest pairs; outputs are [≥ E, D] twice, and the scale."""
     count = min(inputs.images.segments.num_examples, _PAIRS)
     image_ED, text_ED, scale = outputs
     logits_EE = (scale * image_ED[:count].float() @ text_ED[:count].float().T).cpu()

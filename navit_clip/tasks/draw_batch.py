@@ -68,13 +68,7 @@ def pairs_of(
 
 
 def draw_batch(batch: BatchCounts, samples: Sequence[DrawnSample], title: str) -> Image.Image:
-    """Draws a batch.
-
-    Args:
-        batch: Its counts.
-        samples: Its samples, in the order of the image stream.
-        title: What it was made of.
-    """
+    """Draws a batch of samples in the order of the image stream."""
     shown = _choose(samples)
     canvas = Image.new("RGB", (_WIDTH, 4000), _PAPER)
     y = _draw_head(canvas, batch, samples, title, shown)

@@ -87,10 +87,6 @@ def layers_above(name: str, depth: int) -> int:
     """How many layers of its tower stand above a parameter.
 
     Final norm and pooling have none above them; embeddings lie one layer below the first block.
-
-    Args:
-        name: Within the tower.
-        depth: Blocks of the tower.
     """
     if name.startswith(("encoder.norm.", "pool.")):
         return 0

@@ -11,12 +11,7 @@ from navit_clip.recipes import with_recipe_paths
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.training") -> None:
-    """Trains.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
-        prog: What the user typed before them, for messages.
-    """
+    """Trains."""
     with one_line_errors(prog):
         words = with_recipe_paths(sys.argv[1:] if argv is None else argv)
         # Here: a name that is wrong is answered at once, and what follows takes seconds to load.

@@ -144,10 +144,6 @@ class TrainConfig:
 def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[TrainConfig, str]:
     """Reads ``--config FILE`` and flags.
 
-    Args:
-        argv: Words after ``navit-clip train``.
-        prog: Those before them, for the usage line.
-
     Returns:
         The configuration, and its resolved form as YAML.
 
@@ -204,11 +200,6 @@ def name_precision(config: TrainConfig, resolved: str, ranks: Ranks) -> tuple[Tr
     """A configuration whose precision is named; every rank calls it.
 
     ``auto`` is what the run was begun with, whatever the device is now.
-
-    Args:
-        config: Of the run.
-        resolved: Likewise, as YAML.
-        ranks: This process among all of them.
     """
     if config.precision != "auto":
         return config, resolved

@@ -52,11 +52,6 @@ def main(
 def workspace(entity: str, project: str, evaluators: Sequence[str] = ()) -> Workspace:
     """What is shown of a project's runs; needs no network.
 
-    Args:
-        entity: User or team.
-        project: Theirs.
-        evaluators: Names of evaluators to show examples of.
-
     Raises:
         UserError: If wandb's library for workspaces is not installed.
     """

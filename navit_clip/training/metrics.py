@@ -29,10 +29,6 @@ _LONG_S = 15.0  # after which a silent start says what it waits for
 class Interval:
     """Counts of one logging interval on one rank.
 
-    Args:
-        streams: Names of the task's streams.
-        datasets: Names of the datasets that are mixed.
-
     Attributes:
         steps: Steps taken.
         since: When the interval began.

@@ -72,10 +72,6 @@ _TASK = """
 def help_text(argv: Sequence[str], prog: str) -> str | None:
     """What the words of a command ask for.
 
-    Args:
-        argv: Words after ``navit-clip train``.
-        prog: Those before them.
-
     Raises:
         UserError: If there is no such task or recipe, or what is to be printed is no configuration.
     """

@@ -27,14 +27,6 @@ from navit_clip.training.step import PendingStep, StepResult
 class Reporter:
     """Reports one run.
 
-    Args:
-        config: What is reported.
-        run_dir: Of the run.
-        task: Draws batches and finds examples in them.
-        tokenizer: Of the run.
-        progress: Lines for the user.
-        ranks: This process among all of them.
-
     Attributes:
         loggers: On rank 0, once the run is open.
     """

@@ -47,11 +47,6 @@ def read_text(path: str, what: str, names: str = "") -> str:
 def read_places(path: str, what: str, names: str = "") -> list[str]:
     """The lines of a file in which line i stands for class i, stripped.
 
-    Args:
-        path: The file.
-        what: It is, for messages.
-        names: What could have been given instead, for messages.
-
     Raises:
         UserError: If it cannot be read, is empty, or has a blank line before its last one: either
             a class without a name, or no class at all.

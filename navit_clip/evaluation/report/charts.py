@@ -108,11 +108,7 @@ def lines_of(result: EvalResult, cost: Cost) -> list[Line]:
 
 
 def draw_curve(path: Path, result: EvalResult) -> None:
-    """Draws the headline metrics against mean tokens and against GFLOPs per image.
-
-    Args:
-        path: PNG file to write, atomically; folders are made.
-        result: What is drawn.
+    """Draws the headline metrics against mean tokens and GFLOPs per image as a PNG, atomically.
 
     Raises:
         UserError: If the file cannot be written.

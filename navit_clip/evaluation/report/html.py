@@ -22,13 +22,7 @@ _PACKAGES = ("navit-clip", "torch", "open_clip_torch", "pillow")
 def write_report(
     path: Path, result: EvalResult, samples: ReportSamples, *, command: str = ""
 ) -> None:
-    """Writes a result as one HTML file.
-
-    Args:
-        path: File to write, atomically; folders are made.
-        result: The result.
-        samples: Images and captions to show beside it.
-        command: The command line that made the result, for the foot.
+    """Writes a result and the command that made it as one HTML file, atomically.
 
     Raises:
         UserError: If the file cannot be written.

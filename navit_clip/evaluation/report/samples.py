@@ -98,14 +98,7 @@ def classification_samples(
     classes: ClassTable,
     worst: Sequence[str],
 ) -> ReportSamples:
-    """Chooses classified images, and measures confidence.
-
-    Args:
-        dataset: Read again for the pixels of the chosen images.
-        data: The embedded images.
-        readout: Of them at the model's own setting and the competing classes.
-        classes: Which are right.
-        worst: Names of the groups to give examples of.
+    """Chooses images classified at the model's own setting, and measures confidence.
 
     Raises:
         UserError: If the dataset can no longer be read.
@@ -141,13 +134,7 @@ def classification_samples(
 def retrieval_samples(
     dataset: EvalDataset, data: Embedded, images_ED: Tensor, texts_TD: Tensor
 ) -> ReportSamples:
-    """Chooses hits and misses, both ways.
-
-    Args:
-        dataset: Read again for the pixels of the chosen images.
-        data: The embedded images, with captions.
-        images_ED: Their embeddings at the model's own setting.
-        texts_TD: Caption embeddings, image by image.
+    """Chooses hits and misses, both ways, of embeddings at the model's own setting.
 
     Raises:
         UserError: If the dataset can no longer be read.

@@ -40,13 +40,7 @@ class Evaluated(NamedTuple):
 
 
 def write_run_report(path: Path, runs: Sequence[Run], axis: str, command: str = "") -> None:
-    """Writes runs as one HTML file.
-
-    Args:
-        path: File to write, atomically; folders are made.
-        runs: At least one.
-        axis: One of `AXES`, which curves are drawn over.
-        command: The command line, for the foot.
+    """Writes runs as one HTML file, atomically; `axis`, of `AXES`, is what curves are drawn over.
 
     Raises:
         UserError: If the file cannot be written.
