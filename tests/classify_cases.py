@@ -13,12 +13,16 @@ from shard_factory import SIZES, encode, photo, write_shard
 
 from navit_clip.data.builders.labelled import LabelledInputs
 from navit_clip.distributed import Ranks
+from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.position import PositionConfig
+from navit_clip.models.transformer import EncoderConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, Planner, pack_images
 from navit_clip.packed.ragged import Ragged
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NAMES = ("red", "green", "blue")
+TOWER = ImageTowerConfig(2, EncoderConfig(width=16, depth=2, heads=2), PositionConfig(table_side=9))
 Labelled = tuple[str, ImagePatches, np.ndarray]
 
 

@@ -150,3 +150,31 @@ def measurements(stepper: Stepper, steps: range, accumulate: int = 1) -> np.ndar
         norms = result.measured.values() if result.measured else (np.nan, np.nan)
         rows.append((result.loss, result.grad_norm, result.metrics["logit_scale"], *norms))
     return np.array(rows)
+
+
+def weights(stepper):
+    return {name: p.detach().clone() for name, p in stepper.model.named_parameters()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) or found[name].isnan().any(), name
+
+
+def same(found, expected):
+    return np.array_equal(found, expected, equal_nan=True)
+
+
+def count_saved(config):
+    """Numbers that one step keeps for its backward pass."""
+    stepper, kept = new_stepper(config), 0
+
+    def pack_hook(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        stepper._forward(pack(global_batch(0)).inputs)
+    return kept
