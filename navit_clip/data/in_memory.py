@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def open_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> EncodedImage 
         if isinstance(image, np.ndarray):
             return OpenedImage(_from_array(image))
         if isinstance(image, Tensor):
-            return OpenedImage(_from_array(_to_array(image)))
+            return OpenedImage(_from_array(_to_array(image), "tensor"))
         if isinstance(image, bytes):
             return EncodedImage(image, max_pixels)
         if hasattr(image, "read"):
@@ -68,46 +67,33 @@ def open_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> EncodedImage 
     raise ValueError(f"{type(image).__name__} is no image: give {WANTED}")
 
 
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    """A Pillow image of uint8 [H, W, C] or [H, W]."""
+def _from_array(pixels: np.ndarray, what: str = "array") -> Image.Image:
+    """A Pillow image of uint8, or floats in [0, 1], [H, W, C] or [H, W]."""
     if np.issubdtype(pixels.dtype, np.floating):
         if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):  # or not a number
             raise ValueError(
-                f"a float array with values from {pixels.min():.3g} to {pixels.max():.3g}: give "
+                f"a float {what} with values from {pixels.min():.3g} to {pixels.max():.3g}: give "
                 "[0, 1], not normalised by mean and deviation"
             )
         pixels = (pixels.astype(np.float32) * 255).round().astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise ValueError(f"an array of {pixels.dtype}: give uint8 in [0, 255], or float in [0, 1]")
+        raise ValueError(f"{what} of {pixels.dtype}: give uint8 in [0, 255], or float in [0, 1]")
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in _CHANNELS):
-        raise ValueError(f"an array of shape {pixels.shape}: give [H, W, 3]")
+        raise ValueError(f"array of shape {pixels.shape}: give [H, W, 3]")
     if 0 in pixels.shape:
-        raise ValueError(f"it has no pixels: an array of shape {pixels.shape}")
+        raise ValueError(f"it has no pixels: {pixels.shape[0]} rows and {pixels.shape[1]} columns")
     if pixels.shape[2:] == (1,):
         pixels = pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _to_array(tensor: Tensor) -> np.ndarray:
-    """uint8 [H, W, C] or [H, W] of a tensor with the channels first."""
+    """[H, W, C] or [H, W] of a tensor with the channels first."""
     shape = tuple(tensor.shape)
     if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and shape[0] not in _CHANNELS):
-        raise ValueError(f"a tensor of shape {shape}: give [3, H, W]")
-    # Moved before it is converted: not every device knows every type.
+        raise ValueError(f"tensor of shape {shape}: give [3, H, W]")
+    # Moved before it is converted: not every device knows every type. NumPy has no bfloat16.
     tensor = tensor.detach().cpu()
-    if 0 in shape:
-        raise ValueError(f"it has no pixels: a tensor of shape {shape}")
     if tensor.is_floating_point():
         tensor = tensor.float()
-        low, high = tensor.min().item(), tensor.max().item()
-        if not (low >= 0 and high <= 1):  # not a number is not in [0, 1] either
-            raise ValueError(
-                f"a float tensor with values from {low:.3g} to {high:.3g}: give [0, 1], not "
-                "normalised by mean and deviation"
-            )
-        tensor = (tensor * 255).round()
-    elif tensor.dtype != torch.uint8:
-        raise ValueError(f"a tensor of {tensor.dtype}: give uint8, or float in [0, 1]")
-    if tensor.ndim == 3:
-        tensor = tensor.permute(1, 2, 0)
-    return tensor.to(torch.uint8).numpy()
+    return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()

@@ -229,7 +229,7 @@ BAD_IMAGES = {
     "normalised": (torch.linspace(-2, 2, 48).view(3, 4, 4), "values from -2 to 2: give \\[0, 1\\]"),
     "0 to 255 as floats": (torch.full((3, 4, 4), 255.0), "values from 255 to 255"),
     "not numbers": (torch.full((3, 4, 4), math.nan), "values from nan to nan"),
-    "long integers": (torch.zeros(3, 4, 4, dtype=torch.int64), "tensor of torch.int64"),
+    "long integers": (torch.zeros(3, 4, 4, dtype=torch.int64), "tensor of int64"),
     "floating mode": (Image.new("F", (4, 4)), "mode F has no range"),
     "integers of any range": (Image.fromarray(GOOD[..., 0].astype(np.int32)), "mode I has no"),
     "no path": ("/nowhere/at.jpg", "No such file or directory: '/nowhere/at.jpg'"),
