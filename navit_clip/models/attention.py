@@ -60,17 +60,10 @@ def segment_attention(
     if causal and segments_q.lengths != segments_k.lengths:
         # The backends would align the triangle at different corners.
         raise ValueError("causal attention needs the same segments for queries and keys")
-    return _attend(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
+    return attend_segments(q_THD, k_SHD, v_SHD, segments_q, segments_k, causal)
 
 
-def self_attention(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool = False
-) -> Tensor:
-    """`segment_attention` within the same segments, of which the compiler sees tensors alone."""
-    return _attend(q_THD, k_THD, v_THD, segments, segments, causal)
-
-
-def _attend(
+def attend_segments(
     q_THD: Tensor,
     k_SHD: Tensor,
     v_SHD: Tensor,
@@ -78,6 +71,7 @@ def _attend(
     segments_k: Segments,
     causal: bool,
 ) -> Tensor:
+    """`segment_attention` of segments that go together; the compiler sees tensors alone."""
     if takes_flash(v_SHD) or torch.compiler.is_compiling():
         out_THD: Tensor = attend(
             q_THD,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from navit_clip.configs import check_choices
-from navit_clip.models.attention import self_attention
+from navit_clip.models.attention import attend_segments
 from navit_clip.models.attention_op import FLASH_WIDTH
 from navit_clip.models.drop_path import add_scaled, draw_drop_path
 from navit_clip.models.linear import Linear
@@ -163,7 +163,7 @@ class SegmentAttention(nn.Module):
 
     def _attend(self, qkv_T3HD: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
         q_THD, k_THD, v_THD = self._normalised(qkv_T3HD, rotary)
-        return self_attention(q_THD, k_THD, v_THD, segments, causal=self.causal)
+        return attend_segments(q_THD, k_THD, v_THD, segments, segments, self.causal)
 
     def _attend_packed(self, qkv_T3HD: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
         q_norm, k_norm = self.q_norm, self.k_norm
