@@ -73,6 +73,8 @@ REFUSED = [
     ({"seed": 5}, "another seed (0, now 5)"),
     ({"steps": 3}, "steps=3, but the run in"),
     ({"data__train": "[]", "data__mix": "MIX"}, "datasets of other names (train, now web)"),
+    ({"data__train": "FEWER"}, "was taken with other training shards"),
+    ({"task__model__embed_dim": 24}, "task.model.embed_dim"),
     ({"tokenizer__path": "other.model"}, "other.model is not the one that the run was begun with"),
     ({"task__model__image__encoder__heads": 4}, "task.model.image.encoder.heads is 4, was 2"),
     ({"task__model__text__encoder__causal": "true"}, "task.model.text.encoder.causal"),
@@ -93,6 +95,9 @@ def test_a_refused_command_changes_nothing_in_the_run(
     change = dict(change)
     if change.get("data__mix") == "MIX":
         change["data__mix"] = json.dumps({"web": {"shards": str(data / "shapes/train")}})
+    if change.get("data__train") == "FEWER":
+        shards = sorted((data / "shapes/train").glob("*.tar"))
+        change["data__train"] = json.dumps([str(path) for path in shards[:-1]])
     if "tokenizer__path" in change:
         change["tokenizer__path"] = data / change["tokenizer__path"]
     capsys.readouterr()

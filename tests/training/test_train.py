@@ -259,40 +259,12 @@ def test_an_empty_shard_and_a_corrupt_image(data, tmp_path, monkeypatch, capsys)
     assert "bad_shard" in out
 
 
-def test_another_configuration_does_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
-    flags = tiny_flags(data, tmp_path / "run", 4, task__model__embed_dim=24)
-    assert run(monkeypatch, flags) == 2
-    line = capsys.readouterr().err.strip()
-    assert "step-00000002" in line
-    assert "\n" not in line
-
-
-def test_other_shards_do_not_continue_a_run(data, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
-    shards = [str(path) for path in sorted((data / "shapes/train").glob("*.tar"))]
-    flags = tiny_flags(data, tmp_path / "run", 4, data__train=json.dumps(shards[:-1]))
-    assert run(monkeypatch, flags) == 2
-    assert "was taken with other training shards" in capsys.readouterr().err
-
-
 def test_another_number_of_workers_continues_a_run(data, tmp_path, monkeypatch, capsys):
     run(monkeypatch, tiny_flags(data, tmp_path / "run", 2))
     flags = tiny_flags(data, tmp_path / "run", 4, data__workers=2)
     assert run(monkeypatch, flags) == 0
     assert "continuing from step 2" in capsys.readouterr().out
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-
-
-def test_a_damaged_checkpoint_is_named(data, tmp_path, monkeypatch, capsys):
-    flags = tiny_flags(data, tmp_path / "run", 2)
-    run(monkeypatch, flags)
-    for path in (tmp_path / "run/checkpoints/step-00000002").glob("*.distcp"):
-        path.write_bytes(path.read_bytes()[:100])
-    assert run(monkeypatch, tiny_flags(data, tmp_path / "run", 4)) == 2
-    line = capsys.readouterr().err.strip()
-    assert "step-00000002" in line
-    assert "\n" not in line
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_the_pairs(data, tmp_path, monkeypatch, capsys):
