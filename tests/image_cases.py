@@ -10,6 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from shard_factory import encode, photo
 
+from navit_clip.data.decode import EncodedImage
+
 # What a camera stores so that turning it as EXIF says gives the upright image.
 STORED = {
     1: lambda upright: upright,
@@ -87,3 +89,9 @@ def png_16_bit(pixels_HWK: np.ndarray) -> bytes:
         + chunk(b"IDAT", zlib.compress(lines))
         + chunk(b"IEND", b"")
     )
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    """Upright pixels at the native size."""
+    image = EncodedImage(data)
+    return image.pixels(image.height, image.width)

@@ -7,6 +7,7 @@ the code that reads it.
 from __future__ import annotations
 
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -102,3 +103,7 @@ def make_shards(root: Path, counts: Sequence[int]) -> list[Path]:
 def ids_of(counts: Sequence[int]) -> list[str]:
     """The ids of all samples of `make_shards`, in order."""
     return [f"{shard:05d}/{i}" for shard, count in enumerate(counts) for i in range(count)]
+
+
+def as_json(**fields: object) -> bytes:
+    return json.dumps(fields).encode()

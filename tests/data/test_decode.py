@@ -1,51 +1,29 @@
-"""Encoded bytes to pixels: every kind of image that the web holds, and what only looks like one."""
+"""Encoded bytes to pixels: every kind of image that the web holds."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import math
-import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from image_cases import STORED, jpeg_of_size, on_white, sideways_file, textured
-from PIL import ExifTags, Image, ImageFile, ImageOps
-from shard_factory import HTML, encode, photo, png_of_size
+from image_cases import STORED, on_white, pixels_of, sideways_file, textured
+from PIL import ExifTags, Image, ImageOps
+from shard_factory import encode, photo
 
-from navit_clip.data import decode
 from navit_clip.data.decode import EncodedImage, find_image
-from navit_clip.data.in_memory import open_image
 from navit_clip.data.patches import patchify
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.seeding import sample_generator
 from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig, sample_grid
-from navit_clip.errors import SkipSampleError
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}}
-
-
-def pixels_of(data: bytes) -> np.ndarray:
-    """Upright pixels at the native size."""
-    image = EncodedImage(data)
-    return image.pixels(image.height, image.width)
-
-
-def reason_of(data: bytes) -> str:
-    """Why the bytes are refused, at the header or at the pixels."""
-    with pytest.raises(SkipSampleError) as caught:
-        pixels_of(data)
-    return caught.value.reason
-
-
-# Formats
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
@@ -79,9 +57,6 @@ def test_pixels_are_uint8_rgb_of_the_size_asked_for():
     assert pixels.dtype == np.uint8
 
 
-# Colour modes
-
-
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
 def test_a_palette_with_transparency_is_laid_on_white(transparency):
     index = np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8)
@@ -104,9 +79,6 @@ def test_a_transparent_gif_is_laid_on_white():
     image.putpalette([10, 20, 30, 200, 100, 50])
     pixels = pixels_of(encode(image, "GIF", transparency=0))
     assert pixels.tolist() == [[[255, 255, 255], [200, 100, 50]]]
-
-
-# Orientation
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -141,9 +113,6 @@ def test_an_orientation_that_does_not_exist_is_ignored():
     np.testing.assert_array_equal(pixels_of(encode(image, exif=exif)), np.asarray(image))
 
 
-# Reduced decoding
-
-
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB."""
     error = np.square(a.astype(float) - b).mean()
@@ -168,6 +137,8 @@ def test_a_reduced_decode_looks_like_a_full_one(size, fraction, mode):
 
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
 needs_photos = pytest.mark.skipif(
     not (REAL_DATA / "coco-train").is_dir(),
     reason="no photos at ../shared/data beside the checkout",
@@ -252,167 +223,6 @@ def test_shrinking_averages_instead_of_picking():
     checks = np.indices((128, 128)).sum(0) % 2 * 255
     data = encode(Image.fromarray(np.repeat(checks[..., None], 3, -1).astype(np.uint8)))
     assert np.abs(EncodedImage(data).pixels(16, 16).astype(int) - 127).max() <= 2
-
-
-# What is refused
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff", HTML, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
-def test_what_is_no_image_is_unreadable(data):
-    assert reason_of(data) == "unreadable_image"
-
-
-def test_formats_that_start_other_programs_are_not_opened():
-    postscript = encode(photo(0, 8, 8), "EPS")
-    assert postscript.startswith(b"%!PS")
-    assert reason_of(postscript) == "unreadable_image"
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
-def test_truncated_files_are_unreadable(kind, fraction):
-    data = encode(textured(64, 64), kind)
-    assert reason_of(data[: int(fraction * len(data))]) == "unreadable_image"
-
-
-@pytest.mark.parametrize("fraction", [0.4, 0.9])
-def test_a_jpeg_that_ends_in_grey_is_unreadable(fraction):
-    # Closed by its end marker, as some servers do; Pillow returns what there is and grey below.
-    data = encode(textured(64, 64), "JPEG")
-    assert reason_of(data[: int(fraction * len(data))] + b"\xff\xd9") == "unreadable_image"
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("reduced", [False, True])
-def test_a_half_jpeg_is_unreadable_whoever_decodes_it(mode, progressive, reduced):
-    whole = encode(textured(64, 64).convert(mode), "JPEG", progressive=progressive)
-    assert EncodedImage(whole).pixels(32, 32, reduced=reduced).shape == (32, 32, 3)
-    half = whole[: len(whole) // 2] + b"\xff\xd9"
-    with pytest.raises(SkipSampleError, match="unreadable_image"):
-        EncodedImage(half).pixels(32, 32, reduced=reduced)
-
-
-def test_a_side_past_all_photos_is_refused_from_the_header():
-    for size in ((1, 64_000_000), (64_000_000, 1)):
-        with pytest.raises(SkipSampleError, match="too_large"):
-            EncodedImage(png_of_size(*size))
-
-
-def progressive_of_many_scans(side, many):
-    data = encode(textured(side, side), "JPEG", progressive=True)
-    start, end = data.index(b"\xff\xda"), data.index(b"\xff", data.index(b"\xff\xda") + 2)
-    return data[:start] + data[start:end] * many + data[start:]
-
-
-def sequential_of_many_scans(side, many):
-    """A baseline JPEG whose three channels are scanned one by one, and again and again."""
-    grey = encode(textured(side, side).convert("L"), "JPEG")
-    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
-    channels = b"".join(bytes((channel, 0x11, 0)) for channel in (1, 2, 3))
-    header = b"\xff\xc0\0\x11" + grey[frame + 4 : frame + 9] + b"\x03" + channels
-    tail = grey[frame + 13 : scan]
-    pixels = grey[scan + 10 : -2]
-    scans = [b"\xff\xda\0\x08\x01" + bytes((c, 0, 0, 63, 0)) + pixels for c in (1, 2, 3)]
-    return grey[:frame] + header + tail + b"".join(scans * many) + b"\xff\xd9"
-
-
-@pytest.mark.parametrize("make", [progressive_of_many_scans, sequential_of_many_scans])
-@pytest.mark.parametrize("before", [b"", b"\xff\xff\xff"])
-def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(make, before, monkeypatch):
-    frame = make(64, 1).index(b"\xff\xc0" if make is sequential_of_many_scans else b"\xff\xc2")
-
-    def hide(data):  # bytes that decoders pass over
-        return data[:frame] + before + data[frame:]
-
-    monkeypatch.setattr(decode, "_MAX_SCANNED", 64 * 64 * 100)
-    assert pixels_of(hide(make(64, 1))).shape == (64, 64, 3)
-    many = hide(make(64, 300))
-    with pytest.raises(SkipSampleError, match=r"too_large: [39]\d\d scans of 64×64 pixels"):
-        EncodedImage(many)
-    with pytest.raises(ValueError, match=r"scans of 64×64 pixels"):  # nor does the API read it
-        open_image(many)
-
-
-def test_nearly_all_jpegs_are_of_one_scan():
-    for mode in ("L", "RGB", "CMYK"):
-        data = encode(textured(64, 64).convert(mode), "JPEG", xmp=b"\xff\xda" * 900)
-        assert decode._scans(data) == 1
-    assert decode._scans(encode(textured(64, 64), "JPEG", progressive=True)) == 10
-
-
-def test_a_jpeg_whose_faults_pillow_overlooks_is_pillows():
-    data = encode(textured(64, 64), "JPEG", restart_marker_blocks=1)
-    data = data.replace(b"\xff\xd2", b"\xff\xd3", 1)
-    with pytest.raises(ValueError, match="instead of RST2"):
-        simplejpeg.decode_jpeg(data)
-    pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(pixels_of(data), pillow)
-
-
-FILES = [
-    encode(photo(2, 24, 24), kind, **options)
-    for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}))
-]
-
-
-@settings(max_examples=150)
-@given(
-    file=st.sampled_from(FILES),
-    cut=st.floats(0, 1),
-    damage=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
-)
-def test_damaged_files_give_pixels_or_a_reason(file, cut, damage):
-    data = bytearray(file[: int(cut * len(file))])
-    for place, value in damage:
-        if data:
-            data[int(place * len(data))] = value
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's of corrupt EXIF
-        with contextlib.suppress(SkipSampleError):
-            assert EncodedImage(bytes(data)).pixels(16, 8).shape == (16, 8, 3)
-
-
-@pytest.mark.parametrize("of_size", [png_of_size, jpeg_of_size])
-@pytest.mark.parametrize("side", [30_000, 12_000])
-def test_too_many_pixels_are_refused_from_the_header(of_size, side, monkeypatch):
-    def load(self):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(SkipSampleError) as caught:
-            EncodedImage(of_size(side, side))
-    assert caught.value.reason == "too_large"
-
-
-def test_the_caps_are_inclusive(monkeypatch):
-    data = encode(photo(0, 10, 10))
-    assert EncodedImage(data, 100).pixels(10, 10).shape == (10, 10, 3)
-    with pytest.raises(SkipSampleError, match="too_large: 10×10 pixels exceed max_pixels=99"):
-        EncodedImage(data, 99)
-    monkeypatch.setattr(decode, "MAX_BYTES", len(data))
-    assert pixels_of(data).shape == (10, 10, 3)
-    assert reason_of(data + b"\0") == "too_large"
-
-
-def test_a_reason_survives_the_way_out_of_a_worker_process():
-    error = pickle.loads(pickle.dumps(SkipSampleError("too_large", "a/b.jpg: 9 pixels")))
-    assert error.reason == "too_large"
-    assert str(error) == "too_large: a/b.jpg: 9 pixels"
-
-
-def test_a_sample_without_an_image():
-    with pytest.raises(SkipSampleError) as caught:
-        find_image({"txt": b"words", "json": b"{}"})
-    assert caught.value.reason == "no_image"
-    assert "txt, json" in str(caught.value)
-    with pytest.raises(SkipSampleError):
-        find_image({})
-
-
-# Patches
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import select
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing, suppress
-from dataclasses import fields, replace
-from multiprocessing.util import get_temp_dir
-from pathlib import Path
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -24,13 +14,9 @@ from shard_factory import HTML, encode, ids_of, make_shards, photo, png_of_size,
 
 from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.base import Origin
-from navit_clip.data.builders.pairs import Pair, PairBuilder
 from navit_clip.data.drop import DropConfig, mean_rate
-from navit_clip.data.raw_sample import RawSample
-from navit_clip.data.reader import Reader
 from navit_clip.data.shards import read_shard
 from navit_clip.data.sizing import ResolutionConfig
-from navit_clip.data.workers import explain_killed_workers
 from navit_clip.errors import UserError
 
 
@@ -64,9 +50,6 @@ def epochs(data, count, **reader):
             return found
         found[epoch].append(name)
     raise AssertionError("readers are endless")
-
-
-# Every sample once per epoch
 
 
 @pytest.mark.parametrize(
@@ -135,9 +118,6 @@ def test_the_buffer_shuffles_within_shards_and_by_seed(pipeline, tmp_path):
     assert order() != ids_of([30])[:20]
     assert order() == order()
     assert order() != order(seed=1)
-
-
-# Bad samples
 
 
 def bad_samples():
@@ -246,9 +226,6 @@ def test_missing_training_data_is_an_error(pipeline, tmp_path):
         take(pipeline([]), 1)
 
 
-# What a batch holds
-
-
 @pytest.mark.parametrize("pad", [True, False])
 def test_budgets_padding_and_counts(pad, pipeline, tmp_path):
     data = pipeline(make_shards(tmp_path, [12, 9]), pad_to_budget=pad)
@@ -333,81 +310,3 @@ def test_scheduled_drop_follows_the_images_that_all_readers_took(pipeline, tmp_p
         assert image.tokens == max(1, round(image.tokens_before_drop * (1 - rate)))
         fractions.append(image.tokens / image.tokens_before_drop)
     assert np.mean(fractions[-10:]) > np.mean(fractions[:10]) + 0.2  # the rate falls
-
-
-def test_no_process_is_left_behind(pipeline, tmp_path):
-    data = pipeline(make_shards(tmp_path, [4, 4]), workers=2)
-    others = {*multiprocessing.active_children()}  # of other tests
-    batches = data.load()
-    assert torch.is_tensor(next(batches).inputs.images.patches)
-    assert len({*multiprocessing.active_children()} - others) == 2
-    batches.close()
-    assert others >= {*multiprocessing.active_children()}
-
-
-def _take_one_and_wait(data, connection):
-    with closing(data.load()) as batches:
-        next(batches)
-        (worker,) = multiprocessing.active_children()
-        connection.send(worker.pid)
-        time.sleep(600)
-
-
-def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent(
-    pipeline, tmp_path, monkeypatch
-):
-    def batches(reader, state):
-        yield from itertools.islice(take_batches(reader, state), 1)
-        raise UserError("no reader takes this from the pipe " * 30_000)
-
-    take_batches = Reader.batches
-    monkeypatch.setattr(Reader, "batches", batches)
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    alive, held = os.pipe()  # its end is held by the parent and, through it, by the worker
-    data = pipeline(make_shards(tmp_path, [4, 4]), workers=1)
-    sockets = Path(get_temp_dir())  # of this process, and of the parent that is forked from it
-    parent = fork.Process(target=_take_one_and_wait, args=(data, theirs))
-    parent.start()
-    os.close(held)
-    assert ours.poll(60)
-    worker = ours.recv()
-    parent.kill()
-    parent.join()
-    try:
-        assert select.select([alive], [], [], 30)[0], "the worker is still there"
-    finally:
-        os.close(alive)
-        with suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
-    assert sockets.is_dir()
-
-
-class DiesWithALock(PairBuilder):
-    """Kills its worker while it holds the lock by which torch would end it."""
-
-    def __call__(
-        self, raw: RawSample, origin: Origin, fields: Mapping[str, float] | None = None
-    ) -> Pair:
-        frame = sys._getframe()
-        while frame.f_code.co_name != "_worker_loop":
-            frame = frame.f_back
-        frame.f_locals["done_event"]._cond.acquire()
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("killed")
-
-
-@pytest.mark.timeout(60)
-def test_a_worker_killed_with_a_lock_keeps_nobody_waiting(tmp_path, pipeline):
-    good = pipeline(make_shards(tmp_path, [20]), workers=2)
-    values = {f.name: getattr(good.build, f.name) for f in fields(good.build)}
-    deadly = replace(good, build=DiesWithALock(**values))
-    others = {*multiprocessing.active_children()}
-    with (
-        pytest.raises(UserError, match=r"DataLoader worker .* lack of memory: the fix"),
-        explain_killed_workers("the fix"),
-    ):
-        take(deadly, 1)
-    for worker in {*multiprocessing.active_children()} - others:
-        worker.join(20)  # told to end
-    assert others >= {*multiprocessing.active_children()}

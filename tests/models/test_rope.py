@@ -1,4 +1,4 @@
-"""Rotary positions: what they depend on; `test_encoder.py` has the slow reference."""
+"""Rotary positions: what they depend on; `encoder_cases` has the slow reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of a classifier: loss, gradients and counts beside slow arithmetic, on one and two ranks."""
+"""A step of a classifier: loss, gradients and counts beside slow arithmetic, on one rank or two."""
 
 import os
 from dataclasses import replace

@@ -1,135 +1,21 @@
-"""Captions and their tokens: drawn by weight, refused when unreadable, never without an end."""
+"""Tokens of captions, never without an end, and tokenizers trained on captions."""
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from shard_factory import CAPTIONS, write_shard, write_tar
+from shard_factory import CAPTIONS, as_json, write_shard, write_tar
 
-from navit_clip.data.captions import choose_caption, find_captions
-from navit_clip.errors import SkipSampleError, UserError
-from navit_clip.tasks.contrastive import ContrastiveConfig
+from navit_clip.errors import UserError
 from navit_clip.tokenizers.clip_bpe import OpenClipTokenizer
 from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_tokenizer
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
 from navit_clip.tools import train_tokenizer as training
-
-
-def as_json(**fields: object) -> bytes:
-    return json.dumps(fields).encode()
-
-
-# Captions
-
-
-def test_captions_of_a_member_and_of_json_fields():
-    members = {
-        "txt": b"  one caption\n",
-        "text": "Grüße aus Köln".encode(),
-        "json": as_json(captions=[" a ", "", "  ", "b", 3, None], title="t", width=640, url=None),
-    }
-    assert find_captions(members, "txt") == ["one caption"]
-    assert find_captions(members, "text") == ["Grüße aus Köln"]
-    assert find_captions(members, "json.captions") == ["a", "b"]
-    assert find_captions(members, "json.title") == ["t"]
-    for absent in ("json.width", "json.url", "json.none", "cls", "cls.field"):
-        assert find_captions(members, absent) == []
-
-
-@pytest.mark.parametrize(
-    ("members", "expected"),
-    [
-        # As make_shards writes them: the first one twice, but one caption.
-        ({"txt": b"a", "json": as_json(captions=["a", "b"], title="t")}, ["a", "b"]),
-        ({"txt": b"a", "json": as_json(caption="a", url="u", key="k")}, ["a"]),  # img2dataset
-        ({"txt": b"x", "json": as_json(captions=["a", " b "])}, ["a", "b", "x"]),
-        ({"txt": b"x"}, ["x"]),
-        ({"json": as_json(captions=["a", "b", "a"])}, ["a", "b", "a"]),
-        ({"title.txt": b"x"}, []),
-    ],
-)
-def test_all_captions_of_an_image_are_each_counted_once(members, expected):
-    assert find_captions(members, "all") == expected
-
-
-def test_by_default_every_caption_of_a_sample_is_drawn_alike():
-    members = {"txt": b"0", "json": as_json(captions=list("01234"))}
-    found = frequencies(members, ContrastiveConfig().captions)
-    assert_frequencies(found, dict.fromkeys("01234", 1 / 5))
-
-
-@pytest.mark.parametrize(
-    ("field", "members"),
-    [
-        ("txt", {"txt": b"\xff\xfe caption"}),
-        ("json.a", {"json": b"\xff{}"}),
-        ("json.a", {"json": b"{"}),
-        ("json.a", {"json": b""}),
-        ("json.a", {"json": b"[1, 2]"}),
-        ("json.a", {"json": b'"text"'}),
-        ("json.a", {"json": b'{"a": ' + b"1" * 5000 + b"}"}),
-        ("json.a", {"json": b"[" * 100_000}),
-        ("json.a", {"json": b'{"a": "half a \\ud83d character"}'}),
-    ],
-)
-def test_unreadable_captions_are_refused_with_their_field(field, members):
-    with pytest.raises(SkipSampleError) as caught:
-        find_captions(members, field)
-    assert caught.value.reason == "bad_caption"
-    assert field in str(caught.value)
-
-
-@pytest.mark.parametrize("members", [{}, {"txt": b""}, {"txt": b" \n"}, {"json": b'{"txt": "x"}'}])
-def test_a_sample_without_a_caption(members):
-    with pytest.raises(SkipSampleError) as caught:
-        choose_caption(members, {"txt": 1.0, "json.alt": 1.0}, np.random.default_rng(0))
-    assert caught.value.reason == "no_caption"
-    assert "txt, json.alt" in str(caught.value)
-
-
-def frequencies(members, weights, draws=8000):
-    rng = np.random.default_rng(0)
-    counts = Counter(choose_caption(members, weights, rng) for _ in range(draws))
-    return {caption: n / draws for caption, n in counts.items()}
-
-
-def assert_frequencies(found, expected, draws=8000):
-    assert set(found) == set(expected)
-    for caption, p in expected.items():
-        assert abs(found[caption] - p) < 4 * math.sqrt(p * (1 - p) / draws)
-
-
-MEMBERS = {"txt": b"alt", "json": as_json(ocr=["x", "y"], title="title")}
-
-
-def test_fields_are_drawn_by_weight_and_captions_evenly_within():
-    found = frequencies(MEMBERS, {"txt": 3.0, "json.ocr": 2.0, "json.title": 1.0})
-    assert_frequencies(found, {"alt": 3 / 6, "x": 1 / 6, "y": 1 / 6, "title": 1 / 6})
-
-
-def test_absent_fields_leave_their_weight_to_the_others():
-    found = frequencies(MEMBERS, {"txt": 3.0, "json.none": 100.0, "json.title": 1.0})
-    assert_frequencies(found, {"alt": 3 / 4, "title": 1 / 4})
-
-
-def test_the_same_generator_draws_the_same_captions():
-    weights = {"txt": 1.0, "json.ocr": 1.0}
-    draws = [
-        [choose_caption(MEMBERS, weights, rng) for _ in range(30)]
-        for rng in (np.random.default_rng(3), np.random.default_rng(3))
-    ]
-    assert draws[0] == draws[1]
-
-
-# SentencePiece
 
 
 def test_sentencepiece_ids_are_the_models_and_end_with_the_end(tokenizer, tokenizer_path):
@@ -154,9 +40,6 @@ def test_a_tokenizer_works_in_another_process(tokenizer):
     for one in (tokenizer, OpenClipTokenizer()):
         again = pickle.loads(pickle.dumps(one))
         assert again.encode(CAPTIONS[0], 20) == one.encode(CAPTIONS[0], 20)
-
-
-# open_clip
 
 
 TEXTS = (
@@ -188,9 +71,6 @@ def test_a_caption_of_100_kb_without_a_space_takes_no_minutes():
     ids = tokenizer.encode(letters, 77)
     assert len(ids) == 77
     assert ids[:70] == tokenizer.encode(letters[:400], 77)[:70]
-
-
-# Files
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "open_clip"])
@@ -268,9 +148,6 @@ def test_the_end_token_as_text_ends_the_caption_where_open_clip_reads_it(text, c
     theirs = get_tokenizer("ViT-B-32")([text], context_length=context)[0]
     ours = OpenClipTokenizer().encode(text, context)
     assert ours == theirs[: theirs.argmax() + 1].tolist()
-
-
-# Training a model
 
 
 @pytest.fixture
