@@ -24,8 +24,9 @@ class Bucket:
     """The one bucket ``b`` and what befalls requests.
 
     `cut` says after how many bytes of its body the answer to a GET breaks, by the number of the
-    request, and None where it does not; `before` is called with method, key and number of every
-    request for an object and may change the bucket, or return a status to answer with.
+    request, and None where it does not; `stall` whether nothing comes behind the first half of it.
+    `before` is called with method, key and number of every request for an object and may change
+    the bucket, or return a status to answer with.
     """
 
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -86,8 +87,9 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             data = data[start:end]
         cut = self.bucket.cut(number) if self.command == "GET" else None
-        self._answer(status, data, headers, cut)
-        if self.command == "GET" and self.bucket.stall(number):
+        stalls = self.command == "GET" and self.bucket.stall(number)
+        self._answer(status, data, headers, len(data) // 2 if stalls else cut)
+        if stalls:
             self.bucket.over.wait(30)
 
     def _of_bucket(self, query, body):
