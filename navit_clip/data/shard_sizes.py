@@ -11,14 +11,19 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from navit_clip.data.config import DataConfig
+from navit_clip.data.hub import HUB
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.patterns import is_stored
 from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.errors import UserError, printable
+from navit_clip.retries import RemoteError
+from navit_clip.stores import ask, open_store
 
 _MOST_COUNTED = 100  # shards; a count reads each header, a minute for a million samples
 
@@ -62,22 +67,47 @@ def _count(shard: str) -> int:
 def _recorded(shards: set[str]) -> Iterator[tuple[str, Any]]:
     """Shards, and what stands beside them of how many samples they hold."""
     for shard in shards:
-        for stats in _objects(Path(f"{os.path.splitext(shard)[0]}_stats.json")):
-            yield shard, stats.get("successes")
+        if not _is_listed(shard):  # a request for each would take minutes
+            for stats in _objects(f"{os.path.splitext(shard)[0]}_stats.json"):
+                yield shard, stats.get("successes")
     for folder in {os.path.dirname(shard) for shard in shards}:
-        for sizes in _objects(Path(folder, "sizes.json")):
+        for sizes in _objects(os.path.join(folder, "sizes.json")):
             yield from ((os.path.join(folder, name), size) for name, size in sizes.items())
-        for record in _objects(Path(folder, "manifest.jsonl"), lines=True):
+        records = list(_objects(os.path.join(folder, "manifest.jsonl"), lines=True))
+        listing = _listing(folder) if records and _is_listed(folder) else None
+        for record in records:
             shard = os.path.join(folder, str(record.get("shard")))
+            if listing is None:
+                found = os.path.getsize(shard) if os.path.isfile(shard) else None
+            else:
+                found = listing.get(shard)
             # Not if the shard was written again since.
-            if os.path.isfile(shard) and os.path.getsize(shard) == record.get("bytes"):
+            if found is not None and found == record.get("bytes"):
                 yield shard, record.get("samples")
 
 
-def _objects(path: Path, *, lines: bool = False) -> Iterator[dict[str, Any]]:
+def _is_listed(address: str) -> bool:
+    """Whether it lies in what fsspec reads and lists."""
+    return is_stored(address) or address.startswith(HUB)
+
+
+def _listing(folder: str) -> dict[str, int]:
+    """Bytes of each object in a folder of a store; none if it cannot be listed."""
+    store, path = open_store(folder)
+    with suppress(RemoteError):
+        found = ask(folder, partial(store.ls, path, detail=True))
+        return {store.unstrip_protocol(info["name"]): info["size"] for info in found}
+    return {}
+
+
+def _objects(path: str, *, lines: bool = False) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file, up to where it is damaged; none if there is no file."""
     with suppress(OSError, ValueError, RecursionError):
-        text = path.read_text(encoding="utf-8")
+        if _is_listed(path):
+            store, name = open_store(path)
+            text = ask(path, partial(store.cat_file, name)).decode()
+        else:
+            text = Path(path).read_text(encoding="utf-8")
         for part in text.splitlines() if lines else [text]:
             values = json.loads(part)
             if isinstance(values, dict):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from s3_server import Bucket, serve_bucket
 from shard_factory import make_shards
 
 from navit_clip.data import shard_sizes
@@ -49,6 +50,21 @@ def test_a_record_beside_the_shards_is_believed(shards, record, monkeypatch):
     (shards[0].parent / name).write_text(text)
     assert count(*shards) == 20
     assert count(shards[0]) == 10
+
+
+@pytest.mark.parametrize("record", [manifest, sizes])
+def test_a_record_in_a_store_is_believed(shards, record, monkeypatch):
+    name, text = record(shards)
+    objects = {f"a/{shard.name}": shard.read_bytes() for shard in shards}
+    with serve_bucket(Bucket(objects), monkeypatch) as bucket:
+        with pytest.raises(UserError, match=r"nothing beside s3://b/a/00000.tar says"):
+            count("s3://b/a")
+        bucket.objects[f"a/{name}"] = text.encode()
+        assert count("s3://b/a") == 20
+        bucket.objects["a/00001.tar"] += b"x"
+        if record is manifest:
+            with pytest.raises(UserError, match=r"nothing beside s3://b/a/00001.tar says"):
+                count("s3://b/a")
 
 
 def test_a_record_of_each_shard_is_believed(shards, monkeypatch):
