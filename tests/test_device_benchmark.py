@@ -31,7 +31,7 @@ def test_every_check_ends_ok_or_needs_cuda(tmp_path):
     assert set(checks) == {*(check.name for check in CHECKS), "ratios"}
     wrong = {name: found for name, found in checks.items() if found["status"] != "ok"}
     assert all(found["status"] == "needs CUDA" for found in wrong.values()), wrong
-    assert set(wrong) == {"tests", "kernel_tests", "short_attention"}
+    assert {"tests"} <= set(wrong) <= {"tests", "kernel_tests", "short_attention"}
     # What was found before a check needed more than a CPU, and a line for each.
     lines = done.stdout.splitlines()
     names = [line.split(" | ")[0].split(":")[0] for line in lines]

@@ -1,4 +1,4 @@
-"""The checks in the order of what they decide, each with its limit of seconds."""
+"""The checks in the order of what they decide, each with its limit of seconds, and predictions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.device.attention import check_attention, check_short_attention
+from benchmarks.device.kernels import check_kernels
 from benchmarks.device.loss import check_loss
 from benchmarks.device.machine import (
+    check_ceilings,
     check_environment,
     check_group,
     check_kernel_tests,
@@ -66,5 +68,48 @@ CHECKS = (
     Check("step_large_bf16", 70, check_step_large_bf16),
     Check("kernel_tests", 90, check_kernel_tests),
     Check("peer_compiled", 120, check_peer_compiled),
+    Check("ceilings", 30, check_ceilings),
+    Check("kernels", 30, check_kernels),
     Check("group", 30, check_group),
 )
+
+# From a roofline of an H100: 600 TFLOP/s on the towers' products, 2.8 TB/s.
+PREDICTED: dict[str, float] = {
+    "attention.varlen_image_fwd_us": 73,
+    "attention.varlen_image_bwd_us": 476,
+    "attention.varlen_text_fwd_us": 65,
+    "attention.varlen_text_bwd_us": 395,
+    "short_attention.short_image_fwd_us": 51,
+    "short_attention.short_image_bwd_us": 98,
+    "short_attention.short_text_fwd_us": 18,
+    "short_attention.short_text_bwd_us": 31,
+    "step.ms": 52,
+    "step.tflops": 210,
+    "step.pairs_per_s": 6000,
+    "step_eager.ms": 71,
+    "step_eager.tflops": 153,
+    "step_full.ms": 117,
+    "step_large.ms": 186,
+    "loss.32k_fp32.ms": 95,
+    "loss.32k_bf16.ms": 9,
+    "loss.256k_bf16.ms": 600,
+    "loss.32k_open_clip_bf16.ms": 22,
+    "loss.32k_open_clip_amp.ms": 34,
+    "kernels.clip_ms": 0.6,
+    "kernels.adamw_ms": 3.3,
+    "ceilings.bf16": 790,
+    "ratios.ours_times_peer_eager_all": 2.4,
+    "ratios.ours_times_peer_eager_half": 4.0,
+}
+
+
+def compare(checks: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Predicted, measured and their quotient for what has been measured."""
+    compared = {}
+    for path, predicted in PREDICTED.items():
+        value: Any = checks
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            compared[path] = [predicted, value, value / predicted]
+    return compared

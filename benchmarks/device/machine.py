@@ -1,4 +1,4 @@
-"""The machine itself: what it is, the tests that wait for a GPU, its collectives."""
+"""The machine itself: what it is, its ceilings, the tests that wait for a GPU, its collectives."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ def check_tests(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def check_kernel_tests(setting: Setting) -> Iterator[dict[str, Any]]:
     """The tests of Triton kernels, compiled for this device."""
+    if not (_ROOT / _KERNEL_TESTS).is_dir():
+        yield {"tests": "none in this commit"}
+        return
     setting.need_cuda()
     yield _pytest(setting, "kernel_tests", _KERNEL_TESTS, "-k", _KERNEL_VARIANTS)
 
@@ -77,6 +80,35 @@ def _pytest(setting: Setting, name: str, *words: str) -> dict[str, Any]:
         "last": (text.splitlines() or [""])[-1],
         "failed": [line[-160:] for line in failed[:6]],
     }
+
+
+def check_ceilings(setting: Setting) -> Iterator[dict[str, Any]]:
+    """TFLOP/s of matrix products, large ones and the model's, and rates of copies."""
+    large, streams = (8192, (4288, 16384, 65536)) if setting.cuda else (64, (32,))
+    setting.warm_up()
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = {
+        "bf16": setting.product_rate(large, large, large, bf16),
+        "fp32": setting.product_rate(large, large, large, fp32),
+    }
+    torch.backends.cuda.matmul.allow_tf32 = True
+    found["tf32"] = setting.product_rate(large, large, large, fp32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shapes = {"qkv": (768, 2304), "out": (768, 768), "up": (768, 3072), "down": (3072, 768)}
+    if setting.tiny:
+        shapes = {"qkv": (16, 48)}
+    for m in streams:
+        for name, (k, n) in shapes.items():
+            found[f"{name}_{m}"] = setting.product_rate(m, k, n, bf16)
+            found[f"{name}_{m}_weights"] = setting.product_rate(k, m, n, bf16)
+    size = 2**30 if setting.cuda else 2**10
+    source, target = (torch.empty(size, dtype=torch.uint8, device=setting.device) for _ in range(2))
+    found["copy_tb_per_s"] = 2 * size / setting.milliseconds(lambda: target.copy_(source)) / 1e9
+    if setting.cuda:
+        host = torch.empty(12_582_912, dtype=torch.uint8).pin_memory()  # a batch of 16k patches
+        copied = setting.milliseconds(lambda: host.to(setting.device, non_blocking=True))
+        found["to_device_gb_per_s"] = host.nbytes / copied / 1e6
+    yield found
 
 
 def check_group(setting: Setting) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import describe_run
-from benchmarks.device.checks import CHECKS, Check
+from benchmarks.device.checks import CHECKS, PREDICTED, Check, compare
 from benchmarks.device.peer import ratios
 from benchmarks.device.setting import NeedsCudaError, Setting
 from benchmarks.tables import compact
@@ -111,6 +111,9 @@ def run_checks(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         _write(args, made, checks)
     if "ratios" in checks:
         _show("ratios", checks["ratios"])
+    for path, (predicted, measured, quotient) in compare(checks).items():
+        if not args.tiny and not 0.8 <= quotient <= 1.25:
+            print(f"predicted {path} {predicted:g}, measured {measured:.4g} (×{quotient:.2f})")
     _write(args, made or describe_run("device"), checks)
     return checks
 
@@ -131,5 +134,10 @@ def _write(
 ) -> None:
     if args.commit:
         made = {**made, "commit": args.commit}
-    text = json.dumps({"made": made, "checks": checks}, indent=1)
-    atomic_write(args.out / "device.json", text)
+    result = {
+        "made": made,
+        "predicted": PREDICTED,
+        "compared": compare(checks),
+        "checks": checks,
+    }
+    atomic_write(args.out / "device.json", json.dumps(result, indent=1))

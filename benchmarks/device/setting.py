@@ -101,6 +101,11 @@ class Setting:
             f"{name}_bwd_us": 1e3 * self.milliseconds(whole) - forward,
         }
 
+    def product_rate(self, m: int, k: int, n: int, dtype: torch.dtype) -> float:
+        """TFLOP/s of one matrix product [m, k] × [k, n]."""
+        a, b = self.random(m, k, dtype=dtype), self.random(k, n, dtype=dtype)
+        return 2 * m * k * n / self.milliseconds(lambda: a @ b) / 1e9
+
     def warm_up(self) -> float:
         """Works until the clocks have risen; TFLOP/s of a large product in bfloat16."""
         side = 8192 if self.cuda else 64
@@ -109,7 +114,7 @@ class Setting:
         while time.monotonic() < end:
             a @ a
             torch.cuda.synchronize()
-        return 2 * side**3 / self.milliseconds(lambda: a @ a) / 1e9
+        return self.product_rate(side, side, side, torch.bfloat16)
 
     def photos(self, folder: Path) -> list[str]:
         """The shards, or one of a few drawn pictures in this folder."""
