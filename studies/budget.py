@@ -25,11 +25,8 @@ class Length(NamedTuple):
 def length_of(config: TrainConfig, flops: float) -> Length:
     """Steps of a run until it has used a budget.
 
-    What follows the images seen, such as a schedule of drop, is looked at where it would be.
-
-    Args:
-        config: Of the run; its own number of steps does not matter.
-        flops: The budget.
+    What follows the images seen, such as a schedule of drop, is looked at where it would be. The
+    configuration's own number of steps does not matter.
     """
     tokenizer = None if config.tokenizer is None else build_tokenizer(config.tokenizer)
     task = config.task.build(config.data)

@@ -21,16 +21,7 @@ _Curves = Mapping[tuple[str, str], Curves]
 
 
 def write_report(study: Study, name: str, out: Path, docs: Path) -> Path:
-    """Writes ``NAME.md`` and ``NAME.png``.
-
-    Args:
-        study: What was run.
-        name: Of its page.
-        out: Where its runs are.
-        docs: Folder of the page.
-
-    Returns:
-        The page.
+    """Writes ``NAME.md``, which is returned, and ``NAME.png``.
 
     Raises:
         UserError: If the baseline or all other arms have not been run with any seed.

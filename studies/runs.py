@@ -37,13 +37,7 @@ _POLL_S = 5.0  # between looks at what other processes have done
 
 
 def run_study(study: Study, out: Path, ranks: Ranks, workers: int) -> None:
-    """Runs all that has no result yet.
-
-    Args:
-        study: What is run.
-        out: Of the study; gets its data, and a folder for each run.
-        ranks: This process alone.
-        workers: Decoding processes of evaluations.
+    """Runs all that has no result yet; `out` gets the study's data and a folder for each run.
 
     Raises:
         UserError: If data is missing or a recipe is wrong; or the study has changed since.

@@ -18,12 +18,7 @@ _STEP = "step"  # a key in results of a training run, of which metrics.jsonl is 
 
 
 def table(result: EvalResult, file: str = "") -> str:
-    """Metrics against tokens and cost, one row per setting, baselines below.
-
-    Args:
-        result: The result.
-        file: Its file's name, for a list of several.
-    """
+    """Metrics against tokens and cost, one row per setting, baselines below; `file` is named."""
     metrics = result.measured
     names = ["setting", "tokens", "GFLOPs", *(metric.label for metric in metrics.values())]
     rows = [names, *(_cells(row, metrics) for row in result.rows), *_notes(result)]

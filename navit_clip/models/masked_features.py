@@ -36,9 +36,6 @@ class MaskedFeaturesConfig:
         start_step: Steps before it begins; SigLIP 2 has it in the last 20% of the training.
         decay: Of the teacher, an EMA of the image tower from the first step on: fraction kept at
             each step.
-
-    Raises:
-        ValueError: If a field is out of range; names it.
     """
 
     weight: float = 0.0

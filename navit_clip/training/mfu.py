@@ -81,10 +81,6 @@ def memory_bytes(device: torch.device) -> float:
 class FlopsMeter:
     """Compares the FLOPs of batches with the machine; a collective constructor.
 
-    Args:
-        precision: ``bf16`` or ``fp32``.
-        ranks: This process among all of them.
-
     Attributes:
         peak: FLOP/s of matrix products on the devices of all ranks; 0 if that of any is unknown.
     """

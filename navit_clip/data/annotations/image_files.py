@@ -32,9 +32,6 @@ class FilesConfig:
         samples_per_shard: Images that are read together as a shard would be.
         shuffle_seed: Puts image files into a random order before that, once and for all epochs;
             null keeps their own, in which neighbours may be alike.
-
-    Raises:
-        ValueError: If a field is out of range.
     """
 
     images: str | None = None

@@ -44,15 +44,7 @@ class Curve(NamedTuple):
 def curve_svg(
     key: str, axis: str, curves: Sequence[Curve], *, percent: bool, marks: Sequence[float] = ()
 ) -> Markup:
-    """Draws a metric.
-
-    Args:
-        key: Its name, the title of the chart.
-        axis: What it is drawn over.
-        curves: Each of at least one point.
-        percent: Whether values are fractions.
-        marks: Places on the axis where something was changed.
-    """
+    """Draws a metric over an axis; `marks` are places on it where something was changed."""
     with rc_context(STYLE):
         figure = new_figure(4.4, 2.3)
         figure.set_layout_engine("none")  # which would take half of the time
