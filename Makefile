@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	@echo
 	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 
-# Files of tests in processes beside each other: much of a test is waiting for processes that start.
+# Files of tests in processes beside each other; tests/conftest.py says in how many.
 TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(INSTALLED)

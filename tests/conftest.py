@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,12 @@ def pytest_configure() -> None:
     """Commands that tests start can be interrupted, though a shell's background jobs cannot."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there are no processes
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many more processes than cores: much of a test is waiting for others to start."""
+    return max(2, 3 * (os.cpu_count() or 1) // 2)
 
 
 @pytest.fixture(scope="session")

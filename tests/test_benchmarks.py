@@ -198,6 +198,7 @@ def test_samples_that_the_loader_skips_are_in_no_batch(tmp_path):
         list(draw_batches(read_samples([str(shard)]), 3, 1))
 
 
+@pytest.mark.slow
 def test_a_variant_that_cannot_run_is_one_line(shards):
     workload = Namespace(size="XS/16", pairs=2, rounds=1, precision="fp32", shards=[shards])
     with pytest.raises(UserError, match="OpenClip offers no compilation") as error:
@@ -356,6 +357,7 @@ def test_a_result_that_cannot_be_drawn_is_one_line(tmp_path):
         read_results(tmp_path, ["loss"])
 
 
+@pytest.mark.slow
 def test_our_trainer_end_to_end(shards):
     tars = sorted(str(path) for path in Path(shards).glob("*.tar"))
     args = Namespace(size="XS/16", pairs=3, steps=3, precision="fp32")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import tables
@@ -21,6 +22,7 @@ from benchmarks.device.setting import Setting
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_every_check_ends_ok_or_needs_cuda(tmp_path):
     flags = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--commit", "abc"]
     command = [sys.executable, "-m", "benchmarks.device", *flags]

@@ -127,6 +127,7 @@ def train_cases():
     return [train_steps(tower, ranks, parallel, 2) for tower, parallel in CASES]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_micro_batches_train_like_one_process():
     alone = {tower: train_steps(tower, ALONE, ParallelConfig(), 1) for tower in TOWERS}
     assert [masked > 0 for *_, masked in alone["plain"][0]] == [False, True, True]

@@ -135,6 +135,7 @@ def run_cases() -> dict[str, Any]:
     return {name: run_case(config, ranks) for name, config in CASES.items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process():
     results = run_ranks(run_cases, 2)
     for name, config in CASES.items():

@@ -150,6 +150,7 @@ def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
     assert (counts["pairs_missing"], counts["pairs_repeated"]) == (lost, twice)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     flags, whole = run
     shards = sorted((whole.parent / "shapes/train").glob("*.tar"))
@@ -181,7 +182,7 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
     assert count_pairs(flags, run_dir, RANKS) == count_pairs(flags, whole, RANKS)
 
 
-@pytest.mark.parametrize("moment", ["start", "step"])
+@pytest.mark.parametrize("moment", ["start", pytest.param("step", marks=pytest.mark.slow)])
 def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment, monkeypatch):
     flags, whole = run
     # Not in tmp_path: the path of a socket has 100 characters.
@@ -222,6 +223,7 @@ def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):
     assert saved.name == f"step-{last_step(run_dir):08d}"
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_and_comes_back(run, tmp_path):
     flags, whole = run
     found = run_agents(flags, tmp_path / "agents", step=STEPS // 2)
