@@ -34,7 +34,7 @@ class LoraConfig:
         text: Likewise of the text tower.
         rank: Inner width of an adapter.
         alpha: What adapters add is multiplied by alpha / rank.
-        dropout: Share of an adapter's inputs that is zeroed in training.
+        dropout: Fraction of an adapter's inputs that is zeroed in training.
 
     Raises:
         ValueError: If a layer is unknown, or a number out of range.
