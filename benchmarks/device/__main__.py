@@ -27,8 +27,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
     parser.add_argument("--deadline", type=float, default=420, help="seconds for all checks")
-    parser.add_argument("--only", nargs="+", choices=names, default=[], help="default: all")
-    parser.add_argument("--skip", nargs="+", choices=names, default=[], help="not these")
+    listed = f"default: all of {', '.join(names)}"
+    for flag, text in (("--only", listed), ("--skip", "not these")):
+        parser.add_argument(flag, nargs="+", choices=names, default=[], metavar="CHECK", help=text)
     parser.add_argument("--shards", nargs="+", default=[], help="photos with captions")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.device.attention import check_attention, check_short_attention
@@ -22,7 +22,7 @@ from benchmarks.device.peer import (
     check_peer_compiled,
     check_peer_eager,
 )
-from benchmarks.device.setting import Setting
+from benchmarks.device.setting import Run, compiled_otherwise
 from benchmarks.device.steps import (
     check_step,
     check_step_eager,
@@ -47,9 +47,12 @@ class Check:
 
     name: str
     limit_s: float
-    run: Callable[[Setting], Iterator[dict[str, Any]]]
+    run: Run
 
 
+# What the host does between launches is what steps of few tokens wait for.
+_cuda_graphs = partial(compiled_otherwise, settings={"triton.cudagraphs": True})
+_cpp_wrapper = partial(compiled_otherwise, settings={"cpp_wrapper": True})
 CHECKS = (
     Check("environment", 60, check_environment),
     Check("short_attention", 70, check_short_attention),
@@ -62,6 +65,9 @@ CHECKS = (
     Check("ours_bf16", 70, check_ours_bf16),
     Check("peer_eager", 40, check_peer_eager),
     Check("trainer", 90, check_trainer),
+    Check("step_cuda_graphs", 90, partial(_cuda_graphs, check=check_step)),
+    Check("step_cpp_wrapper", 120, partial(_cpp_wrapper, check=check_step)),
+    Check("ours_cuda_graphs", 90, partial(_cuda_graphs, check=check_ours)),
     Check("step_full", 60, check_step_full),
     Check("step_full_bf16", 60, check_step_full_bf16),
     Check("step_large", 70, check_step_large),

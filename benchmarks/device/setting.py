@@ -6,13 +6,14 @@ import io
 import statistics
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 from PIL import Image
 from torch import Tensor
 
@@ -147,3 +148,14 @@ def extra_memory(setting: Setting, call: Callable[[], Any]) -> tuple[float, floa
     milliseconds = 1e3 * (time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() if setting.cuda else 0
     return milliseconds, (peak - held) / 1e6
+
+
+Run = Callable[[Setting], Iterator[dict[str, Any]]]
+
+
+def compiled_otherwise(
+    setting: Setting, check: Run, settings: dict[str, object]
+) -> Iterator[dict[str, Any]]:
+    """A check with other settings of the compiler's backend."""
+    with torch._inductor.config.patch(settings):
+        yield from check(setting)
