@@ -82,7 +82,9 @@ class Mirror:
     # Before the run begins
 
     def fetch(self) -> None:
-        """Fetches the run if the mirror has a newer checkpoint; every rank calls it.
+        """Fetches the run if the mirror has a newer checkpoint, or what is damaged here.
+
+        Every rank calls it.
 
         Raises:
             UserError: If the mirror cannot be read or is another run's, or the disk is full; the
@@ -101,16 +103,22 @@ class Mirror:
 
     def _fetch(self) -> None:
         folder = self._run_dir / _CHECKPOINTS
-        newest = max(saved_steps(folder), default=-1)
+        here = saved_steps(folder)
         sizes, owner = self._sizes(), self._read(_OWNER)
-        if newest >= 0 and owner and _run(owner) != self._own_run():
+        if here and owner and _run(owner) != self._own_run():
             raise UserError(
                 f"{self._address} is the copy of another run than {self._run_dir}: give another "
                 "checkpoint.mirror"
             )
-        for step in sorted(_whole(sizes), reverse=True):
-            if step <= newest:
-                return
+        there = _whole(sizes)
+        for step in sorted(there.union(here), reverse=True):
+            if step in here:
+                damage = find_damage(step_folder(folder, step))
+                if damage is None:
+                    return
+                print(f"step {step} is damaged in {self._run_dir} ({damage})", flush=True)
+            if step not in there:
+                continue
             print(f"fetching step {step} from {self._address}", flush=True)
             damage = self._fetch_run(step_folder(folder, step), sizes)
             if damage is None:
@@ -250,19 +258,24 @@ class Mirror:
             self._remove(folder, recursive=True)
 
     def _fetch_run(self, folder: Path, sizes: dict[str, int]) -> str | None:
-        """Fetches a checkpoint and all but checkpoints; what is wrong with it, None if nothing."""
-        unfinished = partial_folder(folder)
+        """Fetches a checkpoint; what is wrong with it, None if nothing.
+
+        If it is not here at all, what is no checkpoint is fetched too.
+        """
+        unfinished, damaged = partial_folder(folder), folder.exists()
         shutil.rmtree(unfinished, ignore_errors=True)
         paths = {}
         for name in sizes:
             if _step(name) == step_of(folder.name):
                 paths[name] = unfinished / Path(name).name
-            elif not name.startswith(f"{_CHECKPOINTS}/"):
+            elif not damaged and not name.startswith(f"{_CHECKPOINTS}/"):
                 paths[name] = self._run_dir / name
         fresh = not saved_steps(folder.parent)
         self._fetched = [unfinished, folder, *(paths.values() if fresh else ())]
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda name: self._get(name, paths[name], sizes[name]), paths))
+        if damaged:
+            remove(folder)
         unfinished.rename(folder)
         damage = find_damage(folder)
         if damage is not None:

@@ -203,6 +203,24 @@ def test_damage_in_the_store_gives_way_to_the_checkpoint_before(
         assert whole_steps(there) == [STEPS - EVERY, STEPS]
 
 
+def test_what_is_damaged_here_is_fetched(mirrored, data, undisturbed, tmp_path, monkeypatch, capfd):
+    here = tmp_path / "here"
+    shutil.copytree(mirrored[0], here)
+    shutil.rmtree(here / "model")
+    (here / "metrics.jsonl").write_text((here / "metrics.jsonl").read_text() + "{}\n")
+    for step in (STEPS - EVERY, STEPS):
+        with (here / f"checkpoints/step-{step:08d}/model.json").open("ab") as file:
+            file.write(b" ")
+    objects = dict(mirrored[1][-1])
+    del objects[f"run/checkpoints/step-{STEPS:08d}/run.json"]  # no longer whole
+    with serve_bucket(Bucket(objects), monkeypatch):
+        assert run(monkeypatch, flags(data, here)) == 0
+    printed = capfd.readouterr().out
+    assert f"step {STEPS} is damaged in {here} (model.json has" in printed
+    assert f"fetching step {STEPS - EVERY} from s3://b/run" in printed
+    assert outcome(here) == outcome(undisturbed)
+
+
 def test_what_is_to_be_trained_again_is_no_longer_whole(mirrored, tmp_path, monkeypatch):
     with serve_bucket(Bucket(dict(mirrored[1][-1])), monkeypatch) as bucket:
         ranks = Ranks(0, 1, torch.device("cpu"))
