@@ -36,8 +36,8 @@ demo: $(INSTALLED)
 	@echo
 	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 
-# Files of tests in processes beside each other; tests/conftest.py says in how many, and which start first.
-TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Files of tests in processes beside each other; tests/conftest.py says in how many.
+TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(INSTALLED)
 	$(BIN)/python $(TEST)

@@ -49,18 +49,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(2, 3 * (os.cpu_count() or 1) // 2)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the highest limits of time start first: at the end one of them would run alone."""
-    items.sort(key=lambda item: -_time_limit(item))
-
-
-def _time_limit(item: pytest.Item) -> float:
-    module = item.getparent(pytest.Module)
-    mark = module and next(module.iter_markers("timeout"), None)
-    return mark.args[0] if mark else 0
-
-
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model trained on the captions of `shard_factory`."""
