@@ -98,6 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{model}: {top1[model]}", file=sys.stderr, flush=True)
     several, own = top1[SEVERAL], top1[str(OWN)]
     return {
+        "steps": args.steps,
+        "images": TEST * len(CLASSES),
         "top1": top1,
         "gain": {size: 100 * (several[size] - own[size]) for size in SIZES if size != OWN},
         "behind": {size: 100 * (top1[str(size)][size] - several[size]) for size in SIZES},
@@ -126,7 +128,7 @@ main = command(
     __doc__,
     measure,
     runs={"type": Path, "required": True, "help": "folder of the data and the runs"},
-    steps={"type": number(1), "default": 2000, "help": "of each run"},
+    steps={"type": number(1), "default": 6000, "help": "of each run"},
     seed={"type": number(0), "default": 0, "help": "of the weights and the data"},
 )
 

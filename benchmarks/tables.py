@@ -28,6 +28,7 @@ TITLES = {
     "attention": "Attention",
     "windows": "Windows of a hierarchical tower",
     "masked_image": "Masked image pretraining",
+    "patch_sizes": "Patches of several sizes",
     "loss": "Loss",
     "exchange": "Loss between ranks",
     "evaluation": "Evaluation",
