@@ -1,10 +1,11 @@
 """One model for patches of 8, 16 and 32 pixels beside models of one size, on generated shapes.
 
-Squares of 192 pixels show one shape in one texture, 16 classes, in any colour. Four models are
-trained on them by the recipe ``flexivit_shapes`` for equally many steps: one whose samples draw
-their size of patches, as FlexiViT, and one for each size. Then all are evaluated zero-shot, the one
-of several sizes at each of them, and that of 16 pixels also at 8 and 32, with its kernel resized.
-Runs that were begun go on, finished ones are only evaluated.
+Squares of 192 pixels show sixteen small marks of one shape in one texture, 16 classes, in any
+colour: a large one is recognised by parts that look alike at any scale. Four models are trained on
+them by the recipe ``flexivit_shapes`` for equally many steps: one whose samples draw their size of
+patches, as FlexiViT, and one for each size. Then all are evaluated zero-shot, the one of several
+sizes at each of them, and that of 16 pixels also at 8 and 32, with its kernel resized. Runs that
+were begun go on, finished ones are only evaluated.
 
 ``top1`` holds accuracy by model and by size of patches; ``gain`` how many points the model of
 several sizes is above that of 16 pixels, ``behind`` how many it is below the model of that size
@@ -43,6 +44,7 @@ from navit_clip.tools.shapes.scene import (
 
 SIZES, SIDE, OWN = (8, 16, 32), 192, 16
 SEVERAL = "several"
+ACROSS, MARK = 4, (28.0, 40.0)  # marks in a row and in a column, pixels of a mark's side
 CLASSES = tuple(product(TEXTURES, SHAPES))
 IMAGES, SHARD, TEST = 12_000, 1000, 40  # for training, in a shard, of each class for the test
 TOKENIZER, TEMPLATES = "tokenizer.model", "templates.txt"
@@ -52,11 +54,14 @@ def draw(index: int, seed: int) -> tuple[str, bytes, str]:
     """Name of the class, file and its extension, a function of (seed, index)."""
     rng = np.random.default_rng([seed, index])
     texture, shape = CLASSES[index % len(CLASSES)]
-    side = rng.uniform(0.65, 0.9) * SIDE
-    x, y = rng.uniform(side / 2, SIDE - side / 2, 2)
-    attributes = Attributes("large", texture, str(rng.choice(list(COLOURS))), shape)
-    background = str(rng.choice(list(BACKGROUNDS)))
-    scene = Scene(SIDE, SIDE, background, (PlacedObject(attributes, x, y, side),))
+    background, colour = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(list(COLOURS)))
+    attributes, cell = Attributes("small", texture, colour, shape), SIDE / ACROSS
+    marks = []
+    for row, column in product(range(ACROSS), repeat=2):
+        side = rng.uniform(*MARK)
+        x, y = rng.uniform(side / 2, cell - side / 2, 2)
+        marks.append(PlacedObject(attributes, column * cell + x, row * cell + y, side))
+    scene = Scene(SIDE, SIDE, background, tuple(marks))
     return f"{texture} {shape}", *encode(render(scene, rng), rng)
 
 
@@ -128,7 +133,7 @@ main = command(
     __doc__,
     measure,
     runs={"type": Path, "required": True, "help": "folder of the data and the runs"},
-    steps={"type": number(1), "default": 6000, "help": "of each run"},
+    steps={"type": number(1), "default": 5000, "help": "of each run"},
     seed={"type": number(0), "default": 0, "help": "of the weights and the data"},
 )
 

@@ -147,7 +147,7 @@ def test_dashes_stand_for_underscores_but_not_in_names_of_datasets():
 def test_sizes_of_patches_need_positions_that_do_not_count_them(tmp_path):
     recipe = ["--config", "flexivit_shapes"]
     config, resolved = parse_config(recipe)
-    assert config.data.resolution.patch_sizes == {8: 1, 16: 1, 32: 1}
+    assert config.data.resolution.patch_sizes == {8: 1, 16: 1, 32: 2}
     (tmp_path / "config.yaml").write_text(resolved)
     assert parse_config(["--config", str(tmp_path / "config.yaml")])[0] == config
     one, _ = parse_config([*recipe, "--data.resolution.patch_sizes", "{}"])
