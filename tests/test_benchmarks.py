@@ -279,19 +279,6 @@ def test_the_table_of_masked_images_has_the_variants_that_were_measured():
     assert "MAE" not in section
 
 
-def test_the_table_of_sizes_of_patches_has_each_model_where_it_was_trained():
-    sizes = {"8": 0.99, "16": 0.98, "32": 0.97}
-    resized = {"8": 0.6, "16": 0.95, "32": 0.3}
-    top1 = {"32": {"32": 0.91}, "16": resized, "several": sizes, "8": {"8": 0.94}}
-    result = {"steps": 6000, "images": 640, "top1": top1, "made": MADE}
-    rows = [row for row in tables.section("patch_sizes", result).splitlines() if row[:1] == "|"]
-    assert [row.split("|")[2:-1] for row in rows[2:]] == [
-        [" 99.0% ", " 98.0% ", " 97.0% "],
-        [" 60.0% ", " 95.0% ", " 30.0% "],
-        [" 94.0% ", " 95.0% ", " 91.0% "],
-    ]
-
-
 def test_attention(monkeypatch, tmp_path):
     flags = ["--segments", "3", "--rounds", "1", "--precision=fp32"]
     found = run(monkeypatch, tmp_path, "attention", *flags)
