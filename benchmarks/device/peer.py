@@ -1,8 +1,8 @@
 """This project's step beside open_clip's, of equal widths, on the same photos and captions.
 
 Ours are packed at native resolution, sides ~ U(64, 256), never enlarged, with and without half of
-the patches dropped; open_clip's are 224×224 squares and 77 slots. Equal pairs in a step, and for ours
-with half dropped also twice as many, which fill the budget that the same pairs fill without drop.
+the patches dropped; open_clip's are 224×224 squares and 77 slots. Equal pairs in a step; with half
+dropped also twice as many, which fill the tokens that the same pairs fill without drop.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from navit_clip import __version__
 from navit_clip.distributed import Ranks
 from navit_clip.packed.batch import Batch
 from navit_clip.tasks.base import Task
@@ -53,7 +53,7 @@ class Reporter:
                 **facts,
                 "ranks": self.ranks.world_size,
                 "device": torch.cuda.get_device_name(device) if is_cuda else "CPU",
-                "navit_clip": version("navit-clip"),
+                "navit_clip": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             }
