@@ -7,6 +7,7 @@ and `explain_killed_workers`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -113,11 +114,26 @@ def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """Iterates over a torch DataLoader that can end even if a worker was killed."""
     if loader.num_workers:
         make_socket_folder()
-    iterator = iter(loader)
+    with _garbage_left_to_parent():
+        iterator = iter(loader)
     if loader.num_workers:
         inner: Any = iterator
         inner._workers_done_event = _DoneEvent(inner._workers_done_event, inner._workers)
     yield from iterator
+
+
+@contextmanager
+def _garbage_left_to_parent() -> Iterator[None]:
+    """Forked workers never collect garbage that the parent has made.
+
+    What ends with it is the parent's: an earlier loader's workers, which a child must not join, and
+    CUDA's events, with which CUDA ended a worker on an H100 at the second run of a process.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def prepare_worker() -> None:

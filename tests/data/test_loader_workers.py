@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -74,6 +75,38 @@ def test_a_worker_with_more_to_say_than_a_pipe_holds_ends_with_its_killed_parent
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     assert sockets.is_dir()
+
+
+class Mark:
+    """Ends with the process that made it, and leaves a file if another one ends it."""
+
+    def __init__(self, path):
+        self.path, self.maker, self.cycle = path, os.getpid(), self
+
+    def __del__(self):
+        if os.getpid() != self.maker:
+            self.path.touch()
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_alone(pipeline, tmp_path, monkeypatch):
+    # On a GPU events of CUDA were among it, which end a forked process that frees them.
+    def batches(reader, state):
+        gc.collect()
+        yield from take_batches(reader, state)
+
+    take_batches = Reader.batches
+    monkeypatch.setattr(Reader, "batches", batches)
+    data = pipeline(make_shards(tmp_path, [4, 4]), workers=1)
+    gc.collect()
+    gc.disable()  # so that it is still there when the worker is started
+    try:
+        Mark(tmp_path / "freed")
+        with closing(data.load()) as loaded:
+            next(loaded)
+    finally:
+        gc.enable()
+    assert not (tmp_path / "freed").exists()
+    assert not gc.get_freeze_count()
 
 
 class DiesWithALock(PairBuilder):
