@@ -51,7 +51,6 @@ class Check:
 
 
 # What the host does between launches is what steps of few tokens wait for.
-_cuda_graphs = partial(compiled_otherwise, settings={"triton.cudagraphs": True})
 _cpp_wrapper = partial(compiled_otherwise, settings={"cpp_wrapper": True})
 CHECKS = (
     Check("environment", 60, check_environment),
@@ -64,10 +63,8 @@ CHECKS = (
     Check("ours", 110, check_ours),
     Check("ours_bf16", 110, check_ours_bf16),
     Check("peer_eager", 40, check_peer_eager),
-    Check("trainer", 90, check_trainer),
-    Check("step_cuda_graphs", 90, partial(_cuda_graphs, check=check_step)),
+    Check("trainer", 150, check_trainer),
     Check("step_cpp_wrapper", 120, partial(_cpp_wrapper, check=check_step)),
-    Check("ours_cuda_graphs", 110, partial(_cuda_graphs, check=check_ours)),
     Check("step_full", 60, check_step_full),
     Check("step_full_bf16", 60, check_step_full_bf16),
     Check("step_large", 70, check_step_large),

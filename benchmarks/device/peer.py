@@ -128,7 +128,7 @@ def ratios(checks: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {
         f"{ours}_times_{peer}_{kind}": checks[ours][f"{kind}_pairs_per_s"]
         / checks[peer]["pairs_per_s"]
-        for ours in ("ours", "ours_bf16", "ours_cuda_graphs")
+        for ours in ("ours", "ours_bf16")
         for peer in ("peer_eager", "peer_compiled")
         for kind, *_ in KINDS
         if f"{kind}_pairs_per_s" in checks.get(ours, {}) and "pairs_per_s" in checks.get(peer, {})
