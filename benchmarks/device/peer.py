@@ -26,7 +26,7 @@ from navit_clip.data.config import DataConfig
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.training.parallel import ParallelConfig
 
-_PAIRS, _BATCHES, _STEPS = 768, 2, 10
+_PAIRS, _BATCHES, _STEPS = 768, 2, 20
 _WARM_UPS = 4
 _ROUND = 256  # tokens: streams of all batches are as long as the longest, rounded up
 HALF = 0.5
