@@ -36,7 +36,7 @@ def write_report(study: Study, name: str, out: Path, docs: Path) -> Path:
     lines += [*_arms(study, results, curves), f"![Accuracy over training compute]({name}.png)", ""]
     lines += [
         *_breakdowns(study, results, curves),
-        *_rates(study, out),
+        *_rates(study, results, out),
         *_made(study, name, results),
     ]
     _draw(curves, docs / f"{name}.png")
@@ -132,13 +132,17 @@ def _breakdowns(study: Study, results: _Results, curves: _Curves) -> Iterator[st
             yield from _compared(f"{test}, {way}, by {what}", groups)
 
 
-def _rates(study: Study, out: Path) -> Iterator[str]:
+def _rates(study: Study, results: _Results, out: Path) -> Iterator[str]:
     yield f"## Learning rates\n\nValidation with seed {study.seeds[0]}.\n"
     found: dict[str, dict[str, str]] = {arm: {} for arm in study.arms}
     for run in trials(study):
         if read_result(study, run, out) is not None:
             found[run.arm][f"{run.lr:g}"] = f"{validated(study, run, out):.1%}"
     yield from _compared("arm", found)
+    edges = {f"{lr:g}" for lr in (min(study.lrs), max(study.lrs))}
+    at_edge = [f"`{arm}`" for arm, runs in results.items() if f"{runs[0]['lr']:g}" in edges]
+    if at_edge and len(study.lrs) > 1:
+        yield f"The lowest or highest was best for {', '.join(at_edge)}: try others too.\n"
 
 
 def _made(study: Study, name: str, results: _Results) -> Iterator[str]:

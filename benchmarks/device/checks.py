@@ -31,6 +31,7 @@ from benchmarks.device.steps import (
     check_step_large,
     check_step_large_bf16,
 )
+from benchmarks.device.tasks import check_tasks
 from benchmarks.device.trainer import check_trainer
 
 
@@ -64,6 +65,7 @@ CHECKS = (
     Check("ours_bf16", 110, check_ours_bf16),
     Check("peer_eager", 40, check_peer_eager),
     Check("trainer", 150, check_trainer),
+    Check("tasks", 200, check_tasks),
     Check("step_cpp_wrapper", 120, partial(_cpp_wrapper, check=check_step)),
     Check("step_full", 60, check_step_full),
     Check("step_full_bf16", 60, check_step_full_bf16),

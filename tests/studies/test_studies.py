@@ -22,7 +22,7 @@ from navit_clip.files import locked
 from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import Progress
 from studies import __file__ as package
-from studies import compare, runs
+from studies import compare, report, runs
 from studies.__main__ import main
 from studies.compare import Curves, Estimate, reach
 from studies.split import part_of, split
@@ -235,6 +235,15 @@ def test_compute_to_reach():
     assert reach(curve, flops, 0.5) == pytest.approx(1e4)
     assert reach(curve, flops, 0.6) == np.inf
     assert Estimate.of(np.array([1.0] + [np.inf] * 500 + [2.0] * 500)) == (1.0, 2.0, np.inf)
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_named(monkeypatch, tmp_path):
+    study = read_study(str(write_study(tmp_path, lrs=[1e-3, 2e-3, 4e-3])), {})
+    monkeypatch.setattr(report, "read_result", lambda *_: {})
+    monkeypatch.setattr(report, "validated", lambda *_: 0.5)
+    results = {"square": [{"lr": 2e-3}], "falling": [{"lr": 4e-3}]}
+    *_, last = report._rates(study, results, tmp_path)
+    assert last.startswith("The lowest or highest was best for `falling`: ")
 
 
 def test_a_part_depends_on_the_sample_alone(tmp_path):
