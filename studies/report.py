@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.report.drawing import COLOURS, save_figure
@@ -15,6 +16,8 @@ from navit_clip.files import write_output
 from studies.compare import DRAWS, Curves, Estimate, Result, by_group, last
 from studies.runs import best_lr, read_result, validated
 from studies.study import Run, Study, trials
+
+_COLUMNS = 3  # of panels
 
 _Results = Mapping[str, Sequence[Result]]
 _Curves = Mapping[tuple[str, str], Curves]
@@ -163,16 +166,24 @@ def _made(study: Study, name: str, results: _Results) -> Iterator[str]:
 
 
 def _draw(curves: _Curves, path: Path) -> None:
-    figure = Figure((5 * len(curves), 4), layout="constrained", dpi=120)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, ((test, way), one) in zip(panels, curves.items(), strict=True):
+    columns = min(len(curves), _COLUMNS)
+    rows = -(-len(curves) // columns)
+    figure = Figure((4.2 * columns, 3.4 * rows), layout="constrained", dpi=120)
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for ((test, way), one), axes in zip(curves.items(), panels, strict=False):
         for (arm, xs), colour in zip(one.flops.items(), COLOURS * 3, strict=False):
             values, lows, highs = zip(*one.accuracy(arm), strict=True)
             axes.plot(xs, values, "o-", ms=3, color=colour, label=arm)
             axes.fill_between(xs, lows, highs, alpha=0.12, color=colour, lw=0)
         axes.set(xscale="log", title=f"{test}, {way}", xlabel="training FLOPs", ylabel="right")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    for axes in panels:
+        axes.set_axis_off()
     save_figure(figure, path)
 
 

@@ -29,6 +29,7 @@ from studies.split import part_of, split
 from studies.study import Run, merged, read_study
 
 HERE = Path(package).parent
+PAGES, PUBLISHED = HERE.parent / "docs/studies", sorted(HERE.glob("results/*.tar.xz"))
 ENCODER = {"width": 16, "depth": 1, "heads": 2}
 NAMES = {"kind": "zeroshot", "data": "$data/shapes/zeroshot", "templates": "plain"}
 STUDY = {
@@ -244,6 +245,17 @@ def test_a_rate_at_the_edge_of_those_tried_is_named(monkeypatch, tmp_path):
     results = {"square": [{"lr": 2e-3}], "falling": [{"lr": 4e-3}]}
     *_, last = report._rates(study, results, tmp_path)
     assert last.startswith("The lowest or highest was best for `falling`: ")
+
+
+@pytest.mark.parametrize("results", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_page_is_what_its_results_say(results, tmp_path):
+    name = results.name.removesuffix(".tar.xz")
+    with tarfile.open(results) as tar:
+        tar.extractall(tmp_path, filter="data")
+    if not (PAGES / f"{name}.md").exists():
+        pytest.skip("no page of it yet")
+    assert command("report", name, "--out", tmp_path, "--docs", tmp_path) == 0
+    assert (tmp_path / f"{name}.md").read_text() == (PAGES / f"{name}.md").read_text()
 
 
 def test_a_part_depends_on_the_sample_alone(tmp_path):
