@@ -65,9 +65,10 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
     Returns:
         float32 [E, D] on the host, in order.
     """
+    planner = model.config.image.planner()  # on the host, else the tower would wait for its copy
 
     def embed(batch: Sequence[ImagePatches]) -> Tensor:
-        packed = pack_images(batch).to(model.device)
+        packed = pack_images(batch, planner=planner).to(model.device)
         if normalize:
             return model.embed_images(packed)
         return model.image_projection(model.image(packed))
@@ -77,10 +78,10 @@ def image_vectors(model: CLIP, images: Iterable[ImagePatches], *, normalize: boo
 
 def feature_vectors(tower: ImageTower, images: Iterable[ImagePatches]) -> Tensor:
     """What a head reads of each image, float32 [E, C], as `image_vectors` are made."""
-    device = tower.embed.weight.device
+    device, planner = tower.embed.weight.device, tower.config.planner()
 
     def embed(batch: Sequence[ImagePatches]) -> Tensor:
-        vectors: Tensor = tower(pack_images(batch).to(device))
+        vectors: Tensor = tower(pack_images(batch, planner=planner).to(device))
         return vectors
 
     width = tower.config.encoder.width
