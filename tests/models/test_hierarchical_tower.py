@@ -14,6 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch._dynamo.utils import counters
 
 from navit_clip.data.patches import cut_patches
+from navit_clip.inference.embed import feature_vectors
 from navit_clip.models.hierarchical_tower import HierarchyConfig
 from navit_clip.models.image_tower import ImageTower
 from navit_clip.models.rope import RotaryConfig
@@ -173,3 +174,14 @@ def test_limits_of_stages():
         HierarchyConfig((2, 2), 0)
     with pytest.raises(ValueError, match="depths must be at least 1"):
         HierarchyConfig((2, 0))
+
+
+def test_inference_lays_out_windows_before_its_images_are_on_the_device():
+    tower, plans = random_tower(tower_config()).float(), []
+    tower.register_forward_pre_hook(lambda _, args: plans.append(args[0].plan))
+    images = some_images(tower.config.patch_size, 6)
+    vectors = feature_vectors(tower, images)
+    assert plans
+    assert None not in plans
+    expected = tower(pack_images(images)).detach()
+    torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-5)
