@@ -12,6 +12,7 @@ in each run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -90,10 +91,10 @@ def short_attention_forward(
     # Imported here: a PyTorch without CUDA comes without Triton.
     from navit_clip.kernels._short_attention import forward_kernel
 
+    tensors = (qkv_T3HD, offsets, q_weight, k_weight, out_THD)
     for launch in _launches(forward_kernel, FORWARD, qkv_T3HD, bounds, q_weight, causal):
-        forward_kernel[(launch.programs,)](
-            qkv_T3HD, offsets, q_weight, k_weight, out_THD, launch.segment, eps, **launch.options
-        )
+        options = _options(launch.kind)
+        forward_kernel[(launch.programs,)](*tensors, launch.segment, eps, **options)
 
 
 def short_attention_backward(
@@ -124,33 +125,44 @@ def short_attention_backward(
     parts_P2D = qkv_T3HD.new_empty(programs, 2, width, dtype=torch.float32)
     tensors = (grad_THD, qkv_T3HD, offsets, q_weight, k_weight, dqkv_T3HD)
     first, statistics_TH2 = 0, None
-    for segment, count, options in launches:
-        arguments = (*tensors, parts_P2D[first:])
-        first += count
-        if options["ROWS"] == options["LENGTH"]:
-            del options["ROWS"], options["COLUMNS"]
-            whole[(count,)](*arguments, segment, eps, **options)
+    for launch in launches:
+        grid, arguments = (launch.programs,), (*tensors, parts_P2D[first:])
+        first += launch.programs
+        if launch.kind.tile.rows == launch.kind.length:
+            whole[grid](*arguments, launch.segment, eps, **_options(launch.kind, whole=True))
             continue
         if statistics_TH2 is None:
             statistics_TH2 = parts_P2D.new_empty(tokens, heads, 2)
-        longer = (*arguments, statistics_TH2, segment, eps)
-        kernels.backward_queries_kernel[(count,)](*longer, **options)
-        tile = BACKWARD_KEYS[_table(width)]
-        assert tile.rows == options["ROWS"]  # parts have a place for both kernels' programs
-        options |= _options(tile)
-        kernels.backward_keys_kernel[(count,)](*longer, **options)
+        longer = (*arguments, statistics_TH2, launch.segment, eps)
+        kernels.backward_queries_kernel[grid](*longer, **_options(launch.kind))
+        keys = launch.kind._replace(tile=BACKWARD_KEYS[_table(width)])
+        assert keys.tile.rows == launch.kind.tile.rows  # parts have a place for both's programs
+        kernels.backward_keys_kernel[grid](*longer, **_options(keys))
     if q_weight is None or k_weight is None:
         return None
     dq_weight, dk_weight = parts_P2D.sum(0)
     return dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
+class _Kind(NamedTuple):
+    """What the options of a launch follow from; few differ within a run."""
+
+    tile: Tile
+    length: int
+    heads: int
+    width: int
+    causal: bool
+    norm: bool
+    dtype: torch.dtype
+    compiled: bool
+
+
 class _Launch(NamedTuple):
-    """Of one class that holds segments: the first one, number of programs, and options."""
+    """Of one class that holds segments: the first one, number of programs, and kind."""
 
     segment: int
     programs: int
-    options: dict[str, Any]
+    kind: _Kind
 
 
 def _launches(
@@ -162,34 +174,42 @@ def _launches(
     causal: bool,
 ) -> Iterator[_Launch]:
     import triton
-    import triton.language as tl
 
     _, _, heads, width = qkv_T3HD.shape
+    alike = heads, width, causal, q_weight is not None, qkv_T3HD.dtype
     compiled = isinstance(kernel, triton.JITFunction)
+    for length, tile, (first, last) in zip(
+        CLASSES, tiles[_table(width)], pairwise(bounds), strict=True
+    ):
+        if first != last:
+            programs = (last - first) * heads * (length // tile.rows)
+            yield _Launch(first, programs, _Kind(tile, length, *alike, compiled))
+
+
+# Cached, as a step asks hundreds of times, while a GPU waits for its host.
+@cache
+def _options(kind: _Kind, *, whole: bool = False) -> Mapping[str, Any]:
+    """Keyword arguments of a kernel; with `whole` of one whose tile is the class."""
+    import triton
+    import triton.language as tl
+
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-    for i, (first, last) in enumerate(pairwise(bounds)):
-        if first == last:
-            continue
-        tile = tiles[_table(width)][i]
-        options = {
-            "scale": width**-0.5,
-            "H": heads,
-            "D": width,
-            "WIDTH": triton.next_power_of_2(width),
-            "LENGTH": CLASSES[i],
-            "CAUSAL": causal,
-            "NORM": q_weight is not None,
-            "DOT": dot[qkv_T3HD.dtype] if compiled else tl.float32,
-            "num_stages": 1,
-            **_options(tile),
-        }
-        yield _Launch(first, (last - first) * heads * (CLASSES[i] // tile.rows), options)
+    rows, columns, warps, registers = kind.tile
+    return {
+        "scale": kind.width**-0.5,
+        "H": kind.heads,
+        "D": kind.width,
+        "WIDTH": triton.next_power_of_2(kind.width),
+        "LENGTH": kind.length,
+        "CAUSAL": kind.causal,
+        "NORM": kind.norm,
+        "DOT": dot[kind.dtype] if kind.compiled else tl.float32,
+        "num_stages": 1,
+        "num_warps": warps,
+        "maxnreg": registers,
+        **({} if whole else {"ROWS": rows, "COLUMNS": columns}),
+    }
 
 
 def _table(width: int) -> int:
     return 64 if width <= 64 else MAX_WIDTH
-
-
-def _options(tile: Tile) -> dict[str, Any]:
-    rows, columns, warps, registers = tile
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "maxnreg": registers}
