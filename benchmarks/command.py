@@ -31,7 +31,7 @@ RESULTS = Path(__file__).with_name("out")
 # Of the flags, those on which the results depend and that each file of results holds.
 _FACTS = ("size", "precision", "pairs", "steps", "rounds")
 # And not: where the result goes, its commit, and where the peers are.
-_LOCAL = "output|out|commit|peer-python|open-clip-main"
+_LOCAL = "output|out|runs|commit|peer-python|open-clip-main"
 _LIBRARIES = ("torch", "open_clip_torch", "timm", "vit-pytorch", "simplejpeg", "pillow")
 
 
