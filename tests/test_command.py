@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_no_command_is_a_mistake(capsys, words):
 
 def test_version(capsys):
     assert called(capsys, "--version") == (0, f"navit-clip {__version__}\n", "")
+    assert metadata.version("navit-clip") == __version__
 
 
 @pytest.mark.parametrize(
