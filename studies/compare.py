@@ -59,16 +59,18 @@ class Curves:
         rng, images = np.random.default_rng(0), len(some["sizes"])
         self._seeds = min(map(len, results.values()))
         self._queries_DQ = _weights(rng, images)[:, some["image_of"][way]]
-        self._queries_DQ /= self._queries_DQ.sum(1, keepdims=True)
-        self._seeds_DS = _weights(rng, self._seeds) / self._seeds
+        self._seeds_DS = _weights(rng, self._seeds)
         self.draws = {}
         for arm, runs in results.items():
             points = [[p["scores"][test] for p in run["points"]] for run in runs[: self._seeds]]
             self.draws[arm] = self._draw([[hits(p, way, right) for p in run] for run in points])
 
     def _draw(self, hits_SPQ: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        # Counted in whole numbers, which are exact in any order of summing: points that are equally
+        # good stay so on every CPU, and the first of them is the best.
         drawn_SPD = np.array(hits_SPQ) @ self._queries_DQ.T
-        return np.einsum("ds,spd->dp", self._seeds_DS, drawn_SPD)
+        right_DP = np.einsum("ds,spd->dp", self._seeds_DS, drawn_SPD)
+        return right_DP / (self._seeds * self._queries_DQ.sum(1, keepdims=True))
 
     def accuracy(self, arm: str) -> list[Estimate]:
         """At each point."""
