@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from navit_clip.errors import SkipSampleError
 
@@ -29,6 +30,9 @@ IMAGE_EXTENSIONS = (
 )
 # Caps, checked from the header. Within them an image takes at most 1.7 GB, a hostile one 4 s.
 MAX_PIXELS = 64_000_000
+# By Pillow's decoder: JPEG 2000 takes up to 91 bytes a pixel, in blocks of 4 × 4 coefficients, and
+# QOI and all but 8-bit binary PNM are read in Python, at half a megapixel a second.
+_MAX_PIXELS_OF = {"jpeg2k": 16_000_000} | dict.fromkeys(("qoi", "ppm", "ppm_plain"), 2_000_000)
 MAX_BYTES = 64 << 20
 MOST_PIXELS = 178_956_970  # Pillow refuses more
 _MAX_SIDE = 65_535  # resizing takes tables as long as a side
@@ -36,6 +40,7 @@ _MAX_SCANNED = 1_000_000_000  # pixels times scans of a JPEG, each of which read
 
 # Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+_TIFF_SIDES = (256, 257, 322, 323)  # tags: width and length of the image, and of its tiles
 _EXTENSIONS = {"TIFF": "tif", "JPEG2000": "jp2", "MPO": "jpg", "JPEG": "jpg"}  # else the format's
 # EXIF orientations of files that store the picture upside down, mirrored, and on its side.
 _UPSIDE_DOWN, _MIRRORED, _SIDEWAYS = (3, 4, 6, 7), (2, 3, 7, 8), (5, 6, 7, 8)
@@ -85,6 +90,8 @@ class EncodedImage:
             if width * height > max_pixels:
                 problem = f"{width}×{height} pixels exceed max_pixels={max_pixels}"
                 raise SkipSampleError("too_large", problem)
+            if jpeg is None:
+                _check_cost(self._image, max_pixels)
             if max(width, height) > _MAX_SIDE:
                 raise SkipSampleError("too_large", f"{width}×{height}: a side exceeds {_MAX_SIDE}")
             if data.startswith(_JPEG) and width * height * (scans := _scans(data)) > _MAX_SCANNED:
@@ -204,6 +211,26 @@ class OpenedImage:
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
+
+
+def _check_cost(image: Image.Image, max_pixels: int) -> None:
+    """Refuses what takes far more than its pixels would.
+
+    Raises:
+        SkipSampleError: ``too_large``.
+    """
+    tile = getattr(image, "tile", [])  # of any file, though not of an image in memory
+    limit = _MAX_PIXELS_OF.get(tile[0][0] if tile else "", max_pixels)
+    if image.width * image.height > limit:
+        problem = f"{image.width}×{image.height} pixels exceed {limit:,} of {image.format}"
+        raise SkipSampleError("too_large", problem)
+    if isinstance(image, TiffImageFile) and _TIFF_SIDES[-1] in image.tag_v2:
+        # A tile may be larger than the image, and all may share one piece of data.
+        width, height, *sides = (image.tag_v2[tag] for tag in _TIFF_SIDES)
+        decoded = math.prod(sides) * math.ceil(width / sides[0]) * math.ceil(height / sides[1])
+        if decoded > max_pixels:
+            problem = f"its tiles of {sides[0]}×{sides[1]} pixels exceed max_pixels={max_pixels}"
+            raise SkipSampleError("too_large", problem)
 
 
 def _unreadable(error: Exception, data: bytes) -> SkipSampleError:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import pickle
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -157,6 +160,53 @@ def test_too_many_pixels_are_refused_from_the_header(of_size, side, monkeypatch)
         with pytest.raises(SkipSampleError) as caught:
             EncodedImage(of_size(side, side))
     assert caught.value.reason == "too_large"
+
+
+def tiff(side: int, tile: int) -> bytes:
+    """A TIFF whose tiles are all the same piece of data."""
+    count = math.ceil(side / tile) ** 2
+    data = zlib.compress(bytes(tile * tile))
+    numbers = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile}
+    behind = 8 + 2 + 12 * (len(numbers) + 2) + 4
+    pieces = [behind + 8 * count] * count, [len(data)] * count  # where, and how long
+    entries = [(tag, 1, value) for tag, value in numbers.items()]
+    for tag, values in zip((324, 325), pieces, strict=True):
+        place = values[0] if count == 1 else behind + 4 * count * (tag - 324)
+        entries.append((tag, count, place))
+    head = struct.pack("<4sIH", b"II*\0", 8, len(entries))
+    head += b"".join(struct.pack("<HHII", tag, 4, *entry) for tag, *entry in entries)
+    return head + bytes(4) + struct.pack(f"<{2 * count}I", *pieces[0], *pieces[1]) + data
+
+
+def test_tiles_count_that_are_larger_than_their_image():
+    assert EncodedImage(tiff(64, 16)).pixels(8, 8).shape == (8, 8, 3)
+    assert EncodedImage(tiff(16, 64), 64 * 64).pixels(8, 8).shape == (8, 8, 3)
+    for side, tile in ((16, 64), (130, 64)):
+        with pytest.raises(SkipSampleError, match="too_large: its tiles of 64×64 pixels exceed"):
+            EncodedImage(tiff(side, tile), max(side**2, 64 * 64 - 1))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"P5 2001 1000 254\n",
+        b"P6 2001 1000 65535\n",
+        b"P3 2001 1000 255\n",
+        b"qoif" + struct.pack(">II", 2001, 1000) + b"\3\0",
+    ],
+)
+def test_what_is_decoded_in_python_has_a_cap_of_its_own(head):
+    with pytest.raises(SkipSampleError, match="too_large: 2001×1000 pixels exceed 2,000,000 of"):
+        EncodedImage(head + bytes(64))
+    assert EncodedImage(b"P5 2001 1000 255\n" + bytes(2_001_000)).width == 2001
+
+
+def test_jpeg_2000_has_a_cap_of_its_own(monkeypatch):
+    data = io.BytesIO()
+    photo(0, 20, 10).save(data, "JPEG2000")
+    assert EncodedImage(data.getvalue()).pixels(8, 8).shape == (8, 8, 3)
+    monkeypatch.setitem(decode._MAX_PIXELS_OF, "jpeg2k", 199)
+    assert reason_of(data.getvalue()) == "too_large"
 
 
 def test_the_caps_are_inclusive(monkeypatch):
