@@ -27,8 +27,8 @@ def read(path, wanted=None):
 
 @pytest.fixture
 def root(tmp_path):
-    for name in ("a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar", "b/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar", "b/notes.txt", "x/y/z.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     return tmp_path
 
@@ -44,6 +44,7 @@ def root(tmp_path):
         (["a/?.tar"], ["a/0.tar", "a/1.tar"]),
         (["a/{0..1}.tar"], ["a/0.tar", "a/1.tar"]),
         (["{a,b}/*.tar"], ["a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar"]),
+        (["**/*.tar", "a"], ["a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar", "x/y/z.tar"]),
         (["{a,b}"], ["a/0.tar", "a/1.tar", "a/10.tar", "b/x.tar"]),
         (["b", "a/0.tar"], ["b/x.tar", "a/0.tar"]),
         (
