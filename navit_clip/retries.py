@@ -10,6 +10,8 @@ from navit_clip.errors import printable
 
 # Between two packets, or for one range: long enough for a store with cold disks.
 READ_TIMEOUT_S = 60.0
+# For a folder of millions of objects, of which a request lists a thousand.
+LISTING_TIMEOUT_S = 600.0
 # Slower than any line that one could train over, in bytes a second.
 SLOWEST = 1024
 # Attempts without a byte of progress. The waits between them add up to two minutes, which outlasts
@@ -23,6 +25,10 @@ BACK_OFF_LIMIT_S = 30.0
 
 class RemoteError(OSError):
     """Something remote cannot be read or written; the message says why, but not what it was."""
+
+
+class GaveUpError(RemoteError):
+    """A `RemoteError` that may pass: it was tried again and again."""
 
 
 class Retries:
@@ -45,11 +51,11 @@ class Retries:
         """Waits before the next attempt, at least for as long as the server asked.
 
         Raises:
-            RemoteError: After `ATTEMPTS` without progress.
+            GaveUpError: After `ATTEMPTS` without progress.
         """
         self._failures += 1
         if self._failures >= ATTEMPTS:
-            raise RemoteError(f"{reason}, after {ATTEMPTS} attempts")
+            raise GaveUpError(f"{reason}, after {ATTEMPTS} attempts")
         late = self._failures >= SAID or monotonic() - self._since > SAID_S
         if late and not self._quiet:
             # At the start of a run nobody else can say what is waited for.

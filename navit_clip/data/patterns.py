@@ -23,9 +23,9 @@ from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.annotations.tables import ARROW
 from navit_clip.data.hub import HUB, web_file
 from navit_clip.data.pieces import split_files
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 from navit_clip.files import storable
-from navit_clip.retries import RemoteError
+from navit_clip.retries import LISTING_TIMEOUT_S, GaveUpError, RemoteError
 from navit_clip.stores import ask, open_store
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", *ARROW)  # and JSONs, of image files
@@ -64,6 +64,7 @@ def expand_shards(
         files: How image files are read.
 
     Raises:
+        OutageError: If a store does not answer.
         UserError: If a pattern matches no shard, or cannot be read from.
     """
     shards = [s for pattern in patterns for s in _expand(pattern, allow_commands, files)]
@@ -114,10 +115,14 @@ def _expand(
 def _find(name: str, folder: str, files: FilesConfig) -> list[str]:
     path = os.path.join(folder, name)
     # The folder is no part of the pattern: it may hold a bracket of its own.
-    names = [name] if os.path.exists(path) else sorted(glob.glob(name, root_dir=folder or None))
+    names = [name] if os.path.exists(path) else _glob(name, folder)
     if not names:
         raise UserError(f"no shard found at {path}: check the path")
     return [shard for one in names for shard in _open(os.path.join(folder, one), files)]
+
+
+def _glob(pattern: str, folder: str) -> list[str]:
+    return sorted(glob.glob(pattern, root_dir=folder or None, recursive=True))
 
 
 def _open(path: str, files: FilesConfig) -> list[str]:
@@ -160,7 +165,9 @@ def _find_stored(name: str) -> list[str]:
             return [name]
         path = f"{path.rstrip('/')}/*.tar"
     try:
-        found = sorted(ask(name, partial(store.glob, path)))
+        found = sorted(ask(name, partial(store.glob, path), LISTING_TIMEOUT_S))
+    except GaveUpError as error:
+        raise OutageError(f"{name}: {error}") from error
     except RemoteError as error:
         raise UserError(f"{name}: {error}") from error
     if not found:

@@ -22,7 +22,7 @@ from navit_clip.data.patterns import is_stored
 from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.errors import UserError, printable
-from navit_clip.retries import RemoteError
+from navit_clip.retries import LISTING_TIMEOUT_S, RemoteError
 from navit_clip.stores import ask, open_store
 
 _MOST_COUNTED = 100  # shards; a count reads each header, a minute for a million samples
@@ -95,7 +95,7 @@ def _listing(folder: str) -> dict[str, int]:
     """Bytes of each object in a folder of a store; none if it cannot be listed."""
     store, path = open_store(folder)
     with suppress(RemoteError):
-        found = ask(folder, partial(store.ls, path, detail=True))
+        found = ask(folder, partial(store.ls, path, detail=True), LISTING_TIMEOUT_S)
         return {store.unstrip_protocol(info["name"]): info["size"] for info in found}
     return {}
 
