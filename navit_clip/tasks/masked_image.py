@@ -66,6 +66,11 @@ class MaskedImageTaskConfig(ImageTaskConfig):
                 f"data.drop.kind fixed and data.packing fill, got {data.drop.kind} and "
                 f"{data.packing}"
             )
+        if self.mask == "batch" and (data.drop.schedule != "constant" or data.drop.ramp_images):
+            raise ValueError(
+                "task.mask=batch needs a rate that is the same for all images of a batch: "
+                "data.drop.schedule constant and no data.drop.ramp_images"
+            )
         check_sizes(data, self.model.image)
         refuse_captions(data, self.kind)
         refuse_mixing(data, self.kind)

@@ -344,6 +344,10 @@ MISTAKES = [
         "task.mask=batch needs as many visible patches",
     ),
     (
+        {"task__mask": "batch", "data__drop__ramp_images": 100},
+        "task.mask=batch needs a rate that is the same for all images",
+    ),
+    (
         {"data__train": "[]", "data__mix": '{"a": {"shards": "x", "captions": {"txt": 1}}}'},
         "data.mix.a.captions: task.kind masked_image reads no captions",
     ),
