@@ -31,7 +31,7 @@ RUN_MODEL = "model.json"  # in a checkpoint: architecture and preprocessing
 RUN_CONFIG = "config.yaml"  # in a checkpoint: of the command that wrote it
 RUN_SHARDS = "shards.json"  # in a checkpoint: see `navit_clip.data.fingerprint`
 PARTIAL, REMOVED, _DAMAGED = ".partial", ".removed", ".damaged"
-FORMAT = 3  # of a checkpoint; read no other
+FORMAT = 4  # of a checkpoint; read no other. 4: readers that share shards deal them otherwise
 MANIFEST, _CHECKSUM = "run.json", "checksum"
 _NAME = re.compile(r"^step-(\d{8})$")
 

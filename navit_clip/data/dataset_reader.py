@@ -15,7 +15,9 @@ from navit_clip.data.order import Cursor, ShardOrder, ShardSlice
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.skip_log import SkipLog
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
+
+_EMPTY_SHARDS = 10  # in a row; with this many nothing is there to be read, rather than a few bad
 
 
 @dataclass
@@ -38,12 +40,14 @@ class DatasetReader:
         """Yields samples from the cursor on, and where each was read.
 
         Raises:
-            UserError: If a whole epoch has no sample, or too many shards in a row cannot be read.
+            UserError: If ten shards, or all if there are fewer, have no sample, or too many shards
+                in a row cannot be read.
         """
         order = self.order
-        # Fewer samples than readers: each gets one in some epoch.
-        patience = order.readers if order.by_sample else 1
-        empty = 0
+        # A reader may have a single shard in an epoch, and that one be bad; and with fewer samples
+        # than readers share them each gets one in some epoch.
+        patience = min(len(order.dataset.shards), _EMPTY_SHARDS) * order.sharing
+        empty, tried = 0, set[int]()
         while True:
             epoch, first, sample = self.cursor
             slices = order.slices(epoch)
@@ -52,46 +56,55 @@ class DatasetReader:
             for number in range(first, len(slices)):
                 own = slices[number]
                 rest = own.after(self.cursor.sample)
-                for raw in _read(self.mixture, rest, self.skips) if rest else ():
+                for raw in self._read(rest) if rest else ():
                     self.cursor = Cursor(epoch, number, raw.index + 1)
                     found = True
                     yield raw, Origin(own.epoch, own.shard, raw.index, 0)
                 self.cursor = Cursor(epoch, number + 1)
-            empty = 0 if found else empty + 1
-            if empty == patience:
+            if found:
+                empty, tried = 0, set()
+            else:
+                empty, tried = empty + len(slices), tried.union(own.shard for own in slices)
+            if empty >= patience:
                 problem = (
-                    f"no sample in {len(slices)} shard(s) of dataset {order.dataset.name}, the "
-                    f"first one {self.mixture.shards[slices[0].shard]}"
+                    f"no sample in {len(tried)} shard(s) of dataset {order.dataset.name}, one of "
+                    f"them {self.mixture.shards[slices[0].shard]}"
                 )
                 raise UserError("; ".join([problem, *self.skips.lines[-1:]]))
             self.cursor = Cursor(epoch + 1)
 
-
-def _read(mixture: Mixture, own: ShardSlice, skips: SkipLog) -> Iterator[RawSample]:
-    """The samples of one slice, as far as its shard can be read."""
-    try:
-        for raw in read_shard(mixture.shards[own.shard], own, mixture.names[own.shard]):
-            skips.bad_shards = 0
-            yield raw
-            if raw.index == own.last:
-                return
-    except ShardError as error:
-        skips.skip_shard(error)
+    def _read(self, own: ShardSlice) -> Iterator[RawSample]:
+        """The samples of one slice, as far as its shard can be read."""
+        try:
+            for raw in _read(self.mixture, own):
+                self.skips.bad_shards.clear()
+                yield raw
+        except ShardError as error:
+            self.skips.skip_shard(error, own.shard, len(self.order.dataset.shards))
 
 
-def read_again(
-    mixture: Mixture, origins: Collection[Origin], skips: SkipLog
-) -> dict[Origin, RawSample]:
+def _read(mixture: Mixture, own: ShardSlice) -> Iterator[RawSample]:
+    for raw in read_shard(mixture.shards[own.shard], own, mixture.names[own.shard]):
+        yield raw
+        if raw.index == own.last:
+            return
+
+
+def read_again(mixture: Mixture, origins: Collection[Origin]) -> dict[Origin, RawSample]:
     """Reads samples that had been read ahead before a restart.
 
     Raises:
+        OutageError: If a shard cannot be read.
         UserError: If a shard no longer holds one.
     """
     found: dict[tuple[int, int], RawSample] = {}
     for shard in sorted({origin.shard for origin in origins}):
         wanted = tuple(origin.sample for origin in origins if origin.shard == shard)
-        for raw in _read(mixture, ShardSlice(0, shard, stride=0, extra=wanted), skips):
-            found[shard, raw.index] = raw
+        try:
+            for raw in _read(mixture, ShardSlice(0, shard, stride=0, extra=wanted)):
+                found[shard, raw.index] = raw
+        except ShardError as error:
+            raise OutageError(f"{error}; the checkpoint had read samples of it ahead") from error
     try:
         return {origin: found[origin.shard, origin.sample] for origin in origins}
     except KeyError as error:

@@ -1,8 +1,8 @@
 """The order in which one reader takes the samples of one dataset, and where it stands in it.
 
 Between the list of shards and the reader. A dataset's shards are permuted per epoch and dealt to
-all readers; with fewer shards than readers every reader takes all of them, and every n-th sample
-of each. What a reader takes is therefore a list of slices of shards, a function of (seed, dataset,
+all readers; with fewer shards than readers, several readers share each and take every n-th of its
+samples. What a reader takes is therefore a list of slices of shards, a function of (seed, dataset,
 epoch, reader, number of readers), and its cursor in that list is three numbers.
 
 When the number of readers changes, the old lists are worth nothing, so what was left of them
@@ -12,9 +12,10 @@ whole epochs of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from navit_clip.data.mixture import Dataset
@@ -110,25 +111,23 @@ class ShardOrder:
     leftover: Leftover = field(default_factory=Leftover)
 
     @property
-    def by_sample(self) -> bool:
-        """Whether readers share shards sample by sample, since there are too few."""
-        return len(self.dataset.shards) < self.readers
+    def sharing(self) -> int:
+        """At most so many readers share a shard, each taking every n-th of its samples."""
+        return math.ceil(self.readers / len(self.dataset.shards))
 
     def slices(self, epoch: int) -> Sequence[ShardSlice]:
         """All that the reader takes in one epoch, in order."""
         if epoch < self.leftover.epoch:
             return self.leftover.slices
         shards = self.dataset.shards
-        rng = generator(self.seed, self.dataset.name, epoch, "shards")
-        order = (rng.permutation(len(shards)) + shards.start).tolist()
-        if not self.by_sample:
+        order = _permuted(self.seed, self.dataset.name, shards, epoch)
+        if self.sharing == 1:
             return [ShardSlice(epoch, shard) for shard in order[self.reader :: self.readers]]
-        # Offsets turn from shard to shard and from epoch to epoch, else the first samples, which
-        # every shard has, would always go to the same readers.
-        return [
-            ShardSlice(epoch, shard, 0, self.readers, (self.reader + epoch + shard) % self.readers)
-            for shard in order
-        ]
+        number, place = divmod(self.reader, len(shards))
+        stride = len(range(place, self.readers, len(shards)))
+        # Offsets turn from epoch to epoch, else the first samples, which every shard has, would
+        # always go to the same readers.
+        return [ShardSlice(epoch, order[place], 0, stride, (number + epoch) % stride)]
 
     def remaining(self, cursor: Cursor, end: int) -> Iterator[ShardSlice]:
         """What is left from a cursor on, up to and without epoch `end`."""
@@ -138,3 +137,11 @@ class ShardOrder:
                     yield own
                 elif (epoch, number) == cursor[:2] and (rest := own.after(cursor.sample)):
                     yield rest
+
+
+# All readers have it in common; without it a restart with another number of thousands of readers
+# permutes as many shards once for each.
+@lru_cache(maxsize=4)
+def _permuted(seed: int, name: str, shards: range, epoch: int) -> list[int]:
+    rng = generator(seed, name, epoch, "shards")
+    return (rng.permutation(len(shards)) + shards.start).tolist()

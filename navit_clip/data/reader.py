@@ -66,7 +66,7 @@ class Reader(Generic[AnySample, AnyInputs_co]):
         """
         config, skips = self.config, SkipLog(self.config.max_bad_samples)
         orders, state = data.of_reader(self.mixture, self.seed, self.reader)
-        read_ahead = read_again(self.mixture, [*state.buffer, *state.pending], skips)
+        read_ahead = read_again(self.mixture, [*state.buffer, *state.pending])
         buffer = [(read_ahead[origin], origin) for origin in state.buffer]
         packer: Packer[AnySample] = Packer(self.budget, config.look_ahead, config.packing)
         for origin in state.pending:

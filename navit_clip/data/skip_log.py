@@ -22,14 +22,15 @@ class SkipLog:
     Attributes:
         lines: Name the first few since the last batch.
         bad_samples: In a row; 0 again after a usable one.
-        bad_shards: In a row; 0 again after a sample that could be read.
+        bad_shards: Numbers of those in a row; none again after a sample that could be read.
     """
 
     def __init__(self, max_bad_samples: int) -> None:
         self.max_bad_samples = max_bad_samples
         self._counts: Counter[str] = Counter()
         self.lines: list[str] = []
-        self.bad_samples = self.bad_shards = 0
+        self.bad_samples = 0
+        self.bad_shards: list[int] = []
 
     def skip_sample(self, name: str, error: SkipSampleError) -> None:
         """Counts an unusable sample.
@@ -45,15 +46,22 @@ class SkipLog:
                 "check that the shards hold the fields that the task reads"
             ) from error
 
-    def skip_shard(self, error: ShardError) -> None:
+    def skip_shard(self, error: ShardError, shard: int = 0, shards: int = 1) -> None:
         """Counts a shard that cannot be read, or not to its end.
+
+        Args:
+            error: Why.
+            shard: Its number.
+            shards: How many there are. After a restart a reader may come to one shard again and
+                again, which says nothing of the others.
 
         Raises:
             OutageError: If it is one too many in a row.
         """
         self._add("bad_shard", str(error))
-        self.bad_shards += 1
-        if self.bad_shards >= _MAX_BAD_SHARDS:
+        self.bad_shards.append(shard)
+        different = len(set(self.bad_shards)) >= min(_MAX_BAD_SHARDS, shards)
+        if different and len(self.bad_shards) >= _MAX_BAD_SHARDS:
             raise OutageError(
                 f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
             ) from error

@@ -29,7 +29,7 @@ from navit_clip.data.state import DataState, open_state
 from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
@@ -169,7 +169,18 @@ class _Run:
         self.first: list[Batch[Any]] = []  # taken ahead of the first step
 
     def _look_at_shards(self) -> None:
-        """Rank 0 notes how the shards look; others than those of the checkpoint are refused."""
+        """Rank 0 notes how the shards look; others than those of the checkpoint are refused.
+
+        As are different ones on different ranks, which would deal other shards to their readers,
+        so that some samples came again and others never.
+        """
+        found = self.ranks.gather([self.mixture.digest])
+        for rank, digest in enumerate(found):
+            if digest != found[0]:
+                raise UserError(
+                    f"rank {rank} finds other training shards ({digest}) than rank 0 ({found[0]}): "
+                    "give every node the same files under the same names before the run begins"
+                )
         problem = None
         if self.ranks.is_first:
             self.shards = fingerprints(self.mixture)
@@ -211,7 +222,7 @@ class _Run:
         self.watchdog.heartbeat("the first look at the shards", slow=True)
         self._look_at_shards()
         self.watchdog.heartbeat("the first batch", slow=True)
-        problem = None
+        problem: UserError | None = None
         try:
             self.batches = load_batches(
                 self.build,
@@ -229,10 +240,11 @@ class _Run:
             with self.progress.waiting_for(awaited):
                 self.first = [next(self.batches)]
         except UserError as error:
-            problem = str(error)
-        problem = next(filter(None, ranks.gather([problem])), None)
-        if problem is not None:
-            raise UserError(problem)
+            problem = type(error)(str(error))
+        problems = [found for found in ranks.gather([problem]) if found is not None]
+        if problems:
+            # One that another start may be spared says nothing if any other is there to stay.
+            raise min(problems, key=lambda found: isinstance(found, OutageError))
         if not self.start:
             ids = self.first[0].ids
             examples, different = map(int, ranks.sum([len(ids), len(set(ids))]))

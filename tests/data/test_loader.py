@@ -46,7 +46,7 @@ def epochs(data, count, **reader):
     """Ids by epoch, in the order of reading."""
     found = [[] for _ in range(count)]
     for epoch, name in one_by_one(data, **reader):
-        if epoch == count:
+        if epoch >= count:
             return found
         found[epoch].append(name)
     raise AssertionError("readers are endless")
@@ -159,6 +159,28 @@ def test_nothing_but_bad_shards_in_a_row_stops(pipeline, tmp_path):
         shard.write_bytes(HTML)
     with pytest.raises(UserError, match=r"10 unreadable shards in a row, the last one .*\.tar"):
         take(pipeline(shards, **ONE_BY_ONE), 10)
+
+
+@pytest.mark.parametrize("wrong", [HTML, b""])
+@pytest.mark.parametrize("readers", [5, 8, 12])
+def test_a_bad_shard_stops_no_reader_that_has_no_other_in_an_epoch(
+    readers, wrong, pipeline, tmp_path
+):
+    shards = make_shards(tmp_path, [4] * 8)
+    shards[3].write_bytes(wrong)
+    data = pipeline(shards, **ONE_BY_ONE)
+    for reader in range(readers):
+        assert len(epochs(data, 12, reader=reader, readers=readers)) == 12
+
+
+def test_readers_that_share_shards_each_read_one_an_epoch(pipeline, tmp_path):
+    counts, readers = [6, 7, 8], 8
+    data = pipeline(make_shards(tmp_path, counts), **ONE_BY_ONE)
+    by_reader = [epochs(data, 4, reader=r, readers=readers) for r in range(readers)]
+    for epoch in range(4):
+        read = [{name.split("/")[0] for name in reader[epoch]} for reader in by_reader]
+        assert all(len(shards) == 1 for shards in read)
+        assert sorted(name for r in by_reader for name in r[epoch]) == ids_of(counts)
 
 
 def test_bad_shards_are_skipped_and_counted(pipeline, tmp_path):

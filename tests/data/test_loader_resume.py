@@ -17,7 +17,7 @@ from navit_clip.data.config import DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.data.state_json import data_from_json, data_to_json
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError
 
 
 def messy_shards(root):
@@ -200,6 +200,20 @@ def test_a_resume_on_a_changed_shard_is_refused(pipeline, tmp_path):
     make_shards(tmp_path, [1])
     with pytest.raises(UserError, match=r"00000\.tar no longer holds sample"):
         take(data, 1, state=state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resume_that_cannot_read_its_shards_may_be_tried_again(workers, pipeline, tmp_path):
+    (shard,) = make_shards(tmp_path, [9])
+    data = pipeline([shard], workers=workers)
+    state = advance(data.begin(), take(data, 1))
+    whole = shard.read_bytes()
+    shard.write_bytes(HTML)
+    with pytest.raises(OutageError, match=r"00000\.tar.*the checkpoint had read samples of it"):
+        take(data, 1, state=state)
+    shard.write_bytes(whole)
+    (again,) = take(data, 1, state=state)
+    assert content(again) == content(take(data, 2)[1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
+from navit_clip.data.mixture import Mixture
 from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.config import parse_config
-from navit_clip.training.trainer import build_stepper
+from navit_clip.training.trainer import build_stepper, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -101,6 +104,29 @@ def test_losses_of_two_ranks_equal_those_of_one_process(data, tmp_path):
     expected = np.array([row_of(result) for result in alone])
     for figures, _ in results:
         np.testing.assert_allclose(np.array(figures), expected, rtol=5e-4)
+
+
+def start_rank(flags):
+    """What a rank is told that finds one shard less than the others."""
+    if os.environ["RANK"] == "1":
+        find = Mixture.find
+        Mixture.find = lambda config: find(replace(config, train=config.train[:1]))
+    config, resolved = parse_config(flags)
+    with join_ranks("cpu") as ranks:
+        try:
+            train(config, resolved, ranks)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def test_ranks_that_find_different_shards_are_refused(data, tmp_path):
+    shards = sorted(str(path) for path in data.rglob("*.tar"))
+    flags = tiny_flags(data, tmp_path / "run", 2, data__train=json.dumps(shards))
+    for said in run_ranks(start_rank, 2, flags, initialise=False):
+        assert said.startswith("rank 1 finds other training shards (1 shards"), said
+        assert f"than rank 0 ({len(shards)} shards" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def torchrun(flags, processes=2):
