@@ -59,7 +59,8 @@ class Task(ABC):
     The model maps `Inputs` to a NamedTuple of tensors ``[E, …]``, a row per example, and scalars.
     Parameters that the loss uses are outputs too, not attributes read from outside: DDP only
     reduces gradients of parameters that its forward used. A task that does not couple examples may
-    return anything else beside, such as `Ragged` values per token.
+    return anything else beside, such as `Ragged` values per token; with rows of tokens alone, no
+    example is named where a step is not finite.
 
     Attributes:
         couples_examples: The loss of one example depends on others (contrastive). Then the loss

@@ -83,8 +83,11 @@ def find_examples(
     """Ids of the suspects of a failed step, and of all its examples; every rank calls it.
 
     `outputs` are the model's for all of this rank's examples, in order; one or several sequences.
+    If their rows are no examples but patches, there are no suspects.
     """
     finite = [flag for output in outputs for flag in _finite_rows(output).tolist()]
+    if len(finite) != len(ids):
+        finite = [True] * len(ids)
     suspects = [name for name, is_finite in zip(ids, finite, strict=True) if not is_finite]
     return tuple(ranks.gather(suspects)), tuple(ranks.gather(list(ids)))
 

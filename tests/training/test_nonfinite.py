@@ -18,9 +18,10 @@ from step_cases import (
 )
 from tiny_run import tiny_flags, write_tiny_data
 
+from navit_clip.models.masked_image import PredictedPatches
 from navit_clip.training.__main__ import main
 from navit_clip.training.ema import EMAConfig
-from navit_clip.training.nonfinite import NonFiniteError
+from navit_clip.training.nonfinite import NonFiniteError, find_examples
 
 TOKEN = 7
 
@@ -96,3 +97,8 @@ def test_a_run_that_skips_says_so_and_stops_at_last(tmp_path, monkeypatch, capsy
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     assert logged[-1]["skipped_steps"] == 2
     assert {"grad_norm", "param_norm", "update_norm"} <= set(logged[0])
+
+
+def test_rows_that_are_no_examples_accuse_none():
+    outputs = [PredictedPatches(torch.full((7, 3), torch.nan))]
+    assert find_examples(["a", "b"], outputs, ALONE) == ((), ("a", "b"))
