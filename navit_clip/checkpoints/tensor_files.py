@@ -1,4 +1,4 @@
-"""Reads the tensors of a checkpoint without running what may be in it.
+"""The tensors of a checkpoint: which rank writes which, and reading without running what is there.
 
 `torch.distributed.checkpoint` unpickles its index, and whatever is no tensor, without any check: a
 run directory from elsewhere could so execute code. Here the index is made of a few classes of
@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItemType
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -42,6 +43,33 @@ _ALLOWED = {
     ("pathlib._local", "PosixPath"),
     ("pathlib._local", "WindowsPath"),
 }
+
+
+class DealtPlanner(dcp.DefaultSavePlanner):
+    """Lets each rank propose a part of what all ranks have, rather than all of it.
+
+    Of as many proposals as there are ranks torch's planner keeps one. Rank 0 reads them all, 0.1 s
+    of Python beside the training for each rank of a B/16: a minute at 512.
+
+    Args:
+        rank: This process.
+        world_size: How many write.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self._rank, self._world_size = rank, world_size
+
+    def create_local_plan(self) -> SavePlan:
+        """This rank's shards, and every n-th of what is not sharded, in order of size."""
+        plan = super().create_local_plan()
+        shards = [item for item in plan.items if item.type is WriteItemType.SHARD]
+        whole = [item for item in plan.items if item.type is not WriteItemType.SHARD]
+        whole.sort(key=lambda item: (-(item.tensor_storage_size() or 0), item.index.fqn))
+        names = plan.planner_data if self._rank == 0 else {}
+        items = [*shards, *whole[self._rank :: self._world_size]]
+        self.plan = replace(plan, items=items, planner_data=names)
+        return self.plan
 
 
 class _IndexUnpickler(pickle.Unpickler):
