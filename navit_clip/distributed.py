@@ -6,8 +6,10 @@ its environment.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import itemgetter
 from typing import Literal, TypeVar
 
 import torch
@@ -31,6 +34,7 @@ T = TypeVar("T")
 # a hang earlier.
 _TIMEOUT = timedelta(minutes=30)
 _MISTAKE = "mistake"  # key of the store
+_OWN_FILES = 2048  # shards, data workers, connections to stores, NCCL
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,17 @@ class Ranks:
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
+    def raise_together(self, problem: UserError | None) -> None:
+        """Raises on all ranks what one raises, which the others would wait for; all call it.
+
+        Raises:
+            UserError: One of theirs, if any has one; an `OutageError` if all are.
+        """
+        own = [] if problem is None else [(isinstance(problem, OutageError), str(problem))]
+        if found := self.gather(own):
+            outage, text = min(found, key=itemgetter(0))
+            raise (OutageError if outage else UserError)(text)
+
     def tell_mistake(self, mistake: str) -> None:
         """Leaves word of what ends the run, for ranks that only notice that this one is gone."""
         if self.store is not None:
@@ -150,6 +165,7 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     store = None
     if world_size > 1:
+        _allow_open_files(world_size)
         store = _clean_store(rank, world_size)
         dist.init_process_group(
             # gloo as well on CUDA: counts, stop flags and checkpoints travel between hosts.
@@ -210,6 +226,24 @@ def end_process(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _allow_open_files(world_size: int) -> None:
+    """Raises the limit of open files: gloo keeps three for each rank, and aborts where it cannot.
+
+    Raises:
+        UserError: If even the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = math.inf if hard == resource.RLIM_INFINITY else hard
+    wanted = int(min(most, 4 * world_size + _OWN_FILES))
+    if wanted < 3 * world_size + 100:
+        raise UserError(
+            f"{world_size} ranks need {3 * world_size + 100} open files each, the limit is {hard}: "
+            "raise it (ulimit -Hn, LimitNOFILE of systemd)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _clean_store(rank: int, world_size: int) -> dist.Store:

@@ -7,6 +7,7 @@ that cannot be used are no mistakes: they are skipped and counted (`SkipSampleEr
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,17 @@ class UserError(Exception):
 
 class OutageError(UserError):
     """A `UserError` that another start may be spared: torchrun may start the ranks again."""
+
+
+# Of a disk, perhaps a network's, that is full or out of reach.
+_PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what caused an error may be over when the ranks are started again."""
+    return isinstance(error, TimeoutError) or (
+        isinstance(error, OSError) and error.errno in _PASSING
+    )
 
 
 class SkipSampleError(Exception):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from navit_clip.errors import UserError
+from navit_clip.errors import OutageError, UserError, may_pass
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
@@ -86,6 +86,20 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Returns once a file, or what a folder lists, would be there after a power cut.
+
+    Raises:
+        OSError: If the disk does not take a file; not every file system can flush folders.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(*([OSError] if path.is_dir() else [])):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; takes a core about a second per gigabyte.
 
@@ -144,4 +158,5 @@ def _user_errors(
             # Errors of PIL and of table parsers have no `strerror`.
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         # Weights of another model would list every tensor.
-        raise UserError(f"{problem}: {textwrap.shorten(reason, 300)}{hint}") from error
+        kind = OutageError if may_pass(error) else UserError
+        raise kind(f"{problem}: {textwrap.shorten(reason, 300)}{hint}") from error

@@ -27,7 +27,7 @@ class RemoteError(OSError):
     """Something remote cannot be read or written; the message says why, but not what it was."""
 
 
-class GaveUpError(RemoteError):
+class GaveUpError(RemoteError, TimeoutError):
     """A `RemoteError` that may pass: it was tried again and again."""
 
 

@@ -47,18 +47,21 @@ from navit_clip.checkpoints.rank_state import (
     restore_generators,
 )
 from navit_clip.checkpoints.staging import pinned_stager, plain_stager
-from navit_clip.checkpoints.tensor_files import read_tensors
+from navit_clip.checkpoints.tensor_files import DealtPlanner, read_tensors
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
-from navit_clip.errors import OutageError, UserError
-from navit_clip.files import sha256_of
+from navit_clip.errors import OutageError, UserError, may_pass
+from navit_clip.files import flush_to_disk, sha256_of
 
 # A slow disk is no failure: ranks wait for each other's writes without holding up the training.
 _WRITE_TIMEOUT = timedelta(hours=4)
 _LAST_WAIT_S = 60.0
 _SHARED_S = 20.0  # a network file system may show a new file that much later on other hosts
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    dcp.CheckpointException,
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,12 @@ class Checkpoints:
         """
         self._open()
         for step in self.ranks.broadcast(saved_steps(self.directory)[::-1]):
-            # Each rank reads a part of its files.
-            found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
+            problem = found = None
+            try:  # each rank reads a part of its files
+                found = find_damage(self.path(step), self.ranks.rank, self.ranks.world_size)
+            except OutageError as error:
+                problem = error
+            self.ranks.raise_together(problem)
             damage = next(filter(None, self.ranks.gather([found])), None)
             if damage is None:
                 return step
@@ -203,6 +210,7 @@ class Checkpoints:
             "storage_writer": dcp.FileSystemWriter(
                 partial_folder(self.path(step)), per_thread_copy_ahead=0
             ),
+            "planner": DealtPlanner(self.ranks.rank, self.ranks.world_size),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -272,14 +280,17 @@ class Checkpoints:
             read_tensors(state, path, manifest.files, alone=self._group is None)
             if self.ranks.rank < manifest.world_size:
                 restore_generators(path, self.ranks.rank, self.ranks.device)
-        except (*_UNREADABLE, dcp.CheckpointException) as error:
+        except _UNREADABLE as error:
+            if type(error) is RuntimeError and self._group is not None:
+                raise  # the group's, of a rank that is gone; the disk's is a CheckpointException
             reason: BaseException = error
             if isinstance(error, dcp.CheckpointException):
                 reason = next(iter(error.failures.values()))[0]
-            raise UserError(
-                f"cannot resume from {path}: {str(reason).splitlines()[0]}; if the configuration "
-                "changed use another run_dir"
-            ) from error
+            problem = f"cannot resume from {path}: {str(reason).splitlines()[0]}"
+            if may_pass(reason):
+                raise OutageError(problem) from error
+            problem += "; if the configuration changed use another run_dir"
+            raise UserError(problem) from error
         self._newest = step
         return SavedDataStates(path, manifest.world_size)
 
@@ -327,7 +338,9 @@ class Checkpoints:
                 # What has just been written; the rest are of ranks, each of which names its own.
                 others = re.compile(r"\.|__|rank-")
                 files += [path for path in folder.iterdir() if not others.match(path.name)]
-            checksums = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
+            for file in files:
+                flush_to_disk(file)  # else a power cut could leave fewer than older ones to go by
+                checksums[file.name] = [file.stat().st_size, sha256_of(file)]
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _disk_error(error)
             if problem is None:
@@ -352,9 +365,11 @@ class Checkpoints:
         folder = partial_folder(final)
         try:
             manifest.write(folder)
+            flush_to_disk(folder)
             if final.exists():
                 remove(final)
             folder.rename(final)
+            flush_to_disk(final.parent)
         except OSError as error:
             return error.strerror or str(error)
         for step in self.config.expendable(saved_steps(self.directory)):

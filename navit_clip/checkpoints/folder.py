@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from navit_clip.errors import UserError
-from navit_clip.files import atomic_write, sha256_of
+from navit_clip.errors import OutageError, UserError, may_pass
+from navit_clip.files import atomic_write, flush_to_disk, sha256_of
 
 RUN_MODEL = "model.json"  # in a checkpoint: architecture and preprocessing
 RUN_CONFIG = "config.yaml"  # in a checkpoint: of the command that wrote it
@@ -92,6 +92,7 @@ class Manifest:
         values = asdict(self)
         content = json.dumps({**values, _CHECKSUM: _checksum(values)})
         atomic_write(folder / MANIFEST, content)
+        flush_to_disk(folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -100,6 +101,7 @@ class Manifest:
         Raises:
             ValueError: If it is absent, or not what `write` wrote.
             UserError: If another version wrote it.
+            OutageError: If the disk is out of reach.
         """
         path = folder / MANIFEST
         try:
@@ -120,6 +122,7 @@ class Manifest:
             manifest = cls(**values)
             manifest._check_types()
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            _refuse_outage(path, error)
             raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
         return manifest
 
@@ -163,6 +166,9 @@ def find_damage(
             `world_size`-th.
         world_size: Number of ranks that share them.
         only: Files to compare; all of them by default.
+
+    Raises:
+        OutageError: If the disk is out of reach, which says nothing of the files.
     """
     try:
         manifest = Manifest.read(folder)
@@ -180,10 +186,16 @@ def find_damage(
             if sha256_of(folder / name) != digest:
                 return f"{name} has other contents than were written"
         except OSError as error:
+            _refuse_outage(folder / name, error)
             return f"{name} cannot be read: {error.strerror}"
     if folder != step_folder(folder.parent, manifest.step):
         return f"it is of step {manifest.step}"
     return None
+
+
+def _refuse_outage(path: Path, error: Exception) -> None:
+    if may_pass(error):
+        raise OutageError(f"{path} cannot be read: {error}") from error
 
 
 def remove(folder: Path) -> None:

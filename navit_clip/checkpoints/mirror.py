@@ -31,7 +31,7 @@ from navit_clip.checkpoints.folder import (
 )
 from navit_clip.checkpoints.lock import LOCK_FILE
 from navit_clip.distributed import Ranks
-from navit_clip.errors import OutageError, UserError, printable
+from navit_clip.errors import OutageError, UserError, may_pass, printable
 from navit_clip.files import atomic_write, replacing, writing
 from navit_clip.retries import READ_TIMEOUT_S, RemoteError
 from navit_clip.stores import ask, open_store
@@ -90,16 +90,15 @@ class Mirror:
             UserError: If the mirror cannot be read or is another run's, or the disk is full; the
                 same on all ranks.
         """
-        problem = None
+        problem: UserError | None = None
         if self._ranks.is_first:
             try:
                 self._fetch()
             except OSError as error:
-                problem = f"cannot fetch the run from {self._address}: {error}"
+                problem = _problem(f"cannot fetch the run from {self._address}", error)
             except UserError as error:
-                problem = str(error)
-        if (problem := self._ranks.broadcast(problem)) is not None:
-            raise UserError(problem)
+                problem = error
+        self._ranks.raise_together(problem)
 
     def _fetch(self) -> None:
         folder = self._run_dir / _CHECKPOINTS
@@ -148,7 +147,7 @@ class Mirror:
                 folder = step_folder(self._run_dir / _CHECKPOINTS, later)
                 self._remove(self._name(folder / MANIFEST))
         except RemoteError as error:
-            raise UserError(f"cannot write {self._address}: {error}") from error
+            raise _problem(f"cannot write {self._address}", error) from error
 
     # While it runs
 
@@ -363,3 +362,7 @@ def _looks(folder: Path) -> dict[Path, tuple[int, int, int]]:
                 status = path.stat()
                 found[path] = status.st_size, status.st_mtime_ns, status.st_ino
     return found
+
+
+def _problem(what: str, error: OSError) -> UserError:
+    return (OutageError if may_pass(error) else UserError)(f"{what}: {error}")

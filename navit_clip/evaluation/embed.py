@@ -318,13 +318,12 @@ def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache |
 @contextmanager
 def fail_together(ranks: Ranks) -> Iterator[None]:
     """Raises a `UserError` of one rank on all: the others would wait for that one without end."""
-    failures = []
+    problem = None
     try:
         yield
     except UserError as error:
-        failures.append(str(error))
-    if failures := ranks.gather(failures):
-        raise UserError(failures[0])
+        problem = error
+    ranks.raise_together(problem)
 
 
 def _progress_bar(what: str, total: int | None, ranks: Ranks) -> tqdm[Any]:

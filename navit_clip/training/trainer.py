@@ -29,7 +29,7 @@ from navit_clip.data.state import DataState, open_state
 from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
-from navit_clip.errors import OutageError, UserError
+from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
@@ -240,11 +240,8 @@ class _Run:
             with self.progress.waiting_for(awaited):
                 self.first = [next(self.batches)]
         except UserError as error:
-            problem = type(error)(str(error))
-        problems = [found for found in ranks.gather([problem]) if found is not None]
-        if problems:
-            # One that another start may be spared says nothing if any other is there to stay.
-            raise min(problems, key=lambda found: isinstance(found, OutageError))
+            problem = error
+        ranks.raise_together(problem)
         if not self.start:
             ids = self.first[0].ids
             examples, different = map(int, ranks.sum([len(ids), len(set(ids))]))

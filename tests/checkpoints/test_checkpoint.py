@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from checkpoint_cases import (
     data_state,
     names,
@@ -30,6 +31,7 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from torch.distributed.checkpoint import filesystem
 
 from navit_clip.checkpoints import checkpoint
+from navit_clip.checkpoints.tensor_files import DealtPlanner
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.training.__main__ import main
@@ -73,6 +75,48 @@ def test_nothing_is_visible_before_it_is_complete_and_one_is_written_at_a_time(
     second.join(30)
     checkpoints.wait()
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_all_of_it_is_on_the_disk_before_it_takes_anothers_place(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+
+    def record(handle):
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        return fsync(handle)
+
+    def moved(path, target):
+        done.append(f"{path.name} is now {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", moved)
+    write(tmp_path, [4, 8], keep=1)
+    place = done.index("step-00000008.partial is now step-00000008")
+    written = {path.name for path in (tmp_path / "step-00000008").iterdir()}
+    flushed = {Path(name).name for name in done[:place] if name.startswith("step-00000008.partial")}
+    assert flushed >= written | {"step-00000008.partial"}
+    assert done[place + 1 :] == [".", "step-00000004 is now step-00000004.removed"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
+def test_what_all_ranks_have_is_dealt_to_them(world_size):
+    saved, plans = state(1), []
+    saved["model"] |= {f"m{i}": torch.zeros(i + 1) for i in range(20)}
+    planners = [DealtPlanner(rank, world_size) for rank in range(world_size)]
+    for rank, planner in enumerate(planners):
+        planner.set_up_planner(saved, is_coordinator=rank == 0)
+        plans.append(planner.create_local_plan())
+    whole = dcp.DefaultSavePlanner()
+    whole.set_up_planner(saved, is_coordinator=True)
+    plan = whole.create_local_plan()
+    dealt = [item.index for part in plans for item in part.items]
+    assert len(dealt) == len(set(dealt))
+    assert set(dealt) == {item.index for item in plan.items}
+    counts = [len(part.items) for part in plans]
+    assert max(counts) - min(counts) <= 1
+    _, metadata = planners[0].create_global_plan(plans)
+    assert metadata.planner_data == plan.planner_data
+    assert metadata.state_dict_metadata.keys() == plan.planner_data.keys()
 
 
 def test_the_last_ones_and_every_nth_are_kept(tmp_path):

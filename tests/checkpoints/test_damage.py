@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, malformed or hostile: named, skipped, and never executed."""
 
+import errno
 import hashlib
 import io
 import json
@@ -9,14 +10,16 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_cases import names, open_checkpoints, read, state, truncate, write
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from navit_clip.checkpoints.folder import find_damage
-from navit_clip.errors import UserError
+from navit_clip.checkpoints import folder
+from navit_clip.checkpoints.folder import FORMAT, find_damage
+from navit_clip.errors import OutageError, UserError
 
 
 def flip(folder):
@@ -59,6 +62,20 @@ def test_damaged_ones_alone_do_not_begin_the_run_anew(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="step-00000008 is damaged"):
             open_checkpoints(tmp_path).newest()
+
+
+def test_a_disk_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
+    write(tmp_path, [4, 8])
+
+    def gone(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for name in ("sha256_of", "json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, name, SimpleNamespace(loads=gone) if name == "json" else gone)
+            with pytest.raises(OutageError, match=r"step-00000008/.* cannot be read: .*Stale"):
+                open_checkpoints(tmp_path).newest()
+    assert read(tmp_path) == (8, 8.0, [])
 
 
 def test_half_written_ones_are_named_and_removed(tmp_path):
@@ -109,8 +126,8 @@ MALFORMED = [
     "\ud800",
     sealed({}),
     *(
-        sealed({"step": 4, "world_size": 1, "weights": {}, "files": {"a": [1, "b"]}} | {"format": 3}
-               | change)
+        sealed({"step": 4, "world_size": 1, "weights": {}, "files": {"a": [1, "b"]}}
+               | {"format": FORMAT} | change)
         for change in (
             {"step": "4"}, {"step": -1}, {"step": 10**30}, {"world_size": 0}, {"world_size": True},
             {"files": {}}, {"files": ["a"]}, {"files": {"a": 1}}, {"files": {"../a": [1, "b"]}},

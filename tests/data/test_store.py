@@ -9,6 +9,7 @@ from contextlib import closing
 
 import huggingface_hub
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from loader_cases import content, pair_pipeline, samples_and_error, take
 from s3_server import SECRET, Bucket, serve_bucket
 from shard_factory import make_shards, write_shard
@@ -20,7 +21,7 @@ from navit_clip.data.fingerprint import fingerprints
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.store import StoreStream
-from navit_clip.errors import UserError, printable
+from navit_clip.errors import OutageError, UserError, printable
 from navit_clip.retries import RemoteError, Retries
 from navit_clip.stores import try_again
 
@@ -131,6 +132,19 @@ def test_what_does_not_pass_is_one_line(
     assert re.search(reason, error), error
     assert "\n" not in error
     assert SECRET not in error + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("error", "outage"), [(TimeoutError("no answer"), True), (PermissionError("Forbidden"), False)]
+)
+def test_a_store_that_lists_nothing_for_now_is_an_outage(error, outage, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "glob", fail)
+    with pytest.raises(UserError, match=f"memory://b/.*: {error}") as caught:
+        expand_shards(["memory://b/*.tar"])
+    assert isinstance(caught.value, OutageError) == outage
 
 
 class NoCredentialsError(Exception):

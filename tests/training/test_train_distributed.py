@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,8 @@ from tiny_run import tiny_flags, write_tiny_data
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
-from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.errors import UserError
+from navit_clip.distributed import Ranks, _allow_open_files, join_ranks
+from navit_clip.errors import OutageError, UserError
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
@@ -127,6 +128,54 @@ def test_ranks_that_find_different_shards_are_refused(data, tmp_path):
         assert said.startswith("rank 1 finds other training shards (1 shards"), said
         assert f"than rank 0 ({len(shards)} shards" in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_shards_out_of_reach_at_the_start_may_be_tried_again(data, tmp_path):
+    shards = [tmp_path / f"{i}.tar" for i in range(12)]
+    for shard in shards:
+        shard.write_bytes(b"<html>404</html>")
+    flags = tiny_flags(data, tmp_path / "run", 2, data__train=json.dumps(list(map(str, shards))))
+    config, resolved = parse_config(flags)
+    with pytest.raises(OutageError, match="10 unreadable shards in a row"):
+        train(config, resolved, Ranks(0, 1, torch.device("cpu")))
+
+
+def raise_own(problems):
+    with join_ranks("cpu") as ranks:
+        try:
+            ranks.raise_together(problems[ranks.rank])
+        except UserError as error:
+            return type(error).__name__, str(error)
+    return None
+
+
+def test_all_ranks_raise_what_one_does_and_what_is_final_first():
+    problems = [OutageError("down"), None, UserError("wrong")]
+    assert run_ranks(raise_own, 3, problems, initialise=False) == [("UserError", "wrong")] * 3
+    alone = Ranks(0, 1, torch.device("cpu"))
+    alone.raise_together(None)
+    with pytest.raises(OutageError, match="down"):
+        alone.raise_together(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("limits", "ranks", "wanted"),
+    [
+        ((1024, 8192), 512, 4096),
+        ((1024, 2000), 512, 2000),
+        ((8192, -1), 8, None),
+        ((64, -1), 8, 2080),
+    ],
+)
+def test_ranks_allow_themselves_the_files_that_gloo_opens(limits, ranks, wanted, monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: asked.append(both))
+    _allow_open_files(ranks)
+    assert asked == ([] if wanted is None else [(wanted, limits[1])])
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3 * ranks, 3 * ranks))
+    with pytest.raises(UserError, match=f"{ranks} ranks need {3 * ranks + 100} open files each"):
+        _allow_open_files(ranks)
 
 
 def torchrun(flags, processes=2):
