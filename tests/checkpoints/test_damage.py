@@ -95,7 +95,7 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
     saved = json.loads(path.read_text())
     del saved["checksum"]
     path.write_text(json.dumps({**saved, "format": 2}))
-    with pytest.raises(UserError, match=r"run\.json has format 2, this version reads 3: finish"):
+    with pytest.raises(UserError, match=r"run\.json has format 2, this version reads 4: finish"):
         open_checkpoints(tmp_path).newest()
 
 
