@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from shard_factory import photo
+from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip import NaViTCLIP
 
@@ -20,6 +21,9 @@ def test_the_code_of_the_page_runs(model_dir, tmp_path, monkeypatch):
     shutil.copytree(model_dir, tmp_path / "runs/demo/model")
     photo(0, 60, 80).save(tmp_path / "photo.jpg")
     photo(1, 20, 150).save(tmp_path / "wide.png")
+    write_tiny_data(tmp_path)
+    assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "runs/b16", 2)) == 0
+    shutil.rmtree(tmp_path / "runs/b16/model")  # as in a run that goes on
     monkeypatch.chdir(tmp_path)
     pushed: list[str] = []
     monkeypatch.setattr(NaViTCLIP, "push_to_hub", lambda self, name: pushed.append(name))
@@ -37,6 +41,8 @@ def test_the_code_of_the_page_runs(model_dir, tmp_path, monkeypatch):
     torch.testing.assert_close(names["vectors"].norm(dim=1), torch.ones(2))
     assert pushed == ["my-name/my-model"]
     assert NaViTCLIP.from_pretrained(tmp_path / "copy").config == names["model"].config
+    exported = NaViTCLIP.from_pretrained(tmp_path / "export")
+    assert (names["step"], exported.config) == (2, names["unfinished"].config)
 
 
 def test_every_block_is_python():

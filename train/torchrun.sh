@@ -1,7 +1,8 @@
 #!/bin/bash
 # Trains on several nodes: start it on each of them, in any order, with the same words.
 #
-#   train/torchrun.sh 2 node1:29500 --config navit_b16_webli --run_dir /shared/runs/b16
+#   train/torchrun.sh 2 node1:29500 --config navit_b16_webli --run_dir /shared/runs/b16 \
+#     --data.train '/shared/shards/{00000..09999}.tar' --tokenizer.path /shared/tokenizer.model
 #
 # The first word is the number of nodes, or a range such as 1:2; the second the node where all of
 # them meet, with a free port. The rest are words of `navit-clip train`; run_dir must lie on a file

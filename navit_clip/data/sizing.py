@@ -64,8 +64,10 @@ class ResolutionConfig:
         patch_sizes: Sides of patches in pixels and how often a sample is cut into such patches,
             {8: 1, 16: 2, 32: 1} say (FlexiViT); the model's kernel is resized to each. Samples of
             different sizes share no batch. Empty cuts all by the model's own size.
-        max_pixels: Images of more pixels are skipped, as their header tells; one takes up to 27
-            bytes of memory per pixel.
+        max_pixels: Images of more pixels are skipped, as their header tells, and so are TIFFs whose
+            tiles hold more together; one takes up to 27 bytes of memory per pixel. Formats that
+            take more have a cap of their own: 16 million for JPEG 2000, 2 million for QOI, text PNM
+            and PNM whose maxval is not 255.
         curriculum: How the limits of `max_side` and `max_tokens` are reached.
     """
 

@@ -241,7 +241,7 @@ FLAGS_TO_FIELDS = {
     "--force-image-size 384 --force-context-length 32 --force-quick-gelu --image-mean 0 0 0 "
     "--text-key txt;caption --max-image-pixels 1000000 --train-num-samples 6400 --epochs 2 "
     "--delete-previous-checkpoint --report-to wandb,tensorboard --name mine --wandb-notes tried "
-    "--aug-cfg scale=(0.5,1.0)": {
+    "--aug-cfg scale=(0.5,1.0) --remote-sync s3://bucket/logs/": {
         "task.loss.kind": "sigmoid",
         "task.model.init_bias": -10.0,
         "task.lock.image_unlocked_blocks": 2,
@@ -262,6 +262,7 @@ FLAGS_TO_FIELDS = {
         "log.wandb_notes": "tried",
         "log.tensorboard": True,
         "run_dir": "logs/mine",
+        "checkpoint.mirror": "s3://bucket/logs/mine",
     },
     "--use-naflex --naflex-seq-lens 64 256 --opt timm/lion --beta1 0.9 --beta2 0.99 --lr 1e-4 "
     "--accum-freq 4 --grad-checkpointing --fsdp --pretrained laion2b_s34b_b79k --precision fp32 "

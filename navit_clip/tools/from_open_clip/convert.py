@@ -315,6 +315,11 @@ def checkpoints(t: Translation, frequency: int) -> None:
         t.set("checkpoint.keep_every", steps)
 
 
+def mirror(t: Translation, address: str) -> None:
+    """The copy of a run has its name below the address."""
+    t.set("checkpoint.mirror", f"{address.rstrip('/')}/{Path(t.config['run_dir']).name}")
+
+
 def report_to(t: Translation, value: str) -> None:
     """Dashboards."""
     names = set(filter(None, value.split(",")))
@@ -375,6 +380,7 @@ CONVERT: dict[str, Convert] = {
     "--log-every-n-steps": to("log.every_steps"),
     "--log-metric-every-n-steps": to("log.every_steps"),
     "--report-to": report_to,
+    "--remote-sync": mirror,
     "--imagenet-val": imagenet("imagenet", "imagenet"),
     "--imagenet-v2": imagenet("imagenet_v2", "index"),
 }
