@@ -60,6 +60,7 @@ def _here(context: Any, work: Any, arguments: Any, *_: Any) -> list[Any]:
     return [work(*values) for values in arguments]
 
 
+@pytest.mark.slow
 def test_towers_in_turn_and_their_picture(shards, monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "in_processes", _here)
     monkeypatch.setattr(comparison, "matmul_peak", lambda device, precision: 1e11)
@@ -112,6 +113,7 @@ def test_serving_in_three_ways(shards, monkeypatch, tmp_path):
         assert f"| {ratio:.2f}× |" in tables.section("serving", found)
 
 
+@pytest.mark.slow
 def test_sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "SIDES", (32, 64))
     monkeypatch.setattr(sweep, "STREAMS", (128, 512))
@@ -310,6 +312,7 @@ def test_loss(monkeypatch, tmp_path):
     assert [row[3] for row in cells[4:]] == [row[6] for row in cells[4:]] == ["–", "cannot"]
 
 
+@pytest.mark.slow
 def test_exchange(monkeypatch, tmp_path):
     flags = ("--ranks", "2", "--each", "3", "5", "--rounds", "1")
     found = run(monkeypatch, tmp_path, "exchange", *flags)

@@ -192,7 +192,14 @@ except SystemExit:
 """
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "navit_clip.training", "navit_clip"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "train",
+        "navit_clip",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "navit_clip.training")),
+    ],
+)
 def test_threads_wait_passively_unless_the_user_chose_otherwise(module):
     for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         plain = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}

@@ -126,6 +126,7 @@ def test_an_exported_model_needs_nothing_but_the_wheel(unpacked, model_dir, tmp_
         torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
+@pytest.mark.slow
 def test_the_wheel_alone_makes_data_trains_and_evaluates(unpacked, tmp_path):
     """The demo in small, its recipe by name; data workers have nothing but the wheel too.
 

@@ -131,6 +131,7 @@ def on_ranks(words):
         embed_files._run(args, ranks)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(data, tmp_path, model_dir):
     commands = [
         ["--model", model_dir, "--workers", 0, *words]

@@ -134,6 +134,7 @@ def test_zeroshot_is_open_clips(theirs, ours, tmp_path):
         assert value * len(folders) == pytest.approx(expected, abs=len(folders) - sum(certain))
 
 
+@pytest.mark.slow
 def test_retrieval_is_that_of_open_clips_embeddings(theirs, ours, tmp_path):
     listed = json.loads((DATA / "flickr8k-dev/dataset_flickr8k.json").read_text())["images"]
     listed = [{**image, "sentences": image["sentences"][:CAPTIONS]} for image in listed[:CAPTIONED]]

@@ -187,6 +187,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shapes_only")
 def test_every_supported_model_has_all_its_parameters_mapped():
     names = set(supported_models())

@@ -117,7 +117,7 @@ def test_bf16_is_near():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
 
 
-@pytest.mark.parametrize("kind", ["none", "axial"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "axial"])
 def test_compiled_blocks_compute_the_same_and_are_few_graphs(monkeypatch, kind):
     monkeypatch.setattr(
         "navit_clip.models.transformer.torch.compile", partial(torch.compile, backend="aot_eager")

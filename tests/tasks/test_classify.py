@@ -146,6 +146,7 @@ def train_cases():
     return [train_steps(ranks, image, parallel, 2, planner) for image, parallel, planner in CASES]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_micro_batches_train_like_one_process():
     alone = {image: train_steps(ALONE, image, ParallelConfig(), 1) for image, *_ in CASES}
     for rank, results in enumerate(run_ranks(train_cases, 2)):

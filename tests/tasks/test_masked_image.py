@@ -129,6 +129,7 @@ def train_cases():
     return [(model, train_steps(model, ranks, case, 2)) for model, (_, case) in cases]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_micro_batches_train_like_one_process():
     alone = {model: train_steps(model, ALONE, ParallelConfig(), 1) for model in MODELS}
     for results in run_ranks(train_cases, 2):

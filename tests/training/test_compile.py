@@ -111,7 +111,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["padded", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "padded")]
+)
 def test_nothing_is_compiled_after_the_third_step(case, without_kernels):
     config = tiny_config(steps=1000, parallel=COMPILED, **CASES[case])
     if "unlike" in case:

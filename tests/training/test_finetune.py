@@ -366,6 +366,7 @@ def two_ranks(data, tmp_path_factory):
     return run_ranks(run_cases, 2, runs, timeout=240), whole, parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_with_locked_towers_train_like_one_process(two_ranks, name):
     alone = replace(CASES[name], parallel=ParallelConfig(), accumulate=1)

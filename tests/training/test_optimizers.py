@@ -106,6 +106,7 @@ def shared():
     return run_ranks(run_cases, 2, timeout=280)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_ranks_train_like_one_process(shared, name, kind):
     expected = measurements(new_stepper(config(name), dtype=torch.float64), range(2))
