@@ -116,7 +116,8 @@ def pair_batches(
         tokenizer: Turns captions into ids.
         patch_size: Side of a patch in pixels.
         context_length: Most tokens of a caption.
-        captions: Weight of each caption field; None reads ``txt``.
+        captions: Weight of each caption field; by default, as in training, ``all`` that an image
+            has.
         max_grid_side: Most rows or columns of patches that the model knows.
         seed: As in `Batches`.
         options: Others of `Batches`.
@@ -130,8 +131,9 @@ def pair_batches(
         patch_size,
         max_grid_side,
         seed,
-        captions or {"txt": 1.0},
+        captions or {"all": 1.0},
         tokenizer,
         context_length,
+        augment=config.augment,
     )
     return Batches(build, config, seed, **options)

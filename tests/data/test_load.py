@@ -14,6 +14,7 @@ import torch
 from loader_cases import CONFIG, PATCH, content, pair_pipeline, take
 from shard_factory import make_shards
 
+from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.load import Batches, pair_batches
 from navit_clip.data.state_json import data_from_json
 from navit_clip.errors import UserError
@@ -39,6 +40,17 @@ def test_a_state_from_a_file_continues_bit_for_bit(tmp_path, tokenizer):
     for saved in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt")):
         with batches_of(tmp_path, tokenizer, resume=[saved]) as batches:
             assert first + [content(batch) for batch in islice(batches, 7)] == whole
+
+
+def test_images_are_augmented_as_in_training(tmp_path, tokenizer):
+    shards = list(map(str, make_shards(tmp_path, [6])))
+    augment = AugmentConfig(min_area=0.3, flip=0.5, brightness=0.3)
+    config = replace(CONFIG, train=shards, augment=augment)
+    data = pair_pipeline(shards, tokenizer, seed=3, augment=augment)
+    with pair_batches(config, tokenizer, patch_size=PATCH, context_length=24, seed=3) as batches:
+        assert content(next(batches)) == content(take(data, 1)[0])
+    with batches_of(tmp_path, tokenizer) as batches:
+        assert content(next(batches)) != content(take(data, 1)[0])
 
 
 def test_one_rank_goes_on_where_two_stopped(tmp_path, tokenizer):
