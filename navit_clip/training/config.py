@@ -180,9 +180,16 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
                 raise ValueError(f"{_NAME}={name} and init.model={init.model}: leave one out")
             known = task.named_fields(name)
         if known:
-            parser.set_defaults({f"task.{name}": value for name, value in known.items()})
+            before = namespace["task"]
+            parser.set_defaults({f"task.{key}": value for key, value in known.items()})
             namespace = parser.parse_args(argv)
             namespace.pop(_NAME, None)
+            as_given = namespace["task"] == before
+            if name and as_given and any(before[key] != value for key, value in known.items()):
+                raise ValueError(
+                    f"{_NAME}={name} changes nothing, since a recipe or flag gives the fields of "
+                    "task.model itself: leave them out of a copy of the recipe"
+                )
         values = {f.name: namespace.as_dict()[f.name] for f in fields(TrainConfig)}
         values["task"] = config_from_dict(task, values["task"], "task")
         config = config_from_dict(TrainConfig, values)

@@ -39,7 +39,7 @@ _MORE = """
 --print_config  the fields of this command, resolved, as YAML; trains nothing
 --print_config=comments  the same, with what each field is
 """
-_COMMENTED = "--print_config=comments"
+_PLAIN, _COMMENTED = "--print_config", "--print_config=comments"
 _USED = (
     "run_dir", "steps", "samples", "epochs", "data.train", "data.workers", "data.budget",
     "tokenizer.path", "init.model",
@@ -79,6 +79,8 @@ def help_text(argv: Sequence[str], prog: str) -> str | None:
         return _short_help(prog)
     if {"--help-all", "--help_all"} & set(argv):
         return reference(task_config(task_kind(with_recipe_paths(argv))))
+    if _PLAIN in argv:  # the parser's own would leave out what a model's name gives
+        return parse_config([word for word in argv if word != _PLAIN], prog)[1].rstrip()
     if _COMMENTED in argv:
         config, _ = parse_config([word for word in argv if word != _COMMENTED], prog)
         return "\n".join(_lines(TrainConfig, type(config.task), "", values=config))

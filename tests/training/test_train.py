@@ -14,6 +14,7 @@ import torch
 from launch import launch
 from tiny_run import run, tiny_flags, write_tiny_data
 
+from navit_clip.errors import UserError
 from navit_clip.model import NaViTCLIP
 from navit_clip.training.config import parse_config
 from navit_clip.training.schedule import ScheduleConfig, lr_multiplier
@@ -199,6 +200,23 @@ def test_print_config_shows_every_default(data, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "qk_norm: true" in shown
     assert "clip_norm: 1.0" in shown
+
+
+@pytest.mark.parametrize("recipe", ["swin_small", "finetune_open_clip_b16_native"])
+def test_print_config_resolves_what_a_name_gives_and_reads_it_again(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    assert run(monkeypatch, ["--config", recipe, "--print_config"]) == 0
+    shown = capsys.readouterr().out
+    wanted, _ = parse_config(["--config", recipe])
+    assert f"width: {wanted.task.model.image.encoder.width}" in shown
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert parse_config(["--config", str(tmp_path / "shown.yaml")])[0] == wanted
+
+
+def test_a_models_name_that_changes_nothing_is_refused():
+    with pytest.raises(UserError, match=r"task\.model\.name=navit_s14 changes nothing"):
+        parse_config(["--config", "navit_b16_webli", "--task.model.name", "navit_s14"])
 
 
 MISTAKES = [
