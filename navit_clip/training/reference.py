@@ -30,7 +30,8 @@ Trains a packed NaViT model, or continues the run in run_dir.
   {prog} --config demo
   {prog} --config small_photos --data.train 'shards/{{0..9}}.tar' --run_dir runs/mine
   {prog} --config my.yaml --optim.lr 3e-4 --task.model.image.encoder.depth 6
-  torchrun --nproc-per-node 8 -m navit_clip.training --config navit_b16_webli
+  torchrun --nproc-per-node 8 -m navit_clip.training --config navit_b16_webli \\
+    --data.train SHARDS --tokenizer.path tokenizer.model
 
 --config takes a recipe's name or a YAML file. Every field is a flag too, and overrides the file's:
 """
