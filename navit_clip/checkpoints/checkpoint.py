@@ -281,7 +281,7 @@ class Checkpoints:
             if self.ranks.rank < manifest.world_size:
                 restore_generators(path, self.ranks.rank, self.ranks.device)
         except _UNREADABLE as error:
-            if type(error) is RuntimeError and self._group is not None:
+            if isinstance(error, RuntimeError) and self._group is not None:
                 raise  # the group's, of a rank that is gone; the disk's is a CheckpointException
             reason: BaseException = error
             if isinstance(error, dcp.CheckpointException):
