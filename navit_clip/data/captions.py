@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from navit_clip.data.decode import describe_members
+from navit_clip.data.seeding import draw_weighted
 from navit_clip.errors import SkipSampleError
 
 ALL = "all"
@@ -73,7 +74,6 @@ def choose_caption(
         )
     field = present[0]
     if len(present) > 1:
-        p = np.array([weights[field] for field in present])
-        field = present[rng.choice(len(present), p=p / p.sum())]
+        field = present[draw_weighted([weights[field] for field in present], rng)]
     captions = found[field]
     return captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
+from navit_clip.data.seeding import draw_weighted
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def sample_patch_size(config: ResolutionConfig, own_size: int, rng: np.random.Ge
     """Draws the side of a sample's patches; nothing is drawn where all are of `own_size`."""
     if not config.patch_sizes:
         return own_size
-    weights = np.array(list(config.patch_sizes.values()))
-    return list(config.patch_sizes)[rng.choice(len(weights), p=weights / weights.sum())]
+    return list(config.patch_sizes)[draw_weighted(list(config.patch_sizes.values()), rng)]
 
 
 def sample_side(config: ResolutionConfig, max_side: float, rng: np.random.Generator) -> float:
