@@ -106,6 +106,14 @@ class Ranks:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def gather_first(self, items: list[T]) -> list[T]:
+        """The items of all ranks, rank after rank, on rank 0; none elsewhere."""
+        if self.world_size == 1:
+            return items
+        parts: list[list[T]] | None = [[]] * self.world_size if self.is_first else None
+        dist.gather_object(items, parts)
+        return [item for part in parts or [] for item in part]
+
     def broadcast(self, item: T) -> T:
         """The item of rank 0, on every rank."""
         if self.world_size == 1:

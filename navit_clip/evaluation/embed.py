@@ -43,7 +43,7 @@ class Embedded:
         classes: Indices of the classes that are right for each image, if any.
         captions: Each image's captions, if any.
         sizes: Each image's native height and width, upright.
-        embeddings: By setting, float32 [E, D] unit vectors.
+        embeddings: By setting, float32 [E, D] unit vectors; [0, D] on all ranks but the first.
         lengths: By setting, tokens of each image.
         padding: By setting, fraction of padding among the tokens computed.
         skipped: Unusable images and captions by reason.
@@ -92,7 +92,7 @@ class Block:
     keys: list[str]
 
 
-# Of a block: its items, the unusable ones, and by pair the embeddings of the others.
+# Of a block: its items, the unusable ones, and by pair what is known of the others.
 _Done = tuple[list[Item], dict[int, tuple[str, str]], list[ImageBlock]]
 
 
@@ -170,7 +170,8 @@ def embed_dataset(
     Args:
         models: Models with the settings that each is evaluated at.
         dataset: Images with labels or captions.
-        ranks: This process among all of them; each takes a part, all get everything.
+        ranks: This process among all of them; each takes a part, rank 0 gets everything, the
+            others all but the vectors, which would fill their host's memory.
         workers: Decoding processes per rank; 0 decodes in this one.
         cache: Where embeddings are kept from one evaluation to the next.
         max_pixels: Images of more are skipped.
@@ -186,7 +187,7 @@ def embed_dataset(
     with fail_together(ranks):
         blocks = embed_blocks(pairs, dataset, ranks, workers, cache, max_pixels)
         done = [(block.items, block.skipped, embedded) for block, embedded in blocks]
-    return _together([settings for _, settings in models], ranks.gather(done), dataset)
+    return _together([settings for _, settings in models], _gathered(done, ranks), dataset)
 
 
 def embed_blocks(
@@ -247,6 +248,23 @@ def _embed(model: Model, block: Block, pair: int, cache: Cache | None) -> ImageB
     if cache is not None:
         cache.write(block.keys[pair], *embedded.to_file())
     return embedded
+
+
+def _gathered(own: list[_Done], ranks: Ranks) -> list[_Done]:
+    """The blocks of all ranks, on all but the first without their vectors."""
+    known = [
+        # Cloned, since a slice travels with all that it is a part of.
+        (items, bad, [replace(one, embeddings=one.embeddings[:0].clone()) for one in embedded])
+        for items, bad, embedded in own
+    ]
+    every = ranks.gather(known)
+    vectors = ranks.gather_first([[one.embeddings for one in embedded] for _, _, embedded in own])
+    if not ranks.is_first:
+        return every
+    return [
+        (items, bad, [replace(one, embeddings=v_ND) for one, v_ND in zip(known, of, strict=True)])
+        for (items, bad, known), of in zip(every, vectors, strict=True)
+    ]
 
 
 def _together(
