@@ -118,8 +118,7 @@ def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data,
     alone, results = everything(model_dir, data, ALONE, [(name, 0) for name in DATASETS])
     with_workers, _ = everything(model_dir, data, ALONE, [("classes", 1), ("mixed", 2)])
     assert multiprocessing.active_children() == others
-    # Without workers: those of a spawned rank import everything anew, with blocks of full size.
-    cases = [(name, 0) for name in DATASETS]
+    cases = [*((name, 0) for name in DATASETS), ("mixed", 2)]
     ranks = run_ranks(on_rank, 3, model_dir, data, tmp_path / "store", cases)
     three, two = [result[0] for result in ranks], [result[1] for result in ranks[:2]]
     of_ranks = (enumerate(result[0] for result in world) for world in (three, two))
