@@ -51,7 +51,7 @@ def said(command: list[str], output: Path) -> tuple[int, str]:
         return running.wait(), running.tail()
 
 
-@pytest.mark.parametrize("module", ["train", "eval"])
+@pytest.mark.parametrize("module", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_flags_that_do_not_exist_are_named_once(tmp_path, module):
     status, output = said([*HERE, "-m", module, "--no-such-flag"], tmp_path / "out")
     assert status == 1

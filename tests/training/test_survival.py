@@ -122,18 +122,28 @@ def test_a_rank_that_fails_waits_for_no_thread(ranks, thread_s, error):
     assert f"{error}: the reason" in result.stderr
 
 
-def run_undisturbed(root, train, steps, task="contrastive"):
-    """Flags of a run, and the directory of an undisturbed one."""
-    flags = write_run(root, train=train, steps=steps, task=task)
+def run_undisturbed(root, flags):
+    """The directory of a run that nothing disturbs."""
     run_to_end(two_ranks([*flags, "--run_dir", str(root / "whole")]), root / "whole.txt")
-    return flags, root / "whole"
+    return root / "whole"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return run_undisturbed(tmp_path_factory.mktemp("survival"), train=192, steps=STEPS)
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("survival")
 
 
+@pytest.fixture(scope="module")
+def flags(root):
+    return write_run(root, train=192, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def run(root, flags):
+    return flags, run_undisturbed(root, flags)
+
+
+@pytest.mark.slow
 def test_the_audit_of_pairs_notices_what_is_lost_and_what_comes_twice(run):
     flags, whole = run
     counts = count_pairs(flags, whole, RANKS)
@@ -183,8 +193,7 @@ def test_torchrun_restarts_ranks_that_hang_or_are_killed(run, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["start", pytest.param("step", marks=pytest.mark.slow)])
-def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment, monkeypatch):
-    flags, whole = run
+def test_ranks_end_soon_after_torchrun_is_killed(request, flags, tmp_path, moment, monkeypatch):
     # Not in tmp_path: the path of a socket has 100 characters.
     temporary = Path(tempfile.mkdtemp())
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -203,14 +212,14 @@ def test_ranks_end_soon_after_torchrun_is_killed(run, tmp_path, moment, monkeypa
             time.sleep(0.05)
     if moment == "step":
         assert {path.name for path in temporary.iterdir()} <= {f"torchinductor_{getpass.getuser()}"}
-    run_to_end(command, tmp_path / "output.txt")
+        run_to_end(command, tmp_path / "output.txt")
+        _, whole = request.getfixturevalue("run")
+        assert read_losses(run_dir) == read_losses(whole)
+        assert same_weights(run_dir, whole)
     shutil.rmtree(temporary)
-    assert read_losses(run_dir) == read_losses(whole)
-    assert same_weights(run_dir, whole)
 
 
-def test_a_stop_signal_to_torchrun_saves_what_is_done(run, tmp_path):
-    flags, _ = run
+def test_a_stop_signal_to_torchrun_saves_what_is_done(flags, tmp_path):
     run_dir = tmp_path / "run"
     options = ["--run_dir", str(run_dir), "--steps", "3000", "--checkpoint.every_steps", "1000"]
     with launch(two_ranks([*flags, *options]), tmp_path / "output.txt") as running:
@@ -242,7 +251,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
 ):
     kills = pytestconfig.getoption("--kills")
     steps = 50 + 6 * kills
-    flags, whole = run_undisturbed(tmp_path, train, steps, task)
+    flags = write_run(tmp_path, train=train, steps=steps, task=task)
+    whole = run_undisturbed(tmp_path, flags)
     hits = run_killed(flags, tmp_path / "killed", kills, steps)
     assert len(hits) == kills
     assert len(read_losses(whole)) == steps

@@ -129,7 +129,7 @@ def wait_for_step(process, run_dir, step):
     ("stop", "code"),
     [
         (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
     ],
 )
