@@ -9,18 +9,23 @@ Pillow.
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import ExifTags, Image, ImageOps
 
+from navit_clip.data.image_header import (
+    JPEG,
+    MAX_PIXELS,
+    may_have_exif,
+    open_image,
+    read_header,
+    unreadable,
+)
 from navit_clip.errors import SkipSampleError
 
 # A sample's image is the first of these members.
@@ -28,28 +33,10 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
     *("jpe", "jfif", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "qoi"),
 )
-# Caps, checked from the header. Within them an image takes at most 1.7 GB, a hostile one 4 s.
-MAX_PIXELS = 64_000_000
-# By Pillow's decoder: JPEG 2000 takes up to 91 bytes a pixel, in blocks of 4 × 4 coefficients, and
-# QOI and all but 8-bit binary PNM are read in Python, at half a megapixel a second.
-_MAX_PIXELS_OF = {"jpeg2k": 16_000_000} | dict.fromkeys(("qoi", "ppm", "ppm_plain"), 2_000_000)
-MAX_BYTES = 64 << 20
-MOST_PIXELS = 178_956_970  # Pillow refuses more
-_MAX_SIDE = 65_535  # resizing takes tables as long as a side
-_MAX_SCANNED = 1_000_000_000  # pixels times scans of a JPEG, each of which reads all of them again
-
-# Pillow would try all it knows whatever the name says, and hand an EPS to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
-_TIFF_SIDES = (256, 257, 322, 323)  # tags: width and length of the image, and of its tiles
 _EXTENSIONS = {"TIFF": "tif", "JPEG2000": "jp2", "MPO": "jpg", "JPEG": "jpg"}  # else the format's
 # EXIF orientations of files that store the picture upside down, mirrored, and on its side.
 _UPSIDE_DOWN, _MIRRORED, _SIDEWAYS = (3, 4, 6, 7), (2, 3, 7, 8), (5, 6, 7, 8)
 
-_JPEG_COLOURS = ("YCbCr", "RGB", "Gray")  # the others need conversions that only Pillow has
-_JPEG = b"\xff\xd8"
-_APP1, _SCAN = 0xE1, 0xDA  # JPEG markers: of EXIF and XMP, and of where pixels begin
-_FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # of the size, and how pixels are coded
-_PROGRESSIVE = (0xC2, 0xCA)
 _DCT_SCALES = (4, 2)
 # A decode at DCT scale cuts frequencies off sharply where a full decode and a resize fade them
 # out. At the size asked for, the two differ by 28 dB on the worst of COCO's photos, at twice that
@@ -81,35 +68,22 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-        if len(data) > MAX_BYTES:
-            raise SkipSampleError("too_large", f"{len(data):,} bytes exceed {MAX_BYTES:,}")
-        self._data = data
+        header = read_header(data, max_pixels)
+        self._data, self._jpeg = data, header.jpeg
+        if header.image is not None:
+            self._image = header.image
+        height, width = header.height, header.width
+        self._orientation = 1
         try:
-            jpeg = _jpeg_size(data)
-            height, width = jpeg or self._image.size[::-1]
-            if width * height > max_pixels:
-                problem = f"{width}×{height} pixels exceed max_pixels={max_pixels}"
-                raise SkipSampleError("too_large", problem)
-            if jpeg is None:
-                _check_cost(self._image, max_pixels)
-            if max(width, height) > _MAX_SIDE:
-                raise SkipSampleError("too_large", f"{width}×{height}: a side exceeds {_MAX_SIDE}")
-            if data.startswith(_JPEG) and width * height * (scans := _scans(data)) > _MAX_SCANNED:
-                found = f"{scans} scans of {width}×{height} pixels"
-                raise SkipSampleError("too_large", f"{found} exceed {_MAX_SCANNED:,} in all")
-            self._jpeg = jpeg
-            self._orientation = 1
-            # After the cap: a PNG's EXIF may stand behind its pixels, and Pillow decodes them.
-            if jpeg is None or _may_have_exif(data):
+            # A PNG's EXIF may stand behind its pixels, and Pillow decodes them.
+            if header.image is not None or may_have_exif(data):
                 self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
-            if jpeg is None and self._image.format == "TIFF":
+            if header.image is not None and header.image.format == "TIFF":
                 # Pillow turns it while it loads; before, some versions give the size turned.
-                height, width = ImageOps.exif_transpose(self._image).size[::-1]
+                height, width = ImageOps.exif_transpose(header.image).size[::-1]
                 self._orientation = 1
-        except SkipSampleError:
-            raise
         except Exception as error:
-            raise _unreadable(error, data) from error
+            raise unreadable(error, data) from error
         if self._orientation in _SIDEWAYS:
             width, height = height, width
         self.height, self.width = height, width
@@ -147,13 +121,13 @@ class EncodedImage:
                 stored = _read_jpeg(self._data, self._jpeg, box, wanted)
                 if stored is not None:
                     return _upright(stored, self._orientation)
-            if self._data.startswith(_JPEG):
+            if self._data.startswith(JPEG):
                 self._whole_jpeg  # noqa: B018  raises if it is not
             return OpenedImage(self._image).pixels(height, width, crop=crop)
         except SkipSampleError:
             raise
         except Exception as error:
-            raise _unreadable(error, self._data) from error
+            raise unreadable(error, self._data) from error
 
     @cached_property
     def _whole_jpeg(self) -> bool:
@@ -172,12 +146,7 @@ class EncodedImage:
 
     @cached_property
     def _image(self) -> Image.Image:
-        with warnings.catch_warnings():
-            # Pillow warns of large images at a limit of its own; ours is the cap.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()
-            known = [form for form in _FORMATS if form in Image.OPEN]
-            return Image.open(io.BytesIO(self._data), formats=known)
+        return open_image(self._data)
 
 
 class OpenedImage:
@@ -211,56 +180,6 @@ class OpenedImage:
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
-
-
-def _check_cost(image: Image.Image, max_pixels: int) -> None:
-    """Refuses what takes far more than its pixels would.
-
-    Raises:
-        SkipSampleError: ``too_large``.
-    """
-    tile = getattr(image, "tile", [])  # of any file, though not of an image in memory
-    limit = _MAX_PIXELS_OF.get(tile[0][0] if tile else "", max_pixels)
-    if image.width * image.height > limit:
-        problem = f"{image.width}×{image.height} pixels exceed {limit:,} of {image.format}"
-        raise SkipSampleError("too_large", problem)
-    if isinstance(image, TiffImageFile) and _TIFF_SIDES[-1] in image.tag_v2:
-        # A tile may be larger than the image, and all may share one piece of data.
-        width, height, *sides = (image.tag_v2[tag] for tag in _TIFF_SIDES)
-        decoded = math.prod(sides) * math.ceil(width / sides[0]) * math.ceil(height / sides[1])
-        if decoded > max_pixels:
-            problem = f"its tiles of {sides[0]}×{sides[1]} pixels exceed max_pixels={max_pixels}"
-            raise SkipSampleError("too_large", problem)
-
-
-def _unreadable(error: Exception, data: bytes) -> SkipSampleError:
-    """Why an image is skipped: decoders of damaged files raise whatever they stumble over."""
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's message names the address of the buffer.
-        return SkipSampleError("unreadable_image", f"no known format begins with {data[:12]!r}")
-    bomb = isinstance(error, Image.DecompressionBombError)
-    return SkipSampleError("too_large" if bomb else "unreadable_image", str(error))
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Stored height and width of a JPEG that `_read_jpeg` may be able to read."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    # KeyError: a rare subsampling that simplejpeg has no name for.
-    except (ValueError, KeyError):
-        return None
-    return (height, width) if colours in _JPEG_COLOURS else None
-
-
-def _may_have_exif(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF or XMP segment, or may have one for all its markers show."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        marker = data[at + 1]
-        if marker in (_APP1, _SCAN):
-            return marker == _APP1
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return True
 
 
 def _read_jpeg(
@@ -300,22 +219,6 @@ def _refuse_cut(error: Exception) -> None:
     # What follows is grey, and Pillow does not mind.
     if "premature end" in str(error).lower():
         raise SkipSampleError("unreadable_image", str(error)) from error
-
-
-def _scans(data: bytes) -> int:
-    """At least as many scans as a JPEG has; 1 if its first one holds all, as nearly all have it."""
-    at, components = 2, 0
-    while data[at : at + 1] == b"\xff" and at + 10 <= len(data):
-        marker = data[at + 1]
-        if marker in _FRAMES:
-            components = 0 if marker in _PROGRESSIVE else data[at + 9]
-        elif marker == _SCAN and data[at + 4] == components:
-            return 1
-        if marker < 0xC0 or 0xD0 <= marker <= _SCAN:  # no segment of a header
-            break
-        # A marker may have more than one byte 255 before it.
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.count(bytes((0xFF, _SCAN)), at)
 
 
 def _resize(
@@ -381,16 +284,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image.convert("RGB")
-
-
-def check_max_pixels(value: int) -> None:
-    """Checks a pixel cap.
-
-    Raises:
-        ValueError: If it is out of range.
-    """
-    if not 1 <= value <= MOST_PIXELS:
-        raise ValueError(f"max_pixels must be between 1 and {MOST_PIXELS}, got {value}")
 
 
 def find_image(members: dict[str, bytes]) -> bytes:

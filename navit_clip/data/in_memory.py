@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from navit_clip.data.decode import MAX_PIXELS, EncodedImage, OpenedImage
+from navit_clip.data.decode import EncodedImage, OpenedImage
+from navit_clip.data.image_header import MAX_PIXELS
 from navit_clip.errors import SkipSampleError
 
 ImageInput = Image.Image | np.ndarray | Tensor | bytes | IO[bytes] | str | os.PathLike[str]

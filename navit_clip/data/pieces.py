@@ -22,7 +22,7 @@ from navit_clip.data.annotations.image_files import FilesConfig, check_files, op
 from navit_clip.data.annotations.members import make_members, read_members
 from navit_clip.data.annotations.rows import Row, to_text
 from navit_clip.data.annotations.tables import ARROW, check_columns, to_texts
-from navit_clip.data.decode import MOST_PIXELS
+from navit_clip.data.image_header import MOST_PIXELS
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.seeding import generator
 from navit_clip.errors import SkipSampleError, UserError

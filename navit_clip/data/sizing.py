@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
+from navit_clip.data.image_header import MAX_PIXELS, check_max_pixels
 from navit_clip.data.seeding import draw_weighted
 
 

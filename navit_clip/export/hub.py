@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
-from navit_clip.data.decode import MAX_PIXELS
+from navit_clip.data.image_header import MAX_PIXELS
 from navit_clip.data.in_memory import ImageInput
 from navit_clip.errors import UserError
 from navit_clip.export.description import BareModel, Description

@@ -19,8 +19,9 @@ from image_cases import jpeg_of_size, pixels_of, textured
 from PIL import Image, ImageFile
 from shard_factory import HTML, encode, photo, png_of_size
 
-from navit_clip.data import decode
+from navit_clip.data import image_header
 from navit_clip.data.decode import EncodedImage, find_image
+from navit_clip.data.image_header import read_header
 from navit_clip.data.in_memory import open_image
 from navit_clip.errors import SkipSampleError
 
@@ -100,7 +101,7 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(make, be
     def hide(data):  # bytes that decoders pass over
         return data[:frame] + before + data[frame:]
 
-    monkeypatch.setattr(decode, "_MAX_SCANNED", 64 * 64 * 100)
+    monkeypatch.setattr(image_header, "_MAX_SCANNED", 64 * 64 * 100)
     assert pixels_of(hide(make(64, 1))).shape == (64, 64, 3)
     many = hide(make(64, 300))
     with pytest.raises(SkipSampleError, match=r"too_large: [39]\d\d scans of 64×64 pixels"):
@@ -112,8 +113,8 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_by_what_they_would_cost(make, be
 def test_nearly_all_jpegs_are_of_one_scan():
     for mode in ("L", "RGB", "CMYK"):
         data = encode(textured(64, 64).convert(mode), "JPEG", xmp=b"\xff\xda" * 900)
-        assert decode._scans(data) == 1
-    assert decode._scans(encode(textured(64, 64), "JPEG", progressive=True)) == 10
+        assert image_header._scans(data) == 1
+    assert image_header._scans(encode(textured(64, 64), "JPEG", progressive=True)) == 10
 
 
 def test_a_jpeg_whose_faults_pillow_overlooks_is_pillows():
@@ -201,11 +202,20 @@ def test_what_is_decoded_in_python_has_a_cap_of_its_own(head):
     assert EncodedImage(b"P5 2001 1000 255\n" + bytes(2_001_000)).width == 2001
 
 
+def test_what_takes_longer_costs_more_before_it_is_decoded():
+    data = io.BytesIO()
+    photo(0, 20, 10).save(data, "JPEG2000")
+    assert read_header(data.getvalue()).cost == 4 * 20 * 10
+    assert read_header(b"P3 20 10 255\n" + b"0 " * 600).cost == 32 * 20 * 10
+    for form in ("JPEG", "PNG", "TIFF"):
+        assert read_header(encode(photo(0, 20, 10), form)).cost == 20 * 10
+
+
 def test_jpeg_2000_has_a_cap_of_its_own(monkeypatch):
     data = io.BytesIO()
     photo(0, 20, 10).save(data, "JPEG2000")
     assert EncodedImage(data.getvalue()).pixels(8, 8).shape == (8, 8, 3)
-    monkeypatch.setitem(decode._MAX_PIXELS_OF, "jpeg2k", 199)
+    monkeypatch.setitem(image_header._MAX_PIXELS_OF, "jpeg2k", 199)
     assert reason_of(data.getvalue()) == "too_large"
 
 
@@ -214,7 +224,7 @@ def test_the_caps_are_inclusive(monkeypatch):
     assert EncodedImage(data, 100).pixels(10, 10).shape == (10, 10, 3)
     with pytest.raises(SkipSampleError, match="too_large: 10×10 pixels exceed max_pixels=99"):
         EncodedImage(data, 99)
-    monkeypatch.setattr(decode, "MAX_BYTES", len(data))
+    monkeypatch.setattr(image_header, "MAX_BYTES", len(data))
     assert pixels_of(data).shape == (10, 10, 3)
     assert reason_of(data + b"\0") == "too_large"
 

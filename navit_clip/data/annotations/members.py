@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from navit_clip.data.annotations.rows import Row, usable_captions
-from navit_clip.data.decode import MAX_BYTES, MAX_PIXELS, EncodedImage
+from navit_clip.data.decode import EncodedImage
+from navit_clip.data.image_header import MAX_BYTES, MAX_PIXELS
 from navit_clip.errors import SkipSampleError
 from navit_clip.files import storable
 
