@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import time
-from typing import Any
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from threading import Timer
 from urllib.parse import urlsplit
-
-import urllib3
 
 from navit_clip.serving.limits import RequestError
 
-_SECONDS = urllib3.Timeout(connect=5.0, read=5.0)
+_SECONDS = 5.0  # to connect, and between one piece and the next
 _ALL_SECONDS = 20.0
 _CHUNK = 1 << 16
 _PORTS = {"http": 80, "https": 443}
@@ -38,35 +39,73 @@ def fetch(address: str, max_bytes: int) -> bytes:
         raise _refused(address, "expected http or https, a host and no password")
     port = port or _PORTS[parts.scheme]
     ip = _public_ip(address, host, port)
-    kind: type[urllib3.HTTPConnectionPool] = urllib3.HTTPConnectionPool
-    secure: dict[str, Any] = {}
-    if parts.scheme == "https":  # the certificate is the name's, not the address's
-        kind = urllib3.HTTPSConnectionPool
-        secure = {"server_hostname": host, "assert_hostname": host}
     target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-    until = time.monotonic() + _ALL_SECONDS
-    with kind(ip, port, timeout=_SECONDS, retries=False, **secure) as pool:
-        try:
-            response = pool.request(
-                "GET",
-                target,
-                headers={"Host": parts.netloc, "Accept": "image/*"},
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-            )
-            if response.status != 200:
-                raise _refused(address, f"it answered {response.status}")
+    try:
+        with _connection(ip, port, host if parts.scheme == "https" else None) as connection:
+            headers = {"Host": parts.netloc, "Accept": "image/*", "Connection": "close"}
+            connection.request("GET", target, headers=headers)
             data = bytearray()
-            while chunk := response.read1(_CHUNK):
-                data += chunk
-                if len(data) > max_bytes:
-                    raise _refused(address, f"it has more than {max_bytes:,} bytes")
-                if time.monotonic() > until:
-                    raise _refused(address, f"it takes more than {_ALL_SECONDS:.0f} s")
-            return bytes(data)
-        except (urllib3.exceptions.HTTPError, UnicodeError) as error:
-            raise _refused(address, f"it cannot be read ({type(error).__name__})") from error
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    raise _refused(address, f"it answered {response.status}")
+                while chunk := response.read1(_CHUNK):
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise _refused(address, f"it has more than {max_bytes:,} bytes")
+                if response.length:
+                    raise EOFError
+        return bytes(data)
+    except TimeoutError as error:
+        raise _refused(address, "it takes too long") from error
+    # ValueError: what may not stand in a request, in the address.
+    except (OSError, HTTPException, EOFError, ValueError) as error:
+        raise _refused(address, f"it cannot be read ({type(error).__name__})") from error
+
+
+@contextmanager
+def _connection(ip: str, port: int, name: str | None) -> Iterator[HTTPConnection]:
+    """A connection that is cut when its time is over: a header may come a byte at a time.
+
+    Args:
+        ip: Where it goes.
+        port: Likewise.
+        name: Of the host, for its certificate; None without TLS.
+
+    Raises:
+        TimeoutError: If its time was over before the end.
+        OSError: If there is none.
+    """
+    late = False
+
+    def cut() -> None:
+        nonlocal late
+        late = True
+        with suppress(OSError):
+            # Not TLS's own, which would take the connection from under who reads it.
+            socket.socket.shutdown(link, socket.SHUT_RDWR)
+
+    connection = HTTPConnection(ip, port)
+    link = socket.create_connection((ip, port), _SECONDS)
+    timer = Timer(_ALL_SECONDS, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        if name is not None:  # the certificate is the name's, not the address's
+            tls = ssl.create_default_context()
+            secure = tls.wrap_socket(link, server_hostname=name, do_handshake_on_connect=False)
+            link = secure
+            secure.do_handshake()
+        connection.sock = link
+        yield connection
+        if late:  # else what was cut looks whole
+            raise TimeoutError
+    except (OSError, HTTPException, EOFError) as error:
+        if late:
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+        link.close()
 
 
 def _public_ip(address: str, host: str, port: int) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
+from navit_clip.data.annotations.class_names import unique_names
 from navit_clip.errors import UserError
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel
@@ -25,12 +27,14 @@ from navit_clip.serving.addresses import fetch
 from navit_clip.serving.batcher import Batcher, Item, tokens_of
 from navit_clip.serving.config import BatchConfig, Limits
 from navit_clip.serving.embed import embedder, probabilities
-from navit_clip.serving.inputs import Entry, Reader, bad, read_json, strings
+from navit_clip.serving.inputs import Entry, Reader, bad, check_length, read_json, strings
 from navit_clip.serving.limits import Admission, Body, RequestError, too_large
 from navit_clip.serving.metrics import CONTENT_TYPE, Metrics
 
 _THREADS = 4  # decode and tokenise; Pillow does so without the interpreter's lock
 _FETCHERS = 8
+_FETCHERS_EACH = 2  # of one request at once
+_FETCH_SECONDS = 60.0  # for all addresses of a request
 _RETRY_S = "1"
 _CLOSED = 499  # nginx's: the client went away, nobody reads the answer
 
@@ -62,10 +66,12 @@ class Service:
         if not isinstance(model.preprocess, Preprocess):
             raise UserError(f"{name} has no preprocess to say how large images may be")
         self._model, self._name, self._limits = model, name, limits
+        # ImageNet has two missiles, and JSON has one value for a key.
+        self._classes = unique_names(model.classes or ())
         self._metrics = Metrics()
         self._admission = Admission(limits)
         self._threads = ThreadPoolExecutor(_THREADS, "decode")
-        # Of their own: slow addresses keep nobody waiting but who named them.
+        # Of their own: slow addresses keep no request waiting that names none.
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "fetch")
         self._batcher = Batcher(
             self.embedder(model), batches, limits.max_waiting_tokens, self._metrics
@@ -154,7 +160,7 @@ class Service:
     async def _embeddings(self, request: Request, body: Body) -> Any:
         known = {"input", "model", "encoding_format", "user"}
         values, entries = await self._read(request, body, known, images_only=False)
-        form = values.get("encoding_format", "float")
+        form = values.get("encoding_format") or "float"
         if form not in ("float", "base64"):
             raise bad("encoding_format must be float or base64")
         items, vectors = await self._embed(entries)
@@ -187,11 +193,11 @@ class Service:
     def _labels(self, values: dict[str, Any], images: int) -> tuple[list[str], list[Entry]]:
         """What to choose from, and the prompts of each, one label after the other."""
         if not isinstance(self._model, NaViTCLIP):
-            if not self._model.classes:
+            if not self._classes:
                 raise bad("this model has no classes")
             if values.get("labels"):
                 raise bad("labels belong to models that read texts, this one has its own")
-            return list(self._model.classes), []
+            return self._classes, []
         most = self._limits.max_inputs
         labels = strings(values, "labels", most)
         if len(set(labels)) < len(labels):
@@ -203,8 +209,14 @@ class Service:
             raise bad("templates must each have {} in the label's place")
         if images + len(labels) * len(templates) > most:
             raise bad(f"images and prompts (labels × templates) are more than {most:,} together")
-        prompts = [template.replace("{}", label) for label in labels for template in templates]
-        return labels, [Entry(text=prompt) for prompt in prompts]
+        for template in templates:  # before they take memory
+            longest = len(template) + template.count("{}") * (max(map(len, labels)) - len("{}"))
+            check_length("the longest prompt", longest, self._limits)
+        return labels, [
+            Entry(f"a prompt of labels[{i}]", text=template.replace("{}", label))
+            for i, label in enumerate(labels)
+            for template in templates
+        ]
 
     async def _embed(self, entries: list[Entry]) -> tuple[list[Item], Tensor]:
         """What the model gets, and the vectors of it."""
@@ -218,24 +230,33 @@ class Service:
         """The request's values and inputs; the body may be an image's file in place of JSON."""
         if request.headers.get("content-type", "").startswith("image/"):
             labels = request.query_params.getlist("label")
-            return {"labels": labels}, [Entry(image=bytes(body.data))]
+            return {"labels": labels}, [Entry("the image", image=bytes(body.data))]
         values = await self._in_thread(lambda: read_json(body.data, known))
         entries = await self._in_thread(lambda: self._reader.entries(values, images_only))
         return values, await self._fetched(entries, body)
 
     async def _fetched(self, entries: list[Entry], body: Body) -> list[Entry]:
         """The same with the files at addresses, which count like the request's own bytes."""
-        loop = asyncio.get_running_loop()
+        loop, turn = asyncio.get_running_loop(), asyncio.Semaphore(_FETCHERS_EACH)
 
         async def one(entry: Entry) -> Entry:
             if entry.address is None:
                 return entry
             most = self._limits.max_bytes
-            data = await loop.run_in_executor(self._fetchers, fetch, entry.address, most)
+            async with turn:
+                data = await loop.run_in_executor(self._fetchers, fetch, entry.address, most)
             body.add(data)
-            return Entry(image=data)
+            return replace(entry, image=data, address=None)
 
-        return list(await asyncio.gather(*map(one, entries)))
+        tasks = [asyncio.ensure_future(one(entry)) for entry in entries]
+        try:
+            return await asyncio.wait_for(asyncio.gather(*tasks), _FETCH_SECONDS)
+        except asyncio.TimeoutError as error:
+            message = f"fetching the images takes more than {_FETCH_SECONDS:g} s"
+            raise RequestError(408, "slow", message) from error
+        finally:
+            for task in tasks:
+                task.cancel()  # else others of a refused request would be fetched all the same
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

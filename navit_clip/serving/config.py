@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from navit_clip.data.decode import check_max_pixels
+from navit_clip.data.image_header import check_max_pixels
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Limits:
         max_request_tokens: Tokens of all of them together.
         max_bytes: Of one request.
         max_characters: Of one text; a model reads the beginning alone.
-        max_pixels: Of all images of one request together.
+        max_pixels: Of all images of one request together; slow formats count several times.
         max_requests: Requests that are worked on at once; more are turned away with 503.
         max_waiting_tokens: Tokens that wait for the model; requests beyond them likewise.
         body_seconds: In which a client has to send its request.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from navit_clip.data.decode import EncodedImage
+from navit_clip.data.image_header import read_header
 from navit_clip.errors import SkipSampleError
 from navit_clip.inference.embed import size_image
 from navit_clip.inference.preprocess import Preprocess
@@ -32,8 +33,9 @@ def bad(message: str) -> RequestError:
 
 @dataclass(frozen=True)
 class Entry:
-    """One input as the client sent it: one of the three is not None."""
+    """One input as the client sent it: its name for messages, and one of the three."""
 
+    name: str
     text: str | None = None
     image: bytes | None = None
     address: str | None = None
@@ -116,19 +118,19 @@ class Reader:
             return self._image(name, value)
         if images_only:
             raise bad(f"{name} must be an image")
-        return Entry(text=value)
+        return Entry(name, text=value)
 
     def _image(self, name: str, value: str) -> Entry:
         if value[:8].lower().startswith(("http://", "https://")):
             if not self.addresses:
                 raise bad(f"{name}: this server fetches no addresses: send the image in base64")
-            return Entry(address=value)
+            return Entry(name, address=value)
         if value.startswith("data:"):
             head, _, value = value.partition(",")
             if not head.endswith(";base64"):
                 raise bad(f"{name}: a data address must be in base64")
         try:
-            return Entry(image=base64.b64decode(value, validate=True))
+            return Entry(name, image=base64.b64decode(value, validate=True))
         except (binascii.Error, ValueError) as error:
             raise bad(f"{name} is no base64: {str(error)[:80]}") from error
 
@@ -136,54 +138,61 @@ class Reader:
         """Sized images and ids of texts, in order.
 
         Raises:
-            RequestError: 400 if one cannot be used, names its index; or they have too many pixels
-                or tokens together.
+            RequestError: 400 if one cannot be used, names it; or they have too many pixels or
+                tokens together.
         """
-        opened = [
-            (i, entry if entry.image is None else self._open(f"input[{i}]", entry.image))
-            for i, entry in enumerate(entries)
-        ]
-        pixels = sum(one.width * one.height for _, one in opened if isinstance(one, EncodedImage))
-        if pixels > self.limits.max_pixels:
-            raise bad(f"the images have {pixels:,} pixels, at most {self.limits.max_pixels:,}")
+        # Headers first, of all of them: nothing is decoded of a request that asks for too much.
+        pixels = sum(self._cost(entry) for entry in entries)
+        if pixels > (most := self.limits.max_pixels):
+            raise bad(
+                f"the images have {pixels:,} pixels, at most {most:,} "
+                "(those of QOI, PNM and JPEG 2000, which take long, count several times)"
+            )
         items: list[Item] = []
         tokens = 0
-        for i, one in opened:
-            name = f"input[{i}]"
-            if isinstance(one, EncodedImage):
-                items.append(self._sized(name, one))
-            else:
-                items.append(self._ids(name, one))
+        for entry in entries:
+            items.append(self._ids(entry) if entry.image is None else self._sized(entry))
             tokens += tokens_of(items[-1])
             if tokens > self.limits.max_request_tokens:
                 most = self.limits.max_request_tokens
                 raise bad(f"the inputs have more than {most:,} tokens together: send fewer at once")
         return items
 
-    def _open(self, name: str, data: bytes) -> EncodedImage:
+    def _cost(self, entry: Entry) -> int:
+        if entry.image is None:
+            return 0
         try:
-            return EncodedImage(data, self.limits.max_pixels)
+            return read_header(entry.image, self.limits.max_pixels).cost
         except SkipSampleError as error:
-            raise bad(f"{name}: {error.detail}") from error
+            raise bad(f"{entry.name}: {error.detail}") from error
 
-    def _sized(self, name: str, image: EncodedImage) -> Item:
+    def _sized(self, entry: Entry) -> Item:
+        assert entry.image is not None
         try:
+            image = EncodedImage(entry.image, self.limits.max_pixels)
             most, square = self.preprocess.max_tokens, self.preprocess.square
             return size_image(image, self.tower, most, square=square)
         except SkipSampleError as error:
-            raise bad(f"{name}: {error.detail}") from error
+            raise bad(f"{entry.name}: {error.detail}") from error
 
-    def _ids(self, name: str, entry: Entry) -> Item:
-        text = entry.text
-        assert text is not None
+    def _ids(self, entry: Entry) -> Item:
+        assert entry.text is not None
         if self.tokenizer is None:
-            raise bad(f"{name}: this model reads images alone")
-        if len(text) > self.limits.max_characters:
-            most = self.limits.max_characters
-            raise bad(f"{name} has {len(text):,} characters, at most {most:,}")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise bad(f"{name} has half a character (a lone surrogate)")
-        return self.tokenizer.encode(text, self.context)
+            raise bad(f"{entry.name}: this model reads images alone")
+        check_length(entry.name, len(entry.text), self.limits)
+        if any("\ud800" <= c <= "\udfff" for c in entry.text):
+            raise bad(f"{entry.name} has half a character (a lone surrogate)")
+        return self.tokenizer.encode(entry.text, self.context)
+
+
+def check_length(name: str, characters: int, limits: Limits) -> None:
+    """Refuses a text that is too long.
+
+    Raises:
+        RequestError: 400.
+    """
+    if characters > (most := limits.max_characters):
+        raise bad(f"{name} has {characters:,} characters, at most {most:,}")
 
 
 def _check_count(name: str, count: int, most: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from starlette.testclient import TestClient
 
 from navit_clip.model import NaViTCLIP
 from navit_clip.serving import addresses
+from navit_clip.serving import app as serving
 from navit_clip.serving.app import Service
 from navit_clip.serving.config import BatchConfig, Limits
 from navit_clip.serving.limits import RequestError
@@ -84,3 +88,88 @@ def test_redirects_large_files_and_broken_ones_are_refused():
             addresses.fetch(f"{site.url}/a.jpg", 5000)
     with serve(Site(file)) as site:
         assert addresses.fetch(f"{site.url}/a.jpg", 5000) == file["a.jpg"]
+
+
+@contextmanager
+def dripping(begin: bytes, drop: bytes) -> Iterator[str]:
+    """A server that answers without an end; its address."""
+    over = threading.Event()
+
+    def answer() -> None:
+        link, _ = server.accept()
+        with link:
+            link.sendall(begin)
+            while not over.wait(0.05):
+                link.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.mark.usefixtures("_as_if_public")
+@pytest.mark.parametrize(
+    ("begin", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nA: ", b"a"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"a"),  # whole wherever it ends, for all its header says
+    ],
+)
+def test_an_answer_that_does_not_end_is_cut(begin, drop, monkeypatch):
+    monkeypatch.setattr(addresses, "_ALL_SECONDS", 0.5)
+    with dripping(begin, drop) as address, pytest.raises(RequestError, match="takes too long"):
+        addresses.fetch(address, 10_000_000)
+
+
+def test_what_a_refused_request_named_is_not_fetched(model_dir, monkeypatch):
+    model = NaViTCLIP.from_pretrained(model_dir)
+    image, fetched, over = encode(photo(0, 40, 60), "JPEG"), list[str](), threading.Event()
+
+    def fetch(address: str, most: int) -> bytes:
+        fetched.append(address)
+        if "bad" in address:
+            raise RequestError(400, "address", "bad")
+        if "slow" in address:
+            over.wait(60)
+        return image
+
+    monkeypatch.setattr(serving, "fetch", fetch)
+    service = Service(model, "tiny", BatchConfig(), Limits(), addresses=True)
+
+    def ask(*addresses: str) -> int:
+        inputs = [{"image": address} for address in addresses]
+        return client.post("/v1/embeddings", json={"input": inputs}).status_code
+
+    with TestClient(service.app()) as client:
+        try:
+            assert ask("http://bad/", *["http://slow/"] * 200) == 400
+            assert ask(*["http://good/"] * 3) == 200  # though one thread is still waiting
+        finally:
+            over.set()
+    assert fetched.count("http://slow/") <= 2
+
+
+def test_all_addresses_of_a_request_have_a_limit_of_time(model_dir, monkeypatch):
+    over = threading.Event()
+
+    def fetch(address: str, most: int) -> bytes:
+        over.wait(60)
+        return b""
+
+    monkeypatch.setattr(serving, "fetch", fetch)
+    monkeypatch.setattr(serving, "_FETCH_SECONDS", 0.2)
+    model = NaViTCLIP.from_pretrained(model_dir)
+    service = Service(model, "tiny", BatchConfig(), Limits(), addresses=True)
+    with TestClient(service.app()) as client:
+        try:
+            answer = client.post("/v1/embeddings", json={"input": {"image": "http://a/"}})
+        finally:
+            over.set()
+    assert answer.status_code == 408
+    assert "more than 0.2 s" in answer.json()["error"]["message"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFile
 from shard_factory import encode, photo
 
 from navit_clip.classifier import NaViTClassifier
@@ -140,6 +141,32 @@ def test_a_classifier_answers_with_its_own_classes(model):
         assert "input[0]: this model reads images alone" in refused(text)
 
 
+def test_classes_of_one_name_keep_their_scores(model):
+    torch.manual_seed(0)
+    names = ["missile", "dog", "missile"]
+    config = ClassifierConfig(image=model.config.image)
+    classifier = NaViTClassifier(config, names, Preprocess(12)).eval()
+    with TestClient(Service(classifier, "c", BatchConfig(), LIMITS).app()) as client:
+        (one,) = client.post("/v1/classify", json={"input": in_base64(PICTURES[0])}).json()["data"]
+    assert [*one["scores"]] == ["missile (0)", "dog", "missile (2)"]
+    assert one["label"] == max(one["scores"], key=one["scores"].get)
+    torch.testing.assert_close(
+        torch.tensor([*one["scores"].values()]), classifier.classify(PICTURES[:1])[0]
+    )
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_pixels_are_counted_before_any_is_decoded(client, monkeypatch, form):
+    def load(*args: Any) -> None:
+        raise AssertionError("decoded")
+
+    images = [in_base64(encode(photo(i, 150, 150), form)) for i in range(3)]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", load)
+    answer = client.post("/v1/embeddings", json={"input": images})
+    assert "67,500 pixels, at most 60,000" in refused(answer)
+
+
 def gif_bomb() -> bytes:
     """A few bytes that say they are 9,000 × 9,000 pixels."""
     side = 9000
@@ -190,6 +217,14 @@ LABELS: dict[str, tuple[Any, str]] = {
     "twice": ({"input": PIXEL, "labels": ["a", "a"]}, "labels has a label twice"),
     "text": ({"input": {"text": "a"}, "labels": ["a"]}, "input[0] must be an image"),
     "template": ({"input": PIXEL, "labels": ["a"], "templates": ["b"]}, "templates must each have"),
+    "long labels": (
+        {"input": PIXEL, "labels": ["a" * 900], "templates": ["{}" * 400]},
+        "the longest prompt has 360,000 characters, at most 1,000",
+    ),
+    "half a label": (
+        b'{"input": ' + json.dumps(PIXEL).encode() + b', "labels": ["a", "\\ud800"]}',
+        "a prompt of labels[1] has half a character",
+    ),
     "prompts": (
         {"input": PIXEL, "labels": ["a", "b", "c", "d"], "templates": ["{}"] * 5},
         "more than 20 together",

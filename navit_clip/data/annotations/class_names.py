@@ -7,6 +7,7 @@ a file manager shows them. Names and classes are paired only where all of these 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,17 @@ _NUMBERED = re.compile(r"([0-9]{1,9})[\s.:,;)]+\S.*")
 def index_of(text: str) -> int | None:
     """The class index that a label is, ``3`` or as pandas writes it ``3.0``; None if it is none."""
     return int(text.partition(".")[0]) if _INDEX.fullmatch(text) else None
+
+
+def spaced(name: str) -> str:
+    """A class's name as people write it: many folders have underscores for its spaces."""
+    return name.replace("_", " ")
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names with their index where there are several alike: ImageNet has two missiles."""
+    count = Counter(names)
+    return [n if count[n] == 1 else f"{n} ({i})" for i, n in enumerate(names)]
 
 
 def read_text(path: str, what: str, names: str = "") -> str:
