@@ -130,7 +130,8 @@ class Cascade(ClassEvaluator[CascadeSpec]):
                     breakdowns={},
                 )
             )
-        yield from front([alone[limit] for limit in limits], cascades)
+        if cascades:  # a model of squares has none
+            yield from front([alone[limit] for limit in limits], cascades)
 
 
 def _limits(settings: Iterable[EvalSetting]) -> list[EvalSetting]:

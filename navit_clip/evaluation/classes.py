@@ -16,6 +16,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from navit_clip.data.annotations.class_names import spaced, unique_names
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.errors import UserError
 from navit_clip.evaluation.calibration import expected_calibration_error
@@ -188,9 +189,7 @@ class ClassEvaluator(EmbeddingEvaluator[S]):
         right_LC = torch.zeros(len(answers), len(column), dtype=torch.bool)
         for found, row in answers.items():
             right_LC[row, [column[index] for index in found]] = True
-        # ImageNet has two missiles and two pairs of sunglasses.
-        count = Counter(self.names)
-        unique = [n if count[n] == 1 else f"{n} ({i})" for i, n in enumerate(self.names)]
+        unique = unique_names(self.names)
         return ClassTable(
             competitors=competitors,
             titles=[unique[index] for index in competitors],
@@ -200,13 +199,22 @@ class ClassEvaluator(EmbeddingEvaluator[S]):
         )
 
 
+class _KnownClasses(ClassMap):
+    """Underscores of a folder's name may be spaces."""
+
+    def find(self, name: str) -> tuple[int, ...] | None:
+        return super().find(name) or super().find(spaced(name))
+
+
 def map_of(names: Sequence[str]) -> ClassMap:
-    """Classes by their names, also as folders are called."""
+    """Classes by their names, also as folders are called; one written just so goes first."""
     indices: dict[str, tuple[int, ...]] = {}
-    for index, name in enumerate(names):
-        for called in dict.fromkeys((name, name.replace(" ", "_"))):
-            indices[called] = (*indices.get(called, ()), index)
-    return ClassMap("of the known classes", indices)
+    for called in ([*map(spaced, names)], names):
+        same: dict[str, tuple[int, ...]] = {}
+        for index, name in enumerate(called):
+            same[name] = (*same.get(name, ()), index)
+        indices |= same
+    return _KnownClasses("of the known classes", indices)
 
 
 def check_competitors(count: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from navit_clip.errors import UserError
 from navit_clip.evaluation.classes import ClassEvaluator, LabelledSpec, map_of
-from navit_clip.evaluation.datasets import EvalDataset
+from navit_clip.evaluation.datasets import EvalDataset, ShardDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.labelled import open_labelled
 from navit_clip.evaluation.models import Model, PackedClassifier
@@ -80,5 +80,7 @@ class Classify(ClassEvaluator[ClassifySpec]):
     def is_multi_label(self, model: Model, data: Embedded) -> bool:
         """Where images have other than one label each; of a class map, any of several is right."""
         assert isinstance(model, PackedClassifier)
-        several = self.spec.class_map is None and any(len(found) != 1 for found in data.classes)
+        # A folder or a name stands for several only where classes are called alike.
+        lists = self.spec.class_map is None and isinstance(self.dataset, ShardDataset)
+        several = lists and any(len(found) != 1 for found in data.classes)
         return several and model.model.config.output == "sigmoid"

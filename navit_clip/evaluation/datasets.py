@@ -158,6 +158,8 @@ class ShardDataset(EvalDataset):
         class_map: What the labels mean; class indices if not given.
         names: What the map calls the classes that are numbers in the data; none if not given.
         field: Where labels are, ``cls`` or ``json.FIELD``.
+        by_index: Numbers in the data are class indices, whatever the map says: two classes may
+            have the same name.
     """
 
     def __init__(
@@ -167,7 +169,10 @@ class ShardDataset(EvalDataset):
         class_map: ClassMap | None = None,
         names: Sequence[str] | None = None,
         field: str = "cls",
+        *,
+        by_index: bool = False,
     ) -> None:
+        self.by_index = by_index
         self.shards, self.captions, self.field = shards, captions, field
         self.names = () if names is None or class_map == ClassMap("index") else names
         self.class_map = class_map or ClassMap("index")
@@ -208,15 +213,17 @@ class ShardDataset(EvalDataset):
     def _classes(self, sample: RawSample) -> tuple[int, ...]:
         found: list[int] = []
         for label in find_labels(sample.members, self.field):
-            name = str(label)
-            if isinstance(label, int) and 0 <= label < len(self.names):
-                name = self.names[label]
-            classes = self.class_map.find(name)
+            classes = self._class(label)
             if not classes:
                 reason = "bad_label" if classes is None else LEFT_OUT
                 raise SkipSampleError(reason, repr(label)[:60])
             found += classes
         return tuple(sorted(set(found)))
+
+    def _class(self, label: int | str) -> tuple[int, ...] | None:
+        if isinstance(label, int) and 0 <= label < len(self.names):
+            return (label,) if self.by_index else self.class_map.find(self.names[label])
+        return self.class_map.find(str(label))
 
 
 class UnlabelledShards(ShardDataset):

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from navit_clip.data.decode import MAX_PIXELS, EncodedImage
+from navit_clip.data.decode import EncodedImage
+from navit_clip.data.image_header import MAX_PIXELS
 from navit_clip.data.workers import batches_of, explain_killed_workers, prepare_worker
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
@@ -31,6 +32,7 @@ from navit_clip.evaluation.models import Model, Sizer
 from navit_clip.evaluation.settings import EvalSetting
 
 SHOWN_SKIPS = 5  # described one by one; the others are only counted
+_OF_THE_FILE = ("unreadable_image", "too_large")
 TEXT_BLOCK = 256  # texts that are embedded together, wherever that is
 
 
@@ -81,7 +83,8 @@ class Block:
         sizes: Native height and width of the usable ones that were decoded.
         sized: For each of these, by pair, what its model takes; None where the cache has the block.
         cached: By pair, the block as the cache has it, or None.
-        keys: By pair, its name in the cache; empty without one.
+        keys: By pair, its name in the cache; empty without one, or if an image was left out for the
+            sake of one setting, which the embeddings at another must not remember.
     """
 
     items: list[Item]
@@ -135,6 +138,7 @@ class _Blocks(IterableDataset["Block | UserError"]):
             cached = [self.cache.read(key, ImageBlock.from_file) for key in keys]
         unusable = {place: why for one in cached if one for place, why in one.skipped.items()}
         block = Block([replace(item, data=b"") for item in items], {}, [], [], cached, keys)
+        of_setting = False
         for place, item in enumerate(items):
             try:
                 if isinstance(item.data, SkipSampleError):
@@ -153,6 +157,10 @@ class _Blocks(IterableDataset["Block | UserError"]):
                     block.sizes.append((image.height, image.width))
             except SkipSampleError as error:
                 block.skipped[place] = error.reason, error.detail
+                if error is not item.data and error.reason not in _OF_THE_FILE:
+                    of_setting = True
+        if of_setting and len(self.pairs) > 1:
+            block.keys.clear()
         return block
 
 
@@ -245,7 +253,7 @@ def _embed(model: Model, block: Block, pair: int, cache: Cache | None) -> ImageB
         model.padding_tokens - before,
         block.skipped,
     )
-    if cache is not None:
+    if cache is not None and block.keys:
         cache.write(block.keys[pair], *embedded.to_file())
     return embedded
 

@@ -25,7 +25,7 @@ from navit_clip.commands import Parser, number
 from navit_clip.data.annotations.folders import find_images
 from navit_clip.data.annotations.rows import usable_captions
 from navit_clip.data.annotations.tables import open_table
-from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
+from navit_clip.data.image_header import MAX_PIXELS, check_max_pixels
 from navit_clip.data.patterns import expand_shards
 from navit_clip.distributed import Ranks, failing_at_once, join_ranks
 from navit_clip.errors import UserError, one_line_errors, printable
@@ -110,6 +110,7 @@ def _embed_images(
     setting = model.own_setting
     if args.max_tokens is not None:
         setting = EvalSetting("capped", args.max_tokens)
+        model.check(setting)
     dataset, folder = _open(args)
     found = []
     with fail_together(ranks):

@@ -20,7 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from navit_clip.data.decode import MAX_PIXELS, check_max_pixels
+from navit_clip.data.image_header import MAX_PIXELS, check_max_pixels
 from navit_clip.distributed import Ranks
 from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.evaluation.breakdown import Measure, break_down

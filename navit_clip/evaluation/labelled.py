@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from navit_clip.data.annotations.class_names import index_of, names_beside
+from navit_clip.data.annotations.class_names import index_of, names_beside, spaced
 from navit_clip.data.annotations.folders import is_image, read_class_folders
 from navit_clip.data.annotations.labels import ClassMap, load_class_map, read_label_file
 from navit_clip.data.patterns import expand_shards
@@ -97,9 +97,17 @@ def open_labelled(
         beside = names_beside(shards[0])
         # A map knows the classes by their names, where the data has names for its numbers.
         called = (beside or names) if known is not None else None
-        dataset = ShardDataset(shards, class_map=known, names=called, field=field)
+        # A map in memory is one of `names`: where the data's are the same, its numbers are exact.
+        by_index = isinstance(class_map, ClassMap) and _spaced(called) == _spaced(names)
+        dataset = ShardDataset(
+            shards, class_map=known, names=called, field=field, by_index=by_index
+        )
         return Labelled(dataset, names=beside if known is None else None)
     return _class_folders(root, known)
+
+
+def _spaced(names: Sequence[str] | None) -> list[str]:
+    return [spaced(name) for name in names or ()]
 
 
 def _class_folders(root: Path, class_map: ClassMap | None) -> Labelled:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from navit_clip.data.annotations.class_names import spaced
 from navit_clip.data.annotations.labels import ClassMap
 from navit_clip.errors import UserError
 from navit_clip.evaluation.classes import ClassEvaluator, LabelledSpec, map_of
@@ -56,13 +57,11 @@ class Probe(ClassEvaluator[S]):
         spec = self.spec
         self.train = open_labelled(spec.train, spec.train_labels, spec.class_map, field=spec.field)
         names = self.train.names or self.train.folders
-        self.names = [name.replace("_", " ") for name in names or ()]
+        self.names = [spaced(name) for name in names or ()]
         known: str | ClassMap | None = spec.class_map
         if known is None:
-            known = map_of(self.names) if names else ClassMap("index")
-        self.labelled = open_labelled(
-            spec.data, spec.labels, known, field=spec.field, names=self.names
-        )
+            known = map_of(names) if names else ClassMap("index")
+        self.labelled = open_labelled(spec.data, spec.labels, known, field=spec.field, names=names)
         return self.labelled.dataset
 
     def prepare(

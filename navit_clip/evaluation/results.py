@@ -346,14 +346,14 @@ def _read_metrics(entry: Mapping[str, Any], metrics: Mapping[str, Metric]) -> di
 
 
 def _nest(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """``{"a/b": 1}`` to ``{"a": {"b": 1}}``."""
+    """``{"a/b": 1}`` to ``{"a": {"b": 1}}``; null of what has no value, for JSON has no NaN."""
     nested: dict[str, Any] = {}
     for key, value in metrics.items():
         *above, last = key.split("/")
         place = nested
         for name in above:
             place = place.setdefault(name, {})
-        place[last] = value
+        place[last] = None if math.isnan(value) else value
     return nested
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,21 @@ def slowly(model, evaluator, few, many, percent):
             tokens += data.lengths[setting][i]
             flops += model.image_flops(data.lengths[setting][i])
     return hits / count, tokens / count, flops / count
+
+
+def test_a_baseline_without_limits_has_its_rows_alone(folders):
+    model = PackedClassifier(new_model(FOLDERS), "tiny")
+    evaluator, _ = evaluate(model, folders)
+    square = EvalSetting("square", 16)
+    data = replace(
+        evaluator.data,
+        **{
+            field: {square: next(iter(getattr(evaluator.data, field).values()))}
+            for field in ("embeddings", "lengths", "padding")
+        },
+    )
+    (row,) = evaluator.score(model, data, evaluator.texts_TD)
+    assert row.setting == square
 
 
 @pytest.mark.parametrize("kind", ["classifier", "zeroshot"])

@@ -16,6 +16,7 @@ from navit_clip import NaViTClassifier
 from navit_clip.errors import UserError
 from navit_clip.evaluation import ranking
 from navit_clip.evaluation.__main__ import main
+from navit_clip.evaluation.classes import map_of
 from navit_clip.evaluation.classification import Classify, ClassifySpec
 from navit_clip.evaluation.models import PackedClassifier
 from navit_clip.evaluation.ranking import Readout, average_precision
@@ -114,6 +115,35 @@ def test_metrics_are_those_of_what_the_model_says_of_each_image(folders, output)
         assert set(row.breakdowns) == {"by_aspect", "by_size"}
     assert result.counts == {"images": 11, "classes": 4}
     assert result.skipped == {"unreadable_image": 1}
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_a_number_is_one_class_though_two_have_its_name(tmp_path, output):
+    labels = [0, 1, 2, 0]
+    samples = {
+        str(i): {"png": encode(photo(i, *SIZES[0])), "cls": str(label).encode()}
+        for i, label in enumerate(labels)
+    }
+    write_shard(tmp_path / "0.tar", samples)
+    results = []
+    for names in (["missile", "missile", "dog"], ["a", "b", "c"]):
+        evaluator, result = evaluate(new_model(names, output), data=str(tmp_path))
+        assert evaluator.data.classes == [(label,) for label in labels]
+        results.append(result.own.metrics)
+    assert results[0] == results[1]
+
+
+def test_folders_are_found_as_they_are_written_and_with_spaces_for_underscores():
+    found = map_of(["hot_dog", "hot dog", "a_b c", "d e"])
+    assert [found.find(name) for name in ("hot_dog", "hot dog", "a_b c")] == [(0,), (1,), (2,)]
+    assert [found.find(name) for name in ("a b c", "a_b_c", "d_e", "d e")] == [
+        (2,),
+        (2,),
+        (3,),
+        (3,),
+    ]
+    assert map_of(["missile", "missile"]).find("missile") == (0, 1)
+    assert found.find("unknown") is None
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,15 @@ def test_axes_hold_all_values_and_have_round_ticks_within():
         assert all(0 <= tick <= 1 for tick in axes.get_yticks())
 
 
+def test_an_axis_holds_values_below_zero():
+    axes = Figure().subplots()
+    charts._scale_values(axes, [-1.4, -0.6], Metric("explained"))
+    low, high = axes.yaxis.get_view_interval()
+    assert low < -1.4
+    assert high > -0.6
+    assert len(axes.get_yticks()) > 1
+
+
 def test_labels_keep_clear_of_each_other_and_of_points():
     rng = random.Random(1)
     shown = total = 0

@@ -99,6 +99,24 @@ def test_the_command_writes_metrics_a_picture_and_a_report(root, tmp_path, capsy
     assert json.loads(again.read_text())["loss"] == pytest.approx(result["loss"], rel=1e-6)
 
 
+def test_what_one_setting_leaves_out_the_cache_does_not_keep_from_another(root, tmp_path):
+    small = [encode(photo(i, *size)) for i, size in enumerate([(40, 40), (40, 5), (9, 8)])]
+    (tmp_path / "images").mkdir()
+    for i, data in enumerate(small):
+        (tmp_path / "images" / f"{i}.png").write_bytes(data)
+
+    def images(name, *more):
+        output = tmp_path / f"{name}.json"
+        flags = ["--data", tmp_path / "images", "--output", output, *more]
+        assert run(*words(root, "images", *flags)) == 0
+        return json.loads(output.read_text())["images"]
+
+    cache = ["--cache", tmp_path / "cache"]
+    alone = images("alone")
+    assert images("both", "--max-tokens", 2, *cache) < alone
+    assert images("again", *cache) == alone
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -227,7 +227,9 @@ def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
 
 def _scale_values(axes: Axes, values: Sequence[float], metric: Metric) -> None:
     margin = max(0.15 * (max(values) - min(values)), 0.01)
-    low, high = max(0.0, min(values) - margin), max(values) + margin
+    low, high = min(values) - margin, max(values) + margin
+    if min(values) >= 0:
+        low = max(0.0, low)
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
     top = min(high, 1.0) if metric.is_fraction else high
     ticks = [tick for tick in ticks if low - 1e-9 <= tick <= top + 1e-9]

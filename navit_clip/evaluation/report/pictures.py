@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from navit_clip.data.decode import MOST_PIXELS, EncodedImage
+from navit_clip.data.decode import EncodedImage
+from navit_clip.data.image_header import MOST_PIXELS
 from navit_clip.errors import SkipSampleError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset
 from navit_clip.evaluation.embed import Embedded
