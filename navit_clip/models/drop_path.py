@@ -20,14 +20,15 @@ def draw_drop_path(segments: Segments, depth: int, rate: float) -> Tensor:
     Args:
         segments: Of the stream; its padding goes with the last example.
         depth: Blocks.
-        rate: Of the last block, in [0, 1).
+        rate: Of the last block, in [0, 1); of the only one where there is one.
 
     Returns:
         float32 [depth, T, 2]: 0 or 1 / (1 - the block's rate), the same for all tokens of an
         example.
     """
     device = segments.offsets.device
-    rate_N11 = torch.linspace(0, rate, depth, device=device)[:, None, None]
+    rates = torch.linspace(0, rate, depth, device=device) if depth > 1 else torch.tensor([rate])
+    rate_N11 = rates.to(device)[:, None, None]
     drawn_NE2 = torch.rand(depth, segments.num_examples, 2, device=device)
     scale_NE2 = (drawn_NE2 >= rate_N11) / (1 - rate_N11)
     return scale_NE2[:, segments.ids.clamp(max=segments.num_examples - 1)]

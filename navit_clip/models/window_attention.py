@@ -129,18 +129,29 @@ def attend_windows_backward(
     with torch.autocast(v_SHD.device.type, enabled=False):
         for batch in _batches(cells_S, ids_S, layout, v_SHD.shape[1]):
             grad, q, k, v = map(batch.read, (grad_SHD, q_SHD, k_SHD, v_SHD))
-            scores = q @ k.mT * scale
-            if (bias := batch.bias(bias_QH, q.dtype)) is not None:
+            # In float32, as the kernels of the forward pass keep them: rounded ones would be the
+            # gradient of other weights than it had.
+            scores = _product(q, k) * scale
+            if (bias := batch.bias(bias_QH, scores.dtype)) is not None:
                 scores = scores + bias
             weights = scores.softmax(-1)
-            dweights = grad @ v.mT
+            dweights = _product(grad, v)
             dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-            batch.write(dq_SHD, dscores @ k * scale)
-            batch.write(dk_SHD, dscores.mT @ q * scale)
-            batch.write(dv_SHD, weights.mT @ grad)
             if bias_QH is not None:
                 batch.add_to_bias(dbias_QH, dscores)
+            dscores = dscores.to(q.dtype)
+            batch.write(dq_SHD, dscores @ k * scale)
+            batch.write(dk_SHD, dscores.mT @ q * scale)
+            batch.write(dv_SHD, weights.to(grad.dtype).mT @ grad)
     return dq_SHD, dk_SHD, dv_SHD, dbias_QH.to(table_QH.dtype)
+
+
+def _product(a_RHLD: Tensor, b_RHLD: Tensor) -> Tensor:
+    """Products of all rows of both, in float32 at least."""
+    if a_RHLD.dtype.itemsize >= 4:
+        return a_RHLD @ b_RHLD.mT
+    a, b = a_RHLD.flatten(0, 1), b_RHLD.flatten(0, 1)
+    return torch.bmm(a, b.mT, out_dtype=torch.float32).unflatten(0, a_RHLD.shape[:2])
 
 
 class _Batch(NamedTuple):

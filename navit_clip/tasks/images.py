@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,8 +35,13 @@ from navit_clip.tokenizers.base import Tokenizer
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
-def check_sizes(data: DataConfig, image: ImageTowerConfig) -> None:
+def check_sizes(data: DataConfig, image: ImageTowerConfig, most: float = math.inf) -> None:
     """Compares sizes of images and patches with what the tower takes.
+
+    Args:
+        data: How images are sized.
+        image: The tower.
+        most: Rows or columns of patches that another part of the model knows.
 
     Raises:
         ValueError: If it cannot read patches of a size, or squares have more of them than allowed
@@ -55,12 +61,13 @@ def check_sizes(data: DataConfig, image: ImageTowerConfig) -> None:
             raise ValueError(f"data.resolution.patch_sizes: {error}") from error
         square = max(1, resolution.max_side // size)
         if resolution.mode == "square" and (
-            square**2 > resolution.max_tokens or square > image.position.max_grid_side
+            square**2 > resolution.max_tokens or square > min(most, image.position.max_grid_side)
         ):
             raise ValueError(
                 f"data.resolution.max_side={resolution.max_side} makes {square}×{square} patches, "
                 f"past data.resolution.max_tokens={resolution.max_tokens} or "
                 f"task.model.image.position.table_side={image.position.table_side}"
+                + ("" if most == math.inf else f" or the {most:g} rows that the decoder knows")
             )
 
 
@@ -88,7 +95,7 @@ def layers_above(name: str, depth: int) -> int:
 
     Final norm and pooling have none above them; embeddings lie one layer below the first block.
     """
-    if name.startswith(("encoder.norm.", "pool.")):
+    if name.startswith(("encoder.norm.", "norm.", "pool.")):
         return 0
     block = _BLOCK.match(name)
     return depth - int(block[1]) if block else depth + 1

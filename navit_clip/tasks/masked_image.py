@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -71,7 +72,7 @@ class MaskedImageTaskConfig(ImageTaskConfig):
                 "task.mask=batch needs a rate that is the same for all images of a batch: "
                 "data.drop.schedule constant and no data.drop.ramp_images"
             )
-        check_sizes(data, self.model.image)
+        check_sizes(data, self.model.image, math.inf if full else self.model.position.max_grid_side)
         refuse_captions(data, self.kind)
         refuse_mixing(data, self.kind)
         if data.resolution.patch_sizes:

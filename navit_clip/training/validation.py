@@ -21,6 +21,7 @@ from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.held_out import HeldOut
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.sizing import CurriculumConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.embed import fail_together
@@ -147,7 +148,10 @@ def open_validation(
     if both:
         raise UserError(f"data.validation: {both[0]} is a training shard too; name another one")
     drop = data.drop if task.predicts_dropped else DropConfig()
-    resolution = replace(data.resolution, min_side=data.resolution.max_side)
+    # Each image as large as at the end, which a smaller start would forbid.
+    resolution = replace(
+        data.resolution, min_side=data.resolution.max_side, curriculum=CurriculumConfig()
+    )
     # Both: whether they mean the same by a class, say, is the task's to find out.
     mix = data.datasets | held_out
     read = replace(data, train=[], mix=mix, drop=drop, resolution=resolution)

@@ -126,6 +126,12 @@ def test_all_cells_of_an_image_lose_the_same_layers_of_a_hierarchical_tower():
         torch.testing.assert_close(tower(pack_images([image]))[0], one, rtol=1e-6, atol=1e-6)
 
 
+def test_a_block_that_is_the_only_one_is_the_last():
+    scale = draw_drop_path(Segments.from_lengths([3] * 4000), 1, 0.5)
+    assert 0.4 < float((scale == 0).double().mean()) < 0.6
+    assert set(scale.unique().tolist()) == {0.0, 2.0}
+
+
 def test_padding_changes_nothing_that_is_drawn():
     plain, padded = (results(new_encoder(), *stream(padding))[0] for padding in (0, 5))
     torch.testing.assert_close(padded, plain)

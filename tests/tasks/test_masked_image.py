@@ -364,6 +364,16 @@ MISTAKES = [
         "must name the streams image, decoder",
     ),
     ({"data__budget__tokens": '{"image": 60, "decoder": 9}'}, "data.budget.tokens.decoder=9"),
+    (
+        {
+            "data__resolution__mode": "square",
+            "data__resolution__max_side": 72,
+            "data__resolution__max_tokens": 81,
+            "data__budget__tokens": '{"image": 81, "decoder": 81}',
+            "task__model__position__table_side": 8,
+        },
+        "or the 8 rows that the decoder knows",
+    ),
 ]
 
 

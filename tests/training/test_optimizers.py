@@ -15,6 +15,7 @@ from torch import nn
 from navit_clip.averages import local_tensor
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
+from navit_clip.tasks.images import layers_above
 from navit_clip.training.config import parse_config
 from navit_clip.training.optim import OptimConfig
 from navit_clip.training.optimizers import _try_out
@@ -119,6 +120,13 @@ def test_an_optimiser_that_a_checkpoint_does_not_hold_is_refused():
     _try_out(torch.optim.SGD, groups)
     with pytest.raises(ValueError, match="goes on from a checkpoint otherwise than without"):
         _try_out(Forgetful, groups)
+
+
+def test_the_last_norm_has_nothing_above_it_wherever_it_stands():
+    names = ("encoder.norm.weight", "norm.weight", "pool.query")
+    assert {layers_above(name, 12) for name in names} == {0}
+    above = [layers_above(f"{n}.weight", 12) for n in ("encoder.blocks.11.norm1", "embed")]
+    assert above == [1, 13]
 
 
 def one_optimiser_per_parameter(model, optim, layers_above):

@@ -116,6 +116,17 @@ def test_workers_seeds_and_budgets_of_the_run_change_nothing(data, tmp_path):
     assert loss_of(flags_of(data, tmp_path, eval__validation__batch=5)) < alone
 
 
+def test_images_that_begin_small_in_training_have_their_last_size_in_it(data, tmp_path):
+    flags = {"data__resolution__mode": "sampled", "data__resolution__max_side": 48}
+    start = {
+        "data__resolution__curriculum__images": 1000,
+        "data__resolution__curriculum__start_side": 24,
+        "data__resolution__min_side": 16,
+    }
+    expected = loss_of(flags_of(data, tmp_path, **flags, data__resolution__min_side=48))
+    assert loss_of(flags_of(data, tmp_path, **flags, **start)) == expected
+
+
 def test_held_out_files_give_the_loss_of_their_shards(data, tmp_path):
     rows = []
     for number in (2, 3):
