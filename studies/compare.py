@@ -1,16 +1,19 @@
 """What the runs of a study show together, with 95% intervals over seeds and images.
 
-Intervals are percentiles of a bootstrap: each time seeds and test images are drawn with
-replacement, the same ones for all arms, which are compared on them. A caption is drawn with its
-image.
+Seeds and test images are both samples of what there might have been, and every seed answers the
+same images: two crossed random effects. Accuracies and differences have the interval of their
+variance components, with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2, 1946): a
+few seeds are few, and a bootstrap of three would not know it. The compute to reach something is no
+mean; its interval has the percentiles of a bootstrap of both. A caption goes with its image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 from navit_clip.evaluation.breakdown import break_down
 
@@ -32,9 +35,38 @@ class Estimate(NamedTuple):
         low, high = np.quantile(draws[1:], [0.025, 0.975], method="nearest")
         return cls(float(draws[0]), float(low), float(high))
 
+    @classmethod
+    def of_mean(cls, right_SN: np.ndarray, queries_N: np.ndarray) -> Estimate:
+        """Of a fraction, or a difference of two.
+
+        Args:
+            right_SN: Right answers by seed and image, or how many more; of one seed the interval is
+                over images alone.
+            queries_N: Queries by image.
+        """
+        seeds, images = right_SN.shape
+        value = right_SN.sum() / (seeds * queries_N.sum())
+        rest_SN = (right_SN - value * queries_N) / queries_N.mean()
+        by_seed_S1, by_image_N = rest_SN.mean(1, keepdims=True), rest_SN.mean(0)
+        variance = seeds * (by_image_N**2).sum() / (images - 1)
+        terms = variance**2 / (images - 1)
+        if seeds > 1:
+            of_seeds = images * (by_seed_S1**2).sum() / (seeds - 1)
+            free = (seeds - 1) * (images - 1)
+            of_both = ((rest_SN - by_seed_S1 - by_image_N) ** 2).sum() / free
+            if of_seeds > of_both:  # else seeds differ by no more than their answers would anyway
+                variance += of_seeds - of_both
+                terms += of_seeds**2 / (seeds - 1) + of_both**2 / free
+        if not variance:
+            return cls(float(value), float(value), float(value))
+        error = np.sqrt(variance / (seeds * images)) * student.ppf(0.975, variance**2 / terms)
+        return cls(float(value), float(value - error), float(value + error))
+
 
 class Curves:
     """One way of one test: how many queries each arm answers right as its training goes on.
+
+    Arms are compared over the seeds that both have.
 
     Args:
         results: By arm, what its runs found, one for each seed.
@@ -44,62 +76,81 @@ class Curves:
 
     Attributes:
         flops: By arm, training FLOPs at each point, mean of the seeds.
-        draws: By arm, accuracy at its own setting, [1 + DRAWS, points]; first without drawing.
     """
 
     def __init__(
         self, results: Mapping[str, Sequence[Result]], test: str, way: str, right: int
     ) -> None:
-        self._results, self._asked = results, (test, way, right)
+        self._runs = {arm: {run["seed"]: run for run in runs} for arm, runs in results.items()}
+        self._asked = test, way, right
         self.flops = {
             arm: np.mean([[p["flops"] for p in run["points"]] for run in runs], axis=0)
             for arm, runs in results.items()
         }
         some = last(next(iter(results.values()))[0], test)
-        rng, images = np.random.default_rng(0), len(some["sizes"])
-        self._seeds = min(map(len, results.values()))
-        self._queries_DQ = _weights(rng, images)[:, some["image_of"][way]]
-        self._seeds_DS = _weights(rng, self._seeds)
-        self.draws = {}
-        for arm, runs in results.items():
-            points = [[p["scores"][test] for p in run["points"]] for run in runs[: self._seeds]]
-            self.draws[arm] = self._draw([[hits(p, way, right) for p in run] for run in points])
-
-    def _draw(self, hits_SPQ: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        # Counted in whole numbers, which are exact in any order of summing: points that are equally
-        # good stay so on every CPU, and the first of them is the best.
-        drawn_SPD = np.array(hits_SPQ) @ self._queries_DQ.T
-        right_DP = np.einsum("ds,spd->dp", self._seeds_DS, drawn_SPD)
-        return right_DP / (self._seeds * self._queries_DQ.sum(1, keepdims=True))
+        self._image_of = np.array(some["image_of"][way])
+        self._queries_N = np.bincount(self._image_of, minlength=len(some["sizes"]))
+        self._draws_DN = _weights(np.random.default_rng(0), len(self._queries_N))
 
     def accuracy(self, arm: str) -> list[Estimate]:
         """At each point."""
-        return [Estimate.of(draws) for draws in self.draws[arm].T]
+        right_PSN = self._right(arm, self._runs[arm]).swapaxes(0, 1)
+        return [Estimate.of_mean(right_SN, self._queries_N) for right_SN in right_PSN]
 
     def gain(self, arm: str, baseline: str) -> Estimate:
         """How much more of the queries an arm answers right at the end."""
-        return Estimate.of(self.draws[arm][:, -1] - self.draws[baseline][:, -1])
+        seeds = self._shared(arm, baseline)
+        more_SPN = self._right(arm, seeds) - self._right(baseline, seeds)
+        return Estimate.of_mean(more_SPN[:, -1], self._queries_N)
 
     def at(self, arm: str, setting: str, baseline: str | None = None) -> Estimate:
         """Accuracy of an arm at the end at a setting, or how much more it is than another's."""
-        test, way, right = self._asked
-        found, *others = (
-            self._draw([[hits(last(r, test), way, right, setting)] for r in runs[: self._seeds]])
-            for runs in (self._results[name] for name in (arm, baseline) if name is not None)
-        )
-        return Estimate.of((found - others[0] if others else found)[:, 0])
+        seeds = self._shared(arm, baseline or arm)
+        right_SN = self._at_end(arm, seeds, setting)
+        if baseline is not None:
+            right_SN = right_SN - self._at_end(baseline, seeds, setting)
+        return Estimate.of_mean(right_SN, self._queries_N)
 
     def compute_to_reach(self, arm: str, baseline: str) -> Estimate:
         """Compute with which an arm is as good as the baseline ever gets, relative to the latter's.
 
         Between two points accuracy is a line over the logarithm of the compute.
         """
-        ratios = []
-        for curve, base in zip(self.draws[arm], self.draws[baseline], strict=True):
+        ratios, seeds = [], self._shared(arm, baseline)
+        for curve, base in zip(self._drawn(arm, seeds), self._drawn(baseline, seeds), strict=True):
             best = int(base.argmax())
             used = reach(curve, self.flops[arm], base[best])
             ratios.append(used / self.flops[baseline][best])
         return Estimate.of(np.array(ratios))
+
+    def _shared(self, arm: str, other: str) -> list[int]:
+        return sorted(self._runs[arm].keys() & self._runs[other].keys())
+
+    def _right(self, arm: str, seeds: Iterable[int]) -> np.ndarray:
+        """Right answers by seed, point and image, at an arm's own setting."""
+        test, way, right = self._asked
+        points = [[p["scores"][test] for p in self._runs[arm][seed]["points"]] for seed in seeds]
+        return np.array([[self._by_image(hits(p, way, right)) for p in run] for run in points])
+
+    def _at_end(self, arm: str, seeds: Iterable[int], setting: str) -> np.ndarray:
+        test, way, right = self._asked
+        ends = [last(self._runs[arm][seed], test) for seed in seeds]
+        return np.array([self._by_image(hits(end, way, right, setting)) for end in ends])
+
+    def _by_image(self, hits_Q: np.ndarray) -> np.ndarray:
+        return np.bincount(self._image_of, hits_Q, minlength=len(self._queries_N))
+
+    def _drawn(self, arm: str, seeds: Sequence[int]) -> np.ndarray:
+        """Accuracy at each point, [1 + DRAWS, points]; first without drawing."""
+        seeds_DS = _weights(np.random.default_rng(1), len(seeds))
+        if len(seeds) > 1:  # a mean of S that are drawn varies by (S - 1) / S of what it should
+            seeds_DS = 1 + (seeds_DS - 1) * np.sqrt(len(seeds) / (len(seeds) - 1))
+        right_DP = np.einsum(
+            "ds,spn,dn->dp", seeds_DS, self._right(arm, seeds), self._draws_DN, optimize=True
+        )
+        queries_D1 = (self._draws_DN @ self._queries_N)[:, None]
+        # Rounded, so that points that are equally good stay so on every CPU: the first is the best.
+        return np.round(right_DP / (len(seeds) * queries_D1), 12)
 
 
 def reach(curve: np.ndarray, flops: np.ndarray, target: float) -> float:

@@ -81,11 +81,13 @@ def _arms(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
     base = study.baseline
     yield "## At equal compute\n"
     yield (
-        f"Mean of the seeds, with 95% intervals of {DRAWS:,} draws of seeds and test images, each "
-        f"arm at the setting it was trained for; right is within {study.right_within}. Compute is "
-        f"relative to that with which `{base}` reached its best; a dash says that an arm did not "
-        "get there. Points before the end have a learning rate that has not fallen yet, which "
-        "overstates it, if anything.\n"
+        "Mean of the seeds, each arm at the setting it was trained for, with 95% intervals over "
+        "seeds and test images (of one seed, over images alone) but not over the choice of the "
+        f"learning rate; right is within {study.right_within}. Differences are of the seeds that "
+        f"both arms have. Compute is relative to that with which `{base}` reached its best, with "
+        f"intervals of {DRAWS:,} draws of seeds and images; a dash says that an arm did not get "
+        f"there. The first of {study.points} points is the least that is told; points before the "
+        "end have a learning rate that has not fallen yet, which overstates it, if anything.\n"
     )
     heads = ["arm", "lr", "seeds", "images seen", "training FLOPs", "minutes"]
     rows = [

@@ -184,6 +184,9 @@ def _recipe(study: Study, run: Run, folder: Path, length: Length) -> dict[str, A
             "steps": length.steps,
             "seed": run.seed,
             "optim": {"lr": run.lr},
+            # At a rate that diverges a run ends as the worst, else no other would get its turn.
+            "on_nonfinite": "skip",
+            "max_skipped_in_row": length.steps,
             # Each step is logged: after a restart all that has been computed is still counted.
             "log": {"every_steps": 1},
             "checkpoint": {"every_steps": saves, "keep_every": saves * _SAVES, "keep": 1},

@@ -71,6 +71,8 @@ class Study:
                 raise ValueError(f"{name} must not be empty")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline must be one of {', '.join(self.arms)}")
+        if VALIDATION in self.tests:
+            raise ValueError(f"a test must not be called {VALIDATION}")
         self.evaluators()
 
     def evaluators(self) -> EvalConfig:
