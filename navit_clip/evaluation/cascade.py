@@ -66,6 +66,8 @@ class Cascade(ClassEvaluator[CascadeSpec]):
         """Models that zero-shot classification takes, or classifiers."""
         if self._inner is None:
             kind = Classify if isinstance(model, PackedClassifier) else ZeroShot
+            if kind is ZeroShot and self.spec.field != CascadeSpec.field:
+                raise UserError("--field goes with classifiers: zero-shot labels are .cls members")
             self._inner = kind(self.spec)
         self._inner.accept(model)
 

@@ -128,23 +128,45 @@ class PretrainedModel(ModelHubMixin):
         model: Self = load_pretrained(directory, build).to(device).eval()
         return model
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        config: Any = None,
+        model_card_kwargs: Any = None,
+        **push_options: Any,
+    ) -> str | None:
         """Writes the model's directory: configuration, weights, tokenizer and a model card.
 
         Args:
             save_directory: Made if need be. A card that is there already stays.
-            _: What the mixin's ``push_to_hub`` passes about its own configuration and card, which
-                ours replace.
+            push_to_hub: Upload it too.
+            repo_id: Where to; by default called as the directory.
+            config: Of the mixin's `push_to_hub`, like the next; our own replace both.
+            model_card_kwargs: Likewise.
+            push_options: Of `push_to_hub`.
+
+        Returns:
+            The address of the commit, if it was uploaded.
 
         Raises:
-            UserError: If the model lacks something `needed`, or the disk does not take it.
+            TypeError: If there are options of an upload without one.
+            UserError: If the model lacks something `needed`, the disk does not take it, or the Hub
+                cannot be reached or refuses.
         """
+        if push_options and not push_to_hub:
+            raise TypeError(f"without push_to_hub=True there is no {', '.join(push_options)}")
         # Not the mixin's own: it removes the old config.json before it knows that a new one fits.
         for name in self.needed:
             if getattr(self, name) is None:
                 raise UserError(f"this model has no {name} to save: set model.{name} first")
         bare, preprocess = cast(BareModel, self), cast(Preprocess, self.preprocess)
         save_pretrained(Path(save_directory), bare, self.tokenizer, preprocess, self.classes)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or Path(save_directory).name, **push_options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads what `save_pretrained` writes, with huggingface_hub's own method and options.

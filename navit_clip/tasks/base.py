@@ -49,7 +49,7 @@ class Loss(NamedTuple):
 class ExportedModel(Protocol):
     """A trained model as its users load it."""
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> object:
         """Writes the model's directory."""
 
 

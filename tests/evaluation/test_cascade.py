@@ -78,6 +78,11 @@ def test_a_baseline_without_limits_has_its_rows_alone(folders):
     assert row.setting == square
 
 
+def test_a_field_of_labels_goes_with_classifiers(folders, tiny_model):
+    with pytest.raises(UserError, match="--field goes with classifiers"):
+        evaluate(PackedModel(tiny_model, "tiny"), folders, field="json.labels")
+
+
 @pytest.mark.parametrize("kind", ["classifier", "zeroshot"])
 def test_rows_are_those_of_a_plain_loop(kind, folders, tiny_model):
     if kind == "classifier":

@@ -118,7 +118,7 @@ def test_a_repository_is_downloaded_and_loaded(directory, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("no_network")
-def test_pushing_uploads_our_own_directory(directory, monkeypatch):
+def test_pushing_uploads_our_own_directory(directory, tmp_path, monkeypatch):
     pushed: dict[str, Any] = {}
 
     class Api:
@@ -139,6 +139,12 @@ def test_pushing_uploads_our_own_directory(directory, monkeypatch):
     assert pushed["repository"] == "someone/model"
     assert pushed["token"] == "t"
     assert pushed["files"] == {path.name: path.read_bytes() for path in directory.iterdir()}
+    written = tmp_path / "mine"
+    assert model.save_pretrained(written, push_to_hub=True, token="u") == "https://hub/commit"
+    assert (pushed["repository"], pushed["token"]) == ("mine", "u")
+    assert {path.name for path in written.iterdir()} == {*pushed["files"]}
+    with pytest.raises(TypeError, match="without push_to_hub=True there is no token"):
+        model.save_pretrained(written, token="t")
 
 
 def test_without_the_hub_pushing_is_one_line(directory, monkeypatch):
