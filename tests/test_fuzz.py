@@ -39,7 +39,7 @@ def problem(
     return []
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_any_json_of_an_export_loads_or_is_refused(name, tmp_path, tokenizer_path):
     directory = export_small(tmp_path, tokenizer_path)
@@ -54,7 +54,7 @@ def test_any_json_of_an_export_loads_or_is_refused(name, tmp_path, tokenizer_pat
     assert all(str(directory) in str(error) for error in refused)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ["tokenizer.model", "model.safetensors"])
 def test_any_bytes_of_an_export_load_or_are_refused(name, tmp_path, tokenizer_path):
     directory = export_small(tmp_path, tokenizer_path)
@@ -70,7 +70,7 @@ def decode(data: bytes) -> None:
     assert EncodedImage(data).pixels(8, 6).shape == (8, 6, 3)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_any_configuration_is_read_or_refused(tmp_path):
     recipe, path, rng = ROOT / "configs/demo.yaml", tmp_path / "run.yaml", random.Random(0)
     whole = yaml.safe_load(parse_config(["--config", str(recipe)])[1])
@@ -84,7 +84,7 @@ def test_any_configuration_is_read_or_refused(tmp_path):
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("form", FORMATS)
 def test_any_bytes_are_an_image_or_unreadable(form):
     rng, file = random.Random(0), io.BytesIO()
@@ -108,7 +108,7 @@ ARGUMENTS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_any_argument_is_taken_or_refused(model_dir):
     model = NaViTCLIP.from_pretrained(model_dir)
     calls = {

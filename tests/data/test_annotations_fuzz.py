@@ -95,7 +95,7 @@ def readers(path: Path, images: Path) -> list[Callable[[], Any]]:
     return [*found, lambda: open_table(path, images, "path", ["caption"])]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_any_bytes_are_read_or_refused_in_one_line(images, tmp_path):
     refused = read = 0
     for content, suffix in cases(random.Random(0)):
@@ -110,7 +110,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(images, tmp_path):
     assert min(read, refused) > ROUNDS
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_make_shards_of_any_bytes(images, tmp_path, capsys):
     rng = random.Random(1)
     codes = set()
