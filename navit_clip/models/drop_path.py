@@ -27,8 +27,8 @@ def draw_drop_path(segments: Segments, depth: int, rate: float) -> Tensor:
         example.
     """
     device = segments.offsets.device
-    rates = torch.linspace(0, rate, depth, device=device) if depth > 1 else torch.tensor([rate])
-    rate_N11 = rates.to(device)[:, None, None]
+    first = 0.0 if depth > 1 else rate
+    rate_N11 = torch.linspace(first, rate, depth, device=device)[:, None, None]
     drawn_NE2 = torch.rand(depth, segments.num_examples, 2, device=device)
     scale_NE2 = (drawn_NE2 >= rate_N11) / (1 - rate_N11)
     return scale_NE2[:, segments.ids.clamp(max=segments.num_examples - 1)]
