@@ -48,6 +48,11 @@ def is_stored(shard: str) -> bool:
     return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND) and not is_url(shard)
 
 
+def is_list(pattern: str) -> bool:
+    """Whether it is a local file that lists shards."""
+    return pattern.endswith(_LISTS) and os.path.isfile(pattern)
+
+
 def expand_shards(
     patterns: Sequence[str], *, allow_commands: bool = False, files: FilesConfig = _FILES
 ) -> list[str]:

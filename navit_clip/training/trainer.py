@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS
 from navit_clip.checkpoints.lock import RunLock
 from navit_clip.checkpoints.rank_state import SavedDataStates
 from navit_clip.data.fingerprint import Fingerprint, compare, fingerprints
+from navit_clip.data.listings import list_once
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.state import DataState, open_state
@@ -72,6 +74,7 @@ def train(config: TrainConfig, resolved: str, ranks: Ranks) -> None:
         if checkpoints.mirror is not None:
             checkpoints.mirror.fetch()
         config, resolved = name_precision(config, resolved, ranks)
+        config = replace(config, data=list_once(config.data, ranks))
         run = _Run(count_epochs(config, ranks), resolved, lock, checkpoints)
         try:
             with explain_killed_workers(_KILLED_WORKERS), run.watchdog.watching():
