@@ -37,8 +37,14 @@ class OutageError(UserError):
     """A `UserError` that another start may be spared: torchrun may start the ranks again."""
 
 
-# Of a disk, perhaps a network's, that is full or out of reach.
-_PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN)
+# Of a disk, perhaps a network's, that is full or out of reach; ESHUTDOWN is what a client of Lustre
+# gets that its servers have dropped.
+_PASSING = (
+    *(errno.EIO, errno.EREMOTEIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV),
+    *(errno.ESHUTDOWN, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ETIMEDOUT, errno.ENOLINK, errno.ECOMM),
+)
 
 
 def may_pass(error: BaseException) -> bool:

@@ -21,6 +21,11 @@ ATTEMPTS = 10
 SAID, SAID_S = 4, 5.0
 BACK_OFF_S = 0.5  # doubles with every attempt
 BACK_OFF_LIMIT_S = 30.0
+# The longest that a server may ask for; the Hub counts requests in windows of five minutes.
+ASKED_LIMIT_S = 300.0
+# Before something out of reach, for which all attempts have failed, is taken up again. With the
+# attempts themselves about nine minutes of an outage, less than a run counts as stalled after.
+OUTAGE_WAITS_S = (2.0, 10.0, 30.0, 60.0)
 
 
 class RemoteError(OSError):
@@ -64,7 +69,13 @@ class Retries:
             line += f", attempt {self._failures} of {ATTEMPTS}"
             print(printable(line), file=sys.stderr, flush=True)
         wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
-        # Hundreds of workers that a server turned away at once must not come back at once. A
-        # generator of its own: the global one belongs to the caller, seed and state.
-        wait *= random.Random().uniform(0.5, 1.0)
-        sleep(max(wait, min(asked_s, BACK_OFF_LIMIT_S)))
+        pause(wait, at_least_s=min(asked_s, ASKED_LIMIT_S))
+
+
+def pause(seconds: float, at_least_s: float = 0.0) -> None:
+    """Sleeps for `at_least_s`, and for half to all of `seconds` more.
+
+    Hundreds of workers that a server turned away at once must not come back at once.
+    """
+    # A generator of its own: the global one belongs to the caller, seed and state.
+    sleep(at_least_s + seconds * random.Random().uniform(0.5, 1.0))

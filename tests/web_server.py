@@ -27,7 +27,7 @@ class Site:
     headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"1"'})
     heeds_if_range: bool = True
     statuses: list[int] = field(default_factory=list)
-    retry_after: str | None = None
+    refusal: dict[str, str] = field(default_factory=dict)  # headers beside `statuses`
     redirect: bool = False
     moved_to: str = ""  # another host to redirect to
     tokens: list[str | None] = field(default_factory=list)
@@ -58,8 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         site.replace(number)
         data = site.files.get(path.removeprefix("moved/"))
         if site.statuses:
-            headers = {"Retry-After": site.retry_after} if site.retry_after else {}
-            return self.answer(site.statuses.pop(0), {**headers, "Content-Length": "0"})
+            return self.answer(site.statuses.pop(0), {**site.refusal, "Content-Length": "0"})
         if data is None:
             return self.answer(404, {"Content-Length": "0"})
         given = [self.headers.get("If-Range"), *site.headers.values()]

@@ -1,20 +1,22 @@
 """Raw samples of one dataset, epoch after epoch, for one reader.
 
 Between the tars (`navit_clip.data.shards`) and the reader, which mixes several datasets. Shards
-that cannot be read are skipped here.
+that are out of reach are waited for here, and those that cannot be read are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from navit_clip import retries
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.order import Cursor, ShardOrder, ShardSlice
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.data.skip_log import SkipLog
+from navit_clip.data.waiting import note, noted
 from navit_clip.errors import OutageError, UserError
 
 _EMPTY_SHARDS = 10  # in a row; with this many nothing is there to be read, rather than a few bad
@@ -70,24 +72,51 @@ class DatasetReader:
                     f"no sample in {len(tried)} shard(s) of dataset {order.dataset.name}, one of "
                     f"them {self.mixture.shards[slices[0].shard]}"
                 )
-                raise UserError("; ".join([problem, *self.skips.lines[-1:]]))
+                raise UserError("; ".join([problem, *self.skips.lines[:1]]))
             self.cursor = Cursor(epoch + 1)
 
     def _read(self, own: ShardSlice) -> Iterator[RawSample]:
         """The samples of one slice, as far as its shard can be read."""
         try:
-            for raw in _read(self.mixture, own):
-                self.skips.bad_shards.clear()
+            # Having waited for one in vain is enough.
+            waits = () if self.skips.out_of_reach else retries.OUTAGE_WAITS_S
+            for raw in _read(self.mixture, own, waits):
+                self.skips.readable()
                 yield raw
         except ShardError as error:
             self.skips.skip_shard(error, own.shard, len(self.order.dataset.shards))
 
 
-def _read(mixture: Mixture, own: ShardSlice) -> Iterator[RawSample]:
-    for raw in read_shard(mixture.shards[own.shard], own, mixture.names[own.shard]):
-        yield raw
-        if raw.index == own.last:
+def _read(
+    mixture: Mixture, own: ShardSlice, waits_s: Sequence[float] = retries.OUTAGE_WAITS_S
+) -> Iterator[RawSample]:
+    """The samples of one slice; a shard out of reach is waited for, so an outage loses none.
+
+    Args:
+        mixture: All shards.
+        own: The slice.
+        waits_s: Seconds before the shard is opened again, once after the other.
+
+    Raises:
+        ShardError: If the shard is damaged or gone, or stays out of reach.
+    """
+    shard, name = mixture.shards[own.shard], mixture.names[own.shard]
+    done, waits = 0, iter(waits_s)
+    while rest := own.after(done):
+        try:
+            for raw in read_shard(shard, rest, name):
+                done, waits = raw.index + 1, iter(waits_s)
+                yield raw
+                if raw.index == own.last:
+                    return
             return
+        except ShardError as error:
+            wait = next(waits, None) if error.may_pass else None
+            if wait is None:
+                raise
+        note(noted(shard.partition("?")[0]))
+        retries.pause(wait)
+        note(b"")
 
 
 def read_again(mixture: Mixture, origins: Collection[Origin]) -> dict[Origin, RawSample]:

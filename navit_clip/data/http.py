@@ -190,11 +190,18 @@ def _check_status(response: urllib3.BaseHTTPResponse) -> None:
     if status not in (200, 206):
         reason = f"HTTP {status} {response.reason or ''}".strip()
         if status in _RETRIED or status >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise _TryAgainError(reason, float(wait) if wait.isdecimal() else 0.0)
+            raise _TryAgainError(reason, _asked_wait(response.headers))
         raise RemoteError(reason)
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise RemoteError(f"sent with Content-Encoding {response.headers['Content-Encoding']}")
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait, on the Hub until its window of requests is over."""
+    if (wait := headers.get("Retry-After", "")).isdecimal():
+        return float(wait)
+    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    return float(window[1]) if window else 0.0
 
 
 def _extent(response: urllib3.BaseHTTPResponse) -> tuple[int, int | None]:

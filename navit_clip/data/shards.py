@@ -24,7 +24,7 @@ from navit_clip.data.pieces import Piece
 from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES, RawSample
 from navit_clip.data.store import StoreStream
 from navit_clip.data.tar import TarReader, parse_header
-from navit_clip.errors import SkipSampleError
+from navit_clip.errors import SkipSampleError, may_pass
 from navit_clip.files import storable
 
 # Directory names may have dots, so the key ends at the first dot of the last component.
@@ -43,6 +43,11 @@ MANIFEST = "manifest.jsonl"
 
 class ShardError(Exception):
     """A shard cannot be read, or not all of it; the samples that it gave are good."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it is out of reach rather than damaged or gone."""
+        return self.__cause__ is not None and may_pass(self.__cause__)
 
 
 def read_shard(

@@ -8,8 +8,7 @@ from navit_clip.data.shards import ShardError
 from navit_clip.errors import OutageError, SkipSampleError, UserError, printable
 
 _NAMED = 8  # samples named per batch; the rest is only counted
-# A dead server costs minutes of retries per shard; shards are read in random order, so as many in
-# a row are no accident.
+# Shards are read in random order, so as many in a row are no accident.
 _MAX_BAD_SHARDS = 10
 
 
@@ -20,9 +19,9 @@ class SkipLog:
         max_bad_samples: Unusable samples in a row after which the reader gives up.
 
     Attributes:
-        lines: Name the first few since the last batch.
+        lines: Name the first few since the last batch, shards first.
         bad_samples: In a row; 0 again after a usable one.
-        bad_shards: Numbers of those in a row; none again after a sample that could be read.
+        out_of_reach: Whether the last shard was, and nothing could be read since.
     """
 
     def __init__(self, max_bad_samples: int) -> None:
@@ -30,7 +29,8 @@ class SkipLog:
         self._counts: Counter[str] = Counter()
         self.lines: list[str] = []
         self.bad_samples = 0
-        self.bad_shards: list[int] = []
+        self.out_of_reach = False
+        self._bad_shards: list[int] = []  # in a row, by number
 
     def skip_sample(self, name: str, error: SkipSampleError) -> None:
         """Counts an unusable sample.
@@ -38,13 +38,20 @@ class SkipLog:
         Raises:
             UserError: If it is one too many in a row.
         """
-        self._add(error.reason, f"{name}: {error}")
+        self._counts[error.reason] += 1
+        if len(self.lines) < _NAMED:
+            self.lines.append(printable(f"{name}: {error}"))
         self.bad_samples += 1
         if self.bad_samples >= self.max_bad_samples:
             raise UserError(
                 f"{self.bad_samples} unusable samples in a row, the last one {name}: {error}; "
                 "check that the shards hold the fields that the task reads"
             ) from error
+
+    def readable(self) -> None:
+        """A sample could be read."""
+        self._bad_shards.clear()
+        self.out_of_reach = False
 
     def skip_shard(self, error: ShardError, shard: int = 0, shards: int = 1) -> None:
         """Counts a shard that cannot be read, or not to its end.
@@ -56,12 +63,16 @@ class SkipLog:
                 again, which says nothing of the others.
 
         Raises:
-            OutageError: If it is one too many in a row.
+            OutageError: If it is one too many in a row; of those out of reach, the second.
         """
-        self._add("bad_shard", str(error))
-        self.bad_shards.append(shard)
-        different = len(set(self.bad_shards)) >= min(_MAX_BAD_SHARDS, shards)
-        if different and len(self.bad_shards) >= _MAX_BAD_SHARDS:
+        if error.may_pass and self.out_of_reach:
+            raise OutageError(f"shards are out of reach, the last one {error}") from error
+        self.out_of_reach = error.may_pass
+        self._counts["bad_shard"] += 1
+        self.lines.insert(0, printable(str(error)))  # of all that was skipped it is the most
+        self._bad_shards.append(shard)
+        different = len(set(self._bad_shards)) >= min(_MAX_BAD_SHARDS, shards)
+        if different and len(self._bad_shards) >= _MAX_BAD_SHARDS:
             raise OutageError(
                 f"{_MAX_BAD_SHARDS} unreadable shards in a row, the last one {error}"
             ) from error
@@ -71,8 +82,3 @@ class SkipLog:
         counts, lines = self._counts, tuple(self.lines)
         self._counts, self.lines = Counter(), []
         return counts, lines
-
-    def _add(self, reason: str, line: str) -> None:
-        self._counts[reason] += 1
-        if len(self.lines) < _NAMED:
-            self.lines.append(printable(line))
