@@ -24,6 +24,7 @@ from navit_clip.training.length import RunLength
 
 _CONTINUES = "; once it can be written, the same command continues from the last checkpoint"
 _LONG_S = 15.0  # after which a silent start says what it waits for
+_NAMED = 8  # skipped samples at once
 
 
 class Interval:
@@ -216,22 +217,39 @@ class Progress:
 
 
 class SkipReport:
-    """Names skipped samples: the first few of each reason, then ever more rarely.
+    """Names samples and shards that any rank skipped: the first few, then ever more rarely.
 
     A source of a million broken images would otherwise drown everything else.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self._next = 1
+        self._own, self._lines = Counter[str](), list[str]()  # of this rank, not told yet
+        self._total = Counter[str]()
+        self._next: dict[str, int] = {}
 
-    def lines(self, batch: Batch[Any]) -> list[str]:
-        """What to print after a batch, usually nothing."""
-        self.counts += batch.counts.skipped
-        total = sum(self.counts.values())
-        if total < self._next:
-            return []
-        self._next = max(2 * self._next, total + 1)
-        summary = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common())
-        skipped = [f"skipped {line}" for line in batch.counts.skip_log]
-        return [*skipped, f"skipped so far: {summary}"]
+    def add(self, batch: Batch[Any]) -> None:
+        """Notes what was skipped on the way to a batch."""
+        counts = batch.counts
+        self._own += counts.skipped
+        shards = counts.skipped["bad_shard"] > 0  # of thousands of samples
+        both = (counts.skip_log, self._lines) if shards else (self._lines, counts.skip_log)
+        self._lines = [*both[0], *both[1]][:_NAMED]
+
+    def report(self, ranks: Ranks, progress: Progress) -> dict[str, float]:
+        """Prints what all ranks skipped since the last call; metrics of it, on rank 0.
+
+        Every rank calls it.
+        """
+        found = ranks.gather_first([(self._own, self._lines)])
+        self._own, self._lines = Counter(), []
+        found.sort(key=lambda one: one[0]["bad_shard"], reverse=True)
+        new = sum((counts for counts, _ in found), Counter[str]())
+        self._total += new
+        if due := [name for name in new if self._total[name] >= self._next.get(name, 1)]:
+            for name in due:
+                self._next[name] = max(2 * self._next.get(name, 1), self._total[name] + 1)
+            for line in [line for _, lines in found for line in lines][:_NAMED]:
+                progress.log(f"skipped {line}")
+            total = ", ".join(f"{name} {count:,}" for name, count in self._total.most_common())
+            progress.log(f"skipped so far: {total}")
+        return {f"skipped/{name}": float(count) for name, count in new.items()}

@@ -52,7 +52,11 @@ SECTIONS = (
         "Is it fast?",
         ("examples_per_s", "*tokens_per_s", "step_s", "mfu", "model_flops_per_s", "data_wait"),
     ),
-    Section("data", "Data", ("examples", "flops", "padding", "token_drop", "skipped", "share/*")),
+    Section(
+        "data",
+        "Data",
+        ("examples", "flops", "padding", "token_drop", "skipped", "skipped/*", "share/*"),
+    ),
     Section("eval", "Evaluation", ("eval/*",)),
 )
 

@@ -320,8 +320,7 @@ class _Run:
                 self._settle()  # the step before, while the device works on this one
                 for batch in taken:
                     self.data_state.advance(batch)
-                    for line in skips.lines(batch):
-                        progress.log(line)
+                    skips.add(batch)
                     if self.samples is not None:
                         reader = next(iter(batch.state))
                         self.samples.write({"step": done, "reader": reader, "ids": batch.ids})
@@ -345,7 +344,10 @@ class _Run:
                 saving = done % config.checkpoint.every_steps == 0 or self.over
                 self._pending = begun, None
                 if logged:
-                    self._pending = begun, {**self.data_state.seen, **interval.rates(ranks)}
+                    rates = {**self.data_state.seen, **interval.rates(ranks)}
+                    if rates["skipped"]:  # the same number on every rank
+                        rates |= skips.report(ranks, progress)
+                    self._pending = begun, rates
                     interval = Interval(self.build.streams, datasets)
                 if saving or stopping or due or not reads_late(ranks.device):
                     self._settle()

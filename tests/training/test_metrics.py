@@ -29,7 +29,7 @@ from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training import mfu
 from navit_clip.training.config import parse_config
 from navit_clip.training.length import RunLength
-from navit_clip.training.metrics import Interval, Progress, StepLog
+from navit_clip.training.metrics import Interval, Progress, SkipReport, StepLog
 from navit_clip.training.mfu import FlopsMeter, cpu_peak, gpu_peak, memory_bytes
 
 TASK = tiny_config().task.build(DataConfig())
@@ -90,6 +90,57 @@ def test_an_interval_of_several_batches(monkeypatch, padding):
             "share/b": sum(c.datasets["b"] for c in counts) / pairs,
         }
     )
+
+
+def skipping(log: list[str], **reasons: int) -> Batch[PairInputs]:
+    batch = random_batch(np.random.default_rng(0), 0)
+    return replace(
+        batch, counts=replace(batch.counts, skipped=Counter(reasons), skip_log=tuple(log))
+    )
+
+
+def test_skipped_samples_are_named_ever_more_rarely_and_shards_at_once(capsys):
+    skips = SkipReport()
+    progress = Progress(RunLength(steps=9), 0, 0, visible=True)
+    said = []
+    for number in range(100):
+        skips.add(skipping([f"a/{number}: torn"], torn=10))
+        if number == 50:
+            skips.add(skipping(["b.tar: gone"], bad_shard=1))
+        lost = {"skipped/bad_shard": 1.0} if number == 50 else {}
+        assert skips.report(ALONE, progress) == {"skipped/torn": 10.0, **lost}
+        if out := capsys.readouterr().out:
+            said.append(number)
+        if number == 50:
+            assert out.splitlines() == [
+                "skipped b.tar: gone",
+                "skipped a/50: torn",
+                "skipped so far: torn 510, bad_shard 1",
+            ]
+    progress.close()
+    assert said[:2] == [0, 1]
+    assert 50 in said
+    assert len(said) < 10
+
+
+def what_a_rank_skipped() -> tuple[dict[str, float], str]:
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    skips, said = SkipReport(), list[str]()
+    progress = Progress(RunLength(steps=9), 0, 0, visible=False)
+    progress.log = said.append
+    if ranks.rank:
+        skips.add(skipping([f"{ranks.rank}/{n}" for n in range(20)], torn=20))
+    if ranks.rank == 2:
+        skips.add(skipping(["c.tar"], bad_shard=1))
+    return skips.report(ranks, progress), "\n".join(said)
+
+
+def test_what_any_rank_skips_is_counted_and_named():
+    (counts, said), *others = run_ranks(what_a_rank_skipped, 3)
+    assert counts == {"skipped/torn": 40.0, "skipped/bad_shard": 1.0}
+    assert said.splitlines()[0] == "skipped c.tar"
+    assert said.splitlines()[-1] == "skipped so far: torn 40, bad_shard 1"
+    assert others == [({}, "")] * 2
 
 
 def metrics_of_a_rank() -> tuple[float, dict[str, float], dict[str, float]]:
