@@ -20,12 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import itemgetter
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from navit_clip.errors import OutageError, UserError
+from navit_clip.errors import OutageError, UserError, report_error
 from navit_clip.socket_folder import remove_socket_folder
 
 T = TypeVar("T")
@@ -191,42 +191,43 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 @contextmanager
-def failing_at_once(ranks: Ranks) -> Iterator[None]:
-    """Ends one of several ranks as soon as something unexpected is raised inside.
+def failing_at_once(ranks: Ranks, command: str) -> Iterator[None]:
+    """Ends one of several ranks as soon as anything is raised inside, a mistake with its line.
 
     Python ends only when its threads have, and leaves the process group before. A thread that
     writes a checkpoint may wait for ranks that in turn wait for this one: a data worker killed
-    while a checkpoint began once left two ranks waiting for each other, and torchrun for both.
+    while a checkpoint began once left two ranks waiting for each other, and torchrun for both. So
+    may NCCL, which leaves when all that was begun is done.
 
     Args:
-        ranks: This process among all of them; alone nobody waits, and the exception passes.
-
-    Raises:
-        UserError: Of another rank, whose end was what is raised inside.
+        ranks: This process among all of them; alone nobody waits, and what is raised passes.
+        command: Named in the line.
     """
     try:
         yield
-    except OutageError:
+    except SystemExit:  # by all ranks together
         raise
-    except UserError as error:
-        ranks.tell_mistake(str(error))
-        raise
-    except SystemExit:
-        raise
-    except KeyboardInterrupt:
-        if ranks.is_first:
-            print("interrupted", file=sys.stderr)
-        end_process(128 + signal.SIGINT)  # data workers may wait for a server
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            if ranks.is_first:
+                print("interrupted", file=sys.stderr)
+            end_process(128 + signal.SIGINT)  # data workers may wait for a server
         if ranks.world_size == 1:
             raise
-        if (mistake := ranks.told_mistake()) is not None:
-            raise UserError(mistake) from error
-        traceback.print_exc()
-        end_process(1)
+        if isinstance(error, UserError):
+            mistake = error
+            if not isinstance(error, OutageError):
+                ranks.tell_mistake(str(error))
+        elif (told := ranks.told_mistake()) is not None:
+            mistake = UserError(told)
+        else:
+            traceback.print_exc()
+            end_process(1)
+        report_error(command, mistake)
+        end_process(2)
 
 
-def end_process(code: int) -> None:
+def end_process(code: int) -> NoReturn:
     """Ends this process and its data workers at once, whatever its threads wait for."""
     for child in multiprocessing.active_children():
         child.kill()  # data workers; those that hang would outlive this process

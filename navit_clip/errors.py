@@ -71,6 +71,12 @@ class SkipSampleError(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+def report_error(command: str, error: UserError) -> None:
+    """Prints "COMMAND: error: …" on standard error, of the ranks of a host one."""
+    line = f"{command}: error: {printable(' '.join(str(error).split()))}"
+    report(line, final=not isinstance(error, OutageError))
+
+
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turns a `UserError` into a line "COMMAND: error: …" on standard error and exit code 2.
@@ -81,8 +87,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        line = f"{command}: error: {printable(' '.join(str(error).split()))}"
-        report(line, final=not isinstance(error, OutageError))
+        report_error(command, error)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

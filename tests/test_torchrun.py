@@ -17,12 +17,15 @@ from launch import ROOT, is_running, launch
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=2"]
 HERE = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
 RANK = """
-import sys
+import os
 from navit_clip import before_torch
+import torch.distributed
 from navit_clip.distributed import failing_at_once, join_ranks
 from navit_clip.errors import OutageError, UserError, one_line_errors
 
-with one_line_errors("prog"), join_ranks("cpu") as ranks, failing_at_once(ranks):
+# As NCCL's, it may wait for the other ranks: the line comes before, and nobody waits.
+torch.distributed.destroy_process_group = lambda *group: os._exit(77)
+with one_line_errors("prog"), join_ranks("cpu") as ranks, failing_at_once(ranks, "prog"):
     print("starts", flush=True)
     ranks.barrier()
     if ranks.rank in {wrong}:

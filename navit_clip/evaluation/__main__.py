@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.ev
         if args.command == "summary":
             print(summarise(args.directory))
             return
-        with join_ranks(args.device) as ranks, failing_at_once(ranks):
+        with join_ranks(args.device) as ranks, failing_at_once(ranks, prog):
             _run(args, f"{prog} {shlex.join(words)}", ranks)
 
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "navit-clip embed") -> N
     """Embeds."""
     with one_line_errors(prog):
         args = _parser(prog).parse_args(argv)
-        with join_ranks(args.device) as ranks, failing_at_once(ranks):
+        with join_ranks(args.device) as ranks, failing_at_once(ranks, prog):
             _run(args, ranks)
 
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m navit_clip.tr
             print(text)
             return
         config, resolved = parse_config(words, prog)
-        with join_ranks(config.device) as ranks, failing_at_once(ranks):
+        with join_ranks(config.device) as ranks, failing_at_once(ranks, prog):
             train(config, resolved, ranks)
 
 
