@@ -6,13 +6,16 @@ From the configuration's patterns to the one numbered list of shards that every 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from navit_clip.data.config import DataConfig
-from navit_clip.data.patterns import expand_shards, shard_names
+from navit_clip.data.patterns import expand_shards, is_stored, is_url, shard_names
 from navit_clip.errors import UserError
+
+_MUCH_UNREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class Mixture:
         names = dict(zip(unique, shard_names(unique), strict=True))
         return cls(tuple(shards), tuple(names[shard] for shard in shards), tuple(datasets))
 
+    def remarks(self, readers: int) -> Iterator[str]:
+        """Lines on datasets whose shards do not go well among so many readers."""
+        for dataset in self.datasets:
+            shards, first = len(dataset.shards), self.shards[dataset.shards[0]]
+            counts = f"dataset {dataset.name} has {shards:,} shards for {readers:,} readers"
+            if shards < readers and (is_url(first) or is_stored(first)):
+                yield (
+                    f"{counts}: each is downloaded by {math.ceil(readers / shards):,} of them; "
+                    f"{readers:,} or more are downloaded once an epoch"
+                )
+            if (unread := _unread(shards, readers)) > _MUCH_UNREAD:
+                yield (
+                    f"{counts}, which do not divide evenly: when as many samples as an epoch has "
+                    f"are read, {unread:.0%} of them are not, and as many twice; a multiple of "
+                    f"{readers:,}, or many more, is better"
+                )
+
     def dataset_of(self, shard: int) -> Dataset:
         """The dataset that a shard belongs to."""
         return next(dataset for dataset in self.datasets if shard in dataset.shards)
@@ -85,3 +105,15 @@ class Mixture:
             for shard in dataset.shards
         ]
         return f"{len(lines)} shards {hashlib.sha256('|'.join(lines).encode()).hexdigest()[:12]}"
+
+
+def _unread(shards: int, readers: int) -> float:
+    """Fraction of an epoch that is not read when each reader has read its share of as many samples.
+
+    `navit_clip.data.order` deals them in whole shards, or shards in whole fractions.
+    """
+    if shards >= readers:
+        number, more = divmod(shards, readers)
+        return more * (number + 1 - shards / readers) / shards if more else 0.0
+    number, more = divmod(readers, shards)
+    return (1 - more / shards) * (1 - number * shards / readers)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,9 @@ class _Run:
         }
         self.reporter.open(yaml.safe_load(self.resolved), facts, self.start)
         if ranks.is_first:
-            for line in self.task.report(self.mixture, self.tokenizer):
+            readers = ranks.world_size * max(1, config.data.workers)
+            remarks = self.mixture.remarks(readers), self.task.report(self.mixture, self.tokenizer)
+            for line in chain(*remarks):
                 self.progress.log(line)
         if self.first and not self.start:
             self.reporter.begin(self.first[0])
