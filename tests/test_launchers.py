@@ -58,7 +58,9 @@ def test_slurm_requeues_a_run_that_was_stopped(path, monkeypatch, status, requeu
     put(path, "scontrol", f'echo "$@" >> {path}/scontrol.log; echo node1')
     put(path, "scancel", f"touch {path}/stop")
     wait = f"while [ ! -e {path}/stop ]; do sleep 0.05; done"
-    put(path, "srun", f'echo "$@" > {path}/srun.log; {wait}; exit {status}')
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "96")
+    srun = f'echo "$SRUN_CPUS_PER_TASK" "$@" > {path}/srun.log; {wait}; exit {status}'
+    put(path, "srun", srun)
     with subprocess.Popen(["bash", TRAIN / "slurm.sbatch", "--config", "demo"]) as process:
         while not (path / "srun.log").exists():
             time.sleep(0.05)
@@ -66,7 +68,9 @@ def test_slurm_requeues_a_run_that_was_stopped(path, monkeypatch, status, requeu
     assert process.returncode == 0
     assert ("requeue 41" in (path / "scontrol.log").read_text()) == requeued
     words = "--rdzv-endpoint=node1:20041 -m navit_clip.training --config demo"
-    assert words in (path / "srun.log").read_text()
+    started = (path / "srun.log").read_text()
+    assert words in started
+    assert started.startswith("96 ")
 
 
 def test_slurm_passes_a_failure_on(path, monkeypatch):
