@@ -198,6 +198,23 @@ def _refuse_outage(path: Path, error: Exception) -> None:
         raise OutageError(f"{path} cannot be read: {error}") from error
 
 
+def check_room(folder: Path) -> None:
+    """Refuses a disk that has no room for another checkpoint like this one.
+
+    A run that fails at its next checkpoint is started again, trains as far and fails there again.
+
+    Raises:
+        UserError: If there is less room than the checkpoint takes.
+    """
+    needed = sum(size for size, _ in Manifest.read(folder).files.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent} has {free / 1e6:,.0f} MB of room, and a checkpoint takes "
+            f"{needed / 1e6:,.0f} MB: make room, or lower checkpoint.keep"
+        )
+
+
 def remove(folder: Path) -> None:
     """Removes a checkpoint; a kill halfway must not leave a part of it under its name."""
     doomed = folder.with_name(folder.name + REMOVED)

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from navit_clip.checkpoints.checkpoint import Checkpoints
-from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS
+from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS, check_room
 from navit_clip.checkpoints.lock import RunLock
 from navit_clip.checkpoints.rank_state import SavedDataStates
 from navit_clip.data.fingerprint import Fingerprint, compare, fingerprints
@@ -265,6 +265,8 @@ class _Run:
         config, ranks = self.config, self.ranks
         if ranks.is_first:
             self.checkpoints.tidy(self.progress.log)
+            if self.start and not self.over:
+                check_room(self.checkpoints.path(self.start))
             keep_config(self.directory, self.resolved, self.start)
         ranks.barrier()
         if config.log.samples:

@@ -262,6 +262,14 @@ def test_a_run_on_a_full_disk_stops_with_one_line_and_goes_on_later(
     assert "step-00000008: File too large; the latest complete one is of step 4" in line
     assert "\n" not in line
     assert names(run_dir / "checkpoints") == ["step-00000004"]
+    usage = shutil.disk_usage(run_dir)
+    with monkeypatch.context() as full:  # known before a step is trained for nothing
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+        assert run(full, flags) == 2
+        line = capsys.readouterr().err.strip()
+        assert "has 0 MB of room, and a checkpoint takes 2 MB: make room" in line
+        assert "\n" not in line
+        assert run(full, [*flags, "--steps", "4"]) == 0  # needs none
     assert run(monkeypatch, [*flags, "--steps", "4"]) == 0
     again = load_file(run_dir / "model/model.safetensors")
     assert all(torch.equal(model[name], again[name]) for name in model)
