@@ -3,7 +3,8 @@
 Seeds and test images are both samples of what there might have been, and every seed answers the
 same images: two crossed random effects. Accuracies and differences have the interval of their
 variance components, with the degrees of freedom of Satterthwaite (Biometrics Bulletin 2, 1946): a
-few seeds are few, and a bootstrap of three would not know it. The compute to reach something is no
+few seeds are few, and a bootstrap of three would not know it. How much differences vary with the
+seed is pooled over all arms, as an analysis of variance does. The compute to reach something is no
 mean; its interval has the percentiles of a bootstrap of both. A caption goes with its image.
 """
 
@@ -22,6 +23,33 @@ DRAWS = 1000
 Result = Mapping[str, Any]  # of a run, as `runs` writes it
 
 
+class Spread(NamedTuple):
+    """How much an accuracy, or a difference of two, varies from seed to seed.
+
+    Attributes:
+        variance: Of one seed.
+        free: Degrees of freedom that it was found with.
+    """
+
+    variance: float
+    free: int
+
+    @classmethod
+    def of_arm(cls, accuracy_S: np.ndarray) -> Spread:
+        """Of an arm's accuracy, from that of each seed."""
+        return cls(float(accuracy_S.var(ddof=1)), len(accuracy_S) - 1)
+
+    @classmethod
+    def of_difference(cls, accuracy_AS: np.ndarray) -> Spread:
+        """Of the difference between any two arms, from all arms' accuracies with each seed.
+
+        What all arms share of a seed is no difference.
+        """
+        apart_AS = accuracy_AS - accuracy_AS.mean(1, keepdims=True) - accuracy_AS.mean(0)
+        free = (accuracy_AS.shape[0] - 1) * (accuracy_AS.shape[1] - 1)
+        return cls(float(2 * ((apart_AS + accuracy_AS.mean()) ** 2).sum() / free), free)
+
+
 class Estimate(NamedTuple):
     """A number and its 95% interval; infinite where something was never reached."""
 
@@ -36,13 +64,15 @@ class Estimate(NamedTuple):
         return cls(float(draws[0]), float(low), float(high))
 
     @classmethod
-    def of_mean(cls, right_SN: np.ndarray, queries_N: np.ndarray) -> Estimate:
+    def of_mean(
+        cls, right_SN: np.ndarray, queries_N: np.ndarray, spread: Spread | None
+    ) -> Estimate:
         """Of a fraction, or a difference of two.
 
         Args:
-            right_SN: Right answers by seed and image, or how many more; of one seed the interval is
-                over images alone.
+            right_SN: Right answers by seed and image, or how many more.
             queries_N: Queries by image.
+            spread: Over seeds; of one seed none, and the interval is over images alone.
         """
         seeds, images = right_SN.shape
         value = right_SN.sum() / (seeds * queries_N.sum())
@@ -50,13 +80,13 @@ class Estimate(NamedTuple):
         by_seed_S1, by_image_N = rest_SN.mean(1, keepdims=True), rest_SN.mean(0)
         variance = seeds * (by_image_N**2).sum() / (images - 1)
         terms = variance**2 / (images - 1)
-        if seeds > 1:
-            of_seeds = images * (by_seed_S1**2).sum() / (seeds - 1)
+        if spread is not None:
+            of_seeds = images * spread.variance
             free = (seeds - 1) * (images - 1)
             of_both = ((rest_SN - by_seed_S1 - by_image_N) ** 2).sum() / free
             if of_seeds > of_both:  # else seeds differ by no more than their answers would anyway
                 variance += of_seeds - of_both
-                terms += of_seeds**2 / (seeds - 1) + of_both**2 / free
+                terms += of_seeds**2 / spread.free + of_both**2 / free
         if not variance:
             return cls(float(value), float(value), float(value))
         error = np.sqrt(variance / (seeds * images)) * student.ppf(0.975, variance**2 / terms)
@@ -83,6 +113,7 @@ class Curves:
     ) -> None:
         self._runs = {arm: {run["seed"]: run for run in runs} for arm, runs in results.items()}
         self._asked = test, way, right
+        self._known: dict[tuple[str, int, str | None], np.ndarray] = {}
         self.flops = {
             arm: np.mean([[p["flops"] for p in run["points"]] for run in runs], axis=0)
             for arm, runs in results.items()
@@ -94,22 +125,20 @@ class Curves:
 
     def accuracy(self, arm: str) -> list[Estimate]:
         """At each point."""
-        right_PSN = self._right(arm, self._runs[arm]).swapaxes(0, 1)
-        return [Estimate.of_mean(right_SN, self._queries_N) for right_SN in right_PSN]
+        right_PSN = self._right(arm, self._shared(arm, arm)).swapaxes(0, 1)
+        return [self._estimate({arm: right_SN}, arm) for right_SN in right_PSN]
 
     def gain(self, arm: str, baseline: str) -> Estimate:
         """How much more of the queries an arm answers right at the end."""
         seeds = self._shared(arm, baseline)
-        more_SPN = self._right(arm, seeds) - self._right(baseline, seeds)
-        return Estimate.of_mean(more_SPN[:, -1], self._queries_N)
+        right = {peer: self._right(peer, seeds)[:, -1] for peer in self._peers(seeds)}
+        return self._estimate(right, arm, baseline)
 
     def at(self, arm: str, setting: str, baseline: str | None = None) -> Estimate:
         """Accuracy of an arm at the end at a setting, or how much more it is than another's."""
         seeds = self._shared(arm, baseline or arm)
-        right_SN = self._at_end(arm, seeds, setting)
-        if baseline is not None:
-            right_SN = right_SN - self._at_end(baseline, seeds, setting)
-        return Estimate.of_mean(right_SN, self._queries_N)
+        right = {peer: self._right(peer, seeds, setting) for peer in self._peers(seeds, setting)}
+        return self._estimate(right, arm, baseline)
 
     def compute_to_reach(self, arm: str, baseline: str) -> Estimate:
         """Compute with which an arm is as good as the baseline ever gets, relative to the latter's.
@@ -123,19 +152,49 @@ class Curves:
             ratios.append(used / self.flops[baseline][best])
         return Estimate.of(np.array(ratios))
 
+    def _estimate(
+        self, right: Mapping[str, np.ndarray], arm: str, baseline: str | None = None
+    ) -> Estimate:
+        """Of an arm, or of how much more it has right, from [seeds, images] of it and its peers."""
+        right_SN, spread = right[arm], None
+        accuracy = {peer: one.sum(-1) / self._queries_N.sum() for peer, one in right.items()}
+        if len(right_SN) > 1:
+            spread = Spread.of_arm(accuracy[arm])
+        if baseline is not None:
+            right_SN = right_SN - right[baseline]
+            if spread is not None:
+                spread = Spread.of_difference(np.array(list(accuracy.values())))
+        return Estimate.of_mean(right_SN, self._queries_N, spread)
+
     def _shared(self, arm: str, other: str) -> list[int]:
         return sorted(self._runs[arm].keys() & self._runs[other].keys())
 
-    def _right(self, arm: str, seeds: Iterable[int]) -> np.ndarray:
-        """Right answers by seed, point and image, at an arm's own setting."""
-        test, way, right = self._asked
-        points = [[p["scores"][test] for p in self._runs[arm][seed]["points"]] for seed in seeds]
-        return np.array([[self._by_image(hits(p, way, right)) for p in run] for run in points])
+    def _peers(self, seeds: Sequence[int], setting: str | None = None) -> list[str]:
+        """Arms that have all these seeds, evaluated at this setting."""
+        test = self._asked[0]
+        return [
+            arm
+            for arm, runs in self._runs.items()
+            if runs.keys() >= set(seeds)
+            and (setting is None or setting in last(runs[seeds[0]], test)["ranks"])
+        ]
 
-    def _at_end(self, arm: str, seeds: Iterable[int], setting: str) -> np.ndarray:
-        test, way, right = self._asked
-        ends = [last(self._runs[arm][seed], test) for seed in seeds]
-        return np.array([self._by_image(hits(end, way, right, setting)) for end in ends])
+    def _right(self, arm: str, seeds: Iterable[int], setting: str | None = None) -> np.ndarray:
+        """Right answers by seed, point and image at an arm's own setting, or at the end at one."""
+        return np.array([self._right_of(arm, seed, setting) for seed in seeds])
+
+    def _right_of(self, arm: str, seed: int, setting: str | None) -> np.ndarray:
+        found = self._known.get((arm, seed, setting))
+        if found is None:
+            test, way, right = self._asked
+            run = self._runs[arm][seed]
+            points = [point["scores"][test] for point in run["points"]]
+            if setting is not None:
+                found = self._by_image(hits(points[-1], way, right, setting))
+            else:
+                found = np.array([self._by_image(hits(point, way, right)) for point in points])
+            self._known[arm, seed, setting] = found
+        return found
 
     def _by_image(self, hits_Q: np.ndarray) -> np.ndarray:
         return np.bincount(self._image_of, hits_Q, minlength=len(self._queries_N))

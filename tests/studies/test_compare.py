@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from studies import compare
-from studies.compare import Curves, Estimate, reach
+from studies.compare import Curves, Estimate, Spread, reach
 
 
 def run_with(hits: np.ndarray, flops: list[float], seed: int) -> dict[str, object]:
@@ -35,7 +35,22 @@ def curves_of(hits, seeds):
     return Curves(results, "t", "T→I", 1)
 
 
-def interval_slowly(right_SN, queries_N):
+def difference_slowly(accuracy):
+    """Variance of a difference from seed to seed and its degrees of freedom, by [arm][seed]."""
+    arms, seeds = len(accuracy), len(accuracy[0])
+    of_arm = [sum(row) / seeds for row in accuracy]
+    of_seed = [sum(row[s] for row in accuracy) / arms for s in range(seeds)]
+    mean = sum(of_arm) / arms
+    total = sum(
+        (accuracy[a][s] - of_arm[a] - of_seed[s] + mean) ** 2
+        for a in range(arms)
+        for s in range(seeds)
+    )
+    free = (arms - 1) * (seeds - 1)
+    return 2 * total / free if free else 0.0, free
+
+
+def interval_slowly(right_SN, queries_N, spread):
     """Half the width: of the two-way table of deviations, effect by effect."""
     seeds, images = right_SN.shape
     value = right_SN.sum() / seeds / queries_N.sum()
@@ -46,10 +61,9 @@ def interval_slowly(right_SN, queries_N):
     of_seed = [sum(row) / images for row in table]
     of_image = [sum(row[n] for row in table) / seeds for n in range(images)]
     rest = [table[s][n] - of_seed[s] - of_image[n] for s in range(seeds) for n in range(images)]
-    squares = [seeds * sum(x * x for x in of_image), images * sum(x * x for x in of_seed),
-               sum(x * x for x in rest)]  # fmt: skip
-    free = [images - 1, seeds - 1, (seeds - 1) * (images - 1)]
-    means = [x / f if f else 0 for x, f in zip(squares, free, strict=True)]
+    free = [images - 1, spread[1], (seeds - 1) * (images - 1)]
+    means = [seeds * sum(x * x for x in of_image) / free[0], images * spread[0],
+             sum(x * x for x in rest) / max(1, free[2])]  # fmt: skip
     if means[1] <= means[2]:
         means[1:] = [0, 0]
     total = means[0] + means[1] - means[2]
@@ -60,18 +74,23 @@ def interval_slowly(right_SN, queries_N):
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_intervals_are_those_of_the_variance_components(seeds, spread):
-    rng = np.random.default_rng(seeds)
+    rng = np.random.default_rng(10 + seeds)  # other numbers may tie, and roundings break ties
     levels = 0.5 + spread * np.linspace(-1, 1, seeds)
-    hits = {arm: rng.random((seeds, 2, 12)) < levels[:, None, None] for arm in "ab"}
-    curves = curves_of(hits, {arm: range(seeds) for arm in hits})
-    right = {arm: hits[arm].reshape(seeds, 2, 6, 2).sum(-1) for arm in hits}
+    hits = {arm: rng.random((seeds, 2, 12)) < levels[:, None, None] for arm in "abcd"}
+    own = {arm: range(seeds) for arm in hits}
+    hits["other"], own["other"] = hits["a"][:1], [7]  # of another seed: no peer
+    curves = curves_of(hits, own)
+    right = {arm: hits[arm].reshape(seeds, 2, 6, 2).sum(-1) for arm in "ab"}
     queries = np.full(6, 2)
     for point, found in enumerate(curves.accuracy("a")):
-        width = interval_slowly(right["a"][:, point], queries)
+        by_seed = hits["a"][:, point].mean(1)
+        spread = (by_seed.var(ddof=1) if seeds > 1 else 0, seeds - 1)
+        width = interval_slowly(right["a"][:, point], queries, spread)
         value = hits["a"][:, point].mean()
         assert found == pytest.approx((value, value - width, value + width))
     more = right["b"][:, -1] - right["a"][:, -1]
-    value, width = more.sum() / seeds / 12, interval_slowly(more, queries)
+    spread = difference_slowly([hits[arm][:, -1].mean(1) for arm in "abcd"])
+    value, width = more.sum() / seeds / 12, interval_slowly(more, queries, spread)
     assert curves.gain("b", "a") == pytest.approx((value, value - width, value + width))
     assert curves.at("b", "9", "a") == pytest.approx(curves.gain("b", "a"))
 
@@ -84,13 +103,35 @@ def test_intervals_hold_what_they_say(seeds, images, sd):
     for _ in range(600):
         found = rng.normal(0, sd, (seeds, 1)) + rng.normal(0, 0.2, images)
         found = found + rng.normal(0, 0.4, (seeds, images))
-        _, low, high = Estimate.of_mean(found, np.ones(images))
+        _, low, high = Estimate.of_mean(found, np.ones(images), Spread.of_arm(found.mean(1)))
         held += low <= 0 <= high
     assert 0.91 < held / 600 < 0.99
 
 
+@pytest.mark.parametrize(
+    ("images", "sds", "least"),
+    [
+        (500, [0.015] * 2, 0.92),
+        (500, [0.015] * 6, 0.92),
+        (150, [0.0] * 6, 0.92),
+        # Where arms differ in how much their seeds do, the least steady one is told too surely.
+        (400, [0.04, 0.01, 0.02, 0.02, 0.02, 0.02], 0.88),
+    ],
+)
+def test_intervals_of_differences_hold_what_they_say(images, sds, least):
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(600):
+        shared = rng.normal(0, 0.2, images) + rng.normal(0, 0.02, (3, 1))
+        noise = (rng.normal(0, sd, (3, 1)) + rng.normal(0, 0.4, (3, images)) for sd in sds)
+        found = np.array([shared + one for one in noise])
+        spread = Spread.of_difference(found.mean(-1))
+        _, low, high = Estimate.of_mean(found[0] - found[1], np.ones(images), spread)
+        held += low <= 0 <= high
+    assert least < held / 600 < 0.99
+
+
 def test_all_right_or_all_wrong_has_no_width():
-    assert Estimate.of_mean(np.ones((3, 5)), np.ones(5)) == (1, 1, 1)
+    assert Estimate.of_mean(np.ones((3, 5)), np.ones(5), Spread(0.0, 2)) == (1, 1, 1)
 
 
 def test_seeds_are_paired_by_their_number():
