@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from navit_clip.data.decode import IMAGE_EXTENSIONS
 from navit_clip.errors import UserError
 from navit_clip.inference.images import size_images
 from navit_clip.model import NaViTCLIP
@@ -25,7 +26,7 @@ from navit_clip.packed.texts import pack_texts
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _DOWNLOAD = {"revision", "token", "cache_dir", "force_download", "local_files_only"}
 # What `AutoModel` passes on to any class, and what means nothing to packed towers.
 _IGNORED = {"config", "trust_remote_code", "adapter_kwargs", "attn_implementation"}
