@@ -32,9 +32,9 @@ class DatasetConfig:
     """One of several datasets that are mixed.
 
     Attributes:
-        shards: Its shards, written as `DataConfig.train` is.
+        shards: Its shards or image files, written as data.train is.
         weight: How many samples come from it, relative to the other datasets.
-        captions: Its own caption weights; null takes those of the task.
+        captions: Its own weights of caption fields; null takes task.captions.
         files: How its image files are read, if it is no shards; null takes data.files.
     """
 

@@ -34,7 +34,8 @@ class TextTowerConfig:
         fill_context: Every caption fills the context, padded by its tokenizer: SigLIP attends to
             padding like any token, and reads the last position whatever stands there.
         position: A ``learned`` table added to the tokens, or ``none``, for rotary positions alone.
-        rotary: Rotations of queries and keys by the token's index.
+        rotary: Rotations of queries and keys by the token's index; text takes kind ``none`` or
+            ``axial``, and coordinates ``integer``.
 
     Raises:
         ValueError: If a size is below 1, `pooling` or `position` is unknown, heads are too narrow

@@ -23,8 +23,9 @@ class TokenizerConfig:
     Attributes:
         kind: ``sentencepiece``; ``open_clip`` for its lower-cased byte-pair encoding; or
             ``huggingface`` for that of a SigLIP or SigLIP 2, with its cleaning and its padding.
-        path: The SentencePiece model file, as `python -m navit_clip.tools.train_tokenizer` writes;
-            or the ``tokenizer.json`` (or SentencePiece model) of a released SigLIP.
+        path: The SentencePiece model file, as `navit-clip data train_tokenizer` writes it; or the
+            ``tokenizer.json`` (or SentencePiece model) of a released SigLIP. ``open_clip`` has
+            none.
         pad_id: Of the token that ``huggingface`` fills the context with (1 in SigLIP, 0 in
             SigLIP 2); null to read it from the ``tokenizer_config.json`` beside the file.
         clean: What ``huggingface`` does to captions: ``canonicalize`` (lower case, no punctuation)

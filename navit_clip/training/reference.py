@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -133,6 +134,19 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(value)
 
 
+@cache
+def _groups(task: type[TaskConfig]) -> frozenset[type]:
+    """Classes of the groups of fields that cannot be null, at any depth."""
+
+    def below(config: Any) -> Iterator[type]:
+        for hint in _hints(config, task).values():
+            if is_dataclass(hint):
+                yield hint  # type: ignore[misc]
+                yield from below(hint)
+
+    return frozenset(below(TrainConfig))
+
+
 def _differing(value: Any) -> dict[str, Any]:
     """Values of a configuration that are not the defaults of its class."""
     return {
@@ -173,11 +187,16 @@ def _lines(
             yield f"{comment}{field.name}: {_type(hint)}, required"
         else:
             yield f"{pad}{field.name}: {_yaml(default)}  # {_type(hint)}"
-        for inner in configs_in(hint):
-            defaults = {each.name: _default(each) for each in fields(inner)}
-            items = [f"{n}: {'…' if d is MISSING else _yaml(d)}" for n, d in defaults.items()]
-            named = "NAME: " if get_origin(hint) is dict else ""
-            yield f"{pad}#   {named}{{{', '.join(items)}}}"
+        for inner in configs_in(hint):  # of a group that is null, as comments
+            below = f"{pad}#   "
+            if inner in _groups(task):  # described elsewhere
+                items = [f"{each.name}: {_yaml(_default(each))}" for each in fields(inner)]
+                yield f"{below}{{{', '.join(items)}}}"
+                continue
+            if get_origin(hint) is dict:
+                yield f"{below}NAME:"
+                below += "  "
+            yield from _lines(inner, task, below, known)
 
 
 def _hints(config: type, task: type[TaskConfig]) -> dict[str, Any]:

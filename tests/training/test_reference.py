@@ -29,6 +29,16 @@ def test_the_reference_is_a_configuration_of_nothing_but_defaults(tmp_path):
     assert parse_config(["--config", str(path), *FLAGS]) == parse_config(FLAGS)
 
 
+def test_groups_that_may_be_null_are_printed_with_their_fields():
+    text = reference(ContrastiveConfig)
+    assert "tokenizer: null  # these fields | null\n#   # sentencepiece; open_clip for" in text
+    assert "\n#   kind: sentencepiece  # sentencepiece | open_clip | huggingface\n" in text
+    assert "\n  #   NAME:\n  #     # Its shards" in text
+    assert "\n  #     # shards: str | list[str], required\n" in text
+    described = "# Column of a table that holds the path"
+    assert text.count(described) == 1  # of data.files alone
+
+
 def test_the_fields_of_a_command_are_printed_with_what_they_are(tmp_path):
     flags = [*FLAGS, "--data.mix", "{a: {shards: a.tar}, b: {shards: [b.tar], weight: 2}}"]
     flags += ["--optim.betas", "[0.8, 0.9]", "--task.captions", "{txt: 1.0}", "--optim.lr", "1e-4"]

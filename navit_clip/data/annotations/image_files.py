@@ -25,8 +25,9 @@ class FilesConfig:
 
     Attributes:
         images: The folder that paths in a table or a JSON begin at; null is its own.
-        image_column: Column of a table that holds the path.
-        caption_columns: Columns of a table that hold a caption each; none reads images alone.
+        image_column: Column of a table that holds the path, or the image itself.
+        caption_columns: Columns of a table that hold captions; none, ``[]``, reads images alone, or
+            with their classes.
         label_column: Column of a table that holds the class, as an index or a name.
         splits: Splits of a Karpathy JSON to take.
         samples_per_shard: Images that are read together as a shard would be.
