@@ -33,8 +33,9 @@ class ClassifyConfig(ImageTaskConfig):
     Attributes:
         kind: ``classify``.
         model: Architecture; that of `init` for the image tower if it is given.
-        classes: Text file with a class name in each line; null takes the classnames.txt that
-            make_shards writes beside shards of class folders.
+        classes: Text file with a class name in each line, by index; null takes the names of class
+            folders, those in a table's data.files.label_column, or the classnames.txt that
+            make_shards writes beside shards. A table of indices needs it.
         labels: Where a sample has its labels: a text member such as ``cls``, or ``json.FIELD``. A
             number is a class index, a text a name; several for an image are lines of the member, or
             a list in the JSON.
@@ -152,25 +153,25 @@ class ClassifyTask(ImageTask):
 
 def _read_names(path: str | None, data: DataConfig) -> list[str]:
     """Class names of the list, or of those beside the shards."""
-    found: list[str] | None = None
-    if path is not None:
-        found = read_places(path, "task.classes")
+    found = [] if path is None else read_places(path, "task.classes")
     mixture = Mixture.find(data)
     for dataset in mixture.datasets:
         first = mixture.shards[dataset.shards[0]]
-        beside = list(first.classnames) if isinstance(first, Piece) else names_beside(first)
-        if found is None:
-            found = beside
+        # None of a table whose labels are indices.
+        beside = first.classnames if isinstance(first, Piece) else names_beside(first)
+        if not found:
+            found = list(beside or ())
         # A list of one's own may have other words for them.
-        elif beside is not None and found != beside and (path is None or set(found) == set(beside)):
+        elif beside and found != list(beside) and (path is None or set(found) == set(beside)):
             raise UserError(
                 f"{CLASSNAMES} beside the shards of {dataset.name} has other classes, or another "
                 "order, than the list before it: class indices would mean others; use one list"
             )
-    if found is None:
+    if not found:
         raise UserError(
-            "task.classes is missing: give a text file with a class name in each line, or shards "
-            f"with {CLASSNAMES} beside them, as make_shards writes for class folders"
+            "task.classes is missing: give a text file with a class name in each line; or class "
+            "folders, a table with a column of names (data.files.label_column), or shards with "
+            f"{CLASSNAMES} beside them, as make_shards writes it"
         )
     if len(found) < 2:
         raise UserError(f"one class alone ({found[0]}) can only be right: give at least two")

@@ -18,6 +18,7 @@ from shard_factory import encode, photo, write_shard
 from tiny_run import run
 
 from navit_clip import NaViTClassifier, NaViTCLIP
+from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.config import DataConfig
 from navit_clip.errors import UserError
@@ -193,6 +194,20 @@ def test_class_names_must_be_known_and_of_one_order(data, tmp_path):
     (tmp_path / "words.txt").write_text("Red\nGreen\nBlue\n")
     config, read = config_of(data, classes=str(tmp_path / "words.txt"))
     assert config.build(read).names == ("Red", "Green", "Blue")
+
+
+def test_a_table_names_its_classes_unless_its_labels_are_indices(tmp_path):
+    (tmp_path / "0.png").write_bytes(encode(photo(0, 8, 8)))
+    table, names = tmp_path / "t.csv", tmp_path / "names.txt"
+    table.write_text("path,class\n0.png,red\n1.png,blue\n")
+    files = FilesConfig(label_column="class", caption_columns=())
+    data = DataConfig(train=str(table), files=files)
+    assert ClassifyConfig().build(data).names == ("blue", "red")
+    table.write_text("path,class\n0.png,0\n1.png,1\n2.png,0\n")
+    with pytest.raises(UserError, match=r"task\.classes is missing"):
+        ClassifyConfig().build(data)
+    names.write_text("red\nblue\n")
+    assert ClassifyConfig(classes=str(names)).build(data).names == ("red", "blue")
 
 
 def test_a_run_goes_on_with_its_own_classes_only(data, tmp_path, monkeypatch, capsys):
