@@ -129,7 +129,8 @@ class TrainConfig:
             raise ValueError(f"stall_timeout_s must not be negative, got {self.stall_timeout_s}")
         if self.task.needs_tokenizer and self.tokenizer is None and self.init.model is None:
             raise ValueError(
-                "tokenizer is missing: give tokenizer.path, or init.model with its own"
+                "tokenizer is missing: give tokenizer.path, or tokenizer.kind open_clip, or "
+                "init.model with its own"
             )
         if self.steps and (misfit := self.optim.schedule.misfit(self.steps, math.inf)):
             raise ValueError(misfit)

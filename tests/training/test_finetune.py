@@ -262,7 +262,7 @@ def test_without_either_the_tokenizer_is_missing(data, tmp_path, monkeypatch, ca
     flags = tiny_flags(data, tmp_path / "run", 1)
     place = flags.index("--tokenizer.path")
     assert run(monkeypatch, flags[:place] + flags[place + 2 :]) == 2
-    assert "tokenizer is missing" in capsys.readouterr().err
+    assert "tokenizer is missing: give tokenizer.path, or tokenizer.kind" in capsys.readouterr().err
 
 
 TINY_OPEN_CLIP = {

@@ -74,7 +74,10 @@ def _rows_of_splits(path: Path, splits: Sequence[str]) -> list[Row]:
     rows = read_caption_file(path)
     present = sorted({row.split for row in rows if row.split is not None})
     if len(present) > 1 and not splits:
-        raise UserError(f"{path} has splits {', '.join(present)}: name those wanted as splits")
+        raise UserError(
+            f"{path} has splits {', '.join(present)}: name those wanted, by --split {present[0]}, "
+            f"in a training by --data.files.splits '[{present[0]}]'"
+        )
     rows = of_splits(rows, splits, path)
     if not rows:
         raise UserError(f"no image in {path}")

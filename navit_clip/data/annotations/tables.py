@@ -102,7 +102,8 @@ def check_columns(path: Path, present: Sequence[str], wanted: Sequence[str]) -> 
         if column not in present:
             raise UserError(
                 f"no column {column!r} in {path}: it has {', '.join(map(repr, present))}; "
-                "give the image column and the caption columns by name"
+                "name the columns by --image-column and --caption-column, in a training by "
+                "data.files.image_column and data.files.caption_columns"
             )
         if present.count(column) > 1:
             raise UserError(f"{path} has two columns {column!r}: rename one")
