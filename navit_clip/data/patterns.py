@@ -28,7 +28,7 @@ from navit_clip.files import storable
 from navit_clip.retries import LISTING_TIMEOUT_S, GaveUpError, RemoteError
 from navit_clip.stores import ask, open_store
 
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", *ARROW)  # and JSONs, of image files
+TABLES = (".csv", ".tsv", ".json", ".jsonl", *ARROW)  # and JSONs, of image files
 COMMAND = "pipe:"  # what a shard begins with that a shell command writes
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -98,7 +98,7 @@ def _expand(
     except ValueError as error:
         raise UserError(f"{pattern}: unbalanced braces, expected such as {{0..9}}") from error
     for name in names:
-        if kind not in ("", "pipe") and urlsplit(name).path.lower().endswith(_TABLES):
+        if kind not in ("", "pipe") and urlsplit(name).path.lower().endswith(TABLES):
             raise UserError(f"{name}: a table must be a local file, download it first")
         if kind in ("pipe", "http", "https"):
             found = [name]
@@ -132,7 +132,7 @@ def _glob(pattern: str, folder: str) -> list[str]:
 
 def _open(path: str, files: FilesConfig) -> list[str]:
     if not os.path.isdir(path):
-        return split_files(path, files) if path.lower().endswith(_TABLES) else [path]
+        return split_files(path, files) if path.lower().endswith(TABLES) else [path]
     if tars := _inside(path, "*.tar"):
         return tars
     # img2dataset writes a table beside each folder of images.

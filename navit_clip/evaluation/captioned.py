@@ -1,4 +1,4 @@
-"""Opens captioned images: shards, or a folder with a JSON or a table of captions.
+"""Opens captioned images: what training reads, or a folder with a JSON or a table of captions.
 
 From what the user names to a dataset of images, each with all its captions. Every caption is a
 query, a repeated one as well; empty ones are none.
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from navit_clip.data.annotations.caption_files import of_splits, read_caption_file
+from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.annotations.rows import usable_captions
-from navit_clip.data.annotations.tables import open_table
+from navit_clip.data.annotations.tables import ARROW, open_table
 from navit_clip.data.patterns import expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import EvalDataset, FileDataset, ShardDataset
 
-_TABLES = (".csv", ".tsv", ".parquet")
+_TABLES = (".csv", ".tsv", ".jsonl", *ARROW)
 
 
 def open_captioned(
@@ -30,7 +31,7 @@ def open_captioned(
     image_column: str = "path",
     caption_columns: Sequence[str] = ("caption",),
 ) -> EvalDataset:
-    """Opens captioned shards, or a folder of images with a file of captions.
+    """Opens captioned shards or what stands for them, or a folder with a file of captions.
 
     The arguments are fields of `navit_clip.evaluation.retrieval.RetrievalSpec`.
 
@@ -42,7 +43,8 @@ def open_captioned(
             raise UserError("give --data SHARDS, or --images and --captions, not both")
         if split is not None:
             raise UserError("--split goes with a Karpathy file in --captions, not with --data")
-        return ShardDataset(expand_shards([data]), fields)
+        files = FilesConfig(image_column=image_column, caption_columns=tuple(caption_columns))
+        return ShardDataset(expand_shards([data], files=files), fields)
     is_table = captions is not None and Path(captions).suffix.lower() in _TABLES
     if captions is None or (images is None and not is_table):
         raise UserError("give --data SHARDS, or both --images FOLDER and --captions FILE.json")

@@ -61,7 +61,7 @@ def _parser(prog: str) -> Parser:
     parser = Parser(prog=prog, description=_DESCRIPTION, parents=[model_flags()])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", type=Path, help="a folder: all images below it")
-    what.add_argument("--table", type=Path, help="a .csv, .tsv or .parquet file that names images")
+    what.add_argument("--table", type=Path, help="a .csv, .tsv, .jsonl or .parquet file of paths")
     what.add_argument("--shards", nargs="+", help="tars, folders of them or patterns")
     what.add_argument("--texts", type=Path, help="a file of texts, one a line")
     parser.add_argument("--image-column", default="path", help="of --table; default: path")

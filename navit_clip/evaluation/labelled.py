@@ -15,7 +15,7 @@ from pathlib import Path
 from navit_clip.data.annotations.class_names import index_of, names_beside, spaced
 from navit_clip.data.annotations.folders import is_image, read_class_folders
 from navit_clip.data.annotations.labels import ClassMap, load_class_map, read_label_file
-from navit_clip.data.patterns import expand_shards
+from navit_clip.data.patterns import TABLES, expand_shards
 from navit_clip.errors import UserError
 from navit_clip.evaluation.datasets import LEFT_OUT, EvalDataset, FileDataset, ShardDataset
 from navit_clip.files import reading, storable
@@ -92,6 +92,12 @@ def open_labelled(
         if not root.is_dir():
             raise UserError(f"no folder at {path}: --labels goes with a folder of images")
         return _label_file(root, labels, known)
+    if is_shards and path.lower().endswith(TABLES):
+        raise UserError(
+            f"{path}: a table of labels goes with the folder of its images, --data FOLDER --labels "
+            "FILE, and has image and label in its first two columns; or make shards of it "
+            "(make_shards --label-column)"
+        )
     if is_shards:
         shards = expand_shards([path])
         beside = names_beside(shards[0])

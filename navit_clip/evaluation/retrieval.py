@@ -34,10 +34,10 @@ class RetrievalSpec(EvalSpec):
     """Image–text retrieval on captioned images: shards, or a folder with a JSON of captions.
 
     Attributes:
-        data: Captioned shards.
+        data: Captioned shards, or a table or folder of images, as training reads them.
         images: Folder of images; by default that of a table of captions.
-        captions: ``captions_*.json`` (COCO), ``dataset_*.json`` (Karpathy), or a table: CSV, TSV or
-            Parquet.
+        captions: ``captions_*.json`` (COCO), ``dataset_*.json`` (Karpathy), or a table: CSV, TSV,
+            JSON lines or Parquet.
         image_column: Of a table: the image's path.
         caption_columns: Of a table: captions.
         fields: Caption fields in shards, ``all``, ``txt`` or ``json.FIELD``: all their captions are

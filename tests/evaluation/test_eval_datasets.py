@@ -192,17 +192,25 @@ def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path):
         ("t.csv", 'path,caption\na.png,"one, two"\nb.png,three\n./a.png,four\n', {}),
         ("t.tsv", "n\ttext\na.png\tone, two\nb.png\tthree\na.png\tfour\n", ("n", ["text"])),
         ("t.csv", 'a,b,n\n"one, two",four,a.png\nthree,,b.png\n', ("n", ["a", "b"])),
+        (
+            "t.jsonl",
+            '{"n": "a.png", "text": ["one, two", "four"]}\n{"n": "b.png", "text": "three"}\n',
+            ("n", ["text"]),
+        ),
     ],
 )
 def test_tables_of_captions(name, content, columns, tmp_path):
     for file in ("a.png", "b.png"):
         image(tmp_path / file)
+    table = write(tmp_path / name, content)
     for images in (None, str(tmp_path)):  # a table's own folder if none is named
-        dataset = open_captioned(None, images, write(tmp_path / name, content), [], None, *columns)
+        dataset = open_captioned(None, images, table, [], None, *columns)
         assert [(item.name, item.captions) for item in read(dataset)] == [
             (str(tmp_path / "a.png"), ("one, two", "four")),
             (str(tmp_path / "b.png"), ("three",)),
         ]
+    as_shards = read(open_captioned(table, None, None, ["all"], None, *columns))
+    assert {item.captions for item in as_shards} == {("one, two", "four"), ("three",)}
 
 
 @pytest.mark.parametrize(

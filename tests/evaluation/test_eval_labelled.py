@@ -320,6 +320,9 @@ def test_unusable_label_files_are_named(content, message, tmp_path):
 def test_labels_need_a_folder(tmp_path):
     with pytest.raises(UserError, match="--labels goes with a folder"):
         open_labelled(str(tmp_path / "0.tar"), labels="labels.txt")
+    for name in ("t.csv", "t.parquet"):
+        with pytest.raises(UserError, match="a table of labels goes with the folder of its images"):
+            open_labelled(str(tmp_path / name))
 
 
 # Parts
