@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from studies.runs import best_lr, read_result, validated
 from studies.study import Run, Study, trials
 
 _COLUMNS = 3  # of panels
+_LINES = ("o-", "s--", "^:")  # of arms, each in all colours
 
 _Results = Mapping[str, Sequence[Result]]
 _Curves = Mapping[tuple[str, str], Curves]
@@ -172,11 +174,12 @@ def _draw(curves: _Curves, path: Path) -> None:
     columns = min(len(curves), _COLUMNS)
     rows = -(-len(curves) // columns)
     figure = Figure((4.2 * columns, 3.4 * rows), layout="constrained", dpi=120)
+    styles = list(product(_LINES, COLOURS))
     panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for ((test, way), one), axes in zip(curves.items(), panels, strict=False):
-        for (arm, xs), colour in zip(one.flops.items(), COLOURS * 3, strict=False):
+        for (arm, xs), (line, colour) in zip(one.flops.items(), styles, strict=False):
             values, lows, highs = zip(*one.accuracy(arm), strict=True)
-            axes.plot(xs, values, "o-", ms=3, color=colour, label=arm)
+            axes.plot(xs, values, line, ms=3, color=colour, label=arm)
             axes.fill_between(xs, lows, highs, alpha=0.12, color=colour, lw=0)
         axes.set(xscale="log", title=f"{test}, {way}", xlabel="training FLOPs", ylabel="right")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -184,9 +187,10 @@ def _draw(curves: _Curves, path: Path) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axes in panels:
-        axes.set_axis_off()
+    for unused in panels:
+        unused.set_axis_off()
+    lines, arms = axes.get_legend_handles_labels()
+    figure.legend(lines, arms, fontsize=8, loc="outside lower center", ncols=2 * columns)
     save_figure(figure, path)
 
 
