@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from checkpoint_cases import (
     data_state,
     names,
@@ -31,7 +30,6 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from torch.distributed.checkpoint import filesystem
 
 from navit_clip.checkpoints import checkpoint
-from navit_clip.checkpoints.tensor_files import DealtPlanner
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.training.__main__ import main
@@ -96,27 +94,6 @@ def test_all_of_it_is_on_the_disk_before_it_takes_anothers_place(tmp_path, monke
     flushed = {Path(name).name for name in done[:place] if name.startswith("step-00000008.partial")}
     assert flushed >= written | {"step-00000008.partial"}
     assert done[place + 1 :] == [".", "step-00000004 is now step-00000004.removed"]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
-def test_what_all_ranks_have_is_dealt_to_them(world_size):
-    saved, plans = state(1), []
-    saved["model"] |= {f"m{i}": torch.zeros(i + 1) for i in range(20)}
-    planners = [DealtPlanner(rank, world_size) for rank in range(world_size)]
-    for rank, planner in enumerate(planners):
-        planner.set_up_planner(saved, is_coordinator=rank == 0)
-        plans.append(planner.create_local_plan())
-    whole = dcp.DefaultSavePlanner()
-    whole.set_up_planner(saved, is_coordinator=True)
-    plan = whole.create_local_plan()
-    dealt = [item.index for part in plans for item in part.items]
-    assert len(dealt) == len(set(dealt))
-    assert set(dealt) == {item.index for item in plan.items}
-    counts = [len(part.items) for part in plans]
-    assert max(counts) - min(counts) <= 1
-    _, metadata = planners[0].create_global_plan(plans)
-    assert metadata.planner_data == plan.planner_data
-    assert metadata.state_dict_metadata.keys() == plan.planner_data.keys()
 
 
 def test_the_last_ones_and_every_nth_are_kept(tmp_path):
