@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import itemgetter
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,6 +121,15 @@ class Ranks:
         items = [item]
         dist.broadcast_object_list(items, src=0)
         return items[0]
+
+    def scatter(self, items: Sequence[T]) -> T:
+        """Of the items of rank 0, one for each rank in their order, this rank's."""
+        if self.world_size == 1:
+            return items[0]
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, list(items) if self.is_first else None, src=0)
+        item: T = own[0]
+        return item
 
     def raise_together(self, problem: UserError | None) -> None:
         """Raises on all ranks what one raises, which the others would wait for; all call it.

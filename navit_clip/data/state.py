@@ -9,7 +9,8 @@ within an epoch no sample is lost and none repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.order import Cursor, Leftover, ShardOrder, ShardSlice
+from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.packed.batch import Batch
 
@@ -128,16 +130,63 @@ def open_state(
         UserError: If the run was stopped with anything else that the order depends on: other
             shards, another seed, datasets of other names.
     """
-    per_rank = max(1, workers)
-    names = [dataset.name for dataset in mixture.datasets]
-    state = DataState(mixture.digest, seed, names, total=world_size * per_rank)
+    new = _new_state(mixture, seed, workers, world_size)
     if not saved:
-        return state
+        return new
+    if _same_readers(saved, new, world_size):
+        return replace(saved[rank])
+    return _resharded(saved, new, mixture, world_size)[rank]
+
+
+def open_states(
+    saved: Sequence[DataState], mixture: Mixture, seed: int, *, workers: int, ranks: Ranks
+) -> DataState:
+    """Like `open_state` of this rank, with one rank to reshard for all; every rank calls it.
+
+    Args:
+        saved: As for `open_state`, best read when asked for: a rank asks for the first and its own.
+            Of any number of ranks rank 0 asks for every one.
+        mixture: The run's shards.
+        seed: Of the run.
+        workers: Reader processes of each rank.
+        ranks: This process among all of them.
+
+    Raises:
+        UserError: As `open_state`, or if a state cannot be read, on all ranks.
+    """
+    new = _new_state(mixture, seed, workers, ranks.world_size)
+    if not saved:
+        return new
+    problem: UserError | None = None
+    own: DataState | None = None
+    dealt: list[DataState] = []
+    try:
+        if _same_readers(saved, new, ranks.world_size):
+            own = replace(saved[ranks.rank])
+        elif ranks.is_first:
+            dealt = _resharded(saved, new, mixture, ranks.world_size)
+    except UserError as error:
+        problem = error
+    ranks.raise_together(problem)
+    return ranks.scatter(dealt) if own is None else own
+
+
+def _new_state(mixture: Mixture, seed: int, workers: int, world_size: int) -> DataState:
+    names = [dataset.name for dataset in mixture.datasets]
+    return DataState(mixture.digest, seed, names, total=world_size * max(1, workers))
+
+
+def _same_readers(saved: Sequence[DataState], new: DataState, world_size: int) -> bool:
+    """Whether the ranks and readers are those of the stopped run.
+
+    Raises:
+        UserError: If something that the order depends on is not.
+    """
     first = saved[0]
     for what, before, now in (
-        ("other training shards", first.shards, state.shards),
-        ("another seed", first.seed, seed),
-        ("datasets of other names", ", ".join(first.datasets), ", ".join(names)),
+        ("other training shards", first.shards, new.shards),
+        ("another seed", first.seed, new.seed),
+        ("datasets of other names", ", ".join(first.datasets), ", ".join(new.datasets)),
     ):
         if before != now:
             # Where a reader stands means other samples there: some would come twice, some never.
@@ -145,13 +194,27 @@ def open_state(
                 f"the checkpoint was taken with {what} ({before}, now {now}): resume with the same,"
                 " or use another run_dir"
             )
-    if len(saved) == world_size and first.total == state.total:
-        return replace(saved[rank])
-    state.samples, state.tokens, state.flops = first.samples, first.tokens, first.flops
-    state.images, leftovers = reshard(saved, mixture, seed, state.total)
-    own = range(rank * per_rank, (rank + 1) * per_rank)
-    state.leftovers = {reader: leftovers[reader] for reader in own}
-    return state
+    return len(saved) == world_size and first.total == new.total
+
+
+def _resharded(
+    saved: Sequence[DataState], new: DataState, mixture: Mixture, world_size: int
+) -> list[DataState]:
+    """Where each rank goes on whose readers are others than those of the stopped run."""
+    first, per_rank = saved[0], new.total // world_size
+    images, leftovers = reshard(saved, mixture, new.seed, new.total)
+    return [
+        replace(
+            new,
+            images=images,
+            samples=first.samples,
+            tokens=first.tokens,
+            flops=first.flops,
+            leftovers={r: leftovers[r] for r in range(rank * per_rank, (rank + 1) * per_rank)},
+            readers={},
+        )
+        for rank in range(world_size)
+    ]
 
 
 def reshard(
@@ -162,45 +225,51 @@ def reshard(
     Returns:
         Samples taken so far, and what each reader finishes first in each dataset.
     """
-    per_rank = saved[0].total // len(saved)
-    old = [
-        data.of_reader(mixture, seed, rank * per_rank + reader)
-        for rank, data in enumerate(saved)
-        for reader in range(per_rank)
-    ]
+    per_rank = images = drawn = 0
+    old: list[tuple[list[ShardOrder], list[Cursor]]] = []
+    # By epoch and shard. Numbers alone: of each state in turn, as the states of 512 ranks with
+    # their millions of samples would take gigabytes.
+    ahead: dict[tuple[int, int], array[int]] = {}
+    for rank, data in enumerate(saved):
+        if rank == 0:
+            per_rank, images = data.total // len(saved), data.images
+        for reader in range(rank * per_rank, (rank + 1) * per_rank):
+            orders, state = data.of_reader(mixture, seed, reader)
+            old.append((orders, state.cursors))
+            for origin in chain(state.buffer, state.pending):
+                indices = ahead.setdefault((origin.epoch, origin.shard), array("q"))
+                indices.append(origin.sample)
+            # Samples that wait to be packed were drawn, and will be once more.
+            drawn += state.drawn - len(state.pending)
     leftovers: list[list[Leftover]] = [[] for _ in range(readers)]
     for number, dataset in enumerate(mixture.datasets):
         # Epochs before this one were begun by some reader; this one every reader begins.
-        end = max(state.cursors[number].epoch for _, state in old) + 1
+        end = max(cursors[number].epoch for _, cursors in old) + 1
         left = chain.from_iterable(
-            orders[number].remaining(state.cursors[number], end) for orders, state in old
+            orders[number].remaining(cursors[number], end) for orders, cursors in old
         )
-        ahead = (
-            origin
-            for _, state in old
-            for origin in chain(state.buffer, state.pending)
-            if origin.shard in dataset.shards
-        )
-        slices = _with_extra(left, ahead)
+        extra = {place: i for place, i in ahead.items() if place[1] in dataset.shards}
+        slices = _with_extra(left, extra)
         for reader in range(readers):
             leftovers[reader].append(Leftover(end, tuple(slices[reader::readers])))
-    # Samples that wait to be packed were drawn, and will be once more.
-    drawn = sum(state.drawn - len(state.pending) for _, state in old)
-    return saved[0].images + drawn, leftovers
+    return images + drawn, leftovers
 
 
-def _with_extra(left: Iterable[ShardSlice], ahead: Iterable[Origin]) -> list[ShardSlice]:
+def _with_extra(
+    left: Iterable[ShardSlice], ahead: Mapping[tuple[int, int], Iterable[int]]
+) -> list[ShardSlice]:
     """The slices in order of their epochs, with samples that were read ahead put back.
 
     A sample joins a slice of its own shard, if there is one, so that the shard is read once.
+
+    Args:
+        left: Slices.
+        ahead: Indices of those samples by epoch and shard.
     """
-    extra: dict[tuple[int, int], list[int]] = {}
-    for origin in ahead:
-        extra.setdefault((origin.epoch, origin.shard), []).append(origin.sample)
     slices = list(left)
     # The last one of a shard, if several readers had slices of it.
     of_shard = {(own.epoch, own.shard): i for i, own in enumerate(slices)}
-    for (epoch, shard), indices in extra.items():
+    for (epoch, shard), indices in ahead.items():
         i = of_shard.get((epoch, shard), len(slices))
         if i == len(slices):
             slices.append(ShardSlice(epoch, shard, stride=0))

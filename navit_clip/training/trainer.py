@@ -27,7 +27,7 @@ from navit_clip.data.fingerprint import Fingerprint, compare, fingerprints
 from navit_clip.data.listings import list_once
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
-from navit_clip.data.state import DataState, open_state
+from navit_clip.data.state import DataState, open_states
 from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
@@ -150,13 +150,8 @@ class _Run:
             saved = self.checkpoints.load(self.start, state)
             self.stepper.load_state(state)
         self.mixture = Mixture.find(config.data)
-        self.data_state = open_state(
-            saved,
-            self.mixture,
-            config.seed,
-            workers=config.data.workers,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+        self.data_state = open_states(
+            saved, self.mixture, config.seed, workers=config.data.workers, ranks=ranks
         )
         self.shards: dict[str, Fingerprint] = {}
         self.checkpoints.describe = self._describe
