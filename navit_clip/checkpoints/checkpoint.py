@@ -47,7 +47,7 @@ from navit_clip.checkpoints.rank_state import (
     restore_generators,
 )
 from navit_clip.checkpoints.staging import pinned_stager, plain_stager
-from navit_clip.checkpoints.tensor_files import DealtPlanner, read_tensors
+from navit_clip.checkpoints.tensor_files import dealt, read_tensors
 from navit_clip.data.state import DataState
 from navit_clip.distributed import Ranks
 from navit_clip.errors import OutageError, UserError, may_pass
@@ -210,13 +210,13 @@ class Checkpoints:
             "storage_writer": dcp.FileSystemWriter(
                 partial_folder(self.path(step)), per_thread_copy_ahead=0
             ),
-            "planner": DealtPlanner(self.ranks.rank, self.ranks.world_size),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
         finish = partial(
             self._finish, step, rank_state(data, self.ranks.device), shapes(state["model"])
         )
+        state = dealt(state, self.ranks.rank, self.ranks.world_size)
         if self.config.asynchronous:
             stager = self._pinned or plain_stager()
             writing = cast("Future[Any]", dcp.async_save(state, async_stager=stager, **where))

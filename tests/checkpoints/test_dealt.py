@@ -1,6 +1,8 @@
 """Of what several ranks have, each writes a part, and together they write all of it once."""
 
 from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,29 +13,39 @@ from distributed import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from navit_clip.checkpoints.tensor_files import DealtPlanner
+from navit_clip.checkpoints import checkpoint
+from navit_clip.checkpoints.tensor_files import dealt
 from navit_clip.distributed import Ranks
+
+
+def count(part):
+    return sum(count(value) if isinstance(value, dict) else 1 for value in part.values())
+
+
+def plan_of(part, coordinator=False):
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(part, is_coordinator=coordinator)
+    return planner, planner.create_local_plan()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 40])
 def test_what_all_ranks_have_is_dealt_to_them(world_size):
-    saved, plans = state(1), []
+    saved = state(1)
     saved["model"] |= {f"m{i}": torch.zeros(i + 1) for i in range(20)}
-    planners = [DealtPlanner(rank, world_size) for rank in range(world_size)]
-    for rank, planner in enumerate(planners):
-        planner.set_up_planner(saved, is_coordinator=rank == 0)
-        plans.append(planner.create_local_plan())
-    whole = dcp.DefaultSavePlanner()
-    whole.set_up_planner(saved, is_coordinator=True)
-    plan = whole.create_local_plan()
-    dealt = [item.index for part in plans for item in part.items]
-    assert len(dealt) == len(set(dealt))
-    assert set(dealt) == {item.index for item in plan.items}
-    counts = [len(part.items) for part in plans]
+    saved["optimizer"] |= {"groups": [{"lr": 1.0, "names": ["w"]}, {"lr": torch.ones(())}]}
+    saved["none"] = {"here": {}}
+    parts = [dealt(saved, rank, world_size) for rank in range(world_size)]
+    planner, _ = plan_of(parts[0], coordinator=True)
+    plans = [plan_of(part)[1] for part in parts]
+    _, whole = plan_of(saved, coordinator=True)
+    found = [item.index for plan in plans for item in plan.items]
+    assert len(found) == len(set(found))
+    assert set(found) == {item.index for item in whole.items}
+    counts = [count(part) for part in parts]
     assert max(counts) - min(counts) <= 1
-    _, metadata = planners[0].create_global_plan(plans)
-    assert metadata.planner_data == plan.planner_data
-    assert metadata.state_dict_metadata.keys() == plan.planner_data.keys()
+    _, metadata = planner.create_global_plan(plans)
+    assert metadata.planner_data == whole.planner_data
+    assert metadata.state_dict_metadata.keys() == whole.planner_data.keys()
 
 
 # 5 rows leave two ranks uneven shards and six ranks some empty ones, a single row nearly all.
@@ -65,14 +77,18 @@ def layered(cut):
 
 
 def save_cut(path):
-    """Writes a checkpoint; returns what this rank proposed to write: name, offsets and size."""
-    ranks = Ranks(dist.get_rank(), 6, torch.device("cpu"))
-    saved = layered(cut=True)
-    planner = DealtPlanner(ranks.rank, 6)
-    planner.set_up_planner(saved, is_coordinator=ranks.is_first)
-    items = planner.create_local_plan().items
-    checkpoints = open_checkpoints(path, ranks)
-    checkpoints.save(3, saved, data_state(3))
+    """Writes a checkpoint; returns what this rank copied for it: name, offsets and size."""
+    ranks, copied = Ranks(dist.get_rank(), 6, torch.device("cpu")), []
+    saved, checkpoints = layered(cut=True), open_checkpoints(path, ranks)
+
+    def async_save(part, **options):
+        copied.extend(plan_of(part)[1].items)
+        return dcp.async_save(part, **options)
+
+    with patch.object(
+        checkpoint, "dcp", SimpleNamespace(**{**vars(dcp), "async_save": async_save})
+    ):
+        checkpoints.save(3, saved, data_state(3))
     checkpoints.close()
     again = layered(cut=True)
     for weight in again["model"].values():
@@ -83,15 +99,15 @@ def save_cut(path):
         assert torch.equal(*parts), name
     return [
         (item.index.fqn, tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
-        for item in items
+        for item in copied
         if item.tensor_data is not None
     ]
 
 
 def test_what_groups_of_ranks_have_is_dealt_to_them_and_read_by_one(tmp_path):
     """Six ranks, as three groups that have all shards between two, and as one group."""
-    proposed = run_ranks(save_cut, 6, tmp_path)
-    times = Counter(item for items in proposed for item in items if 0 not in item[2])
+    copied = run_ranks(save_cut, 6, tmp_path)
+    times = Counter(item for items in copied for item in items if 0 not in item[2])
     assert set(times.values()) == {1}
     expected, loaded = layered(cut=False), layered(cut=False)
     whole = {f"model.{name}": weight for name, weight in expected["model"].items()}
@@ -100,7 +116,7 @@ def test_what_groups_of_ranks_have_is_dealt_to_them_and_read_by_one(tmp_path):
         numbers[name] += torch.Size(sizes).numel()
     assert {name: numbers[name] for name in whole} == {n: w.numel() for n, w in whole.items()}
     # Large and small ones take turns in a state, and no rank may get all of the large ones.
-    of_groups = [sum(name.startswith("model.groups.even") for name, *_ in p) for p in proposed]
+    of_groups = [sum(name.startswith("model.groups.even") for name, *_ in p) for p in copied]
     assert max(of_groups) - min(of_groups) <= 1
     for weight in loaded["model"].values():
         weight.zero_()
