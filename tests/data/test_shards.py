@@ -9,6 +9,7 @@ import tarfile
 import pytest
 from shard_factory import ids_of, make_shards, write_shard, write_tar
 
+from navit_clip.data import known_files
 from navit_clip.data.patterns import expand_shards, shard_names
 from navit_clip.data.shards import ShardError, read_shard
 from navit_clip.errors import UserError
@@ -105,6 +106,7 @@ def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
         ("pipe:cat 0.tar", "--data.allow_commands true"),
         ("s3:/0.tar", "expected such as s3://bucket/0.tar"),
         ("http:/0.tar", "without a host"),
+        ("https://[::1/0.tar", "without a host"),
         ("https://host/*.tar", "brace range"),
         ("https://host/shards.txt", "download it first"),
         ("https://host/t.parquet?signature=1", "a table must be a local file"),
@@ -179,6 +181,8 @@ def test_a_list_file_with_a_mistake(text, message, tmp_path):
         (["https://h/a/0.tar?sig=1", "https://h/a/1.tar?sig=2"], ["0", "1"]),
         (["https://u:p@h/a/0.tar", "https://i/a/0.tar", "/a/0.tar"], ["h/a/0", "i/a/0", "a/0"]),
         (["https://h/a%20b.tar", "http://h"], ["a b", "h"]),
+        (["s3://b/x%2F0.tar", "s3://b/y%2f0.tar", "s3://b/0.tar/"], ["x/0", "y/0", "b/0"]),
+        (["/d/a/../0.tar", "/e/./0.tar", "/d/b/.."], ["d/0", "e/0", "d"]),
         (
             ["pipe:aws s3 cp s3://b/a/0.tar -", "pipe:curl -sL 'https://h/1.tar?x=1&y=2'"],
             ["0", "1"],
@@ -213,6 +217,51 @@ def test_a_name_with_the_characters_of_a_pattern_is_still_a_name(tmp_path):
     (folder / "0.tar").write_bytes(b"")
     assert expand_shards([str(folder / "0.tar")]) == [str(folder / "0.tar")]
     assert expand_shards([str(folder)]) == [str(folder / "0.tar")]
+
+
+@pytest.mark.parametrize("few", [0, 3, 1000])
+def test_of_many_names_in_a_folder_the_same_is_found(few, root, monkeypatch):
+    """Links, folders called like shards and tables, however it is told what they are."""
+    monkeypatch.setattr(known_files, "_FEW", few)
+    monkeypatch.chdir(root)
+    (root / "a/2.tar").symlink_to(root / "b/x.tar")
+    (root / "a/3.tar").symlink_to(root / "b", target_is_directory=True)
+    (root / "a/4.tar").mkdir()
+    (root / "a/4.tar/inside.tar").touch()
+    (root / "a/list.txt").write_text("0.tar\n2.tar\n../b/x.tar\n4.tar\n/none.tar\n")
+    found = ["a/0.tar", "a/1.tar", "a/2.tar", "a/3.tar/x.tar", "a/4.tar/inside.tar"]
+    assert expand_shards(["a/{0..4}.tar"]) == found
+    assert expand_shards([f"{root}/a/{{0..4}}.tar"]) == [f"{root}/{path}" for path in found]
+    assert expand_shards(["a/[0-4].tar"]) == found
+    with pytest.raises(UserError, match=r"^no shard found at a/5.tar: check the path"):
+        expand_shards(["a/{0..5}.tar"])
+    with pytest.raises(UserError, match=r"^a/list.txt, line 5: no shard found at /none.tar"):
+        expand_shards(["a/list.txt"])
+    with pytest.raises(UserError, match=r"^no shard found at a/0.tar/0.tar"):
+        expand_shards(["a/{0..1}.tar/0.tar"])
+
+
+def test_a_folder_is_listed_in_place_of_a_request_for_each_shard(tmp_path, monkeypatch):
+    for number in range(200):
+        (tmp_path / f"{number:03}.tar").touch()
+    (tmp_path / "list.txt").write_text("\n".join(f"{number:03}.tar" for number in range(200)))
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: asked.append(path) or stat(path, **more))
+    for pattern in ("{000..199}.tar", "*.tar", "list.txt"):
+        assert len(expand_shards([f"{tmp_path}/{pattern}"])) == 200
+        assert len(asked) < 80
+        asked.clear()
+
+
+def test_a_folder_that_may_be_entered_and_not_listed(tmp_path, monkeypatch):
+    (tmp_path / "0.tar").touch()
+    monkeypatch.setattr(known_files, "_FEW", 0)
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert expand_shards([f"{tmp_path}/0.tar"]) == [f"{tmp_path}/0.tar"]
 
 
 def test_samples_in_order_with_their_members(tmp_path):

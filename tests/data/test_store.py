@@ -16,7 +16,7 @@ from shard_factory import make_shards, write_shard
 from web_server import Site, serve
 
 from navit_clip import retries, stores
-from navit_clip.data import store
+from navit_clip.data import patterns, store
 from navit_clip.data.fingerprint import fingerprints
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.shards import ShardError, read_shard
@@ -227,6 +227,26 @@ def test_addresses_that_nothing_reads(monkeypatch):
         expand_shards(["s3://b/00000.tar"])
     with pytest.raises(UserError, match=r"^sftp:// addresses need another package: Install"):
         expand_shards(["sftp://b/0.tar"])
+
+
+def test_a_store_is_opened_once_for_a_bucket(monkeypatch):
+    opened, hubs = [], []
+    monkeypatch.setattr(patterns, "open_store", lambda name: opened.append(name))
+    monkeypatch.setattr(patterns, "web_file", lambda name: hubs.append(name))
+    names = [f"s3://{bucket}/{number}.tar" for bucket in "ab" for number in range(100)]
+    assert expand_shards(names) == names
+    assert opened == ["s3://a/0.tar", "s3://b/0.tar"]
+    names = [f"hf://datasets/o/{name}/{number}.tar" for name in "nm" for number in range(100)]
+    hubs.clear()
+    assert expand_shards(names) == names
+    assert hubs == ["hf://datasets/o/n/0.tar", "hf://datasets/o/m/0.tar"]
+
+
+def test_a_repository_that_cannot_be(monkeypatch):
+    with pytest.raises(UserError, match=r"^hf://datasets/o/n--m/0.tar: .*'o/n--m'"):
+        expand_shards(["hf://datasets/o/n/0.tar", "hf://datasets/o/n--m/0.tar"])
+    with pytest.raises(UserError, match=r"^hf://datasets/0.tar: expected such as hf://"):
+        expand_shards(["hf://datasets/o/n/0.tar", "hf://datasets/0.tar"])
 
 
 def test_passwords_are_not_printed():
