@@ -24,7 +24,7 @@ from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.data.shared_batch import SharedBatch
 from navit_clip.data.workers import batches_of, prepare_worker
-from navit_clip.errors import OutageError, SkipSampleError, UserError, may_pass
+from navit_clip.errors import SkipSampleError, UserError
 from navit_clip.packed.batch import Inputs
 
 _SEEN = 1 << 50  # images: what follows a schedule is as at its end
@@ -103,8 +103,7 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
                 for raw in read_shard(path, own, name):
                     yield own.place // self.size, shard, raw
             except ShardError as error:
-                kind = OutageError if error.__cause__ and may_pass(error.__cause__) else UserError
-                raise kind(f"data.validation: {error}; fetch the shard again") from error
+                raise error.refusal("data.validation: ") from error
 
     def _build(self, number: int, samples: Iterable[tuple[int, int, RawSample]]) -> HeldOutBatch:
         packer, skipped = Packer[Any](self.budget, look_ahead=0), 0

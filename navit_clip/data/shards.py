@@ -24,7 +24,7 @@ from navit_clip.data.pieces import Piece
 from navit_clip.data.raw_sample import MAX_SAMPLE_BYTES, RawSample
 from navit_clip.data.store import StoreStream
 from navit_clip.data.tar import TarReader, parse_header
-from navit_clip.errors import SkipSampleError, may_pass
+from navit_clip.errors import OutageError, SkipSampleError, UserError, may_pass
 from navit_clip.files import storable
 
 # Directory names may have dots, so the key ends at the first dot of the last component.
@@ -48,6 +48,12 @@ class ShardError(Exception):
     def may_pass(self) -> bool:
         """Whether it is out of reach rather than damaged or gone."""
         return self.__cause__ is not None and may_pass(self.__cause__)
+
+    def refusal(self, where: str = "") -> UserError:
+        """What to raise where every shard is needed; an `OutageError` if it may pass."""
+        return (OutageError if self.may_pass else UserError)(
+            f"{where}{self}; fetch the shard again"
+        )
 
 
 def read_shard(

@@ -22,7 +22,7 @@ from navit_clip.data.labels import find_labels
 from navit_clip.data.patterns import expand_shards
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.shards import ShardError, read_shard
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.errors import SkipSampleError
 from navit_clip.files import storable
 
 LEFT_OUT = "class_left_out"  # by a class map, on purpose: it is counted, and no error if `strict`
@@ -185,7 +185,7 @@ class ShardDataset(EvalDataset):
                 for sample in read_shard(path, wanted):
                     yield self._item(wanted.first + sample.index, sample)
             except ShardError as error:
-                raise UserError(f"{error}; fetch the shard again") from error
+                raise error.refusal() from error
             wanted.end_file()
 
     def _item(self, key: int, sample: RawSample) -> Item:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from shard_factory import ids_of, make_shards, sample, write_shard
 from source_cases import image, in_parts, read, write
 
-from navit_clip.errors import SkipSampleError, UserError
+from navit_clip.data import shards
+from navit_clip.errors import OutageError, SkipSampleError, UserError
 from navit_clip.evaluation import datasets
 from navit_clip.evaluation.captioned import open_captioned
+from navit_clip.retries import GaveUpError, RemoteError
 
 
 def described(root, content, split=None, images="images"):
@@ -50,6 +53,27 @@ def test_a_truncated_shard_stops_an_evaluation(tmp_path):
     shard.write_bytes(shard.read_bytes()[:4000])
     with pytest.raises(UserError, match=r"00000\.tar.*fetch the shard again"):
         read(open_captioned(str(shard), None, None, ["txt"], None))
+
+
+@pytest.mark.parametrize(
+    ("error", "outage"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (GaveUpError("Service Unavailable, after 10 attempts"), True),
+        (RemoteError("Access Denied"), False),
+    ],
+)
+def test_an_outage_may_be_over_when_the_ranks_start_again(error, outage, tmp_path, monkeypatch):
+    (shard,) = make_shards(tmp_path, [3])
+    dataset = open_captioned(str(shard), None, None, ["txt"], None)
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(shards, "_open", fail)
+    with pytest.raises(UserError, match=r"00000\.tar.*fetch the shard again") as caught:
+        read(dataset)
+    assert isinstance(caught.value, OutageError) == outage
 
 
 # COCO
