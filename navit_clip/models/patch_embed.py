@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from navit_clip.models.linear import Linear
+from navit_clip.models.weights import Constants
 
 _CONSTANTS = ("pixel_scale", "pixel_shift")
 
 
-class PatchEmbed(Linear):
+class PatchEmbed(Linear, Constants):
     """Normalises pixels, uint8 as the data pipeline left them, and maps each patch to a token.
 
     Args:
@@ -45,10 +46,15 @@ class PatchEmbed(Linear):
         pixels = patch_size**2
         super().__init__(3 * pixels, width, bias=bias)
         self.patch_size = patch_size
-        std, mean = torch.tensor(pixel_std), torch.tensor(pixel_mean)
-        # (x/255 - mean) / std as one multiply and one add over a whole patch.
-        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).repeat(pixels), persistent=False)
+        self._pixel_mean, self._pixel_std = tuple(pixel_mean), tuple(pixel_std)
+        self.make_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        """(x/255 - mean) / std as one multiply and one add over a whole patch."""
+        std, mean = torch.tensor(self._pixel_std), torch.tensor(self._pixel_mean)
+        pixels = self.patch_size**2
+        values = (1 / (255 * std)).repeat(pixels), (-mean / std).repeat(pixels)
+        return dict(zip(_CONSTANTS, values, strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchEmbed:
         """Moves and converts the module; the constants stay in float32 at least."""

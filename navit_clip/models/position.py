@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from navit_clip.configs import check_choices
 from navit_clip.models.interpolate import Interpolation, exact_dtype, resized
+from navit_clip.models.weights import Constants
 
 ANY_SIDE = 1 << 20  # the limit of positions relative to the side, which have none
 TABLE_STD = 0.02  # as ViT and big_vision initialise learned positions
@@ -139,22 +140,26 @@ def longer_sides(sides_T2: Tensor) -> Tensor:
     return sides_T2.amax(1, keepdim=True).expand(-1, 2)
 
 
-class TableAxis(nn.Module):
+class TableAxis(Constants):
     """One axis from a table: by index, by linear interpolation if fractional, or resized."""
 
     table: Tensor
 
     def __init__(self, config: PositionConfig, width: int) -> None:
         super().__init__()
-        self.config = config
-        if config.embedding == "sinusoidal":
-            table = sinusoids(config.table_side, width)
-            self.register_buffer("table", table, persistent=False)
-        else:
+        self.config, self._width = config, width
+        self.make_constants()
+        if config.embedding != "sinusoidal":
             self.table = nn.Parameter(torch.empty(config.table_side, width))
             # A product of two small tables would start near zero and hardly move: start near one.
             mean = 1.0 if config.combine == "product" else 0.0
             nn.init.normal_(self.table, mean, TABLE_STD)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The table, unless it is learned."""
+        if self.config.embedding != "sinusoidal":
+            return {}
+        return {"table": sinusoids(self.config.table_side, self._width)}
 
     def forward(self, index_T: Tensor, side_T: Tensor) -> Tensor:
         """[T] integers to [T, C]."""

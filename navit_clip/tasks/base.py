@@ -22,6 +22,7 @@ from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.evaluation.models import Model
+from navit_clip.models.weights import build_with
 from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.media import Drawing, Media
@@ -73,6 +74,10 @@ class Task(ABC):
     @abstractmethod
     def build_model(self) -> nn.Module:
         """A new model with random weights, on the host."""
+
+    def model_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A model as of `build_model`, on the host, that takes these weights over uncopied."""
+        return build_with(self.build_model, weights)
 
     @abstractmethod
     def build_samples(self, tokenizer: Tokenizer | None, seed: int) -> SampleBuilder:

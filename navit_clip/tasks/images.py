@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +24,7 @@ from navit_clip.export.description import Description
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel, build_model
 from navit_clip.models.image_tower import ImageTowerConfig
+from navit_clip.models.weights import build_with
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.precision import Precision
@@ -174,12 +176,12 @@ class ImageTask(Task):
 
     def export(self, weights: Mapping[str, Tensor] | None, tokenizer: Tokenizer | None) -> AnyModel:
         """The model with all that belongs to it, in evaluation mode."""
+        build = partial(build_model, self.description, tokenizer)
+        if weights is not None:
+            return build_with(build, weights).eval()
         # What it draws for its first weights must not cost the caller's generator anything.
         with torch.random.fork_rng(devices=[]):
-            model = build_model(self.description, tokenizer)
-        if weights is not None:
-            model.load_state_dict(dict(weights), assign=True)
-        return model.eval()
+            return build().eval()
 
     def examples(
         self, inputs: Inputs, outputs: Sequence[Tensor], tokenizer: Tokenizer | None

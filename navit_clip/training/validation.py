@@ -94,8 +94,7 @@ class Validation:
         Raises:
             UserError: If a shard cannot be read or no sample be used, on all ranks alike.
         """
-        model = self.task.build_model()
-        model.load_state_dict(weights, assign=True)
+        model = self.task.model_of(weights)
         model.to(self.ranks.device).eval()
         own = []
         with fail_together(self.ranks), torch.no_grad():

@@ -1,0 +1,49 @@
+"""A model of weights that are there, without random ones first.
+
+Those cost seconds: `torch.nn.init` draws 300 million numbers of a ViT-L/16 on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Constants(nn.Module):
+    """A module with buffers that its configuration gives, and no state dict holds."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """Their values by name, on the default device."""
+        raise NotImplementedError
+
+    def make_constants(self) -> None:
+        """Registers them, or makes them again."""
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+
+def build_with(build: Callable[[], Model], weights: Mapping[str, Tensor]) -> Model:
+    """A model of these weights, which it takes over without a copy.
+
+    Args:
+        build: Makes one with random weights, on the default device.
+        weights: Of all parameters.
+    """
+    with torch.device("meta"):
+        model = build()
+    for module in model.modules():
+        if isinstance(module, Constants):
+            module.make_constants()
+    persistent = model.state_dict().keys()
+    if any(buffer.is_meta and name not in persistent for name, buffer in model.named_buffers()):
+        # A model of one's own may make its buffers as it likes. What it draws beside must not cost
+        # the caller's generator anything.
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+    model.load_state_dict(dict(weights), assign=True)
+    return model
