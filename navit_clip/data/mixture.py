@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from navit_clip.data.config import DataConfig
-from navit_clip.data.patterns import expand_shards, is_stored, is_url, shard_names
+from navit_clip.data.patterns import (
+    expand_shards,
+    first_shard,
+    is_stored,
+    is_url,
+    shard_names,
+)
 from navit_clip.errors import UserError
 
 _MUCH_UNREAD = 0.05
@@ -56,8 +62,7 @@ class Mixture:
         Raises:
             UserError: If no shards are configured, or a pattern matches none.
         """
-        if not config.datasets:
-            raise UserError("data.train is empty: give the training shards, --data.train PATH")
+        _check_given(config)
         total = sum(dataset.weight for dataset in config.datasets.values())
         shards: list[str] = []
         datasets = []
@@ -105,6 +110,28 @@ class Mixture:
             for shard in dataset.shards
         ]
         return f"{len(lines)} shards {hashlib.sha256('|'.join(lines).encode()).hexdigest()[:12]}"
+
+
+def first_shards(config: DataConfig) -> dict[str, str]:
+    """The first shard of each dataset by name, without a look at most of the others.
+
+    Raises:
+        UserError: If no shards are configured, or the first pattern of a dataset matches none.
+    """
+    _check_given(config)
+    return {
+        name: first_shard(
+            dataset.patterns,
+            allow_commands=config.allow_commands,
+            files=dataset.files or config.files,
+        )
+        for name, dataset in config.datasets.items()
+    }
+
+
+def _check_given(config: DataConfig) -> None:
+    if not config.datasets:
+        raise UserError("data.train is empty: give the training shards, --data.train PATH")
 
 
 def _unread(shards: int, readers: int) -> float:

@@ -41,6 +41,7 @@ _MAGIC = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"[{}\\]")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:(?://([^/?#]*))?([^?#]*)", re.IGNORECASE)
 _NO_FILE = ("", ".", "..")
+_NONE_GIVEN = "no shards given: name at least one .tar file, folder or pattern"
 
 
 def is_url(shard: str) -> bool:
@@ -80,13 +81,29 @@ def expand_shards(
     lookup = _Lookup(allow_commands, files)
     shards = [shard for pattern in patterns for shard in lookup.expand(pattern)]
     if not shards:
-        raise UserError("no shards given: name at least one .tar file, folder or pattern")
+        raise UserError(_NONE_GIVEN)
     unique: dict[str, str] = {}
     folders = cache(_absolute_folder)  # of which few differ
     for shard in shards:
         # The same file under two spellings, such as a list's ``../a/0.tar``, would be read twice.
         unique.setdefault(shard if _SCHEME.match(shard) else _absolute(shard, folders), shard)
     return list(unique.values())
+
+
+def first_shard(
+    patterns: Sequence[str], *, allow_commands: bool = False, files: FilesConfig = _FILES
+) -> str:
+    """The first of `expand_shards`, without a look at what the later patterns stand for.
+
+    Raises:
+        OutageError: If a store does not answer.
+        UserError: If there is none.
+    """
+    lookup = _Lookup(allow_commands, files)
+    for pattern in patterns:
+        for shard in lookup.expand(pattern):
+            return shard
+    raise UserError(_NONE_GIVEN)
 
 
 def _absolute(path: str, folders: Callable[[str], str]) -> str:

@@ -13,7 +13,7 @@ from navit_clip.data.annotations.class_names import CLASSNAMES, names_beside, re
 from navit_clip.data.builders.labelled import LabelledBuilder, LabelledInputs
 from navit_clip.data.config import DataConfig
 from navit_clip.data.labels import LabelReader
-from navit_clip.data.mixture import Mixture
+from navit_clip.data.mixture import Mixture, first_shards
 from navit_clip.data.pieces import Piece
 from navit_clip.errors import UserError
 from navit_clip.export.description import Description
@@ -154,9 +154,7 @@ class ClassifyTask(ImageTask):
 def _read_names(path: str | None, data: DataConfig) -> list[str]:
     """Class names of the list, or of those beside the shards."""
     found = [] if path is None else read_places(path, "task.classes")
-    mixture = Mixture.find(data)
-    for dataset in mixture.datasets:
-        first = mixture.shards[dataset.shards[0]]
+    for name, first in first_shards(data).items():
         # None of a table whose labels are indices.
         beside = first.classnames if isinstance(first, Piece) else names_beside(first)
         if not found:
@@ -164,7 +162,7 @@ def _read_names(path: str | None, data: DataConfig) -> list[str]:
         # A list of one's own may have other words for them.
         elif beside and found != list(beside) and (path is None or set(found) == set(beside)):
             raise UserError(
-                f"{CLASSNAMES} beside the shards of {dataset.name} has other classes, or another "
+                f"{CLASSNAMES} beside the shards of {name} has other classes, or another "
                 "order, than the list before it: class indices would mean others; use one list"
             )
     if not found:

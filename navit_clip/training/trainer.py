@@ -131,13 +131,19 @@ class _Run:
             )
         self.over = config.length.is_over(self.start, seen)
         torch.manual_seed(config.seed)
+        self.mixture = Mixture.find(config.data)
         self.task = config.task.build(config.data)
         model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
         torch.manual_seed(config.seed + ranks.rank)  # each draws its own in training
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)
         validation = open_validation(
-            config.eval.validation, config.task, config.data, self.tokenizer, ranks
+            config.eval.validation,
+            config.task,
+            config.data,
+            self.mixture,
+            self.tokenizer,
+            ranks,
         )
         shows = config.log.media_every_steps > 0
         self.evaluations = Evaluations(
@@ -149,7 +155,6 @@ class _Run:
             state = self.stepper.state()
             saved = self.checkpoints.load(self.start, state)
             self.stepper.load_state(state)
-        self.mixture = Mixture.find(config.data)
         self.data_state = open_states(
             saved, self.mixture, config.seed, workers=config.data.workers, ranks=ranks
         )

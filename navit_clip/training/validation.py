@@ -125,10 +125,19 @@ def open_validation(
     config: ValidationConfig,
     task: TaskConfig,
     data: DataConfig,
+    mixture: Mixture,
     tokenizer: Tokenizer | None,
     ranks: Ranks,
 ) -> Validation | None:
-    """The validation of a run of this task, data and tokenizer; None without data.validation.
+    """The validation of a run; None without data.validation.
+
+    Args:
+        config: When, and in what batches.
+        task: Of the run.
+        data: Of the run.
+        mixture: The training shards.
+        tokenizer: Of the run.
+        ranks: This process among all of them.
 
     Raises:
         UserError: If there are no such shards, one is trained on too, or no sample can be used.
@@ -137,13 +146,13 @@ def open_validation(
         return None
     held_out = {"data.validation": DatasetConfig(data.validation, files=data.validation_files)}
     try:
-        mixture = Mixture.find(replace(data, train=[], mix=held_out))
+        own = Mixture.find(replace(data, train=[], mix=held_out))
     except UserError as error:
-        raise UserError(f"data.validation: {error}") from error
-    names = set(map(os.path.basename, mixture.shards))  # to look up few of many links
-    alike = [shard for shard in Mixture.find(data).shards if os.path.basename(shard) in names]
+        raise type(error)(f"data.validation: {error}") from error
+    names = set(map(os.path.basename, own.shards))  # to look up few of many links
+    alike = [shard for shard in mixture.shards if os.path.basename(shard) in names]
     trained = set(map(os.path.realpath, alike))
-    both = [shard for shard in mixture.shards if os.path.realpath(shard) in trained]
+    both = [shard for shard in own.shards if os.path.realpath(shard) in trained]
     if both:
         raise UserError(f"data.validation: {both[0]} is a training shard too; name another one")
     drop = data.drop if task.predicts_dropped else DropConfig()
@@ -156,9 +165,9 @@ def open_validation(
     read = replace(data, train=[], mix=mix, drop=drop, resolution=resolution)
     built = task.build(replace(read, augment=AugmentConfig()))
     build = built.build_samples(tokenizer, _SEED)
-    every = HeldOut(mixture, build, data.budget.ordered(build.streams), config.batch)
+    every = HeldOut(own, build, data.budget.ordered(build.streams), config.batch)
     # One line now rather than after a day.
     if not any(one.pieces for one in replace(every, size=1).load(0)):
         raise UserError(_NONE_USABLE)
-    own = replace(every, part=ranks.rank, parts=ranks.world_size)
-    return Validation(config, built, own, ranks)
+    held_out_part = replace(every, part=ranks.rank, parts=ranks.world_size)
+    return Validation(config, built, held_out_part, ranks)

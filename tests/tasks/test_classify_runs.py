@@ -21,6 +21,7 @@ from navit_clip import NaViTClassifier, NaViTCLIP
 from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.augment import AugmentConfig
 from navit_clip.data.config import DataConfig
+from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.models.classifier import ClassifierConfig
@@ -119,7 +120,8 @@ def test_held_out_images_have_the_same_classes(data, tmp_path):
     options = {"data__validation": shard, "eval__validation__batch": 4}
     flags = classify_flags(data, tmp_path / "run", data__train=train, **options)
     config, _ = parse_config(flags)
-    parts = config.eval.validation, config.task, config.data, None, ALONE
+    mixture = Mixture.find(config.data)
+    parts = config.eval.validation, config.task, config.data, mixture, None, ALONE
     names.write_text("red\nblue\ngreen\n")
     with pytest.raises(
         UserError, match=r"beside the shards of data\.validation has .* another order"

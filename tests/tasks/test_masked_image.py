@@ -28,6 +28,7 @@ from navit_clip.data.builders.base import Origin
 from navit_clip.data.builders.masked import MaskedBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.drop import DropConfig
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.sizing import ResolutionConfig
 from navit_clip.distributed import Ranks
@@ -302,7 +303,8 @@ def test_held_out_images_hide_as_many_patches_as_training_does_in_the_end(data, 
     options = {"data__train": data / "{00000..00001}.tar", "data__drop__ramp_images": 10**6}
     words = flags(data, tmp_path, data__validation=data / "00002.tar", **options)
     config, _ = parse_config(words)
-    validation = open_validation(config.eval.validation, config.task, config.data, None, ALONE)
+    parts = config.eval.validation, config.task, config.data, Mixture.find(config.data), None
+    validation = open_validation(*parts, ALONE)
     (batch,) = validation.held_out.load(0)
     visible, whole = (
         sum(sum(part.segments.lengths[: part.segments.num_examples]) for part in parts)

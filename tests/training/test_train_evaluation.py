@@ -10,6 +10,7 @@ from distributed import run_ranks
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.averages import local_tensor
+from navit_clip.data.mixture import Mixture
 from navit_clip.distributed import Ranks, join_ranks
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
@@ -211,7 +212,9 @@ def open_run(flags, ranks):
     stepper = build_stepper(config, task, task.build_model(), ranks)
     tokenizer = build_tokenizer(config.tokenizer)
     run_dir = Path(config.run_dir)
-    validation = open_validation(config.eval.validation, config.task, config.data, tokenizer, ranks)
+    mixture = Mixture.find(config.data)
+    parts = config.eval.validation, config.task, config.data, mixture, tokenizer
+    validation = open_validation(*parts, ranks)
     evaluations = Evaluations(config.eval, run_dir, task, tokenizer, ranks, validation)
     return stepper, evaluations, tokenizer
 

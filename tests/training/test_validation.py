@@ -14,8 +14,10 @@ from shard_factory import write_shard
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch.nn import functional as F
 
+from navit_clip.data import mixture
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.decode import find_image
+from navit_clip.data.mixture import Mixture
 from navit_clip.data.shards import read_shard
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -52,7 +54,9 @@ def flags_of(data, run_dir, steps=4, **changes):
 def validation_of(flags):
     config, _ = parse_config(flags)
     tokenizer = build_tokenizer(config.tokenizer)
-    return open_validation(config.eval.validation, config.task, config.data, tokenizer, ALONE)
+    train = Mixture.find(config.data)
+    parts = config.eval.validation, config.task, config.data, train, tokenizer
+    return open_validation(*parts, ALONE)
 
 
 def loss_of(flags, workers=0):
@@ -209,6 +213,20 @@ def test_a_run_logs_it_and_trains_as_without_also_when_continued(
     assert run(monkeypatch, flags) == 0
     assert logged(run_dir) == found
     assert trained(run_dir) == trained(plain)
+
+
+def test_a_run_looks_its_training_shards_up_once(data, tmp_path, monkeypatch):
+    looked, expand = [], mixture.expand_shards
+
+    def look(patterns, **options):
+        looked.append(patterns)
+        return expand(patterns, **options)
+
+    monkeypatch.setattr(mixture, "expand_shards", look)
+    flags = flags_of(data, tmp_path / "run", 3)
+    assert run(monkeypatch, flags) == 0
+    config, _ = parse_config(flags)
+    assert looked == [[config.data.train], [config.data.validation]]
 
 
 MISTAKES = [
