@@ -59,6 +59,23 @@ def is_list(pattern: str) -> bool:
     return pattern.endswith(_LISTS) and os.path.isfile(pattern)
 
 
+class Listed(str):
+    """A pattern with the shards that were found for it, which are taken as they are.
+
+    Args:
+        pattern: As the user wrote it.
+        shards: The names of shards.
+    """
+
+    shards: list[str]
+
+    def __new__(cls, pattern: str, shards: Sequence[str] = ()) -> Listed:
+        """The text is the pattern's."""
+        self = super().__new__(cls, pattern)
+        self.shards = list(shards)
+        return self
+
+
 def expand_shards(
     patterns: Sequence[str], *, allow_commands: bool = False, files: FilesConfig = _FILES
 ) -> list[str]:
@@ -131,6 +148,9 @@ class _Lookup:
 
     def expand(self, pattern: str, folder: str | None = None) -> Iterator[str]:
         """Yields the shards of a pattern, relative to the folder of the list that it stands in."""
+        if isinstance(pattern, Listed):
+            yield from pattern.shards
+            return
         scheme = _SCHEME.match(pattern)
         if scheme and self._is_here(pattern.partition("/")[0], folder):
             # A folder with a colon in its name; written so, nothing behind takes it for a scheme.

@@ -52,6 +52,8 @@ class EvalSpec:
         max_pixels: Images of more pixels are skipped, as their header tells.
     """
 
+    SHARDS: ClassVar[tuple[str, ...]] = ("data",)  # fields that may name shards
+
     max_tokens: tuple[int, ...] = ()
     native: bool = False
     square: tuple[int, ...] = ()

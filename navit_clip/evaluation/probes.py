@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class ProbeSpec(LabelledSpec):
         train_labels: The label file of `train`, as `labels` is that of `data`.
         field: Where samples of shards have their labels: ``cls``, or ``json.FIELD``.
     """
+
+    SHARDS: ClassVar[tuple[str, ...]] = ("data", "train")
 
     train: str
     train_labels: str | None = None

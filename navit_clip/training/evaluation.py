@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,11 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from navit_clip.configs import config_from_dict, parser_message
+from navit_clip.data.listings import as_listed, list_stored, on_first_rank
+from navit_clip.data.patterns import Listed
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
+from navit_clip.evaluation.embed import fail_together
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.registry import EVALUATORS
 from navit_clip.evaluation.results import EvalResult
@@ -152,16 +155,30 @@ class Evaluations:
             return
         with torch.device("meta"):  # of shapes alone
             model = task.eval_model(task.export(None, tokenizer), "")
+        found = on_first_rank(ranks, self._list_stored)
+        self._plans = {
+            name: plan._replace(spec=_with_listed(plan.spec, found))
+            for name, plan in self._plans.items()
+        }
         # Everything is opened once: better one line now than after a day.
-        for name, plan in self._plans.items():
-            try:
-                plan.kind(plan.spec).check(model)
-            except UserError as error:
-                raise UserError(f"eval.evaluators.{name}: {error}") from error
+        with fail_together(ranks):
+            for name, plan in self._plans.items():
+                # Stores show all ranks the same; a node may lack what is local.
+                if ranks.is_first or not _is_listed(plan.spec):
+                    with _naming(name):
+                        plan.kind(plan.spec).check(model)
         if config.best is not None:
             lower = self._lower_is_better(config.best, model.own_setting)
             if ranks.is_first:
                 self._best = BestModel(run_dir, config.best, lower=lower)
+
+    def _list_stored(self) -> dict[str, list[str]]:
+        """What stores hold for the evaluators, by pattern."""
+        found: dict[str, list[str]] = {}
+        for name, plan in self._plans.items():
+            with _naming(name):
+                found |= list_stored([shards for _, shards in _shards_of(plan.spec)])
+        return found
 
     def due(self, step: int, *, last: bool, logged: Collection[str] = ()) -> list[str]:
         """Names of the evaluators that are due, `VALIDATION` among them.
@@ -301,6 +318,33 @@ class Evaluations:
             there = f"only {', '.join(known)}" if known else "there is no evaluator"
             raise UserError(f"eval.best: nothing reports {best!r}, {there}")
         return known[best]
+
+
+@contextmanager
+def _naming(evaluator: str) -> Iterator[None]:
+    """Around what is done for one evaluator, which its errors then name."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"eval.evaluators.{evaluator}: {error}") from error
+
+
+def _shards_of(spec: EvalSpec) -> list[tuple[str, str]]:
+    """Fields of a specification that name data which may be shards, and what they name."""
+    fields = ((name, getattr(spec, name, None)) for name in spec.SHARDS)
+    return [(name, value) for name, value in fields if value is not None]
+
+
+def _with_listed(spec: EvalSpec, found: Mapping[str, list[str]]) -> EvalSpec:
+    listed: dict[str, Any] = {
+        name: as_listed([value], found)[0] for name, value in _shards_of(spec)
+    }
+    return replace(spec, **listed)
+
+
+def _is_listed(spec: EvalSpec) -> bool:
+    shards = [value for _, value in _shards_of(spec)]
+    return bool(shards) and all(isinstance(value, Listed) for value in shards)
 
 
 @contextmanager

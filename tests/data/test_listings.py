@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import fsspec
@@ -12,7 +13,8 @@ from distributed import run_ranks
 
 from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.listings import list_once
-from navit_clip.data.mixture import Mixture
+from navit_clip.data.mixture import Mixture, first_shards
+from navit_clip.data.patterns import expand_shards
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 
@@ -60,20 +62,24 @@ def test_rank_0_alone_asks_a_store(tmp_path):
         assert error.startswith("no shard found at memory://b/none/*.tar")
         assert mixture.shards == (*a, local, *c, "https://h/0.tar", "https://h/1.tar")
         assert [one.weight for one in mixture.datasets] == [0.25, 0.75]
-        assert config.validation == ["memory:///b/held/0.tar"]
+        assert config.validation == ["memory://b/held"]
+        assert expand_shards(config.validation) == ["memory:///b/held/0.tar"]
 
 
-def test_it_is_asked_once(monkeypatch):
-    fill("/b/0.tar", "/b/1.tar")
+def test_it_is_asked_once():
+    # Whatever their names, which could be patterns too.
+    fill("/b/a[0].tar", "/b/a{1,2}.tar")
     config = list_once(DataConfig(train="memory://b/*.tar"), ALONE)
     fill("/b/2.tar")  # arrives while the run begins
-    assert len(Mixture.find(config).shards) == 2
+    shards = ("memory:///b/a[0].tar", "memory:///b/a{1,2}.tar")
+    assert Mixture.find(config).shards == shards
+    assert first_shards(config) == {"train": shards[0]}
+    assert Mixture.find(pickle.loads(pickle.dumps(config))).shards == shards
 
 
 @pytest.mark.parametrize(
     ("names", "pattern"),
     [
-        (["/b/a[0].tar", "/b/a{1,2}.tar"], "memory://b/*.tar"),  # to be taken as they are
         (["/b/0.tar"], "local/*.tar"),
         (["/b/0.tar"], "local/list.txt"),
         (["/b/0.tar"], "scheme:local/*.tar"),

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
+from fsspec.implementations.local import LocalFileSystem
+from shard_factory import sample, write_shard
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.averages import local_tensor
 from navit_clip.data.mixture import Mixture
 from navit_clip.distributed import Ranks, join_ranks
+from navit_clip.errors import UserError
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
@@ -20,7 +23,7 @@ from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
-from navit_clip.training.evaluation import VALIDATION, Evaluations
+from navit_clip.training.evaluation import VALIDATION, EvalConfig, Evaluations
 from navit_clip.training.metrics import Interval
 from navit_clip.training.trainer import build_stepper
 from navit_clip.training.validation import open_validation
@@ -296,6 +299,65 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
         for _, still, weights in (first[kind], second[kind]):
             assert still
             assert all(torch.equal(weights[n], w) for n, w in stepper.model.state_dict().items())
+
+
+def evaluate_stored(flags, stored):
+    """What each rank finds of shards in a store, and how often it asked that for a list."""
+    asked, find = [], LocalFileSystem.glob
+
+    def glob(self, path, **options):
+        asked.append(path)
+        return find(self, path, **options)
+
+    LocalFileSystem.glob = glob
+    with join_ranks("cpu") as ranks:
+        stepper, evaluations, _ = open_run(flags, ranks)
+        results = list(evaluations.run(["held-out", "probe"], 3, stepper, Heartbeats()))
+        wrong = {"a": {"kind": "retrieval", "data": f"{stored}/none/*.tar"}}
+        try:
+            Evaluations(EvalConfig(wrong), Path(), stepper.task, None, ranks)
+        except UserError as error:
+            return [values for values, *_ in results], asked, str(error)
+    return None
+
+
+def test_one_rank_alone_asks_a_store_once_what_it_holds_for_the_evaluators(data, tmp_path):
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    for number in range(2):
+        samples = {
+            f"{n}": {"png": sample(n)["png"], "cls": b"%d" % (n % 2)} for n in range(number, 8)
+        }
+        write_shard(folder / f"{number}.tar", samples)
+    shards = f"{data}/shapes/train/0000[01].tar"
+    stored, local = [
+        {
+            "held-out": {"kind": "retrieval", "data": prefix + shards},
+            "probe": {
+                "kind": "linear",
+                "data": f"{prefix}{folder}/*.tar",
+                "train": f"{prefix}{folder}/0.tar",
+            },
+        }
+        for prefix in ("file://", "")
+    ]
+    flags = flags_of(data, tmp_path / "run", 3, stored)
+    first, second = run_ranks(evaluate_stored, 2, flags, f"file://{tmp_path}", initialise=False)
+    asked = [path.removeprefix("file://") for path in first[1]]
+    assert asked == [shards, f"{folder}/*.tar", f"{tmp_path}/none/*.tar"]
+    assert second[1] == []
+    for *_, error in (first, second):
+        assert error.startswith("eval.evaluators.a: no shard found at file://")
+    flags = flags_of(data, tmp_path / "run", 3, local)
+    stepper, evaluations, _ = open_run(flags, ALONE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has
+    alone = evaluations.run(["held-out", "probe"], 3, stepper, Heartbeats())
+    for found, (expected, *_) in zip(first[0], alone, strict=True):
+        assert {k: v for k, v in found.items() if not k.endswith("/seconds")} == {
+            k: v for k, v in expected.items() if not k.endswith("/seconds")
+        }
+    torch.set_num_threads(threads)
 
 
 MISTAKES = [
