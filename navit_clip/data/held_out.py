@@ -8,7 +8,7 @@ read by one of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from navit_clip.data.budgets import Budgets
 from navit_clip.data.builders.base import Origin, SampleBuilder
 from navit_clip.data.mixture import Mixture
 from navit_clip.data.packer import Packer
+from navit_clip.data.pieces import Piece
 from navit_clip.data.raw_sample import RawSample
 from navit_clip.data.shards import EveryNth, ShardError, read_shard
 from navit_clip.data.shared_batch import SharedBatch
@@ -44,8 +45,14 @@ class HeldOutBatch(NamedTuple):
     skipped: int
 
 
+class _Counts(NamedTuple):
+    """What a reader that has come to the end knows of the shards."""
+
+    counts: list[int | None]
+
+
 @dataclass(eq=False)
-class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
+class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | _Counts | UserError"]):
     """Every `parts`-th batch of some shards, from batch `part` on.
 
     Attributes:
@@ -55,6 +62,8 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
         size: Samples in a batch; the last one has what is left.
         part: Which batches, such as those of a rank.
         parts: How many share them.
+        counts: Samples in each shard, as far as they are known: one without a sample of this part's
+            is not read. Filled in by the first reading to the end.
     """
 
     mixture: Mixture
@@ -63,6 +72,11 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
     size: int
     part: int = 0
     parts: int = 1
+    counts: list[int | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            self.counts = [s.size if isinstance(s, Piece) else None for s in self.mixture.shards]
 
     def load(self, workers: int) -> Iterator[HeldOutBatch]:
         """Yields the batches, read by so many processes or in this one, in any order.
@@ -80,9 +94,12 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
         for batch in batches_of(loader):
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            if isinstance(batch, _Counts):
+                self.counts[:] = batch.counts
+            else:
+                yield batch
 
-    def __iter__(self) -> Iterator[HeldOutBatch | SharedBatch | UserError]:
+    def __iter__(self) -> Iterator[HeldOutBatch | SharedBatch | _Counts | UserError]:
         worker, workers = 0, 1
         if info := get_worker_info():
             worker, workers = info.id, info.num_workers
@@ -92,6 +109,7 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
             for number, samples in groupby(self._read(own), key=itemgetter(0)):
                 batch = self._build(number, samples)
                 yield SharedBatch(batch) if info else batch
+            yield _Counts(self.counts)
         except UserError as error:
             yield error  # raised here it would arrive inside a worker's traceback, as text
 
@@ -99,11 +117,22 @@ class HeldOut(IterableDataset["HeldOutBatch | SharedBatch | UserError"]):
         """Numbers of the batch and of the shard, and the sample."""
         shards = zip(self.mixture.shards, self.mixture.names, strict=True)
         for shard, (path, name) in enumerate(shards):
+            count = self.counts[shard]
+            if count is not None and own.passes(count):
+                continue
+            before = own.place
             try:
                 for raw in read_shard(path, own, name):
                     yield own.place // self.size, shard, raw
             except ShardError as error:
                 raise error.refusal("data.validation: ") from error
+            found = self.counts[shard] = own.place - before
+            # The parts that did not read it would share out its samples otherwise.
+            if count not in (None, found):
+                raise UserError(
+                    f"data.validation: {name} has {found:,} samples and had {count:,}, or its "
+                    "manifest.jsonl says so: leave the shards as they are while a run goes on"
+                )
 
     def _build(self, number: int, samples: Iterable[tuple[int, int, RawSample]]) -> HeldOutBatch:
         packer, skipped = Packer[Any](self.budget, look_ahead=0), 0

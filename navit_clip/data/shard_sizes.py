@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -73,17 +73,28 @@ def _recorded(shards: set[str]) -> Iterator[tuple[str, Any]]:
     for folder in {os.path.dirname(shard) for shard in shards}:
         for sizes in _objects(os.path.join(folder, "sizes.json")):
             yield from ((os.path.join(folder, name), size) for name, size in sizes.items())
-        records = list(_objects(os.path.join(folder, "manifest.jsonl"), lines=True))
-        listing = _listing(folder) if records and _is_listed(folder) else None
-        for record in records:
-            shard = os.path.join(folder, str(record.get("shard")))
-            if listing is None:
-                found = os.path.getsize(shard) if os.path.isfile(shard) else None
-            else:
-                found = listing.get(shard)
-            # Not if the shard was written again since.
-            if found is not None and found == record.get("bytes"):
-                yield shard, record.get("samples")
+        yield from _of_manifest(folder)
+
+
+def sizes_in_manifests(shards: Sequence[str]) -> dict[str, int]:
+    """Samples by shard, where a manifest.jsonl beside it says so of a shard of as many bytes."""
+    folders = {os.path.dirname(shard) for shard in shards if not isinstance(shard, Piece)}
+    found = {shard: size for folder in folders for shard, size in _of_manifest(folder)}
+    return {s: found[s] for s in shards if s in found and type(found[s]) is int and found[s] >= 0}
+
+
+def _of_manifest(folder: str) -> Iterator[tuple[str, Any]]:
+    records = list(_objects(os.path.join(folder, "manifest.jsonl"), lines=True))
+    listing = _listing(folder) if records and _is_listed(folder) else None
+    for record in records:
+        shard = os.path.join(folder, str(record.get("shard")))
+        if listing is None:
+            found = os.path.getsize(shard) if os.path.isfile(shard) else None
+        else:
+            found = listing.get(shard)
+        # Not if the shard was written again since.
+        if found is not None and found == record.get("bytes"):
+            yield shard, record.get("samples")
 
 
 def _is_listed(address: str) -> bool:

@@ -111,6 +111,15 @@ class EveryNth:
         self.place += 1
         return self.place // self.batch % self.parts == self.part
 
+    def passes(self, count: int) -> bool:
+        """Passes over the next samples, so many of them, if it wants none of these."""
+        first = (self.place + 1) // self.batch
+        wanted = first + (self.part - first) % self.parts
+        if wanted * self.batch <= self.place + count:
+            return False
+        self.place += count
+        return True
+
 
 def _samples(tar: TarReader, shard: str, wanted: Container[int] | None) -> Iterator[RawSample]:
     index = -1

@@ -21,6 +21,7 @@ from navit_clip.data.config import DataConfig, DatasetConfig
 from navit_clip.data.drop import DropConfig
 from navit_clip.data.held_out import HeldOut
 from navit_clip.data.mixture import Mixture
+from navit_clip.data.shard_sizes import sizes_in_manifests
 from navit_clip.data.sizing import CurriculumConfig
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
@@ -169,5 +170,9 @@ def open_validation(
     # One line now rather than after a day.
     if not any(one.pieces for one in replace(every, size=1).load(0)):
         raise UserError(_NONE_USABLE)
+    # One rank alone asks, as for what there is: a store may hold the manifests.
+    known = ranks.broadcast(sizes_in_manifests(own.shards) if ranks.is_first else {})
+    for number, shard in enumerate(own.shards):
+        every.counts[number] = known.get(shard, every.counts[number])
     held_out_part = replace(every, part=ranks.rank, parts=ranks.world_size)
     return Validation(config, built, held_out_part, ranks)

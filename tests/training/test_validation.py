@@ -14,7 +14,7 @@ from shard_factory import write_shard
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch.nn import functional as F
 
-from navit_clip.data import mixture
+from navit_clip.data import held_out, mixture
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.decode import find_image
 from navit_clip.data.mixture import Mixture
@@ -160,6 +160,43 @@ def test_any_number_of_readers_share_the_same_batches(data, tmp_path, parts):
             for found, expected in zip(batch.pieces, alone[batch.number].pieces, strict=True):
                 assert torch.equal(found.images.patches, expected.images.patches)
                 assert torch.equal(found.texts.token_ids, expected.texts.token_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_batch_of_a_ranks_own_are_not_read_again(
+    data, tmp_path, monkeypatch, workers
+):
+    read: list[str] = []
+    found = validation_of(flags_of(data, tmp_path)).held_out
+    alone = [batch.number for batch in found.load(0)]
+    # Batches of 10 of 24 and 12 samples: the last two lie in the second shard alone, or partly.
+    for part, expected in enumerate([["00002"], ["00002"], ["00002", "00003"], ["00003"], [], []]):
+        own = replace(found, part=part, parts=6, counts=[])
+        first = [batch.number for batch in own.load(workers)]
+        assert own.counts == [24, 12]
+        read.clear()
+        monkeypatch.setattr(
+            held_out, "read_shard", lambda *args: read.append(args[2]) or read_shard(*args)
+        )
+        assert [batch.number for batch in own.load(0)] == first == alone[part : part + 1]
+        monkeypatch.undo()
+        assert read == expected
+
+
+def test_what_a_manifest_says_of_shards_is_known_at_once_and_checked(data, tmp_path):
+    records = []
+    for number, samples in ((2, 24), (3, 12)):
+        path = tmp_path / f"0000{number}.tar"
+        shutil.copy(data / f"shapes/train/{path.name}", path)
+        size = path.stat().st_size
+        records.append({"shard": path.name, "bytes": size, "samples": samples})
+    lines = [json.dumps(record) + "\n" for record in records]
+    (tmp_path / "manifest.jsonl").write_text("".join(lines))
+    whole = validation_of(flags_of(data, tmp_path, data__validation=tmp_path)).held_out
+    assert whole.counts == [24, 12]
+    wrong = replace(whole, counts=[24, 13])
+    with pytest.raises(UserError, match=r"^data.validation: 00003 has 12 samples and had 13, or"):
+        list(wrong.load(0))
 
 
 def test_what_cannot_be_used_is_counted_and_leaves_its_batch_smaller(data, tmp_path):
