@@ -27,6 +27,8 @@ from navit_clip.data.mixture import Mixture
 from navit_clip.data.patterns import COMMAND, is_stored, is_url
 from navit_clip.data.pieces import Piece
 from navit_clip.data.shards import MANIFEST
+from navit_clip.distributed import Ranks
+from navit_clip.errors import UserError
 from navit_clip.files import reading
 from navit_clip.stores import open_store, within
 
@@ -41,6 +43,40 @@ _TIMEOUT_S = 10.0
 Fingerprint = Sequence[Any]
 _UNKNOWN: Fingerprint = (None, None, None)
 _PARTS = ("bytes", "first bytes", "last bytes", "samples", "content", "rows", "first image")
+
+
+def look_at_shards(mixture: Mixture, before: Path | None, ranks: Ranks) -> dict[str, Fingerprint]:
+    """How the shards look, on rank 0; others than those of a checkpoint are refused.
+
+    As are different ones on different ranks, which would deal other shards to their readers, so
+    that some samples came again and others never. Every rank calls it.
+
+    Args:
+        mixture: The shards that this rank has found.
+        before: A checkpoint's file, to compare with.
+        ranks: This process among all of them.
+
+    Raises:
+        UserError: If shards differ, or the file cannot be read.
+    """
+    digests = ranks.gather([mixture.digest])
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(
+                f"rank {rank} finds other training shards ({digest}) than rank 0 ({digests[0]}): "
+                "give every node the same files under the same names before the run begins"
+            )
+    problem, found = None, dict[str, Fingerprint]()
+    if ranks.is_first:
+        found = fingerprints(mixture)
+        if before is not None:
+            problem, found = compare(before, found)
+    if (problem := ranks.broadcast(problem)) is not None:
+        raise UserError(
+            f"the checkpoint was taken with other training shards: {problem}; resume with the "
+            "same ones, or use another run_dir"
+        )
+    return found
 
 
 def fingerprints(mixture: Mixture) -> dict[str, Fingerprint]:

@@ -229,16 +229,14 @@ def count_epochs(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """
     if config.epochs is None:
         return config
-    found: int | str = 0
+    found, problem = 0, None
     if ranks.is_first:
         try:
             found = samples_per_epoch(config.data)
         except UserError as error:
-            found = str(error)
-    found = ranks.broadcast(found)
-    if isinstance(found, str):
-        raise UserError(found)
-    return replace(config, epochs=None, samples=config.epochs * found)
+            problem = error
+    ranks.raise_together(problem)
+    return replace(config, epochs=None, samples=config.epochs * ranks.broadcast(found))
 
 
 def _with_underscores(word: str) -> str:

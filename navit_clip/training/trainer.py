@@ -23,7 +23,7 @@ from navit_clip.checkpoints.checkpoint import Checkpoints
 from navit_clip.checkpoints.folder import RUN_CONFIG, RUN_SHARDS, check_room
 from navit_clip.checkpoints.lock import RunLock
 from navit_clip.checkpoints.rank_state import SavedDataStates
-from navit_clip.data.fingerprint import Fingerprint, compare, fingerprints
+from navit_clip.data.fingerprint import Fingerprint, look_at_shards
 from navit_clip.data.listings import list_once
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
@@ -171,31 +171,6 @@ class _Run:
         self.batches: Generator[Batch[Any], None, None] | None = None
         self.first: list[Batch[Any]] = []  # taken ahead of the first step
 
-    def _look_at_shards(self) -> None:
-        """Rank 0 notes how the shards look; others than those of the checkpoint are refused.
-
-        As are different ones on different ranks, which would deal other shards to their readers,
-        so that some samples came again and others never.
-        """
-        found = self.ranks.gather([self.mixture.digest])
-        for rank, digest in enumerate(found):
-            if digest != found[0]:
-                raise UserError(
-                    f"rank {rank} finds other training shards ({digest}) than rank 0 ({found[0]}): "
-                    "give every node the same files under the same names before the run begins"
-                )
-        problem = None
-        if self.ranks.is_first:
-            self.shards = fingerprints(self.mixture)
-            if self.start:
-                path = self.checkpoints.path(self.start) / RUN_SHARDS
-                problem, self.shards = compare(path, self.shards)
-        if (problem := self.ranks.broadcast(problem)) is not None:
-            raise UserError(
-                f"the checkpoint was taken with other training shards: {problem}; resume with the "
-                "same ones, or use another run_dir"
-            )
-
     def _describe(self, folder: Path) -> None:
         """Writes into a checkpoint what it takes to read it and to go on from it."""
         self.task.describe(folder)
@@ -223,7 +198,8 @@ class _Run:
         if self.over:
             return
         self.watchdog.heartbeat("the first look at the shards", slow=True)
-        self._look_at_shards()
+        before = self.checkpoints.path(self.start) / RUN_SHARDS if self.start else None
+        self.shards = look_at_shards(self.mixture, before, ranks)
         self.watchdog.heartbeat("the first batch", slow=True)
         problem: UserError | None = None
         try:
