@@ -6,6 +6,7 @@ them. Credentials are found as each store's own tools find them; none is read or
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 _KEPT: dict[int, Any] = {}
 # What another attempt would not change, "no such bucket" and "access denied" among it.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
+# Libraries have errors of their own for no credentials and for names that no bucket can have.
+_FINAL_NAMES = re.compile("Credential|Uri|Validation")
 
 
 def open_store(address: str) -> tuple[Any, str]:
@@ -79,9 +82,9 @@ def try_again(attempts: Retries, error: Exception) -> None:
     reason = _reason(error)
     if isinstance(error, FileNotFoundError):
         raise RemoteError(f"no such file or bucket ({reason})") from error
-    # Libraries have errors of their own for no credentials; that of Google's knows two kinds of no.
+    # Google's knows two kinds of no.
     refused = reason.startswith("Forbidden") or getattr(error, "code", None) == 401
-    if isinstance(error, _FINAL) or refused or "Credential" in type(error).__name__:
+    if isinstance(error, _FINAL) or refused or _FINAL_NAMES.search(type(error).__name__):
         raise RemoteError(reason) from error
     attempts.failed(reason)
 

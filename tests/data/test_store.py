@@ -155,12 +155,17 @@ class HttpError(Exception):
     code = 401
 
 
+class HfUriError(ValueError):
+    pass
+
+
 @pytest.mark.parametrize(
     "error",
     [
         FileNotFoundError("b/0.tar"),
         PermissionError("Access Denied"),
         NoCredentialsError("Unable to locate credentials"),
+        HfUriError("Invalid HF URI 'hf://datasets/x/*.tar'"),
         OSError("Forbidden: https://host/b/0.tar\nno access"),  # as gcsfs has them
         HttpError("Anonymous caller does not have storage.objects.get access, 401"),
     ],
