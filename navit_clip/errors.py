@@ -40,10 +40,11 @@ class OutageError(UserError):
 # Of a disk, perhaps a network's, that is full or out of reach; ESHUTDOWN is what a client of Lustre
 # gets that its servers have dropped.
 _PASSING = (
-    *(errno.EIO, errno.EREMOTEIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV),
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT),
     *(errno.ESHUTDOWN, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    *(errno.ETIMEDOUT, errno.ENOLINK, errno.ECOMM),
+    # Linux's alone.
+    *(getattr(errno, name, errno.EIO) for name in ("EREMOTEIO", "ECOMM", "ENOLINK")),
 )
 
 

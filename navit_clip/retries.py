@@ -23,9 +23,12 @@ BACK_OFF_S = 0.5  # doubles with every attempt
 BACK_OFF_LIMIT_S = 30.0
 # The longest that a server may ask for; the Hub counts requests in windows of five minutes.
 ASKED_LIMIT_S = 300.0
-# Before something out of reach, for which all attempts have failed, is taken up again. With the
-# attempts themselves about nine minutes of an outage, less than a run counts as stalled after.
+# Before something out of reach, for which all attempts have failed, is taken up again: with the
+# attempts themselves about nine minutes of refused connections.
 OUTAGE_WAITS_S = (2.0, 10.0, 30.0, 60.0)
+# After which nothing is taken up again whatever the failures take; a run counts as stalled after
+# ten minutes, and is ended after twenty.
+LONGEST_OUTAGE_S = 500.0
 
 
 class RemoteError(OSError):
@@ -45,22 +48,22 @@ class Retries:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._failures = 0
+        self._failures, self._waited_s = 0, 0.0
         self._since, self._quiet = monotonic(), False
 
     def progress(self) -> None:
         """Something came."""
-        self._failures, self._quiet = 0, True
+        self._failures, self._waited_s, self._quiet = 0, 0.0, True
 
     def failed(self, reason: str, asked_s: float = 0.0) -> None:
         """Waits before the next attempt, at least for as long as the server asked.
 
         Raises:
-            GaveUpError: After `ATTEMPTS` without progress.
+            GaveUpError: After `ATTEMPTS` without progress, or `LONGEST_OUTAGE_S` of waiting.
         """
         self._failures += 1
-        if self._failures >= ATTEMPTS:
-            raise GaveUpError(f"{reason}, after {ATTEMPTS} attempts")
+        if self._failures >= ATTEMPTS or self._waited_s > LONGEST_OUTAGE_S:
+            raise GaveUpError(f"{reason}, after {self._failures} attempts")
         late = self._failures >= SAID or monotonic() - self._since > SAID_S
         if late and not self._quiet:
             # At the start of a run nobody else can say what is waited for.
@@ -69,7 +72,9 @@ class Retries:
             line += f", attempt {self._failures} of {ATTEMPTS}"
             print(printable(line), file=sys.stderr, flush=True)
         wait = min(BACK_OFF_LIMIT_S, BACK_OFF_S * 2 ** (self._failures - 1))
-        pause(wait, at_least_s=min(asked_s, ASKED_LIMIT_S))
+        asked_s = min(asked_s, ASKED_LIMIT_S)
+        self._waited_s += asked_s + wait
+        pause(wait, at_least_s=asked_s)
 
 
 def pause(seconds: float, at_least_s: float = 0.0) -> None:

@@ -102,16 +102,19 @@ def _read(
     """
     shard, name = mixture.shards[own.shard], mixture.names[own.shard]
     done, waits = 0, iter(waits_s)
+    asked = retries.monotonic()  # since when nothing has come
     while rest := own.after(done):
         try:
             for raw in read_shard(shard, rest, name):
-                done, waits = raw.index + 1, iter(waits_s)
+                done, waits = raw.index + 1, iter(retries.OUTAGE_WAITS_S)
                 yield raw
                 if raw.index == own.last:
                     return
+                asked = retries.monotonic()
             return
         except ShardError as error:
-            wait = next(waits, None) if error.may_pass else None
+            waited_long = retries.monotonic() - asked > retries.LONGEST_OUTAGE_S
+            wait = next(waits, None) if error.may_pass and not waited_long else None
             if wait is None:
                 raise
         note(noted(shard.partition("?")[0]))

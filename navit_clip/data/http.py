@@ -190,17 +190,18 @@ def _check_status(response: urllib3.BaseHTTPResponse) -> None:
     if status not in (200, 206):
         reason = f"HTTP {status} {response.reason or ''}".strip()
         if status in _RETRIED or status >= 500:
-            raise _TryAgainError(reason, _asked_wait(response.headers))
+            raise _TryAgainError(reason, _asked_wait(status, response.headers))
         raise RemoteError(reason)
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise RemoteError(f"sent with Content-Encoding {response.headers['Content-Encoding']}")
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float:
+def _asked_wait(status: int, headers: Mapping[str, str]) -> float:
     """Seconds that a server asks to wait, on the Hub until its window of requests is over."""
     if (wait := headers.get("Retry-After", "")).isdecimal():
         return float(wait)
-    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    # The Hub says when it ends also while something is left of the quota.
+    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", "")) if status == 429 else None
     return float(window[1]) if window else 0.0
 
 

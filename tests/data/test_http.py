@@ -222,6 +222,11 @@ def test_waits_grow_and_heed_the_server(waits, monkeypatch):
         with serve(Site({}, statuses=[429, 404], refusal={name: asked})) as site:
             samples_and_error(f"{site.url}/0.tar")
         assert heeded + 0.25 <= waits[0] <= heeded + 0.5
+    waits.clear()
+    window = {"RateLimit": '"resolvers";r=4980;t=287'}  # is no reason to wait for its end
+    with serve(Site({}, statuses=[502, 404], refusal=window)) as site:
+        samples_and_error(f"{site.url}/0.tar")
+    assert waits[0] <= 0.5
 
 
 @pytest.mark.parametrize(

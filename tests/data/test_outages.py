@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import runpy
 import tarfile
 from collections import Counter
 
@@ -11,8 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from navit_clip import retries
-from navit_clip.data import shards
+from navit_clip import errors, retries
+from navit_clip.data import dataset_reader, shards
 from navit_clip.data.builders.base import Origin
 from navit_clip.data.config import DataConfig
 from navit_clip.data.dataset_reader import DatasetReader, read_again
@@ -149,6 +150,54 @@ def test_a_disk_that_stays_away_ends_the_run(local, clock, monkeypatch):
     failing_disk(monkeypatch, None, -1)
     with pytest.raises(OutageError, match=r"^shards are out of reach"):
         one_epoch(local)
+
+
+def test_a_shard_behind_one_that_was_given_up_is_waited_for_once_it_has_given_samples(
+    local, clock, monkeypatch
+):
+    down, blips = [], []
+
+    def read(path, wanted, name):
+        if not down or path == down[0]:
+            down[:] = [path]  # the first one, always
+            raise shards.ShardError(path) from OSError(errno.EIO, "Input/output error")
+        for raw in shards.read_shard(path, wanted, name):
+            if raw.index == 5 and not blips:
+                blips.append(path)
+                raise shards.ShardError(path) from OSError(errno.EIO, "Input/output error")
+            yield raw
+
+    monkeypatch.setattr(dataset_reader, "read_shard", read)
+    seen, (counts, _) = one_epoch(local)
+    assert len(blips) == 1
+    assert len(seen) == len(EVERYTHING) - SAMPLES
+    assert counts.keys() == {"bad_shard"}
+
+
+def test_a_server_that_asks_for_long_again_and_again_is_given_up(clock):
+    attempts = retries.Retries("https://h/0.tar")
+    for _ in range(2):
+        attempts.failed("HTTP 429", asked_s=280.0)
+    with pytest.raises(retries.GaveUpError, match="after 3 attempts"):
+        attempts.failed("HTTP 429", asked_s=280.0)
+    assert clock.now < 600
+
+
+def test_attempts_that_each_take_long_are_not_taken_up_again(stored, clock, monkeypatch):
+    def info(self, path, **options):
+        clock.now += 60.0  # nothing comes
+        raise TimeoutError("no answer for 60 s")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    with pytest.raises(OutageError, match=r"^shards are out of reach"):
+        one_epoch(stored, clock=clock)
+    assert clock.now < 1800
+
+
+def test_other_systems_know_fewer_errors(monkeypatch):
+    for name in ("EREMOTEIO", "ECOMM", "ENOLINK"):
+        monkeypatch.delattr(errno, name)
+    assert runpy.run_path(errors.__file__)["may_pass"](OSError(errno.EIO, "…"))
 
 
 def test_what_is_gone_is_not_waited_for(local, clock, monkeypatch):
