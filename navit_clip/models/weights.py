@@ -34,16 +34,28 @@ def build_with(build: Callable[[], Model], weights: Mapping[str, Tensor]) -> Mod
         build: Makes one with random weights, on the default device.
         weights: Of all parameters.
     """
-    with torch.device("meta"):
-        model = build()
-    for module in model.modules():
-        if isinstance(module, Constants):
-            module.make_constants()
-    persistent = model.state_dict().keys()
-    if any(buffer.is_meta and name not in persistent for name, buffer in model.named_buffers()):
-        # A model of one's own may make its buffers as it likes. What it draws beside must not cost
-        # the caller's generator anything.
+    model = _without_weights(build)
+    if model is None:
+        # A model of one's own may make what it holds as it likes. What it draws beside must not
+        # cost the caller's generator anything.
         with torch.random.fork_rng(devices=[]):
             model = build()
     model.load_state_dict(dict(weights), assign=True)
     return model
+
+
+def _without_weights(build: Callable[[], Model]) -> Model | None:
+    """A model that lacks its weights alone; None if it cannot be had so."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (NotImplementedError, RuntimeError):  # one that asks for the value of a tensor
+        return None
+    for module in model.modules():
+        if isinstance(module, Constants):
+            module.make_constants()
+    persistent = model.state_dict().keys()
+    buffers = (buffer for name, buffer in model.named_buffers() if name not in persistent)
+    others = (value for module in model.modules() for value in vars(module).values())
+    rest = (value for value in (*buffers, *others) if isinstance(value, Tensor))
+    return None if any(value.is_meta for value in rest) else model

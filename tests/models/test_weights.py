@@ -18,11 +18,30 @@ class Own(nn.Module):
         self.register_buffer("steps", torch.arange(3.0), persistent=False)
 
 
+class Asking(Own):
+    """Asks for the value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = torch.linspace(0, 0.1, 3).tolist()
+
+
+class Keeping(Own):
+    """Keeps a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        del self.steps
+        self.places = torch.arange(3.0)
+
+
 MODULES = {
     "patches": lambda: PatchEmbed(4, 8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), bias=True),
     "sinusoids": lambda: build_position(PositionConfig(embedding="sinusoidal"), 12),
     "a table": lambda: build_position(PositionConfig(), 12),
     "one's own": Own,
+    "one's own, asking": Asking,
+    "one's own, keeping": Keeping,
 }
 
 
@@ -41,9 +60,10 @@ def test_nothing_differs_from_one_that_was_built(name):
             assert torch.equal(tensor, other[key])
     assert all(p.data_ptr() == weights[n].data_ptr() for n, p in found.named_parameters())
     assert found.state_dict().keys() == weights.keys()
+    assert not any(value.is_meta for value in vars(found).values() if torch.is_tensor(value))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "one's own"])
+@pytest.mark.parametrize("name", [name for name in MODULES if "own" not in name])
 def test_no_random_weights_are_made(name, monkeypatch):
     weights = MODULES[name]().state_dict()
 
