@@ -211,7 +211,7 @@ def check_room(folder: Path) -> None:
     if free < needed:
         raise UserError(
             f"{folder.parent} has {free / 1e6:,.0f} MB of room, and a checkpoint takes "
-            f"{needed / 1e6:,.0f} MB: make room, or lower checkpoint.keep"
+            f"{needed / 1e6:,.0f} MB: make room, older checkpoints may go"
         )
 
 

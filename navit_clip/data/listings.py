@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from navit_clip.data.annotations.image_files import FilesConfig
 from navit_clip.data.config import DataConfig
-from navit_clip.data.patterns import Listed, expand_shards, is_list, is_stored, is_url
+from navit_clip.data.patterns import Listed, expand_shards, is_stored, is_url, lists_remote
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 
@@ -84,7 +84,7 @@ def list_stored(
     """
     found = {}
     for pattern in patterns:
-        if _is_remote(pattern) or is_list(pattern):
+        if _is_remote(pattern) or lists_remote(pattern):
             names = expand_shards([pattern], allow_commands=allow_commands, files=files)
             if all(map(_is_remote, names)):
                 found[pattern] = names
@@ -101,4 +101,4 @@ def _is_remote(name: str) -> bool:
 
 
 def _as_list(shards: str | list[str]) -> list[str]:
-    return [shards] if isinstance(shards, str) else shards
+    return ([shards] if shards else []) if isinstance(shards, str) else shards

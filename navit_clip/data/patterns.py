@@ -54,9 +54,14 @@ def is_stored(shard: str) -> bool:
     return bool(_SCHEME.match(shard)) and not shard.startswith(COMMAND) and not is_url(shard)
 
 
-def is_list(pattern: str) -> bool:
-    """Whether it is a local file that lists shards."""
-    return pattern.endswith(_LISTS) and os.path.isfile(pattern)
+def lists_remote(pattern: str) -> bool:
+    """Whether it is a local file that lists nothing but web files and objects of stores."""
+    if not pattern.endswith(_LISTS):
+        return False
+    with suppress(OSError, UnicodeDecodeError):
+        lines = _lines_of(pattern).values()
+        return bool(lines) and all(is_url(line) or is_stored(line) for line in lines)
+    return False
 
 
 class Listed(str):
@@ -161,7 +166,7 @@ class _Lookup:
         for name in _braces(pattern, kind):
             if kind == "pipe":
                 yield name
-            elif kind.startswith("http"):
+            elif kind in ("http", "https"):
                 _check_url(name)
                 yield name
             elif kind:
@@ -207,11 +212,9 @@ class _Lookup:
 
     def _read_list(self, path: str) -> Iterator[str]:
         try:
-            with open(path, encoding="utf-8-sig") as file:
-                lines = [line.strip() for line in file]
+            patterns = _lines_of(path)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as a list of shards: {error}") from error
-        patterns = {n: p for n, p in enumerate(lines, 1) if p and not p.startswith("#")}
         if not patterns:
             raise UserError(f"{path}: the list is empty, expected one shard or pattern per line")
         folder = os.path.dirname(path)
@@ -220,6 +223,13 @@ class _Lookup:
                 yield from self.expand(pattern, folder)
             except UserError as error:
                 raise type(error)(f"{path}, line {number}: {error}") from error
+
+
+def _lines_of(path: str) -> dict[int, str]:
+    """Patterns of a list by the number of their line."""
+    with open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file]
+    return {n: p for n, p in enumerate(lines, 1) if p and not p.startswith("#")}
 
 
 def _is_here(name: str, folder: str | None) -> bool:

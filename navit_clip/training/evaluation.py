@@ -24,7 +24,6 @@ from torch import Tensor
 
 from navit_clip.configs import config_from_dict, parser_message
 from navit_clip.data.listings import as_listed, list_stored, on_first_rank
-from navit_clip.data.patterns import Listed
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.embed import fail_together
@@ -163,10 +162,8 @@ class Evaluations:
         # Everything is opened once: better one line now than after a day.
         with fail_together(ranks):
             for name, plan in self._plans.items():
-                # Stores show all ranks the same; a node may lack what is local.
-                if ranks.is_first or not _is_listed(plan.spec):
-                    with _naming(name):
-                        plan.kind(plan.spec).check(model)
+                with _naming(name):
+                    plan.kind(plan.spec).check(model)
         if config.best is not None:
             lower = self._lower_is_better(config.best, model.own_setting)
             if ranks.is_first:
@@ -340,11 +337,6 @@ def _with_listed(spec: EvalSpec, found: Mapping[str, list[str]]) -> EvalSpec:
         name: as_listed([value], found)[0] for name, value in _shards_of(spec)
     }
     return replace(spec, **listed)
-
-
-def _is_listed(spec: EvalSpec) -> bool:
-    shards = [value for _, value in _shards_of(spec)]
-    return bool(shards) and all(isinstance(value, Listed) for value in shards)
 
 
 @contextmanager

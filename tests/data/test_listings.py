@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from navit_clip.data.config import DataConfig, DatasetConfig
-from navit_clip.data.listings import list_once
+from navit_clip.data.listings import list_once, list_stored
 from navit_clip.data.mixture import Mixture, first_shards
 from navit_clip.data.patterns import expand_shards
 from navit_clip.distributed import Ranks
@@ -107,3 +107,18 @@ def test_mistakes_name_what_they_are_in(tmp_path):
         list_once(DataConfig(train=f"{tmp_path}/list.txt"), ALONE)
     with pytest.raises(UserError, match=r"^data.validation: no shard found"):
         list_once(DataConfig(train=str(tmp_path / "no"), validation="memory://b/y"), ALONE)
+
+
+def test_what_is_not_given_stays_so():
+    fill("/b/0.tar")
+    mix = {"one": DatasetConfig("memory://b/*.tar")}
+    found = list_once(DataConfig(train="", mix=mix, validation=""), ALONE)
+    assert not found.train
+    assert not found.validation
+    assert len(Mixture.find(found).shards) == 1
+
+
+def test_a_list_of_tables_is_for_who_knows_their_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("img,text\nx.jpg,a\n")
+    (tmp_path / "list.txt").write_text("a.csv\n")
+    assert list_stored([f"{tmp_path}/list.txt"]) == {}
