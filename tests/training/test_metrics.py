@@ -299,3 +299,14 @@ def test_warnings_stand_above_the_bar(capsys, visible):
     assert said.out == ("warning: blocks run uncompiled\n" if visible else "")
     assert said.err == ""
     assert warnings.showwarning == shown
+
+
+def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
+    clock = iter([10.0, 12.0, 17.0, 20.0])
+    monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
+    interval = Interval(["image"], [])
+    counts = BatchCounts(10, {"image": StreamCounts(10, 10, 10, 10)})
+    interval.add(Batch(None, (), counts), wait=0.0, flops=0.0)
+    with interval.paused():
+        pass
+    assert interval.rates(ALONE)["examples_per_s"] == 2.0

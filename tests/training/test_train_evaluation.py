@@ -19,12 +19,9 @@ from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
 from navit_clip.model import NaViTCLIP
-from navit_clip.packed.batch import Batch, BatchCounts, StreamCounts
 from navit_clip.tokenizers.load import build_tokenizer
-from navit_clip.training.best import BestModel
 from navit_clip.training.config import parse_config
 from navit_clip.training.evaluation import VALIDATION, EvalConfig, Evaluations
-from navit_clip.training.metrics import Interval
 from navit_clip.training.trainer import build_stepper
 from navit_clip.training.validation import open_validation
 
@@ -397,58 +394,3 @@ def test_a_mistake_is_one_line_before_any_step(
     assert named in line
     assert len(line) < 600
     assert not (run_dir / "metrics.jsonl").exists()
-
-
-def test_evaluation_takes_no_time_of_the_trainings(monkeypatch):
-    clock = iter([10.0, 12.0, 17.0, 20.0])
-    monkeypatch.setattr("navit_clip.training.metrics.time.perf_counter", lambda: next(clock))
-    interval = Interval(["image"], [])
-    counts = BatchCounts(10, {"image": StreamCounts(10, 10, 10, 10)})
-    interval.add(Batch(None, (), counts), wait=0.0, flops=0.0)
-    with interval.paused():
-        pass
-    assert interval.rates(ALONE)["examples_per_s"] == 2.0
-
-
-def save_as(text):
-    def save(folder):
-        folder.mkdir()
-        (folder / "model").write_text(text)
-
-    return save
-
-
-@pytest.mark.parametrize("lower", [False, True])
-def test_only_better_values_replace_the_best(tmp_path, lower):
-    sign = -1 if lower else 1
-    offers = [1.0, 1.0, 0.5, float("nan"), 2.0, float("inf"), 1.5]
-    kept = []
-    for step, value in enumerate(offers):
-        best = BestModel(tmp_path, "a/top1", lower=lower)  # anew each time: it survives a restart
-        kept.append(best.offer(sign * value, step, save_as(str(step))))
-        assert (best.value, best.step) == ((sign * 1.0, 0) if step < 4 else (sign * 2.0, 4))
-    assert kept == [True, False, False, False, True, False, False]
-    assert (tmp_path / "best/model").read_text() == "4"
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    other = BestModel(tmp_path, "a/top5", lower=lower)
-    assert other.value is None
-
-
-def test_a_kill_while_the_best_is_written_leaves_a_whole_one(tmp_path):
-    best = BestModel(tmp_path, "a/top1", lower=False)
-    best.offer(1.0, 1, save_as("first"))
-
-    def killed(folder):
-        save_as("half")(folder)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        best.offer(2.0, 2, killed)
-    again = BestModel(tmp_path, "a/top1", lower=False)
-    assert again.value == 1.0
-    assert (tmp_path / "best/model").read_text() == "first"
-    assert again.offer(3.0, 3, save_as("third"))
-    # Between the two renames: the new one is whole under its other name.
-    (tmp_path / "best").rename(tmp_path / "best.partial")
-    assert BestModel(tmp_path, "a/top1", lower=False).step == 3
-    assert (tmp_path / "best/model").read_text() == "third"
