@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,6 +130,22 @@ class Ranks:
         dist.scatter_object_list(own, list(items) if self.is_first else None, src=0)
         item: T = own[0]
         return item
+
+    def of_first(self, look: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank, as is a mistake that it comes upon; all call it.
+
+        Raises:
+            UserError: If `look` does.
+        """
+        found: list[T] = []
+        problem: UserError | None = None
+        if self.is_first:
+            try:
+                found = [look()]
+            except UserError as error:
+                problem = error
+        self.raise_together(problem)
+        return self.broadcast(found)[0]
 
     def raise_together(self, problem: UserError | None) -> None:
         """Raises on all ranks what one raises, which the others would wait for; all call it.

@@ -66,16 +66,16 @@ def look_at_shards(mixture: Mixture, before: Path | None, ranks: Ranks) -> dict[
                 f"rank {rank} finds other training shards ({digest}) than rank 0 ({digests[0]}): "
                 "give every node the same files under the same names before the run begins"
             )
-    problem, found = None, dict[str, Fingerprint]()
+    found = dict[str, Fingerprint]()
+    problem: UserError | None = None
     if ranks.is_first:
         found = fingerprints(mixture)
-        if before is not None:
-            problem, found = compare(before, found)
-    if (problem := ranks.broadcast(problem)) is not None:
-        raise UserError(
-            f"the checkpoint was taken with other training shards: {problem}; resume with the "
-            "same ones, or use another run_dir"
-        )
+        try:
+            if before is not None:
+                found = compare(before, found)
+        except UserError as error:
+            problem = error
+    ranks.raise_together(problem)
     return found
 
 
@@ -119,16 +119,23 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int, str]]:
     return found
 
 
-def compare(path: Path, now: dict[str, Fingerprint]) -> tuple[str | None, dict[str, Fingerprint]]:
-    """What is another than in a checkpoint's file, see `difference`, and all that is known.
+def compare(path: Path, now: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
+    """All that is known of the shards, of today and in a checkpoint's file.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If a shard is another one than in the file, or the file cannot be read.
     """
     with reading(path, ValueError, TypeError, AttributeError, KeyError):
         before = json.loads(path.read_text())
+        problem = difference(before, now)
         # What cannot be read today is still compared tomorrow.
-        return difference(before, now), before | now
+        known = before | now
+    if problem is not None:
+        raise UserError(
+            f"the checkpoint was taken with other training shards: {problem}; resume with the "
+            "same ones, or use another run_dir"
+        )
+    return known
 
 
 def difference(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> str | None:

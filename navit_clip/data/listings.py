@@ -7,7 +7,7 @@ Hugging Face Hub limit how often they are asked: a run of 512 ranks that each li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from navit_clip.data.annotations.image_files import FilesConfig
@@ -43,7 +43,7 @@ def list_once(config: DataConfig, ranks: Ranks) -> DataConfig:
         except UserError as error:
             raise type(error)(f"data.validation: {error}") from error
 
-    if not (found := on_first_rank(ranks, look)):
+    if not (found := ranks.of_first(look)):
         return config
     return replace(
         config,
@@ -54,23 +54,6 @@ def list_once(config: DataConfig, ranks: Ranks) -> DataConfig:
         },
         validation=as_listed(_as_list(config.validation), found),
     )
-
-
-def on_first_rank(ranks: Ranks, look: Callable[[], Found]) -> Found:
-    """What rank 0 finds, or raises, on all ranks; every rank calls it.
-
-    Raises:
-        UserError: If rank 0 does.
-    """
-    found: Found = {}
-    problem: UserError | None = None
-    if ranks.is_first:
-        try:
-            found = look()
-        except UserError as error:
-            problem = error
-    ranks.raise_together(problem)
-    return ranks.broadcast(found)
 
 
 def list_stored(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from operator import getitem
 from pathlib import Path
@@ -229,14 +229,8 @@ def count_epochs(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """
     if config.epochs is None:
         return config
-    found, problem = 0, None
-    if ranks.is_first:
-        try:
-            found = samples_per_epoch(config.data)
-        except UserError as error:
-            problem = error
-    ranks.raise_together(problem)
-    return replace(config, epochs=None, samples=config.epochs * ranks.broadcast(found))
+    samples = ranks.of_first(partial(samples_per_epoch, config.data))
+    return replace(config, epochs=None, samples=config.epochs * samples)
 
 
 def _with_underscores(word: str) -> str:

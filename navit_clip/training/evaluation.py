@@ -23,7 +23,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from navit_clip.configs import config_from_dict, parser_message
-from navit_clip.data.listings import as_listed, list_stored, on_first_rank
+from navit_clip.data.listings import as_listed, list_stored
 from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.evaluation.embed import fail_together
@@ -154,7 +154,7 @@ class Evaluations:
             return
         with torch.device("meta"):  # of shapes alone
             model = task.eval_model(task.export(None, tokenizer), "")
-        found = on_first_rank(ranks, self._list_stored)
+        found = ranks.of_first(self._list_stored)
         self._plans = {
             name: plan._replace(spec=_with_listed(plan.spec, found))
             for name, plan in self._plans.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +172,7 @@ def open_validation(
     if not any(one.pieces for one in replace(every, size=1).load(0)):
         raise UserError(_NONE_USABLE)
     # One rank alone asks, as for what there is: a store may hold the manifests.
-    known = ranks.broadcast(sizes_in_manifests(own.shards) if ranks.is_first else {})
+    known = ranks.of_first(partial(sizes_in_manifests, own.shards))
     for number, shard in enumerate(own.shards):
         every.counts[number] = known.get(shard, every.counts[number])
     held_out_part = replace(every, part=ranks.rank, parts=ranks.world_size)
