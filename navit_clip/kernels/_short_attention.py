@@ -126,7 +126,7 @@ def forward_kernel(
     NORM: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Output of a tile of queries of one head; WIDTH is D rounded up to a power of two."""
+    """Output of a tile of queries of one head; WIDTH is a power of two, at least D and 16."""
     tile, head, start, length = _place(offsets_ptr, first_segment, LENGTH // ROWS, H)
     stride = 3 * H * D
     q_base = qkv_ptr + start * stride + head * D

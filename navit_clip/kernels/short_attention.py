@@ -195,11 +195,12 @@ def _options(kind: _Kind, *, whole: bool = False) -> Mapping[str, Any]:
 
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     rows, columns, warps, registers = kind.tile
+    narrowest = 16  # that a product of two tiles may be
     return {
         "scale": kind.width**-0.5,
         "H": kind.heads,
         "D": kind.width,
-        "WIDTH": triton.next_power_of_2(kind.width),
+        "WIDTH": max(narrowest, triton.next_power_of_2(kind.width)),
         "LENGTH": kind.length,
         "CAUSAL": kind.causal,
         "NORM": kind.norm,
