@@ -37,7 +37,7 @@ demo: $(INSTALLED)
 	@$(BIN)/navit-clip eval summary $(DEMO)/eval
 
 # Files of tests in processes beside each other; tests/conftest.py says in how many.
-TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+TEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(BIN)/python $(TEST)

@@ -27,6 +27,15 @@ from navit_clip.models.transformer import EncoderConfig
 from navit_clip.tokenizers.sentencepiece import SentencePieceTokenizer
 from navit_clip.tools.train_tokenizer import train_tokenizer
 
+_LONGEST = {
+    "test_guides",
+    "test_survival",
+    "test_task_seam",
+    "test_torchrun",
+    "test_train",
+    "test_train_distributed",
+}
+
 # A busy machine fails no test by its clock, and a commit none by examples that it did not choose.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -41,6 +50,11 @@ def pytest_configure() -> None:
     """Commands that tests start can be interrupted, though a shell's background jobs cannot."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that none is left for one process alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there are no processes

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from itertools import pairwise
 from operator import getitem
 from pathlib import Path
@@ -159,15 +159,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     if lengths:  # instead of what a recipe says
         argv = [*argv, *(f"--{name}=null" for name in _LENGTHS if name not in lengths)]
     task = task_config(task_kind(argv))
-    # Help is that of `navit_clip.training.reference`.
-    parser = ArgumentParser(prog=prog, add_help=False, exit_on_error=False)
-    parser.add_argument(
-        "--config", action="config", help="a recipe's name or a YAML file; later flags override it"
-    )
-    parser.add_class_arguments(TrainConfig, skip={"task"})
-    parser.add_class_arguments(task, "task")
-    if "model" in get_type_hints(task):
-        parser.add_argument(f"--{_NAME}", type=str | None)
+    parser = _build_parser(task, prog)
     try:
         namespace = parser.parse_args(argv)
         init = config_from_dict(InitConfig, namespace["init"].as_dict(), "init")
@@ -182,6 +174,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
             known = task.named_fields(name)
         if known:
             before = namespace["task"]
+            parser = _build_parser.__wrapped__(task, prog)  # these defaults are of this call alone
             parser.set_defaults({f"task.{key}": value for key, value in known.items()})
             namespace = parser.parse_args(argv)
             namespace.pop(_NAME, None)
@@ -202,6 +195,20 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     for name, known in defaults.items():
         init.check(f"task.{name}", reduce(getitem, name.split("."), given), known)
     return config, parser.dump(namespace)
+
+
+@cache  # a third of a second for each of many configurations, as studies and tests read them
+def _build_parser(task: type[TaskConfig], prog: str) -> ArgumentParser:
+    # Help is that of `navit_clip.training.reference`.
+    parser = ArgumentParser(prog=prog, add_help=False, exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help="a recipe's name or a YAML file; later flags override it"
+    )
+    parser.add_class_arguments(TrainConfig, skip={"task"})
+    parser.add_class_arguments(task, "task")
+    if "model" in get_type_hints(task):
+        parser.add_argument(f"--{_NAME}", type=str | None)
+    return parser
 
 
 def name_precision(config: TrainConfig, resolved: str, ranks: Ranks) -> tuple[TrainConfig, str]:

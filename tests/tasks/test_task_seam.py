@@ -268,7 +268,7 @@ def saved(run_dir):
     return any((run_dir / "checkpoints").glob("step-????????"))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, ranks):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     end(train(flags(data, whole), ranks))
