@@ -56,13 +56,15 @@ def data(tmp_path_factory):
 
 def zeroshot(data, run_dir, output, *flags):
     words = ["zeroshot", "--model", str(run_dir / "model"), "--output", str(output), "--device"]
-    evaluate([*words, "cpu", "--data", str(data / "shapes/zeroshot"), "--workers", "0", *flags])
+    words += ["cpu", "--data", str(data / "shapes/zeroshot"), "--templates", "plain"]
+    evaluate([*words, "--workers", "0", *flags])
     return json.loads(output.read_text())
 
 
 def test_a_run_keeps_its_precision_and_is_evaluated_in_it(data, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     spec = {"kind": "zeroshot", "data": str(data / "shapes/zeroshot"), "every_steps": 2}
+    spec["templates"] = "plain"
     evaluators = json.dumps({"shapes": spec})
 
     def train(steps, **options):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,7 +49,15 @@ def gpu_peak(name: str, precision: str) -> float:
 
 
 def cpu_peak(precision: str) -> float:
-    """FLOP/s of a matrix product on this process's threads, the best of a tenth of a second."""
+    """FLOP/s of a matrix product on this process's threads, the best of a tenth of a second.
+
+    Measured once in a process for a number of threads.
+    """
+    return _measure(precision, torch.get_num_threads())
+
+
+@cache
+def _measure(precision: str, threads: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=dtype)
     best, begin = float("inf"), time.perf_counter()
