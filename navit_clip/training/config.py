@@ -194,7 +194,7 @@ def parse_config(argv: Sequence[str], prog: str = "navit-clip train") -> tuple[T
     given = asdict(values["task"])
     for name, known in defaults.items():
         init.check(f"task.{name}", reduce(getitem, name.split("."), given), known)
-    return config, parser.dump(namespace)
+    return config, parser.dump(namespace, skip_validation=True)  # it has just been validated
 
 
 @cache  # a third of a second for each of many configurations, as studies and tests read them
