@@ -252,6 +252,11 @@ class TaskConfig(ABC):
     needs_tokenizer = False
     predicts_dropped = False
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The fields by which parts of the model keep the weights that `init` gives them."""
+        return ()
+
     @abstractmethod
     def check(self, data: DataConfig) -> None:
         """Raises a `ValueError` if the task does not fit what it reads; names full paths."""

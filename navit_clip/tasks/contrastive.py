@@ -128,6 +128,12 @@ class ContrastiveConfig(ImageTaskConfig):
                 f"{str(self.lock.image).lower()}, {self.lora.image} and {self.model.image.stem}"
             )
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The towers that are locked or have adapters."""
+        locked = (f"lock.{tower}" for tower in self.lock.unlocked_blocks)
+        return *locked, *(f"lora.{tower}" for tower in self.lora.towers)
+
     def check(self, data: DataConfig) -> None:
         """Compares budgets and sizes with what the towers take."""
         resolution, image = data.resolution, self.model.image

@@ -6,6 +6,7 @@ from there on: what has become of the file it came from does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -18,7 +19,11 @@ from navit_clip.tokenizers.load import TokenizerConfig, build_tokenizer, load_to
 
 
 def starting_point(
-    task: Task, init: InitConfig, tokenizer: TokenizerConfig | None, checkpoint: Path | None
+    task: Task,
+    init: InitConfig,
+    tokenizer: TokenizerConfig | None,
+    checkpoint: Path | None,
+    kept: Sequence[str] = (),
 ) -> tuple[nn.Module, Tokenizer | None]:
     """The first weights of a run, on the host, and its tokenizer.
 
@@ -28,10 +33,12 @@ def starting_point(
         tokenizer: As configured; None takes that of `init`.
         checkpoint: Of the run, whose weights will replace these and whose tokenizer is the run's:
             `init` is not read, and `tokenizer` only if it is still there. None if there is none.
+        kept: The task's fields by which parts of the model never learn.
 
     Raises:
-        UserError: If the model or a tokenizer cannot be read, or the configured tokenizer is
-            another one than that of the checkpoint, or has another vocabulary than that of `init`.
+        UserError: If what never learns would be random, the model or a tokenizer cannot be read,
+            or the configured tokenizer is another one than that of the checkpoint, or has another
+            vocabulary than that of `init`.
     """
     if checkpoint is not None:
         task.check_checkpoint(checkpoint)
@@ -44,6 +51,9 @@ def starting_point(
     given = build_tokenizer(tokenizer) if tokenizer is not None else None
     theirs: Tokenizer | None = None
     if init.model is None:
+        if kept:
+            fields = " and ".join(f"task.{name}" for name in kept)
+            raise UserError(f"init.model is missing: what {fields} keeps would be random weights")
         model = task.build_model()
     else:
         model, theirs = task.start_from(init)

@@ -133,7 +133,9 @@ class _Run:
         torch.manual_seed(config.seed)
         self.mixture = Mixture.find(config.data)
         self.task = config.task.build(config.data)
-        model, self.tokenizer = starting_point(self.task, config.init, config.tokenizer, checkpoint)
+        model, self.tokenizer = starting_point(
+            self.task, config.init, config.tokenizer, checkpoint, config.task.kept
+        )
         torch.manual_seed(config.seed + ranks.rank)  # each draws its own in training
         self._pending: tuple[PendingStep, dict[str, float] | None] | None = None
         self.build = self.task.build_samples(self.tokenizer, config.seed)

@@ -73,7 +73,9 @@ def test_a_stopped_classifier_goes_on_bit_for_bit_and_is_exported(data, tmp_path
 
 def test_a_clip_with_a_partly_locked_tower(tmp_path, monkeypatch):
     write_tiny_data(tmp_path)
+    assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "start", 2, **TOWER)) == 0
     options = TOWER | {
+        "init__model": tmp_path / "start/model",
         "task__lock__image": True,
         "task__lock__image_unlocked_blocks": 1,
         "data__drop__kind": "fixed",

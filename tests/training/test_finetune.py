@@ -211,6 +211,14 @@ def test_weights_of_another_shape_than_configured_are_refused(data, tmp_path):
         starting_point(other, config.init, None, None)
 
 
+def test_random_weights_are_not_kept(data, tmp_path, monkeypatch, capsys):
+    write_tiny_data(tmp_path)
+    kept = {"task__lock__image": "true", "task__lora__text": "[qkv]"}
+    assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "run", 2, **kept)) == 2
+    line = "init.model is missing: what task.lock.image and task.lora.text keeps would be random"
+    assert line in capsys.readouterr().err
+
+
 MISTAKES = [
     ({"init__model": "nowhere"}, "init.model=nowhere"),
     ({"init__model": "open_clip:RN50"}, "RN50"),

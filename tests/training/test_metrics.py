@@ -225,8 +225,10 @@ def test_memory_of_a_process():
 def test_a_run_logs_what_its_batches_cost(tmp_path, monkeypatch, capsys):
     write_tiny_data(tmp_path)
     monkeypatch.setattr(mfu, "cpu_peak", lambda precision: 5e9)
+    assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "start", 2)) == 0
     flags = tiny_flags(tmp_path, tmp_path / "run", 6, accumulate=2, log__every_steps=3)
     flags += ["--task.lock.image=true", "--task.lock.image_unlocked_blocks=1"]
+    flags += [f"--init.model={tmp_path / 'start/model'}"]
     assert run(monkeypatch, flags) == 0
     assert "fp32, matrix products at 5 GFLOP/s, from step 0" in capsys.readouterr().out
     config, _ = parse_config(flags)
