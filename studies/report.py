@@ -160,12 +160,18 @@ def _made(study: Study, name: str, results: _Results) -> Iterator[str]:
         "machines": {f"{one['machine']}, threads: {one['threads']}" for one in made},
         "torch": {one["versions"]["torch"] for one in made},
     }
+    others = {run.get("study", name) for runs in results.values() for run in runs} - {name}
     yield "## How it was made\n"
     yield (
         f"`python -m studies run {name}`, then `report`; arms and recipe are in "
         f"[{name}.yaml](../../studies/{name}.yaml), {study.flops:.3g} training FLOPs a run, seeds "
         f"{', '.join(map(str, study.seeds))}. "
         + "; ".join(f"{what} {', '.join(sorted(values))}" for what, values in facts.items())
+        + (
+            f"; what has the recipe of runs of {', '.join(sorted(others))} is these"
+            if others
+            else ""
+        )
         + ".\n"
     )
 

@@ -3,7 +3,8 @@
 Given several times at once, on one machine, each process takes runs that no other has. A run is
 trained by the trainer from the ``train.yaml`` in its folder, which can be given to
 ``navit-clip train`` by hand as well, and resumes as every run does. Once its ``result.json`` is
-there it is done, and its checkpoints are removed.
+there it is done, and its checkpoints are removed. A run that another study in the same folder has
+done, of the same recipe and with the same tests, is taken from there.
 """
 
 from __future__ import annotations
@@ -129,7 +130,12 @@ def _train_and_score(study: Study, run: Run, out: Path, ranks: Ranks, workers: i
     with locked(out / "arms"):
         length, points = _length(study, run.arm, out)
     _say(f"{run.name}: {length.steps} steps, about {length.images:,} images")
-    config, resolved = parse_config(["--config", str(_write_recipe(study, run, folder, length))])
+    path = _write_recipe(study, run, folder, length)
+    if (done := _done_elsewhere(study, path)) is not None:
+        _say(f"{run.name}: the same as {done['arm']} of {done['study']}")
+        write_output(folder / RESULT, json.dumps({**done, "arm": run.arm}) + "\n")
+        return
+    config, resolved = parse_config(["--config", str(path)])
     train(config, resolved, ranks)
     plans, found = study.evaluators().plans(), []
     for number, step in enumerate(points, start=1):
@@ -145,9 +151,31 @@ def _train_and_score(study: Study, run: Run, out: Path, ranks: Ranks, workers: i
         _say(f"{run.name}: evaluated step {step}")
     made = describe_run()
     made.pop("command")
-    result = {"arm": run.arm, "lr": run.lr, "seed": run.seed, "points": found, "made": made}
+    result = {
+        "study": out.name,
+        "arm": run.arm,
+        "lr": run.lr,
+        "seed": run.seed,
+        "tests": study.all_tests,
+        "points": found,
+        "made": made,
+    }
     write_output(folder / RESULT, json.dumps(result) + "\n")
     shutil.rmtree(folder / "checkpoints")
+
+
+def _done_elsewhere(study: Study, path: Path) -> dict[str, Any] | None:
+    """The result of a run of the same recipe and with the same tests in another study, if any."""
+    folder = path.parent
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for found in sorted(folder.parents[2].glob(f"*/runs/*-seed{recipe['seed']}/{RESULT}")):
+        with reading(found, ValueError, KeyError, TypeError, yaml.YAMLError):
+            theirs = yaml.safe_load((found.parent / RECIPE).read_text(encoding="utf-8"))
+            if {**theirs, "run_dir": str(folder)} == recipe:
+                result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+                if result.get("tests") == study.all_tests:
+                    return result
+    return None
 
 
 def _length(study: Study, arm: str, out: Path) -> tuple[Length, list[int]]:

@@ -77,7 +77,12 @@ class Study:
 
     def evaluators(self) -> EvalConfig:
         """The tests, and the validation as ``validation``; checks them."""
-        return EvalConfig({VALIDATION: self.validation, **self.tests})
+        return EvalConfig(self.all_tests)
+
+    @property
+    def all_tests(self) -> dict[str, dict[str, Any]]:
+        """The validation and the tests, by name."""
+        return {VALIDATION: self.validation, **self.tests}
 
     def recipe_of(self, arm: str, images: int = 1) -> dict[str, Any]:
         """The training configuration of an arm."""

@@ -91,8 +91,8 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def write_study(folder: Path, **changes: object) -> Path:
-    path = folder / "tiny.yaml"
+def write_study(folder: Path, name: str = "tiny", **changes: object) -> Path:
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}))
     return path
 
@@ -268,6 +268,29 @@ def test_processes_share_a_study(data, tmp_path, monkeypatch, capsys):
         assert not any(others.iterdir())
     assert command(*words) == 0
     assert len(list(out.rglob("result.json"))) == 2
+
+
+def test_what_another_study_has_done_is_not_done_again(data, tmp_path, monkeypatch, capsys):
+    arms = STUDY["arms"]
+    renamed = {"plain": arms["square"], "falling": arms["falling"]}
+    other_tests = {"names": NAMES}
+    first = write_study(tmp_path, "first")
+    second = write_study(tmp_path, "second", arms=renamed, baseline="plain")
+    third = write_study(tmp_path, "third", tests=other_tests)
+    words = ("--data", data, "--out", tmp_path / "out")
+    assert command("run", first, *words, "--workers", "0") == 0
+    monkeypatch.setattr(runs, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    capsys.readouterr()
+    assert command("run", second, *words) == 0
+    assert "plain-lr0.001-seed0: the same as square of first\n" in capsys.readouterr().out
+    done, taken = (
+        json.loads((tmp_path / "out" / run / "result.json").read_text())
+        for run in ("first/runs/square-lr0.001-seed0", "second/runs/plain-lr0.001-seed0")
+    )
+    assert taken == {**done, "arm": "plain"}
+    assert command("report", second, *words, "--docs", tmp_path) == 0
+    assert "has the recipe of runs of first is these" in (tmp_path / "second.md").read_text()
+    assert command("run", third, *words) == 130, "other tests need the model"
 
 
 @pytest.mark.parametrize(
