@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from navit_clip.errors import OutageError, UserError, report_error
+from navit_clip.errors import OutageError, StopAskedError, UserError, report_error
 from navit_clip.socket_folder import remove_socket_folder
 
 T = TypeVar("T")
@@ -151,12 +151,16 @@ class Ranks:
         """Raises on all ranks what one raises, which the others would wait for; all call it.
 
         Raises:
-            UserError: One of theirs, if any has one; an `OutageError` if all are.
+            UserError: One of theirs, if any has one; an `OutageError` if others are, and a
+                `StopAskedError` if all are.
         """
-        own = [] if problem is None else [(isinstance(problem, OutageError), str(problem))]
+        kinds = UserError, OutageError, StopAskedError
+        own = []
+        if problem is not None:
+            own = [(kinds.index(type(problem)) if type(problem) in kinds else 0, str(problem))]
         if found := self.gather(own):
-            outage, text = min(found, key=itemgetter(0))
-            raise (OutageError if outage else UserError)(text)
+            kind, text = min(found, key=itemgetter(0))
+            raise kinds[kind](text)
 
     def tell_mistake(self, mistake: str) -> None:
         """Leaves word of what ends the run, for ranks that only notice that this one is gone."""

@@ -37,6 +37,10 @@ class OutageError(UserError):
     """A `UserError` that another start may be spared: torchrun may start the ranks again."""
 
 
+class StopAskedError(UserError):
+    """No mistake: a signal asks the run to stop, and what takes long ends early."""
+
+
 # Of a disk, perhaps a network's, that is full or out of reach; ESHUTDOWN is what a client of Lustre
 # gets that its servers have dropped.
 _PASSING = (

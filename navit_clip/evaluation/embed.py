@@ -336,9 +336,11 @@ def embed_texts(model: Model, texts: Sequence[str], ranks: Ranks, cache: Cache |
                     cache.write(key, {"embeddings": vectors}, {})
             embedded.append((start, vectors))
             progress.update(len(block))
+        if not texts:
+            embedded.append((0, model.embed_texts([])))
     parts = [part for _, part in sorted(ranks.gather(embedded), key=lambda pair: pair[0])]
     row = {text: index for index, text in enumerate(texts)}
-    return torch.cat(parts or [model.embed_texts([])])[[row[text] for text in texts]]
+    return torch.cat(parts)[[row[text] for text in texts]]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor
 from navit_clip.configs import config_from_dict, parser_message
 from navit_clip.data.listings import as_listed, list_stored
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import StopAskedError, UserError
 from navit_clip.evaluation.embed import fail_together
 from navit_clip.evaluation.evaluator import EvalSpec, Evaluator
 from navit_clip.evaluation.registry import EVALUATORS
@@ -196,7 +196,12 @@ class Evaluations:
         ]
 
     def run(
-        self, names: Sequence[str], step: int, stepper: Stepper, watchdog: Watchdog
+        self,
+        names: Sequence[str],
+        step: int,
+        stepper: Stepper,
+        watchdog: Watchdog,
+        stops: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[dict[str, float], str, dict[str, Media]]]:
         """Evaluates the weights as they are; every rank consumes the whole iterator.
 
@@ -205,6 +210,7 @@ class Evaluations:
             step: Steps taken.
             stepper: Holds the weights; its precision is that of the evaluation too.
             watchdog: Gets a heartbeat whenever an evaluation has come further.
+            stops: Whether this rank is asked to stop; looked at then too.
 
         Yields:
             Of each evaluator, on rank 0 alone: what to log (the step, and ``eval/NAME/METRIC`` of
@@ -212,16 +218,23 @@ class Evaluations:
 
         Raises:
             UserError: If data has become unreadable, or the disk takes no result.
+            StopAskedError: If any rank is asked to stop, on all of them.
         """
         if not names:
             return
+
+        def beat_of(what: str) -> None:
+            watchdog.heartbeat(f"the {what} of step {step}", slow=True)
+            if stops():
+                raise StopAskedError
+
         device = self.ranks.device
         # Whatever is drawn inside, the run's generators go on as if it had not been.
         kept = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
         weights = stepper.full_weights()
         if self._validation is not None and VALIDATION in names:
             since = time.perf_counter()
-            beat = partial(watchdog.heartbeat, f"the {VALIDATION} of step {step}", slow=True)
+            beat = partial(beat_of, VALIDATION)
             with kept():
                 loss, skipped = self._validation.run(
                     weights, stepper.precision, self.config.workers, beat
@@ -241,8 +254,8 @@ class Evaluations:
             trained = self._export(weights)
         for name in evaluators:
             plan, since = self._plans[name], time.perf_counter()
-            beat = partial(watchdog.heartbeat, f"the evaluation {name} of step {step}", slow=True)
-            beat()
+            watchdog.heartbeat(f"the evaluation {name} of step {step}", slow=True)
+            beat = partial(beat_of, f"evaluation {name}")
             title = f"{self._run_dir} step {step}"
             model = self._task.eval_model(
                 trained, title, stepper.precision, partial(_reporting, beat)

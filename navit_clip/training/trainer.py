@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from navit_clip.data.state import DataState, open_states
 from navit_clip.data.waiting import WaitBoard
 from navit_clip.data.workers import explain_killed_workers
 from navit_clip.distributed import Ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import StopAskedError, UserError
 from navit_clip.packed.batch import Batch
 from navit_clip.precision import choose_precision, slow_precision
 from navit_clip.tasks.base import Task
@@ -334,18 +334,29 @@ class _Run:
                 if saving or stopping or due or not reads_late(ranks.device):
                     self._settle()
                 if saving or stopping:
-                    self.watchdog.heartbeat(f"the checkpoint of step {done}", slow=True)
-                    self.checkpoints.save(done, self.stepper.state(), self.data_state)
+                    self._save(done)
                 if stopping and not self.over:
-                    self.checkpoints.wait()
-                    progress.log(f"stopped at step {done}; the same command continues from there")
-                    raise SystemExit(0)
-                # After the checkpoint, which is written meanwhile and is there if anything fails.
-                with interval.paused():
-                    self._evaluate(due, done)
+                    self._stop(done)
+                try:
+                    # After the checkpoint, which is written meanwhile and is there if this fails.
+                    with interval.paused():
+                        self._evaluate(due, done, stops=lambda: bool(signals))
+                except StopAskedError:
+                    if not saving:
+                        self._save(done)
+                    self._stop(done)
                 if self.over:
                     break
             self.checkpoints.wait()
+
+    def _save(self, step: int) -> None:
+        self.watchdog.heartbeat(f"the checkpoint of step {step}", slow=True)
+        self.checkpoints.save(step, self.stepper.state(), self.data_state)
+
+    def _stop(self, step: int) -> NoReturn:
+        self.checkpoints.wait()
+        self.progress.log(f"stopped at step {step}; the same command continues from there")
+        raise SystemExit(0)
 
     def _take(self, interval: Interval) -> tuple[list[Batch[Any]], list[float]]:
         """The micro-batches of the next step, still on the host; their samples, tokens, FLOPs."""
@@ -390,6 +401,9 @@ class _Run:
             metered = self.meter.metrics(rates["model_flops_per_s"])
             self.reporter.step(begun, result, {**skipped, **rates, **metered})
 
-    def _evaluate(self, names: Sequence[str], step: int) -> None:
-        for values, line, shown in self.evaluations.run(names, step, self.stepper, self.watchdog):
+    def _evaluate(
+        self, names: Sequence[str], step: int, stops: Callable[[], bool] = lambda: False
+    ) -> None:
+        found = self.evaluations.run(names, step, self.stepper, self.watchdog, stops)
+        for values, line, shown in found:
             self.reporter.evaluation({**values, **self.data_state.seen}, line, shown)

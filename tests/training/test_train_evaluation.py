@@ -1,7 +1,10 @@
 """Evaluators during training: what they report, what they keep, and that training never notices."""
 
 import json
+import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tiny_run import run, tiny_flags, write_tiny_data
 from navit_clip.averages import local_tensor
 from navit_clip.data.mixture import Mixture
 from navit_clip.distributed import Ranks, join_ranks
-from navit_clip.errors import UserError
+from navit_clip.errors import StopAskedError, UserError
 from navit_clip.evaluation.models import PackedModel
 from navit_clip.evaluation.retrieval import Retrieval, RetrievalSpec
 from navit_clip.evaluation.zeroshot import ZeroShot, ZeroShotSpec
@@ -186,6 +189,29 @@ def test_a_resumed_run_evaluates_what_was_not_logged_and_nothing_else(
     assert (run_dir / "metrics.jsonl").stat().st_size == size
 
 
+def test_a_signal_ends_an_evaluation_and_the_same_command_makes_up_for_it(
+    data, plain, tmp_path, monkeypatch, capsys
+):
+    evaluators = {"held-out": retrieval(data, every_steps=3)}
+    flags = flags_of(data, tmp_path / "run", 5, evaluators, checkpoint__every_steps=100)
+    embed = PackedModel.embed_images
+
+    def embed_after_a_signal(self, images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return embed(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedModel, "embed_images", embed_after_a_signal)
+        assert run(patch, flags) == 0
+    assert "stopped at step 3; the same command continues from there" in capsys.readouterr().out
+    assert evaluated(tmp_path / "run", "held-out") == {}
+    assert run(monkeypatch, flags) == 0
+    assert list(evaluated(tmp_path / "run", "held-out")) == [3, 5]
+    curve, states, weights = trained(tmp_path / "run")
+    expected = trained(plain)
+    same((curve, states[-1:], weights), (expected[0], expected[1][-1:], expected[2]))
+
+
 def test_the_average_is_evaluated_where_it_is_exported(data, tmp_path, monkeypatch):
     options = {"ema__decay": 0.9, "eval__best": f"held-out/{T2I}/R@1"}
     flags = flags_of(data, tmp_path, 3, {"held-out": retrieval(data)}, **options)
@@ -251,6 +277,13 @@ def test_half_precision_is_the_towers_and_the_watchdog_gets_heartbeats(data, tmp
                 assert found[precision][f"eval/held-out/{way}/{metric}"] == value
 
 
+def stop_one_rank(evaluations, name, stepper, ranks):
+    """An evaluation that one rank is asked to leave ends on all of them."""
+    asked = partial(bool, ranks.is_first)
+    with pytest.raises(StopAskedError):
+        list(evaluations.run([name], 3, stepper, Heartbeats(), asked))
+
+
 def evaluate_rank(every_flags):
     """What ranks that share a model find, and whether anything of the training moved."""
     found = {}
@@ -260,6 +293,8 @@ def evaluate_rank(every_flags):
             generator = torch.get_rng_state()
             weights = [local_tensor(p.detach()).clone() for p in stepper.model.parameters()]
             results = list(evaluations.run(["held-out", VALIDATION], 3, stepper, Heartbeats()))
+            for name in ("held-out", VALIDATION):
+                stop_one_rank(evaluations, name, stepper, ranks)
             after = [local_tensor(p.detach()) for p in stepper.model.parameters()]
             still = torch.equal(generator, torch.get_rng_state()) and all(
                 torch.equal(*pair) for pair in zip(weights, after, strict=True)
@@ -310,6 +345,7 @@ def evaluate_stored(flags, stored):
     with join_ranks("cpu") as ranks:
         stepper, evaluations, _ = open_run(flags, ranks)
         results = list(evaluations.run(["held-out", "probe"], 3, stepper, Heartbeats()))
+        stop_one_rank(evaluations, "probe", stepper, ranks)
         wrong = {"a": {"kind": "retrieval", "data": f"{stored}/none/*.tar"}}
         try:
             Evaluations(EvalConfig(wrong), Path(), stepper.task, None, ranks)
