@@ -32,7 +32,7 @@ def build_with(build: Callable[[], Model], weights: Mapping[str, Tensor]) -> Mod
 
     Args:
         build: Makes one with random weights, on the default device.
-        weights: Of all parameters.
+        weights: Of all parameters, on the device that the model will be on.
     """
     model = _without_weights(build)
     if model is None:
@@ -41,7 +41,16 @@ def build_with(build: Callable[[], Model], weights: Mapping[str, Tensor]) -> Mod
         with torch.random.fork_rng(devices=[]):
             model = build()
     model.load_state_dict(dict(weights), assign=True)
+    for device in {weight.device for weight in weights.values()}:
+        _move_buffers(model, device)
     return model
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves what no state dict holds, which was made on the default device."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _without_weights(build: Callable[[], Model]) -> Model | None:

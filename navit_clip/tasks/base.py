@@ -76,7 +76,7 @@ class Task(ABC):
         """A new model with random weights, on the host."""
 
     def model_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A model as of `build_model`, on the host, that takes these weights over uncopied."""
+        """A model as of `build_model`, where these weights are, which it takes over uncopied."""
         return build_with(self.build_model, weights)
 
     @abstractmethod

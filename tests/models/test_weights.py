@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from navit_clip.models.patch_embed import PatchEmbed
 from navit_clip.models.position import PositionConfig, build_position
@@ -61,6 +62,19 @@ def test_nothing_differs_from_one_that_was_built(name):
     assert all(p.data_ptr() == weights[n].data_ptr() for n, p in found.named_parameters())
     assert found.state_dict().keys() == weights.keys()
     assert not any(value.is_meta for value in vars(found).values() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize("names", [("patches", "sinusoids"), ("patches", "one's own")])
+def test_all_of_it_is_where_the_weights_are(names):
+    def build():
+        return nn.ModuleList(MODULES[name]() for name in names)
+
+    shapes = {key: value.shape for key, value in build().state_dict().items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights = {key: torch.empty(shape, device="cuda") for key, shape in shapes.items()}
+        found = build_with(build, weights)
+    assert len(list(found.buffers())) > 2
+    assert all(value.is_cuda for value in (*found.parameters(), *found.buffers()))
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "own" not in name])
