@@ -14,7 +14,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.classes import ClassEvaluator
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
-from navit_clip.evaluation.linear_fit import fit_logistic, whiten
+from navit_clip.evaluation.linear_fit import fit_logistic, in_parts, whiten
 from navit_clip.evaluation.models import Model
 from navit_clip.evaluation.probes import Probe, ProbeSpec
 from navit_clip.evaluation.ranking import Readout
@@ -91,8 +91,10 @@ def fit_validated(x_ND: Tensor, label_N: Tensor, classes: int) -> tuple[Tensor, 
     best, start = None, None
     for l2 in _L2:
         start = fit_logistic(x_ND[order[held:]], label_N[order[held:]], classes, l2, start)
-        logits = x_ND[order[:held]] @ start[0].T + start[1]
-        hits = int((logits.argmax(1) == label_N[order[:held]]).sum())
+        hits = sum(
+            int(((x @ start[0].T + start[1]).argmax(1) == labels).sum())
+            for x, labels in in_parts(classes, x_ND[order[:held]], label_N[order[:held]])
+        )
         if best is None or hits > best[0]:
             best = hits, l2, start
     assert best is not None

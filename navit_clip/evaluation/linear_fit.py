@@ -5,6 +5,8 @@ In float64 throughout, on the device of the features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 _EPS = 1e-5  # added to standard deviations
 _BIAS = 100.0  # a constant feature as large as this is hardly regularised
 _ITERATIONS = 1000
+_LOGITS = (
+    1 << 24
+)  # computed at a time, 128 MiB of them: all of ImageNet's take 10 GB, several times
 
 
 def whiten(train_ND: Tensor, *others: Tensor) -> list[Tensor]:
@@ -92,8 +97,10 @@ def fit_logistic(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = logistic_loss(theta_LD[:, :-1], theta_LD[:, -1], x_ND, label_N, l2)
-        loss.backward()
+        loss = theta_LD.new_zeros(())
+        for part in logistic_losses(theta_LD[:, :-1], theta_LD[:, -1], x_ND, label_N, l2):
+            part.backward()
+            loss += part.detach()
         return loss
 
     with torch.enable_grad():
@@ -102,9 +109,17 @@ def fit_logistic(
     return found[:, :-1], found[:, -1]
 
 
-def logistic_loss(
+def logistic_losses(
     weight_LD: Tensor, bias_L: Tensor, x_ND: Tensor, label_N: Tensor, l2: float
-) -> Tensor:
-    """What `fit_logistic` makes small."""
-    logits_NL = torch.addmm(bias_L, x_ND, weight_LD.T)
-    return F.cross_entropy(logits_NL, label_N) + 0.5 * l2 * weight_LD.square().sum()
+) -> Iterator[Tensor]:
+    """What `fit_logistic` makes the sum of small: the penalty, and parts of the features."""
+    yield 0.5 * l2 * weight_LD.square().sum()
+    for x, labels in in_parts(len(bias_L), x_ND, label_N):
+        logits = torch.addmm(bias_L, x, weight_LD.T)
+        yield F.cross_entropy(logits, labels, reduction="sum") / len(label_N)
+
+
+def in_parts(classes: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Consecutive rows of all tensors, as many as have few enough logits."""
+    size = max(1, _LOGITS // classes)
+    return zip(*(tensor.split(size) for tensor in rows), strict=True)

@@ -12,14 +12,15 @@ from eval_cases import ALONE, write_classes
 from shard_factory import encode, photo, write_shard
 from test_eval_classify import new_model
 from tiny_run import run as run_training
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from navit_clip.data.seeding import generator
 from navit_clip.errors import UserError
-from navit_clip.evaluation import linear
+from navit_clip.evaluation import linear, linear_fit
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.fewshot import FewShot, FewShotSpec
 from navit_clip.evaluation.linear import Linear, LinearSpec, fit_validated
-from navit_clip.evaluation.linear_fit import fit_logistic, fit_ridge, logistic_loss, whiten
+from navit_clip.evaluation.linear_fit import fit_logistic, fit_ridge, logistic_losses, whiten
 from navit_clip.evaluation.models import PackedClassifier, PackedModel
 from navit_clip.evaluation.registry import read_result
 from navit_clip.evaluation.report.html import write_report
@@ -91,7 +92,7 @@ def test_logistic_regression_reaches_the_least_loss(count, classes, l2):
     labels = torch.from_numpy(labels)
     found = fit_logistic(x, labels, classes, l2)
     exact = [torch.from_numpy(part) for part in newton(x.numpy(), labels.numpy(), classes, l2)]
-    losses = [logistic_loss(*fit, x, labels, l2).item() for fit in (found, exact)]
+    losses = [sum(logistic_losses(*fit, x, labels, l2)).item() for fit in (found, exact)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
     torch.testing.assert_close(found[0], exact[0], atol=1e-5, rtol=0)
 
@@ -105,8 +106,34 @@ def test_logistic_regression_is_scikit_learns(l2):
     theirs.fit(x.numpy(), labels)
     labels = torch.from_numpy(labels)
     fits = fit_logistic(x, labels, 6, l2), map(torch.from_numpy, (theirs.coef_, theirs.intercept_))
-    losses = [logistic_loss(*fit, x, labels, l2).item() for fit in fits]
+    losses = [sum(logistic_losses(*fit, x, labels, l2)).item() for fit in fits]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operator returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_logits_are_never_there_all_at_once(monkeypatch):
+    classes = 12
+    x, labels = map(torch.from_numpy, draw(2, 200, 3, classes))
+    monkeypatch.setattr(linear, "_L2", (1.0,))
+    expected = fit_validated(x, labels, classes)
+    monkeypatch.setattr(linear_fit, "_LOGITS", 40 * classes + 1)
+    with Largest() as largest:
+        found = fit_validated(x, labels, classes)
+    assert largest.numbers <= 40 * classes
+    for actual, other in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(actual, other, rtol=0, atol=1e-5)
+    assert found[2] == expected[2]
 
 
 def test_the_penalty_is_chosen_on_what_is_held_out(monkeypatch):
