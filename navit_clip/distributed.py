@@ -188,7 +188,7 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     The device ``auto`` is CUDA if there is one.
 
     Raises:
-        UserError: If CUDA is asked for and absent.
+        UserError: If CUDA is asked for and absent, or the host has fewer GPUs than ranks.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,7 +198,13 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     rank = int(os.environ.get("RANK", "0"))
     local = torch.device("cpu")
     if device == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= there:
+            raise UserError(
+                f"PyTorch finds {there} CUDA device(s), and torchrun started more ranks here: give "
+                "it --nproc-per-node gpu, or use --device cpu"
+            )
+        local = torch.device("cuda", number)
         torch.cuda.set_device(local)
     store = None
     if world_size > 1:

@@ -140,6 +140,14 @@ def test_shards_out_of_reach_at_the_start_may_be_tried_again(data, tmp_path):
         train(config, resolved, Ranks(0, 1, torch.device("cpu")))
 
 
+def test_more_ranks_than_gpus_are_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="PyTorch finds 2 CUDA device"), join_ranks("auto"):
+        pass
+
+
 def raise_own(problems):
     with join_ranks("cpu") as ranks:
         try:
