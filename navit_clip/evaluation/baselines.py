@@ -212,7 +212,7 @@ def _create(
     try:
         # Random weights have to be the same on all ranks, and the caller's draws his own.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed or 0)
+            torch.default_generator.manual_seed(seed or 0)  # a GPU's stay as they are
             model = create_model(architecture, path, force_image_size=side, weights_only=True)
     # Whatever a damaged or foreign checkpoint makes torch and open_clip stumble over.
     except Exception as error:

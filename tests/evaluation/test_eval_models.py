@@ -205,6 +205,15 @@ def test_fingerprints_differ_where_models_do(tiny, model_dir):
     assert PackedModel(NaViTCLIP.from_directory(model_dir), "b").fingerprint == prints[-1]
 
 
+def test_random_weights_leave_the_generators_alone(tiny, monkeypatch):
+    gpus = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", gpus.append)
+    state = torch.get_rng_state()
+    OpenClipModel("tiny-test", None, 2, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert gpus == []
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_all(tmp_path_factory.mktemp("eval"))
