@@ -118,9 +118,13 @@ class Batcher:
             try:
                 vectors = await loop.run_in_executor(self._thread, self._embed, items)
             except Exception as error:
-                for one in batch:
+                # A device's own error stays: this process computes nothing any more.
+                is_last = isinstance(error, torch.AcceleratorError)
+                for one in [*batch, *self._queue] if is_last else batch:
                     if not one.future.done():
                         one.future.set_exception(error)
+                if is_last:
+                    return
                 continue
             self._metrics.batch(len(batch), sum(map(tokens_of, items)), time.monotonic() - begun)
             for one, vector in zip(batch, vectors, strict=True):

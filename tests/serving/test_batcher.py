@@ -27,12 +27,12 @@ class Model:
 
     def __init__(self) -> None:
         self.batches: list[list[Item]] = []
-        self.fail = False
+        self.error: Exception | None = None
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
         self.batches.append(list(items))
-        if self.fail:
-            raise RuntimeError("broken")
+        if self.error is not None:
+            raise self.error
         return torch.tensor([[float(sum(item))] for item in items])
 
 
@@ -141,13 +141,29 @@ def test_a_failing_batch_fails_its_requests_alone():
     model = Model()
 
     async def work(batcher: Batcher) -> Any:
-        model.fail = True
+        model.error = RuntimeError("broken")
         with pytest.raises(RuntimeError, match="broken"):
             await batcher.embed([[1], [2]])
-        model.fail = False
+        model.error = None
         return await batcher.embed([[3]])
 
     assert run(work, model)[0] == 3
+
+
+def test_an_error_of_the_device_ends_the_work():
+    model = Model()
+    model.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    async def work(batcher: Batcher) -> None:
+        requests = [batcher.embed([[i] * 10]) for i in range(3)]
+        found = await asyncio.gather(*requests, return_exceptions=True)
+        assert found == [model.error] * 3
+        assert not batcher.alive
+        with pytest.raises(RequestError):
+            await batcher.embed([[1]])
+
+    run(work, model)
+    assert len(model.batches) == 1
 
 
 def test_clients_that_went_away_cost_no_forward_pass():
