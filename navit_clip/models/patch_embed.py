@@ -105,6 +105,8 @@ def resize_kernel(kernel_CK: Tensor, from_size: int, to_size: int) -> Tensor:
 @lru_cache(maxsize=32)
 def _inverse(from_size: int, to_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(Bᵀ)⁺ [to_size², from_size²], computed in float64; B is bilinear without antialiasing."""
-    pixels_P1HW = torch.eye(from_size**2, dtype=torch.float64).view(-1, 1, from_size, from_size)
-    resized_P1HW = F.interpolate(pixels_P1HW, (to_size, to_size), mode="bilinear")
-    return torch.linalg.pinv(resized_P1HW.flatten(1)).to(device, dtype)
+    # It is kept, also for trainings, which a tensor made in inference mode has no place in.
+    with torch.inference_mode(False):
+        pixels_P1HW = torch.eye(from_size**2, dtype=torch.float64).view(-1, 1, from_size, from_size)
+        resized_P1HW = F.interpolate(pixels_P1HW, (to_size, to_size), mode="bilinear")
+        return torch.linalg.pinv(resized_P1HW.flatten(1)).to(device, dtype)

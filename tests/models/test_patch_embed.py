@@ -116,3 +116,11 @@ def test_a_resized_kernel_is_exact_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = resize_kernel(kernel, 4, 6)
     assert torch.equal(found, resize_kernel(kernel, 4, 6))
+
+
+def test_what_an_inference_resized_can_be_trained_on():
+    kernel, side = embedding().weight, 9  # of which no other test knows the weights
+    with torch.inference_mode():
+        resize_kernel(kernel, 4, side)
+    resize_kernel(kernel, 4, side).sum().backward()
+    assert kernel.grad is not None
