@@ -14,9 +14,8 @@ from torch import Tensor
 _EPS = 1e-5  # added to standard deviations
 _BIAS = 100.0  # a constant feature as large as this is hardly regularised
 _ITERATIONS = 1000
-_LOGITS = (
-    1 << 24
-)  # computed at a time, 128 MiB of them: all of ImageNet's take 10 GB, several times
+# Computed at a time, 128 MiB of them: all of ImageNet's take 10 GB, several times.
+_LOGITS = 1 << 24
 
 
 def whiten(train_ND: Tensor, *others: Tensor) -> list[Tensor]:
