@@ -51,11 +51,7 @@ def check_tasks(setting: Setting) -> Iterator[dict[str, Any]]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_shapes(
-            folder, seed=0, train=96, shard_size=48, zeroshot_per_class=2, retrieval=1, workers=1
-        )
-        shards = expand_shards([str(folder / "train")])
-        train_tokenizer(shards, ["json.captions"], 128, folder / "tokenizer.model", "bpe")
+        write_small_data(folder)
         for case, (recipe, changes) in _CASES.items():
             config = _config(folder, recipe, changes)
             batches = _batches(config)
@@ -68,16 +64,31 @@ def check_tasks(setting: Setting) -> Iterator[dict[str, Any]]:
             }
 
 
-def _config(folder: Path, recipe: str, changes: dict[str, object]) -> TrainConfig:
-    contrastive = recipe == "demo"
-    flags: dict[str, object] = {
-        "run_dir": folder / "run",
-        "steps": 1000,
-        "data.train": folder / ("train" if contrastive else "zeroshot"),
+def write_small_data(folder: Path) -> None:
+    """Writes two shards, class folders, retrieval data and a tokenizer."""
+    write_shapes(
+        folder, seed=0, train=96, shard_size=48, zeroshot_per_class=2, retrieval=8, workers=1
+    )
+    shards = expand_shards([str(folder / "train")])
+    train_tokenizer(shards, ["json.captions"], 128, folder / "tokenizer.model", "bpe")
+
+
+def small_flags(folder: Path, recipe: str, train: Path) -> dict[str, object]:
+    """What of a recipe is different on this data, in small batches."""
+    return {
+        "data.train": train,
         "data.budget.max_examples": _EXAMPLES,
         "data.budget.tokens.image": _TOKENS,
         "optim.schedule.warmup_steps": 1,
-        **({"tokenizer.path": folder / "tokenizer.model"} if contrastive else {}),
+        **({"tokenizer.path": folder / "tokenizer.model"} if recipe == "demo" else {}),
+    }
+
+
+def _config(folder: Path, recipe: str, changes: dict[str, object]) -> TrainConfig:
+    flags: dict[str, object] = {
+        **small_flags(folder, recipe, folder / ("train" if recipe == "demo" else "zeroshot")),
+        "run_dir": folder / "run",
+        "steps": 1000,
         **changes,
     }
     words = [word for field, value in flags.items() for word in (f"--{field}", str(value))]

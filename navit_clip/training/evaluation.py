@@ -153,7 +153,7 @@ class Evaluations:
         if not self._plans and config.best is None:
             return
         with torch.device("meta"):  # of shapes alone
-            model = task.eval_model(task.export(None, tokenizer), "")
+            model = task.eval_model(task.export(None, tokenizer), "the model")
         found = ranks.of_first(self._list_stored)
         self._plans = {
             name: plan._replace(spec=_with_listed(plan.spec, found))
