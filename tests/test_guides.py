@@ -1,9 +1,10 @@
 """The shell blocks of README and docs run as written, one after the other, on small data.
 
 A folder holds what the pages assume: a table, COCO's JSON, ImageNet's class folders. Two commands
-come before the real ones: `navit-clip` stops a training after two steps and asks for no more word
-pieces than a small vocabulary has, `torchrun` does that in one process and trains a narrow model.
-Blocks about several nodes are the subject of `test_launchers`.
+come before the real ones: `navit-clip` stops a training after two steps, asks for no more word
+pieces than a small vocabulary has and for a twelfth of open_clip's prompts, `torchrun` does that in
+one process and trains a narrow model. Blocks about several nodes are the subject of
+`test_launchers`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _COMMANDS = {
     "navit-clip": f"""
 short=()
 [ "$1" != train ] || short=({_SHORT})
-exec {sys.executable} -m navit_clip "${{@/#32000/{_PIECES}}}" "${{short[@]}}"
+words=("${{@/#32000/{_PIECES}}}")
+exec {sys.executable} -m navit_clip "${{words[@]/#openai/simple}}" "${{short[@]}}"
 """,
     # `torchrun --nproc-per-node 8 -m MODULE FLAGS…`
     "torchrun": f"""

@@ -199,7 +199,11 @@ def test_a_rate_at_the_edge_of_those_tried_is_named(monkeypatch, tmp_path):
     assert last.startswith("The lowest or highest was best for `falling`: ")
 
 
-@pytest.mark.parametrize("results", PUBLISHED, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "results",
+    [PUBLISHED[0], *(pytest.param(path, marks=pytest.mark.slow) for path in PUBLISHED[1:])],
+    ids=lambda path: path.name,
+)
 def test_a_published_page_is_what_its_results_say(results, tmp_path):
     name = results.name.removesuffix(".tar.xz")
     with tarfile.open(results) as tar:

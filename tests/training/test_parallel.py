@@ -33,9 +33,9 @@ FLOAT, DOUBLE = torch.float32, torch.float64
 # Configuration, precision and number of steps. In float64 what is equal shows as equal.
 CASES = {
     2: {
-        "ddp": (tiny_config(ema=AVERAGED), FLOAT, 30),
-        "ddp, 3 micro-batches": (tiny_config(accumulate=3), FLOAT, 30),
-        "fsdp": (tiny_config(parallel=FSDP, ema=AVERAGED), FLOAT, 30),
+        "ddp": (tiny_config(ema=AVERAGED), FLOAT, 12),
+        "ddp, 3 micro-batches": (tiny_config(accumulate=3), FLOAT, 12),
+        "fsdp": (tiny_config(parallel=FSDP, ema=AVERAGED), FLOAT, 12),
         "fsdp, 3 micro-batches, rotary": (
             rotary(tiny_config(kind="sigmoid", parallel=KEPT, accumulate=3)),
             DOUBLE,
@@ -50,7 +50,7 @@ CASES = {
         "fsdp in bf16": (tiny_config(precision="bf16", parallel=FSDP, accumulate=2), FLOAT, 3),
     },
     3: {
-        "ddp": (tiny_config(), FLOAT, 30),
+        "ddp": (tiny_config(), FLOAT, 12),
         # 3 does not divide the parameters' rows: shards are uneven, some of them empty.
         "fsdp": (tiny_config(parallel=FSDP, accumulate=2, ema=AVERAGED), DOUBLE, 4),
     },

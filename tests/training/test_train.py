@@ -76,7 +76,7 @@ def test_loss_falls(data, tmp_path, monkeypatch):
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_finished_run_continued_for_longer_equals_an_uninterrupted_one(
     data, tmp_path, monkeypatch, workers
 ):
