@@ -167,11 +167,7 @@ def _made(study: Study, name: str, results: _Results) -> Iterator[str]:
         f"[{name}.yaml](../../studies/{name}.yaml), {study.flops:.3g} training FLOPs a run, seeds "
         f"{', '.join(map(str, study.seeds))}. "
         + "; ".join(f"{what} {', '.join(sorted(values))}" for what, values in facts.items())
-        + (
-            f"; what has the recipe of runs of {', '.join(sorted(others))} is these"
-            if others
-            else ""
-        )
+        + (f"; some runs are those of {', '.join(sorted(others))}" if others else "")
         + ".\n"
     )
 

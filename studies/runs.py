@@ -134,6 +134,9 @@ def _train_and_score(study: Study, run: Run, out: Path, ranks: Ranks, workers: i
     if (done := _done_elsewhere(study, path)) is not None:
         _say(f"{run.name}: the same as {done['arm']} of {done['study']}")
         write_output(folder / RESULT, json.dumps({**done, "arm": run.arm}) + "\n")
+        shutil.rmtree(
+            folder / "checkpoints", ignore_errors=True
+        )  # of a start before that one's end
         return
     config, resolved = parse_config(["--config", str(path)])
     train(config, resolved, ranks)

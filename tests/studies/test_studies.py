@@ -293,7 +293,7 @@ def test_what_another_study_has_done_is_not_done_again(data, tmp_path, monkeypat
     )
     assert taken == {**done, "arm": "plain"}
     assert command("report", second, *words, "--docs", tmp_path) == 0
-    assert "has the recipe of runs of first is these" in (tmp_path / "second.md").read_text()
+    assert "; some runs are those of first." in (tmp_path / "second.md").read_text()
     assert command("run", third, *words) == 130, "other tests need the model"
 
 
