@@ -53,7 +53,7 @@ def starting_point(
     if init.model is None:
         if kept:
             fields = " and ".join(f"task.{name}" for name in kept)
-            raise UserError(f"init.model is missing: what {fields} keeps would be random weights")
+            raise UserError(f"init.model is missing: {fields} would keep random weights")
         model = task.build_model()
     else:
         model, theirs = task.start_from(init)

@@ -215,7 +215,7 @@ def test_random_weights_are_not_kept(data, tmp_path, monkeypatch, capsys):
     write_tiny_data(tmp_path)
     kept = {"task__lock__image": "true", "task__lora__text": "[qkv]"}
     assert run(monkeypatch, tiny_flags(tmp_path, tmp_path / "run", 2, **kept)) == 2
-    line = "init.model is missing: what task.lock.image and task.lora.text keeps would be random"
+    line = "init.model is missing: task.lock.image and task.lora.text would keep random weights"
     assert line in capsys.readouterr().err
 
 
