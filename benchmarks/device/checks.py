@@ -67,7 +67,7 @@ CHECKS = (
     Check("peer_eager", 40, check_peer_eager),
     Check("trainer", 150, check_trainer),
     Check("tasks", 200, check_tasks),
-    Check("evaluators", 200, check_evaluators),
+    Check("evaluators", 300, check_evaluators),
     Check("step_cpp_wrapper", 120, partial(_cpp_wrapper, check=check_step)),
     Check("step_full", 60, check_step_full),
     Check("step_full_bf16", 60, check_step_full_bf16),

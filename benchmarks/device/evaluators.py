@@ -24,22 +24,22 @@ _RETRIEVAL: dict[str, object] = {
     "images": "{folder}/retrieval/images",
     "captions": "{folder}/retrieval/captions.json",
 }
-_TWO: dict[str, object] = {"max_tokens": [9]}
+_SECOND_LIMIT: dict[str, object] = {"max_tokens": [9]}
 _CASES: dict[str, dict[str, dict[str, object]]] = {
     "demo": {
         "zeroshot": _ZEROSHOT,
         "retrieval": _RETRIEVAL,
-        "cascade": _ZEROSHOT | _TWO,
+        "cascade": _ZEROSHOT | _SECOND_LIMIT,
         **_PROBES,
     },
-    "classify_small": {"classify": _CLASSES, "cascade": _CLASSES | _TWO, **_PROBES},
+    "classify_small": {"classify": _CLASSES, "cascade": _CLASSES | _SECOND_LIMIT, **_PROBES},
     "swin_small": {"classify": _CLASSES, **_PROBES},
     "masked_image_small": {"reconstruct": _CLASSES, **_PROBES},
 }
 
 
 def check_evaluators(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Of each recipe the run's exit code, and how many metrics its evaluators logged."""
+    """Of each recipe the run's exit code, and which of its evaluators logged nothing."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_small_data(folder)

@@ -57,7 +57,7 @@ def cpu_peak(precision: str) -> float:
 
 
 @cache
-def _measure(precision: str, threads: int) -> float:
+def _measure(precision: str, threads: int) -> float:  # which PyTorch takes by itself
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=dtype)
     best, begin = float("inf"), time.perf_counter()
