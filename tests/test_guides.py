@@ -3,8 +3,8 @@
 A folder holds what the pages assume: a table, COCO's JSON, ImageNet's class folders. Two commands
 come before the real ones: `navit-clip` stops a training after two steps, asks for no more word
 pieces than a small vocabulary has and for a twelfth of open_clip's prompts, `torchrun` does that in
-one process and trains a narrow model. Blocks about several nodes are the subject of
-`test_launchers`.
+one process, on small batches of few data workers, and trains a narrow model. Blocks about several
+nodes are the subject of `test_launchers`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _NARROW = " ".join(
     for tower in ("image", "text")
     for field, value in {"width": 32, "depth": 1, "heads": 2}.items()
 )
+_FEW = "--data.budget '{tokens: {image: 8192, text: 2144}, max_examples: 200}' --data.workers 2"
 _SHORT = "--steps 2 --optim.schedule.warmup_steps 1 --optim.schedule.cooldown_steps 1"
 _COMMANDS = {
     "navit-clip": f"""
@@ -39,7 +40,7 @@ exec {sys.executable} -m navit_clip "${{words[@]/#openai/simple}}" "${{short[@]}
 """,
     # `torchrun --nproc-per-node 8 -m MODULE FLAGS…`
     "torchrun": f"""
-exec {sys.executable} -m "${{@:4}}" {_SHORT} {_NARROW} --task.model.text.vocab_size {_PIECES}
+exec {sys.executable} -m "${{@:4}}" {_SHORT} {_NARROW} {_FEW} --task.model.text.vocab_size {_PIECES}
 """,
 }
 

@@ -25,7 +25,7 @@ from navit_clip.evaluation.zeroshot import class_vectors
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 NOISE = 1e-6
-PHOTOS = 16  # one of each class
+PHOTOS = 8  # one of each class
 TEMPLATES = ("a photo of a {}.", "art of the {}.")
 CAPTIONED, CAPTIONS = 6, 3
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -280,11 +281,13 @@ def test_the_directory_is_held_while_a_run_trains_and_free_after(data, tmp_path)
         deadline = time.monotonic() + 120
         while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
+        first.send_signal(signal.SIGSTOP)  # for the time that the second needs to start
         second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert second.returncode == 2
         assert f"process {first.pid} on" in second.stderr
         assert first.poll() is None
     finally:
+        first.send_signal(signal.SIGCONT)
         first.terminate()
         assert first.wait(60) == 0
     assert not (tmp_path / "run" / LOCK_FILE).exists()

@@ -69,7 +69,7 @@ def test_the_saved_config_starts_the_same_run(data, tmp_path, monkeypatch):
 def test_loss_falls(data, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     flags = tiny_flags(
-        data, run_dir, 150, optim__lr=3e-3, data__budget__tokens__image=256, optim__weight_decay=0.0
+        data, run_dir, 80, optim__lr=3e-3, data__budget__tokens__image=256, optim__weight_decay=0.0
     )
     assert run(monkeypatch, flags) == 0
     values = [line["loss"] for line in metrics(run_dir)]

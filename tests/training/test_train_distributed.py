@@ -212,14 +212,20 @@ def read_losses(run_dir):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_torchrun_trains_stops_and_continues(data, tmp_path):
+def train_whole(flags):
+    config, resolved = parse_config(flags)
+    with join_ranks("cpu") as ranks:
+        train(config, resolved, ranks)
+
+
+def test_torchrun_trains_and_continues_what_other_processes_began(data, tmp_path):
     schedule = {"optim__schedule__kind": "constant", "data__workers": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = torchrun(tiny_flags(data, whole, 8, **schedule))
+    for run_dir, steps in ((whole, 8), (parts, 4)):
+        flags = tiny_flags(data, run_dir, steps, **schedule)
+        run_ranks(train_whole, 2, flags, initialise=False)
+    result = torchrun(tiny_flags(data, parts, 8, **schedule))
     assert result.returncode == 0, result.stderr
-    for steps in (4, 8):
-        result = torchrun(tiny_flags(data, parts, steps, **schedule))
-        assert result.returncode == 0, result.stderr
     assert "continuing from step 4" in result.stdout
     assert read_losses(parts) == read_losses(whole)
     assert (parts / "model/model.safetensors").is_file()
