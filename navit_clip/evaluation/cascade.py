@@ -74,11 +74,7 @@ class Cascade(ClassEvaluator[CascadeSpec]):
     def check_model(self, model: Model) -> None:
         """There must be a second limit."""
         super().check_model(model)
-        if len(_limits([model.own_setting, *self.spec.settings])) < 2:
-            raise UserError(
-                f"a cascade needs two token limits, and that of {model.name} is "
-                f"{model.own_setting.label}: give another with --max-tokens"
-            )
+        check_two_limits("a cascade", model, self.spec.settings)
 
     def open(self) -> EvalDataset:
         """As the evaluator of this kind of model does."""
@@ -112,7 +108,7 @@ class Cascade(ClassEvaluator[CascadeSpec]):
         }
         alone = {s: make_row(model, data, s, partial(top_accuracy, found[s].rank_E)) for s in found}
         yield from alone.values()
-        limits = _limits(found)
+        limits = limits_of(found)
         cascades = []
         for (few, many), percent in product(combinations(limits, 2), self.spec.percents):
             again = least_sure(found[few].confidence_E, percent / 100)
@@ -136,7 +132,21 @@ class Cascade(ClassEvaluator[CascadeSpec]):
             yield from front([alone[limit] for limit in limits], cascades)
 
 
-def _limits(settings: Iterable[EvalSetting]) -> list[EvalSetting]:
+def check_two_limits(what: str, model: Model, settings: Iterable[EvalSetting]) -> None:
+    """Refuses settings of which fewer than two are token limits, the model's own one included.
+
+    Raises:
+        UserError: Names what needs them.
+    """
+    if len(limits_of([model.own_setting, *settings])) < 2:
+        raise UserError(
+            f"{what} needs two token limits, and that of {model.name} is "
+            f"{model.own_setting.label}: give another with --max-tokens"
+        )
+
+
+def limits_of(settings: Iterable[EvalSetting]) -> list[EvalSetting]:
+    """Those that are token limits, in order."""
     return sorted({s for s in settings if s.kind == "capped"}, key=lambda one: one.size or 0)
 
 

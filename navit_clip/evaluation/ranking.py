@@ -6,6 +6,7 @@ similarity matrix is never in memory all at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +57,69 @@ def pair_ranks(images_ED: Tensor, texts_TD: Tensor, image_T: Tensor) -> tuple[Te
         near = ~(scores < best_E[start : start + block, None] - TIE)
         image_ranks.append((near & (image_T != index[:, None])).sum(1, dtype=torch.int32))
     return torch.cat(image_ranks).long(), text_ranks_T
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """What re-ranking so many of the nearest images gives.
+
+    Attributes:
+        rank_T: Rank of each caption's image, int64; 0 is the best.
+        cost: Of a caption's images, mean.
+        again: Share of the images that are looked at again for any caption.
+    """
+
+    rank_T: Tensor
+    cost: float
+    again: float
+
+
+def rerank(
+    few_ED: Tensor,
+    many_ED: Tensor,
+    texts_TD: Tensor,
+    image_T: Tensor,
+    tops: Sequence[int],
+    cost_E: Tensor,
+) -> list[Reranked]:
+    """Ranks every caption's image among all by `few_ED`, the first so many anew by `many_ED`.
+
+    An image that is not among the first keeps its rank.
+
+    Args:
+        few_ED: Unit vectors of the images.
+        many_ED: Other unit vectors of them.
+        texts_TD: Unit vectors of the captions.
+        image_T: Index of each caption's image.
+        tops: How many are ranked anew, each at most E.
+        cost_E: Of looking at each image again, float64.
+
+    Returns:
+        For each of `tops`.
+    """
+    few_ED, many_ED, texts_TD = few_ED.double(), many_ED.double(), texts_TD.double()
+    ranks: list[list[Tensor]] = [[] for _ in tops]
+    costs = [0.0 for _ in tops]
+    again_KE = torch.zeros(len(tops), len(few_ED), dtype=torch.bool)
+    # Of a block there are the scores of all images, and the vectors of the first of them.
+    block = max(1, _SCORES // max(len(few_ED), max(tops) * many_ED.shape[1]))
+    for texts_BD, right_B in zip(texts_TD.split(block), image_T.split(block), strict=True):
+        scores_BE = texts_BD @ few_ED.T
+        own_B1 = scores_BE.gather(1, right_B[:, None])
+        before_B = (~(scores_BE < own_B1 - TIE)).sum(1) - 1  # itself among those counted
+        first_BK = scores_BE.topk(max(tops), 1).indices
+        anew_BK = torch.einsum("bd,bkd->bk", texts_BD, many_ED[first_BK])
+        right_B1 = torch.einsum("bd,bd->b", texts_BD, many_ED[right_B])[:, None]
+        ahead_BK = ~(anew_BK < right_B1 - TIE) & (first_BK != right_B[:, None])
+        for k, top in enumerate(tops):
+            among_B = ahead_BK[:, :top].sum(1)
+            ranks[k].append(torch.where(before_B < top, among_B, before_B))
+            costs[k] += cost_E[first_BK[:, :top]].sum().item()
+            again_KE[k, first_BK[:, :top]] = True
+    return [
+        Reranked(torch.cat(rank), costs[k] / len(image_T), again_KE[k].double().mean().item())
+        for k, rank in enumerate(ranks)
+    ]
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from navit_clip.evaluation.evaluator import Evaluator
 from navit_clip.evaluation.fewshot import FewShot
 from navit_clip.evaluation.linear import Linear
 from navit_clip.evaluation.reconstruct import Reconstruct
+from navit_clip.evaluation.rerank import Rerank
 from navit_clip.evaluation.results import EvalResult, read_rows
 from navit_clip.evaluation.retrieval import Retrieval
 from navit_clip.evaluation.zeroshot import ZeroShot
 
 EVALUATORS: dict[str, type[Evaluator[Any]]] = {
     evaluator.kind: evaluator
-    for evaluator in (ZeroShot, Retrieval, Classify, FewShot, Linear, Cascade, Reconstruct)
+    for evaluator in (ZeroShot, Retrieval, Classify, FewShot, Linear, Cascade, Rerank, Reconstruct)
 }
 
 

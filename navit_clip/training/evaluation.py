@@ -52,10 +52,10 @@ class EvalConfig:
     Attributes:
         evaluators: By a name of your own, which metrics and files are called by. ``kind`` of each
             is one of `navit_clip.evaluation.registry` (``zeroshot``, ``retrieval``, ``classify``,
-            ``fewshot``, ``linear``, ``cascade``, ``reconstruct``), ``every_steps`` its cadence
-            (default 1000; one evaluation is also made after the last step), and all else a field of
-            its specification, such as `navit_clip.evaluation.retrieval.RetrievalSpec`: data,
-            images, captions, classnames, templates, max_tokens and more.
+            ``fewshot``, ``linear``, ``cascade``, ``rerank``, ``reconstruct``), ``every_steps`` its
+            cadence (default 1000; one evaluation is also made after the last step), and all else a
+            field of its specification, such as `navit_clip.evaluation.retrieval.RetrievalSpec`:
+            data, images, captions, classnames, templates, max_tokens and more.
         validation: The loss on data.validation, when and in what batches.
         best: Keep the best model by this metric in best/ of the run directory, such as
             ``coco/text_to_image/R@1`` or ``validation/loss``; null keeps none.
