@@ -316,7 +316,7 @@ class ContrastiveTask(ImageTask):
         return layers_above(rest, getattr(self.config.model, tower).encoder.depth)
 
     def flops(self, inputs: Inputs) -> float:
-        """FLOPs of one forward and one backward pass of both towers.
+        """FLOPs of one forward and one backward pass of both towers, and of the teacher's forward.
 
         Args:
             inputs: On any device; only the lengths of examples are read, which the host holds.
@@ -342,6 +342,10 @@ class ContrastiveTask(ImageTask):
             tower = towers["image"]._replace(pool=0, projection=0)
             head = 2 * model.image.encoder.width**2 * images.tokens
             total += 2 * sum(tower) + backward_flops(tower) + 3 * head
+        if self.teacher is not None:
+            model = self.teacher.model.config
+            model = replace(model, image=model.image.with_patch_size(inputs.images.patch_size))
+            total += sum(map(sum, forward_flops(model, images, texts).values()))
         return total
 
     def start_from(self, init: InitConfig) -> tuple[nn.Module, Tokenizer | None]:

@@ -15,6 +15,8 @@ from packed_examples import random_image
 from step_cases import ALONE, measurements, micro_batches, tiny_config, with_task
 from tiny_run import run, tiny_flags, write_tiny_data
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from navit_clip.classifier import NaViTClassifier
 from navit_clip.data.builders.pairs import PairInputs
@@ -99,6 +101,21 @@ def test_a_teacher_with_windows_of_its_own_ignores_those_of_the_model(tokenizer,
     with torch.no_grad():
         expected = NaViTCLIP.from_directory(teacher).embed_images(pack_images(images))
     torch.testing.assert_close(found, expected)
+
+
+def test_the_teachers_forward_pass_counts_as_compute(tokenizer, tmp_path):
+    larger = replace(SMALL.image, encoder=replace(SMALL.image.encoder, width=40, depth=3))
+    teacher = save_teacher(tmp_path / "teacher", replace(SMALL, image=larger), tokenizer)
+    with_one, without = (
+        build(DistillConfig(str(teacher)), tokenizer),
+        build(DistillConfig(), tokenizer),
+    )
+    inputs = micro_batches(0, ALONE, 1)[0].inputs
+    # Attention as plain products, since the counter knows no formula of the CPU's fused kernel.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with_one.teacher.embed([inputs])
+    added = with_one.flops(inputs) - without.flops(inputs)
+    assert added == pytest.approx(counter.get_total_flops())
 
 
 def test_micro_batches_are_one_batch_to_the_teacher_too(teacher, tokenizer):
