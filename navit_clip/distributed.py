@@ -6,6 +6,7 @@ its environment.
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from operator import itemgetter
 from typing import Any, Literal, NoReturn, TypeVar
@@ -34,6 +35,7 @@ T = TypeVar("T")
 # a hang earlier.
 _TIMEOUT = timedelta(minutes=30)
 _MISTAKE = "mistake"  # key of the store
+_LOOK_S = 0.5  # at most, between two looks at whether rank 0 is done
 _OWN_FILES = 2048  # shards, data workers, connections to stores, NCCL
 
 
@@ -71,6 +73,7 @@ class Ranks:
     world_size: int
     device: torch.device
     store: dist.Store | None = None
+    _alone: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -146,6 +149,31 @@ class Ranks:
                 problem = error
         self.raise_together(problem)
         return self.broadcast(found)[0]
+
+    def first_alone(self, work: Callable[[], T], beat: Callable[[], object]) -> T | None:
+        """What `work` gives on rank 0, None elsewhere, however long it takes; all call it.
+
+        In a collective call the others would give up after half an hour.
+
+        Args:
+            work: On rank 0.
+            beat: Called again and again on the ranks that wait.
+
+        Raises:
+            Exception: What `work` does, on rank 0, and what `beat` does, where it is called.
+        """
+        key, pause_s = f"alone/{next(self._alone)}", 0.001
+        if self.is_first:
+            try:
+                return work()
+            finally:
+                if self.store is not None:
+                    self.store.set(key, "")
+        while self.store is not None and not self.store.check([key]):
+            beat()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
+        return None
 
     def raise_together(self, problem: UserError | None) -> None:
         """Raises on all ranks what one raises, which the others would wait for; all call it.

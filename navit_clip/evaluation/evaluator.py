@@ -301,12 +301,18 @@ class EmbeddingEvaluator(Evaluator[S]):
         data = embedded[0]
         texts = self.texts(data)
         vectors = [embed_texts(one, texts, ranks, cache) for one in models]
-        result = None
+
+        def score() -> EvalResult:
+            self.model, self.data, self.texts_TD = models[0], data, vectors[0]
+            self.result = self._result(zip(models, embedded, vectors, strict=True))
+            return self.result
+
+        def beat() -> None:
+            with models[0].around():
+                pass
+
         with fail_together(ranks):
-            if ranks.is_first:
-                self.model, self.data, self.texts_TD = models[0], data, vectors[0]
-                result = self.result = self._result(zip(models, embedded, vectors, strict=True))
-        return result
+            return ranks.first_alone(score, beat)
 
     def _result(self, embedded: Iterable[tuple[Model, Embedded, Tensor]]) -> EvalResult:
         models, rows = [], list[Row]()

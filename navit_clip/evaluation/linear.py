@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from navit_clip.evaluation.classes import ClassEvaluator
 from navit_clip.evaluation.datasets import EvalDataset
 from navit_clip.evaluation.embed import Embedded
 from navit_clip.evaluation.linear_fit import fit_logistic, in_parts, whiten
-from navit_clip.evaluation.models import Model
+from navit_clip.evaluation.models import Around, Model
 from navit_clip.evaluation.probes import Probe, ProbeSpec
 from navit_clip.evaluation.ranking import Readout
 from navit_clip.evaluation.results import Metric, Row
@@ -67,15 +68,18 @@ class Linear(Probe[LinearSpec]):
         if key not in self._fitted:
             train_ND, label_N, test_ED = self.features(model, data, setting)
             train_ND, test_ED = whiten(train_ND, test_ED)
-            weight_LD, bias_L, l2 = fit_validated(train_ND, label_N, len(self.names))
+            classes = len(self.names)
+            weight_LD, bias_L, l2 = fit_validated(train_ND, label_N, classes, model.around)
             self._fitted[key] = Readout(test_ED.cpu(), weight_LD.cpu(), bias_L.cpu()), l2
         return self._fitted[key]
 
 
-def fit_validated(x_ND: Tensor, label_N: Tensor, classes: int) -> tuple[Tensor, Tensor, float]:
+def fit_validated(
+    x_ND: Tensor, label_N: Tensor, classes: int, around: Around = nullcontext
+) -> tuple[Tensor, Tensor, float]:
     """`fit_logistic` with the penalty of the best accuracy on a fifth of the images.
 
-    Of equal ones the strongest is taken.
+    Of equal ones the strongest is taken. `around` is entered for each step.
 
     Returns:
         Weights [L, D] and biases [L], fitted to all images, and the penalty.
@@ -90,7 +94,7 @@ def fit_validated(x_ND: Tensor, label_N: Tensor, classes: int) -> tuple[Tensor, 
     held = max(1, round(_VALIDATION * count))
     best, start = None, None
     for l2 in _L2:
-        start = fit_logistic(x_ND[order[held:]], label_N[order[held:]], classes, l2, start)
+        start = fit_logistic(x_ND[order[held:]], label_N[order[held:]], classes, l2, start, around)
         hits = sum(
             int(((x @ start[0].T + start[1]).argmax(1) == labels).sum())
             for x, labels in in_parts(classes, x_ND[order[:held]], label_N[order[:held]])
@@ -99,4 +103,4 @@ def fit_validated(x_ND: Tensor, label_N: Tensor, classes: int) -> tuple[Tensor, 
             best = hits, l2, start
     assert best is not None
     _, l2, start = best
-    return *fit_logistic(x_ND, label_N, classes, l2, start), l2
+    return *fit_logistic(x_ND, label_N, classes, l2, start, around), l2

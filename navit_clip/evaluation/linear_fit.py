@@ -6,10 +6,13 @@ In float64 throughout, on the device of the features.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from navit_clip.evaluation.models import Around
 
 _EPS = 1e-5  # added to standard deviations
 _BIAS = 100.0  # a constant feature as large as this is hardly regularised
@@ -64,6 +67,7 @@ def fit_logistic(
     classes: int,
     l2: float,
     start: tuple[Tensor, Tensor] | None = None,
+    around: Around = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression: mean cross-entropy + l2/2·‖W‖², biases free; by L-BFGS.
 
@@ -75,6 +79,7 @@ def fit_logistic(
         classes: L.
         l2: Above 0, else classes that are apart have no finite minimum.
         start: Weights and biases to begin with; zeros if None.
+        around: A context for each step; all of them may take an hour.
 
     Returns:
         Weights [L, D] and biases [L].
@@ -95,12 +100,13 @@ def fit_logistic(
     )
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = theta_LD.new_zeros(())
-        for part in logistic_losses(theta_LD[:, :-1], theta_LD[:, -1], x_ND, label_N, l2):
-            part.backward()
-            loss += part.detach()
-        return loss
+        with around():
+            optimizer.zero_grad()
+            loss = theta_LD.new_zeros(())
+            for part in logistic_losses(theta_LD[:, :-1], theta_LD[:, -1], x_ND, label_N, l2):
+                part.backward()
+                loss += part.detach()
+            return loss
 
     with torch.enable_grad():
         optimizer.step(closure)

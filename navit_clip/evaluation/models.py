@@ -37,6 +37,8 @@ from navit_clip.tokenizers.base import Tokenizer
 
 Sizer = Callable[[EncodedImage, EvalSetting], Any]
 
+Around = Callable[[], AbstractContextManager[object]]
+
 
 class Model(ABC):
     """A model under evaluation.
@@ -49,6 +51,7 @@ class Model(ABC):
         precision: Of its forward passes; similarities and metrics are float32 in any case.
         padding_tokens: Tokens of padding that `embed_images` has computed so far.
         reads_texts: Whether it has `embed_texts` and `scale`.
+        around: A context for each of its forward passes, and for steps of what is fitted to them.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Model(ABC):
     precision: Precision
     padding_tokens: int = 0
     reads_texts: bool = True
+    around: Around = staticmethod(nullcontext)
 
     @abstractmethod
     def check(self, setting: EvalSetting) -> None:
@@ -131,7 +135,6 @@ class _Packed(Model, Generic[AnyPacked]):
     Attributes:
         model: As given.
         preprocess: Of the model.
-        around: As given.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class _Packed(Model, Generic[AnyPacked]):
         model: AnyPacked,
         name: str,
         precision: Precision = "fp32",
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        around: Around = nullcontext,
     ) -> None:
         assert model.preprocess is not None
         self.model: AnyPacked = model
@@ -297,7 +300,7 @@ def packed_model(
     model: AnyModel,
     name: str,
     precision: Precision,
-    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    around: Around = nullcontext,
 ) -> PackedModel | PackedTower:
     """One of ours as evaluators see it, whichever it is."""
     if isinstance(model, NaViTCLIP):

@@ -8,8 +8,8 @@ and `Task` and name the configuration in `navit_clip.tasks.registry`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,15 +21,13 @@ from navit_clip.data.builders.base import SampleBuilder
 from navit_clip.data.config import DataConfig
 from navit_clip.data.mixture import Mixture
 from navit_clip.errors import UserError
-from navit_clip.evaluation.models import Model
+from navit_clip.evaluation.models import Around, Model
 from navit_clip.models.weights import build_with
 from navit_clip.packed.batch import Batch, Inputs
 from navit_clip.precision import Precision
 from navit_clip.tasks.media import Drawing, Media
 from navit_clip.tasks.source import InitConfig
 from navit_clip.tokenizers.base import Tokenizer
-
-Around = Callable[[], AbstractContextManager[object]]
 
 
 class Loss(NamedTuple):

@@ -19,7 +19,7 @@ from navit_clip.checkpoints.folder import RUN_MODEL
 from navit_clip.configs import check_choices
 from navit_clip.data.config import DataConfig
 from navit_clip.data.sizing import default_max_tokens
-from navit_clip.evaluation.models import Model, packed_model
+from navit_clip.evaluation.models import Around, Model, packed_model
 from navit_clip.export.description import Description
 from navit_clip.inference.preprocess import Preprocess
 from navit_clip.load import AnyModel, build_model
@@ -28,7 +28,7 @@ from navit_clip.models.weights import build_with
 from navit_clip.packed.batch import Inputs
 from navit_clip.packed.images import PackedImages, Planner
 from navit_clip.precision import Precision
-from navit_clip.tasks.base import Around, ExportedModel, Task, TaskConfig
+from navit_clip.tasks.base import ExportedModel, Task, TaskConfig
 from navit_clip.tasks.media import Histogram, Media
 from navit_clip.tasks.run_card import write_run_card
 from navit_clip.tasks.source import InitConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tiny_run import run as run_training
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from navit_clip.data.seeding import generator
-from navit_clip.errors import UserError
+from navit_clip.errors import StopAskedError, UserError
 from navit_clip.evaluation import linear, linear_fit
 from navit_clip.evaluation.__main__ import main
 from navit_clip.evaluation.fewshot import FewShot, FewShotSpec
@@ -241,6 +242,30 @@ def test_the_linear_probe_is_the_fit_on_its_features(train, folders, model_dir, 
     assert found["l2"] == l2
     assert found["baselines"][0]["views"] == found["views"]
     assert "Most confident mistakes" in (tmp_path / "a.html").read_text()
+
+
+def test_a_fit_is_progress_and_can_be_stopped_in_the_middle(train, folders, model_dir):
+    calls = []
+
+    @contextmanager
+    def around():
+        calls.append(len(calls))
+        if len(calls) == stop:
+            raise StopAskedError
+        yield
+
+    stop, clip = 0, NaViTCLIP.from_directory(model_dir)
+    spec = LinearSpec(data=str(folders), train=str(train))
+    FewShot(FewShotSpec(data=str(folders), train=str(train), shots=(1,))).run(
+        PackedModel(clip, "clip", around=around), ALONE, 0
+    )
+    forward, calls[:] = len(calls), []
+    Linear(spec).run(PackedModel(clip, "clip", around=around), ALONE, 0)
+    assert len(calls) > forward + 8  # of as many penalties
+    stop, calls[:] = forward + 4, []
+    with pytest.raises(StopAskedError):
+        Linear(spec).run(PackedModel(clip, "clip", around=around), ALONE, 0)
+    assert len(calls) == stop
 
 
 MISTAKES = [

@@ -5,7 +5,10 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,13 @@ import torch
 from distributed import run_ranks
 from tiny_run import tiny_flags, write_tiny_data
 
+from navit_clip import distributed
 from navit_clip.data.builders.pairs import PairInputs
 from navit_clip.data.loader import load_batches
 from navit_clip.data.mixture import Mixture
 from navit_clip.distributed import Ranks, _allow_open_files, join_ranks
 from navit_clip.errors import OutageError, UserError
+from navit_clip.evaluation.embed import fail_together
 from navit_clip.packed.batch import Batch, BatchCounts
 from navit_clip.packed.images import ImagePatches, pack_images
 from navit_clip.packed.texts import pack_texts
@@ -164,6 +169,39 @@ def test_all_ranks_raise_what_one_does_and_what_is_final_first():
     alone.raise_together(None)
     with pytest.raises(OutageError, match="down"):
         alone.raise_together(problems[0])
+
+
+def work_alone(seconds):
+    """Rank 0 takes longer than any collective call may; the third piece of work is a mistake."""
+    distributed._TIMEOUT = timedelta(seconds=2)
+    waited, found = [], []
+    with join_ranks("cpu") as ranks:
+        for answer in ("slow", "quick", None):
+
+            def work(answer=answer):
+                time.sleep(seconds if answer == "slow" else 0)
+                if answer is None:
+                    raise UserError("wrong")
+                return answer
+
+            before = len(waited)
+            try:
+                with fail_together(ranks):
+                    found.append(ranks.first_alone(work, partial(waited.append, 0)))
+            except UserError as error:
+                found.append(str(error))
+            if answer == "slow":
+                beats = len(waited) - before
+    return found, beats
+
+
+def test_rank_0_may_work_alone_longer_than_a_collective_call_may_take():
+    (first, none), (second, beats), _ = run_ranks(work_alone, 3, 6.0, initialise=False)
+    assert first == ["slow", "quick", "wrong"]
+    assert second == [None, None, None, "wrong"]
+    assert none == 0
+    assert beats > 5
+    assert Ranks(0, 1, torch.device("cpu")).first_alone(lambda: 1, lambda: None) == 1
 
 
 @pytest.mark.parametrize(
