@@ -66,7 +66,7 @@ class Reranked:
     Attributes:
         rank_T: Rank of each caption's image, int64; 0 is the best.
         cost: Of a caption's images, mean.
-        again: Share of the images that are looked at again for any caption.
+        again: Fraction of the images that are embedded again for any caption.
     """
 
     rank_T: Tensor
@@ -79,20 +79,22 @@ def rerank(
     many_ED: Tensor,
     texts_TD: Tensor,
     image_T: Tensor,
+    rank_T: Tensor,
     tops: Sequence[int],
     cost_E: Tensor,
 ) -> list[Reranked]:
-    """Ranks every caption's image among all by `few_ED`, the first so many anew by `many_ED`.
+    """Ranks every caption's image again by `many_ED`, among the nearest so many by `few_ED`.
 
-    An image that is not among the first keeps its rank.
+    An image that is not among the nearest keeps its rank.
 
     Args:
         few_ED: Unit vectors of the images.
         many_ED: Other unit vectors of them.
         texts_TD: Unit vectors of the captions.
         image_T: Index of each caption's image.
-        tops: How many are ranked anew, each at most E.
-        cost_E: Of looking at each image again, float64.
+        rank_T: Rank of each caption's image by `few_ED`, from `pair_ranks`.
+        tops: How many are ranked again, each at most E.
+        cost_E: Of embedding each image again, float64.
 
     Returns:
         For each of `tops`.
@@ -103,11 +105,9 @@ def rerank(
     again_KE = torch.zeros(len(tops), len(few_ED), dtype=torch.bool)
     # Of a block there are the scores of all images, and the vectors of the first of them.
     block = max(1, _SCORES // max(len(few_ED), max(tops) * many_ED.shape[1]))
-    for texts_BD, right_B in zip(texts_TD.split(block), image_T.split(block), strict=True):
-        scores_BE = texts_BD @ few_ED.T
-        own_B1 = scores_BE.gather(1, right_B[:, None])
-        before_B = (~(scores_BE < own_B1 - TIE)).sum(1) - 1  # itself among those counted
-        first_BK = scores_BE.topk(max(tops), 1).indices
+    parts = zip(texts_TD.split(block), image_T.split(block), rank_T.split(block), strict=True)
+    for texts_BD, right_B, before_B in parts:
+        first_BK = (texts_BD @ few_ED.T).topk(max(tops), 1).indices
         anew_BK = torch.einsum("bd,bkd->bk", texts_BD, many_ED[first_BK])
         right_B1 = torch.einsum("bd,bd->b", texts_BD, many_ED[right_B])[:, None]
         ahead_BK = ~(anew_BK < right_B1 - TIE) & (first_BK != right_B[:, None])

@@ -1,8 +1,8 @@
-"""Re-ranking: images found at few tokens, the nearest of every caption ranked anew at more.
+"""Re-ranking: images found at few tokens, the nearest of every caption ranked again at more.
 
-What it is for is a collection that is embedded once and asked seldom: its vectors are made at few
-tokens, and a query pays for the images that it looks at again. Rows of a result are the token
-limits alone, and every two of them with every number of nearest images.
+What it is for is a collection that is embedded once and has few queries: its vectors are made at
+few tokens, and a query pays for the images that are embedded again for it. Rows of a result are the
+token limits alone, and every two of them with every number of nearest images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RerankSpec(RetrievalSpec):
     """Re-ranking between the model's own token limit and those of max_tokens.
 
     Attributes:
-        top: How many of the nearest images are ranked anew, such as 5,10,50.
+        top: How many of the nearest images are ranked again, such as 5,10,50.
     """
 
     top: tuple[int, ...] = (5, 10, 20, 50)
@@ -71,24 +71,25 @@ class Rerank(Retrieval):
                 f"there are {len(data.names)} images: give --top numbers below that, not "
                 + ",".join(map(str, self.spec.top))
             )
-        image_T, alone = data.image_of_texts, dict[EvalSetting, Row]()
+        image_T, alone, ranks = data.image_of_texts, dict[EvalSetting, Row](), {}
         for setting, images_ED in data.embeddings.items():
-            _, rank_T = pair_ranks(images_ED, texts_TD, image_T)
-            alone[setting] = make_row(model, data, setting, partial(_recalls, rank_T, image_T))
+            _, ranks[setting] = pair_ranks(images_ED, texts_TD, image_T)
+            measure = partial(_recalls, ranks[setting], image_T)
+            alone[setting] = make_row(model, data, setting, measure)
         yield from alone.values()
         for few, many in combinations(limits_of(alone), 2):
             cost = {tokens: model.image_flops(tokens) for tokens in set(data.lengths[many])}
             flops_E = torch.tensor([cost[tokens] for tokens in data.lengths[many]]).double()
             vectors = (data.embeddings[few], data.embeddings[many], texts_TD)
-            for top, found in zip(tops, rerank(*vectors, image_T, tops, flops_E), strict=True):
+            reranked = rerank(*vectors, image_T, ranks[few], tops, flops_E)
+            for top, found in zip(tops, reranked, strict=True):
                 yield replace(
                     alone[few],
                     setting=EvalSetting("rerank", few.size, many.size, top=top),
                     is_own=False,
                     breakdowns={},
                     metrics={
-                        # As many digits as the index's cost has in tables.
-                        "query_gflops": float(f"{found.cost / 1e9:.3g}"),
+                        "query_gflops": found.cost / 1e9,
                         "again": found.again,
                         **_recalls(found.rank_T, image_T, torch.arange(len(data.names))),
                     },
