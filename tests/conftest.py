@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Half as many more processes than cores: much of a test is waiting for others to start."""
     return max(2, 3 * (os.cpu_count() or 1) // 2)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As ranks and commands of tests have: matrix products of two threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

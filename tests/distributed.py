@@ -1,8 +1,6 @@
 """Runs a function in several real gloo processes on this machine and collects what it returns.
 
-The function must be at module level of an importable file: each process imports it anew. They are
-forked from one that has imported the trainer and nothing else, since importing torch takes most of
-a short test's time; so all ranks hash strings alike here, which those of torchrun do not.
+The function must be at module level of an importable file: each process imports that by itself.
 """
 
 import os
@@ -17,9 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import forked
 
 T = TypeVar("T")
 
@@ -55,19 +52,12 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         environment = {
-            **os.environ,  # of now; the process that is forked has that of when it began
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["navit_clip.training.trainer"])
-        # Not daemons: a daemon may not have children, and data loader workers are.
         processes = [
-            context.Process(
-                target=_run_rank,
-                args=(fn, rank, args, directory, environment, timeout, initialise),
-            )
+            forked(_run_rank, fn, rank, args, directory, environment, timeout, initialise)
             for rank in range(world_size)
         ]
         try:
@@ -103,10 +93,7 @@ def _run_rank(
     timeout: float,
     initialise: bool,
 ) -> None:
-    os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data workers, as in torchrun's ranks
     try:
         if initialise:
             dist.init_process_group(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from forks import ForkedCommand
+
 ROOT = Path(__file__).parents[1]
 _WAIT_S = 300.0
 
@@ -47,10 +49,16 @@ class Launch:
     Args:
         command: The command.
         output: Gets what it prints.
+        forked: Whether Python's start is skipped, and that of torch, which takes seconds.
     """
 
-    def __init__(self, command: Sequence[str], output: Path) -> None:
+    def __init__(self, command: Sequence[str], output: Path, *, forked: bool = False) -> None:
         self.output = output
+        self._seen: set[int] = set()
+        self.process: subprocess.Popen[bytes] | ForkedCommand
+        if forked:
+            self.process = ForkedCommand(command, output)
+            return
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 command,
@@ -61,7 +69,6 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._seen: set[int] = set()
 
     def ranks(self) -> dict[int, int]:
         """Processes of the ranks that run now, by rank."""
@@ -154,21 +161,21 @@ def _command_line(pid: int) -> bytes:
 
 
 @contextmanager
-def launch(command: Sequence[str], output: Path) -> Iterator[Launch]:
+def launch(command: Sequence[str], output: Path, *, forked: bool = False) -> Iterator[Launch]:
     """Starts a command and leaves no process behind."""
-    started = Launch(command, output)
+    started = Launch(command, output, forked=forked)
     try:
         yield started
     finally:
         started.close()
 
 
-def run_to_end(command: Sequence[str], output: Path) -> None:
+def run_to_end(command: Sequence[str], output: Path, *, forked: bool = False) -> None:
     """Runs a command that must succeed.
 
     Raises:
         RuntimeError: If it does not; with the end of its output.
     """
-    with launch(command, output) as running:
+    with launch(command, output, forked=forked) as running:
         if running.wait() != 0:
             raise RuntimeError(f"the run failed:\n{running.tail()}")

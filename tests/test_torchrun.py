@@ -62,7 +62,7 @@ def test_flags_that_do_not_exist_are_named_once(tmp_path, module):
     assert "exitcode" not in output  # torchrun's report of a rank that failed
 
 
-@pytest.mark.parametrize("wrong", [(0, 1), (1,)])
+@pytest.mark.parametrize("wrong", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
 def test_a_mistake_ends_all_ranks_of_all_attempts(tmp_path, wrong):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(wrong=wrong, error="UserError"))

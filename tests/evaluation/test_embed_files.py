@@ -132,6 +132,7 @@ def on_ranks(words):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_write_what_one_does(data, tmp_path, model_dir):
     commands = [
         ["--model", model_dir, "--workers", 0, *words]
@@ -142,11 +143,8 @@ def test_two_ranks_write_what_one_does(data, tmp_path, model_dir):
         (tmp_path / folder).mkdir()
     both = zip(commands, outputs, strict=True)
     run_ranks(on_ranks, 2, [[*words, "--output", tmp_path / "two" / name] for words, name in both])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for words, name in zip(commands, outputs, strict=True):
         assert run(*words, "--output", tmp_path / "one" / name) == 0
-    torch.set_num_threads(threads)
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 

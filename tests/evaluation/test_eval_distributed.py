@@ -103,15 +103,6 @@ def assert_equal(one: Embedded, other: Embedded) -> None:
         assert torch.equal(one.embeddings[setting], other.embeddings[setting]), setting
 
 
-@pytest.fixture
-def one_thread():
-    """As `run_ranks` gives each rank: matrix products of two threads round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("blocks", "one_thread")
 def test_everything_is_equal_on_any_number_of_ranks_and_workers(model_dir, data, tmp_path):
     others = multiprocessing.active_children()  # of other tests, such as Triton's interpreter

@@ -6,6 +6,7 @@ with dropped patches, and whatever the neighbours are.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,11 @@ VOCAB, CONTEXT = 11, 7
 
 
 every_pooling = pytest.mark.parametrize("pooling", POOLINGS)
-every_position = pytest.mark.parametrize("position", POSITIONS, ids=position_name)
+# Positions are added before, poolings read after the blocks: each of either, and not all pairs.
+PAIRS = [*zip(itertools.cycle(POOLINGS), POSITIONS), *((p, POSITIONS[0]) for p in POOLINGS[1:])]
+of_each = pytest.mark.parametrize(
+    ("pooling", "position"), PAIRS, ids=[f"{p}-{position_name(q)}" for p, q in PAIRS]
+)
 
 
 def build(
@@ -125,8 +130,7 @@ def check_packed_equals_unpacked(embed: Embed) -> None:
         assert_same(embed([i], 9), alone[i : i + 1])
 
 
-@every_pooling
-@every_position
+@of_each
 def test_packed_images_equal_each_image_alone(pooling, position):
     check_packed_equals_unpacked(embedders(build(pooling, position))["image"])
 
@@ -186,8 +190,7 @@ def check_gradients(model: CLIP, tower: str) -> None:
                 torch.testing.assert_close(grad, alone[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
-@every_pooling
-@every_position
+@of_each
 def test_gradients_of_an_image_ignore_padding_and_neighbours(pooling, position):
     check_gradients(build(pooling, position).double(), "image")
 
@@ -222,8 +225,7 @@ def test_what_fills_the_padding_is_never_read(pooling):
     assert torch.equal(model.embed_texts(texts), before[1])
 
 
-@every_pooling
-@every_position
+@of_each
 def test_far_more_padding_than_tokens_gives_no_nan(pooling, position):
     model = build(pooling, position)
     embeddings = [embed([1, 0], 300) for embed in embedders(model).values()]
@@ -319,8 +321,7 @@ def test_autocast_stays_close_to_float32_and_to_each_example_alone(pooling, devi
         assert_same(packed[side].norm(dim=1), torch.ones(5))
 
 
-@every_pooling
-@every_position
+@of_each
 @torch.no_grad()
 def test_a_model_in_bfloat16_stays_close_to_float32(pooling, position):
     model = build(pooling, position)

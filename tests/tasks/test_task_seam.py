@@ -5,11 +5,7 @@ The task is `marks_task`: an uncoupled loss over all marks and patches of all ra
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
-from launch import processes_below
+from launch import launch, run_to_end
 from marks_task import PATCH, MarkInputs, MarksConfig
 from safetensors.torch import load_file
 from shard_factory import SIZES, encode, photo, write_shard
@@ -235,27 +231,6 @@ def test_a_non_finite_output_names_its_example():
 # Whole runs
 
 
-def train(words, ranks=1, **options):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(SCRIPT), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def end(process):
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return output
-
-
 def metrics(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -268,20 +243,23 @@ def saved(run_dir):
     return any((run_dir / "checkpoints").glob("step-????????"))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path, ranks):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    end(train(flags(data, whole), ranks))
-    process = train(flags(data, parts), ranks)
-    deadline = time.monotonic() + 100
-    while not saved(parts) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for pid in (*processes_below(process.pid), process.pid):  # ranks outlive their torchrun
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    alone, output = ranks == 1, tmp_path / "out"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *([] if alone else launcher), str(SCRIPT)]
+    with launch([*command, *flags(data, parts)], output, forked=alone) as running:
+        running.until(lambda: saved(parts), "a checkpoint")
+        running.kill_all()  # ranks outlive their torchrun
     assert len(curve(parts)) < STEPS, "killed before its end"
-    assert "continuing from step" in end(train(flags(data, parts), ranks))
+    run_to_end([*command, *flags(data, parts)], output, forked=alone)
+    assert "continuing from step" in output.read_text()
+    if alone:
+        main(flags(data, whole), "train")
+    else:
+        run_to_end([*command, *flags(data, whole)], output)
     assert curve(parts) == curve(whole)
     one, other = (load_file(d / "model/model.safetensors") for d in (parts, whole))
     assert all(torch.equal(one[name], weight) for name, weight in other.items())

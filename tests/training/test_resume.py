@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from distributed import run_ranks
+from launch import launch
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.checkpoints import lock
@@ -272,22 +273,16 @@ def test_all_ranks_are_refused_together(holder, tmp_path):
     assert f"process {holder.pid}" in first
 
 
-def test_the_directory_is_held_while_a_run_trains_and_free_after(data, tmp_path):
+def test_the_directory_is_held_while_a_run_trains_and_free_after(
+    data, tmp_path, monkeypatch, capsys
+):
     flags = tiny_flags(data, tmp_path / "run", 3000, checkpoint__every_steps=2)
     command = [sys.executable, "-m", "train", *flags]
-    with (tmp_path / "out").open("w") as out:
-        first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        first.send_signal(signal.SIGSTOP)  # for the time that the second needs to start
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert second.returncode == 2
-        assert f"process {first.pid} on" in second.stderr
-        assert first.poll() is None
-    finally:
-        first.send_signal(signal.SIGCONT)
-        first.terminate()
-        assert first.wait(60) == 0
+    with launch(command, tmp_path / "out", forked=True) as first:
+        first.until((tmp_path / "run/metrics.jsonl").exists, "a step")
+        assert run(monkeypatch, flags) == 2
+        assert f"process {first.process.pid} on" in capsys.readouterr().err
+        assert first.process.poll() is None
+        first.process.send_signal(signal.SIGTERM)
+        assert first.wait() == 0
     assert not (tmp_path / "run" / LOCK_FILE).exists()

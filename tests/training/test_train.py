@@ -4,14 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import launch
+from launch import launch, run_to_end
 from tiny_run import run, tiny_flags, write_tiny_data
 
 from navit_clip.errors import UserError
@@ -99,32 +97,12 @@ def test_a_finished_run_trains_no_further(data, tmp_path, monkeypatch, capsys):
     assert "continuing from step 2" in capsys.readouterr().out
 
 
-def start(flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def has_logged(run_dir, steps):
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= steps
 
 
-def wait_for_step(process, run_dir, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and path.read_text().count("\n") >= step:
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.kill()
-    pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("stop", "code"),
     [
@@ -137,31 +115,21 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_command(
     data, tmp_path, monkeypatch, stop, code
 ):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    steps, options = 400, {"checkpoint__every_steps": 4, "data__workers": 1}
-    flags = tiny_flags(data, stopped, steps, **options)
-    process = start(flags)
-    wait_for_step(process, stopped, 10)
-    process.send_signal(stop)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
+    steps, options = 40, {"checkpoint__every_steps": 4, "data__workers": 1}
+    command = [sys.executable, "-m", "train", *tiny_flags(data, stopped, steps, **options)]
+    with launch(command, tmp_path / "out", forked=True) as running:
+        running.until(lambda: has_logged(stopped, 10), "step 10")
+        running.process.send_signal(stop)
+        assert running.wait() == code, running.tail()
+    output = running.tail()
     # A worker whose trainer was killed in the middle of a batch may say so before it ends.
     assert stop == signal.SIGKILL or "Traceback" not in output
     assert stop == signal.SIGKILL or "stopping after this step" in output
     done = len(losses(stopped))
     assert 10 <= done < steps
-    # Compare the steps around the restart with an undisturbed run of the same length.
-    process = start(flags)
-    wait_for_step(process, stopped, done + 8)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    undisturbed = start(tiny_flags(data, whole, steps, **options))
-    wait_for_step(undisturbed, whole, done + 8)
-    undisturbed.send_signal(signal.SIGTERM)
-    undisturbed.communicate(timeout=60)
-    both = min(len(losses(stopped)), len(losses(whole)))
-    assert both >= done + 8
-    # Threads may differ between processes only in speed, so losses are equal bit for bit.
-    assert losses(stopped)[:both] == losses(whole)[:both]
+    run_to_end(command, tmp_path / "out", forked=True)
+    assert run(monkeypatch, tiny_flags(data, whole, steps, **options)) == 0
+    assert losses(stopped) == losses(whole)
 
 
 # torch tells of a killed worker by a signal, whose error may be raised in a destructor as well.
@@ -316,11 +284,12 @@ def test_schedules():
     assert lr_multiplier(ScheduleConfig(final_share=0.1), 99, 100) == pytest.approx(0.1, abs=1e-3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_the_wait_for_a_dead_server_at_once(data, tmp_path, workers):
     flags = {"data.train": "http://127.0.0.1:9/{0..3}.tar", "data.workers": str(workers)}
     words = tiny_flags(data, tmp_path / "run", 5, **flags)
-    with launch([sys.executable, "-m", "train", *words], tmp_path / "out") as running:
+    command = [sys.executable, "-m", "train", *words]
+    with launch(command, tmp_path / "out", forked=True) as running:
         running.until(lambda: "waiting for http://127.0.0.1:9/" in running.tail(), "a notice")
         running.process.send_signal(signal.SIGINT)
         assert running.wait(8) == 130

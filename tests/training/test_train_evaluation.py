@@ -303,6 +303,7 @@ def evaluate_rank(every_flags):
     return found
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     evaluators = {"held-out": retrieval(data)}
     options = {
@@ -317,10 +318,8 @@ def test_ranks_together_find_what_one_process_finds(data, tmp_path):
     }
     first, second = run_ranks(evaluate_rank, 2, every_flags, timeout=240, initialise=False)
     stepper, evaluations, _ = open_run(every_flags["ddp"], ALONE)
-    names, threads = [VALIDATION, "held-out"], torch.get_num_threads()
-    torch.set_num_threads(1)  # as each rank has
+    names = [VALIDATION, "held-out"]
     alone = [values for values, *_ in evaluations.run(names, 3, stepper, Heartbeats())]
-    torch.set_num_threads(threads)
     for kind in every_flags:
         together = first[kind][0]
         for found, expected in zip(together, alone, strict=True):
@@ -354,6 +353,7 @@ def evaluate_stored(flags, stored):
     return None
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_one_rank_alone_asks_a_store_once_what_it_holds_for_the_evaluators(data, tmp_path):
     folder = tmp_path / "labelled"
     folder.mkdir()
@@ -383,14 +383,11 @@ def test_one_rank_alone_asks_a_store_once_what_it_holds_for_the_evaluators(data,
         assert error.startswith("eval.evaluators.a: no shard found at file://")
     flags = flags_of(data, tmp_path / "run", 3, local)
     stepper, evaluations, _ = open_run(flags, ALONE)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each rank has
     alone = evaluations.run(["held-out", "probe"], 3, stepper, Heartbeats())
     for found, (expected, *_) in zip(first[0], alone, strict=True):
         assert {k: v for k, v in found.items() if not k.endswith("/seconds")} == {
             k: v for k, v in expected.items() if not k.endswith("/seconds")
         }
-    torch.set_num_threads(threads)
 
 
 MISTAKES = [
