@@ -7,7 +7,7 @@ may follow the image's length or the images seen so far. Nothing is dropped at i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -91,6 +91,16 @@ class DropConfig:
             raise ValueError(f"ramp_images must not be negative, got {self.ramp_images}")
         if self.ramp_images and self.kind == "none":
             raise ValueError("ramp_images needs a kind of drop, got kind=none")
+
+    def remark(self) -> str | None:
+        """What drops nothing though its fields say how much; it may be a flag over a recipe."""
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.kind != "none" or not given:
+            return None
+        return (
+            f"data.drop.kind is none, so no patch is dropped (unused: {', '.join(given)}); fixed, "
+            "beta and resolution drop some"
+        )
 
 
 def mean_rate(config: DropConfig, images_seen: float) -> float:

@@ -193,8 +193,8 @@ class _Run:
             + (f"continuing from step {self.start}" if self.start else "from step 0")
         )
         slow = slow_precision(self.stepper.precision, ranks.device)
-        if slow is not None:
-            self.progress.log(slow)
+        for remark in filter(None, (slow, config.data.drop.remark())):
+            self.progress.log(remark)
         if self.changes:
             self.progress.log(f"changed since step {self.start}: {'; '.join(self.changes)}")
         if self.over:

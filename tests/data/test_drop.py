@@ -30,6 +30,12 @@ def test_no_drop_and_a_fixed_rate():
     assert set(rates(DropConfig(kind="fixed", rate=0.37))) == {0.37}
 
 
+def test_a_rate_without_a_kind_is_remarked():
+    assert DropConfig().remark() is None
+    assert DropConfig(kind="fixed", rate=0.3).remark() is None
+    assert "(unused: rate, low_tokens)" in DropConfig(rate=0.3, low_tokens=9).remark()
+
+
 @pytest.mark.parametrize(("rate", "max_rate"), [(0.5, 0.9), (0.53, 0.9), (0.1, 0.5), (0.7, 0.8)])
 def test_beta_rates_have_the_papers_mean_and_variance(rate, max_rate):
     drawn = rates(DropConfig(kind="beta", rate=rate, max_rate=max_rate))

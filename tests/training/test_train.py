@@ -40,7 +40,7 @@ def losses(run_dir):
 
 def test_a_run_writes_metrics_config_checkpoint_and_model(data, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
-    assert run(monkeypatch, tiny_flags(data, run_dir, 6)) == 0
+    assert run(monkeypatch, tiny_flags(data, run_dir, 6, data__drop__rate=0.3)) == 0
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
@@ -53,7 +53,9 @@ def test_a_run_writes_metrics_config_checkpoint_and_model(data, tmp_path, monkey
     pretrained = NaViTCLIP.from_directory(run_dir / "model")
     assert pretrained.preprocess.max_tokens == 16
     assert pretrained.encode_text(["a red circle"]).shape == (1, 16)
-    assert "step 6/6: loss" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "step 6/6: loss" in output
+    assert "data.drop.kind is none, so no patch is dropped (unused: rate)" in output
 
 
 def test_the_saved_config_starts_the_same_run(data, tmp_path, monkeypatch):
