@@ -239,6 +239,8 @@ class ContrastiveTask(ImageTask):
             else:
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
                 total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
+                # As it is in this step: it is read when the optimiser may have changed it.
+                metrics["logit_bias"] = outputs.logit_bias.detach().clone()
             if self.teacher is not None:
                 distillation = self.teacher.loss(outputs, inputs, **ring)
                 total = total + self.config.distill.weight * distillation

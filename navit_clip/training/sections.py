@@ -43,7 +43,7 @@ SECTIONS = (
     Section(
         "health",
         "Is it healthy?",
-        ("grad_norm", "update_norm", "param_norm", "logit_scale", "skipped_steps", "memory_gb"),
+        ("grad_norm", "update_norm", "param_norm", "logit_*", "skipped_steps", "memory_gb"),
     ),
     # And whatever else a task reports.
     Section(LEARNING, "Is it learning?", ("loss", "validation/loss", "lr")),

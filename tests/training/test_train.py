@@ -159,9 +159,12 @@ def test_a_killed_data_worker_is_one_line(data, tmp_path, monkeypatch, capfd):
 
 def test_sigmoid_loss_trains(data, tmp_path, monkeypatch):
     flags = tiny_flags(
-        data, tmp_path / "run", 2, task__loss__kind="sigmoid", task__model__init_bias=-10
+        data, tmp_path / "run", 3, task__loss__kind="sigmoid", task__model__init_bias=-10
     )
     assert run(monkeypatch, flags) == 0
+    # That of each step's loss, before the step changes it.
+    before, after = (metrics(tmp_path / "run")[i]["logit_bias"] for i in (0, 2))
+    assert before == -10 != after
 
 
 def test_print_config_shows_every_default(data, tmp_path, monkeypatch, capsys):
