@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Each of the processes that tests start would compile all that it imports.
+# Where it is set, each process that a test starts compiles again all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-oldest test-slow check bench

@@ -1,14 +1,13 @@
 """Processes that begin with the trainer imported, since that takes most of a short test's time.
 
-They are forked from one that has imported it and nothing else. So all hash strings alike, which
-ranks of torchrun do not.
+They are forked from one that has, unless a test before had another one started for its workers. So
+all hash strings alike, which ranks of torchrun do not; and none ends as Python does, with `atexit`.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -34,12 +33,12 @@ def _begin(fn: Callable[..., None], environment: dict[str, str], args: tuple[Any
     os.environ.clear()
     os.environ.update(environment)  # of now: the process that is forked has that of its own start
     torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data workers, as in a process of torchrun's
+    mp.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     fn(*args)
 
 
 class ForkedCommand:
-    """A command of Python's in a session of its own, to be used as `subprocess.Popen` is.
+    """A Python command in a session of its own, with what `launch` uses of `subprocess.Popen`.
 
     Args:
         command: The interpreter, ``-m`` and a module or a script's path, and its flags.
@@ -51,7 +50,8 @@ class ForkedCommand:
         output.touch()
         self._process = forked(_run_python, self.args[1:], str(output))
         self._process.start()
-        self.pid = self._process.pid or 0
+        assert self._process.pid is not None
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         """Exit status; the negative of a signal; None while it runs."""
@@ -70,8 +70,9 @@ class ForkedCommand:
         return status
 
     def send_signal(self, number: int) -> None:
-        """Sends a signal to it and not to what it started."""
-        os.kill(self.pid, number)
+        """Sends a signal to it and not to what it started; nothing if it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def _run_python(arguments: list[str], output: str) -> None:
@@ -80,7 +81,6 @@ def _run_python(arguments: list[str], output: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from forks import ForkedCommand
+from forks import ROOT, ForkedCommand
 
-ROOT = Path(__file__).parents[1]
-_WAIT_S = 300.0
+_WAIT_S = 240.0  # less than a test may take, so that what a command printed is shown
 
 
 def torchrun(flags: Sequence[str], *options: str) -> list[str]:
@@ -26,8 +25,10 @@ def torchrun(flags: Sequence[str], *options: str) -> list[str]:
 
 
 def processes_below(pid: int) -> dict[int, int]:
-    """All running descendants of a process and the parent of each."""
-    parents = {}
+    """All running descendants of a process and the parent of each; none known without /proc."""
+    parents: dict[int, int] = {}
+    if not Path("/proc").exists():
+        return parents
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):  # ended meanwhile
@@ -49,7 +50,7 @@ class Launch:
     Args:
         command: The command.
         output: Gets what it prints.
-        forked: Whether Python's start is skipped, and that of torch, which takes seconds.
+        forked: Whether it is forked from a process that has imported torch (`forks`); Python alone.
     """
 
     def __init__(self, command: Sequence[str], output: Path, *, forked: bool = False) -> None:
@@ -112,10 +113,16 @@ class Launch:
                 raise TimeoutError(f"{what} was not reached:\n{self.tail()}")
             time.sleep(0.002)
 
+    def send_signal(self, number: int) -> None:
+        """Sends the command alone a signal; `close` waits for what it started."""
+        self._below()
+        self.process.send_signal(number)
+
     def kill_all(self) -> None:
         """Ends the command and everything that it started, by SIGKILL, as a dying host does."""
         self._below()
-        for pid in [self.process.pid, *self._seen]:
+        self.process.send_signal(signal.SIGKILL)
+        for pid in self._seen:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

@@ -184,6 +184,7 @@ def test_training_takes_recipes():
     assert by_name.steps == 7000
 
 
+# A flag that does not exist ends a command that never gets to torch.
 WAITING = """
 import os, runpy, sys
 

@@ -25,7 +25,6 @@ from navit_clip.distributed import Ranks
 from navit_clip.errors import UserError
 from navit_clip.tools.train_tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -278,11 +277,11 @@ def test_the_directory_is_held_while_a_run_trains_and_free_after(
 ):
     flags = tiny_flags(data, tmp_path / "run", 3000, checkpoint__every_steps=2)
     command = [sys.executable, "-m", "train", *flags]
-    with launch(command, tmp_path / "out", forked=True) as first:
+    with launch(command, tmp_path / "out") as first:
         first.until((tmp_path / "run/metrics.jsonl").exists, "a step")
         assert run(monkeypatch, flags) == 2
         assert f"process {first.process.pid} on" in capsys.readouterr().err
         assert first.process.poll() is None
-        first.process.send_signal(signal.SIGTERM)
+        first.send_signal(signal.SIGTERM)
         assert first.wait() == 0
     assert not (tmp_path / "run" / LOCK_FILE).exists()
