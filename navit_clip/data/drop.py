@@ -93,7 +93,10 @@ class DropConfig:
             raise ValueError("ramp_images needs a kind of drop, got kind=none")
 
     def remark(self) -> str | None:
-        """What drops nothing though its fields say how much; it may be a flag over a recipe."""
+        """A line for the log where fields say how much is dropped and `kind` drops nothing.
+
+        No error: a flag may switch off the drop of a recipe. A value like its default is not seen.
+        """
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if self.kind != "none" or not given:
             return None

@@ -239,7 +239,7 @@ class ContrastiveTask(ImageTask):
             else:
                 assert outputs.logit_bias is not None  # checked by ContrastiveConfig
                 total = sigmoid_contrastive_loss(*features, outputs.logit_bias, **ring)
-                # As it is in this step: it is read when the optimiser may have changed it.
+                # A copy: it is read after the optimiser may have changed the parameter.
                 metrics["logit_bias"] = outputs.logit_bias.detach().clone()
             if self.teacher is not None:
                 distillation = self.teacher.loss(outputs, inputs, **ring)
