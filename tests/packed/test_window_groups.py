@@ -70,7 +70,7 @@ def test_every_token_has_a_place_of_its_own_in_its_windows_group(seed):
 @pytest.mark.parametrize("width", [8, 128, 1024])
 @pytest.mark.parametrize("seed", range(5))
 def test_no_size_costs_less(seed, width):
-    lengths = windows_of(seed)[:40]
+    lengths = windows_of(seed)[:25]
     costs = {
         size: attention_cost(fill_groups(lengths, size).count, size, width)
         for size in range(lengths.max(), lengths.sum() + 1)
