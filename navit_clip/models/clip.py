@@ -37,8 +37,8 @@ class CLIPConfig:
         init_scale: First value of the factor on cosine similarities (1 / temperature).
         max_scale: The factor never exceeds this; CLIP clamps at 100.
         init_bias: First value of the bias that the sigmoid loss adds to logits: about minus the
-            logarithm of the pairs in a step, as SigLIP's -10 is for 32,768; one for far larger
-            batches slows early training. null for the softmax loss, which has none.
+            logarithm of the pairs in a step, as SigLIP's -10 is for 32,768. null for the softmax
+            loss, which has none.
         image_projection: From the image tower to the shared space: ``linear``, ``affine`` (with
             a bias), or ``none`` where the tower's vectors are the embeddings.
         text_projection: Likewise from the text tower.
