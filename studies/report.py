@@ -14,7 +14,7 @@ from navit_clip.errors import UserError
 from navit_clip.evaluation.report.drawing import COLOURS, save_figure
 from navit_clip.evaluation.results import BREAKDOWNS
 from navit_clip.files import write_output
-from studies.compare import DRAWS, Curves, Estimate, Result, by_group, last
+from studies.compare import DRAWS, Curves, Estimate, Result, by_group, hits, last
 from studies.runs import best_lr, read_result, validated
 from studies.study import Run, Study, trials
 
@@ -86,10 +86,10 @@ def _arms(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
         "Mean of the seeds, each arm at the setting it was trained for, with 95% intervals over "
         "seeds and test images (of one seed, over images alone) but not over the choice of the "
         f"learning rate; right is within {study.right_within}. Differences are of the seeds that "
-        "both arms have, and how much they vary with the seed is told by all arms together. "
+        "both arms have, and how much they vary with the seed is estimated over all arms. "
         f"Compute is relative to that with which `{base}` reached its best, with "
         f"intervals of {DRAWS:,} draws of seeds and images; a dash says that an arm did not get "
-        f"there. The first of {study.points} points is the least that is told; points before the "
+        f"there. Less than at the first of {study.points} points is not seen; points before the "
         "end have a learning rate that has not fallen yet, which overstates it, if anything.\n"
     )
     heads = ["arm", "lr", "seeds", "images seen", "training FLOPs", "minutes"]
@@ -141,12 +141,24 @@ def _breakdowns(study: Study, results: _Results, curves: _Curves) -> Iterator[st
 
 
 def _rates(study: Study, results: _Results, out: Path) -> Iterator[str]:
-    yield f"## Learning rates\n\nValidation with seed {study.seeds[0]}.\n"
-    found: dict[str, dict[str, str]] = {arm: {} for arm in study.arms}
+    yield (
+        f"## Learning rates\n\nSeed {study.seeds[0]} alone. Each arm has the rate that was best in "
+        "the validation; at another one it may do better or worse on a test.\n"
+    )
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for run in trials(study):
-        if read_result(study, run, out) is not None:
-            found[run.arm][f"{run.lr:g}"] = f"{validated(study, run, out):.1%}"
-    yield from _compared("arm", found)
+        if (result := read_result(study, run, out)) is None:
+            continue
+        right = {"validation": validated(study, run, out)} | {
+            f"{test}, {way}": hits(last(result, test), way, study.right_within).mean()
+            for test in study.tests
+            for way in last(result, test)["image_of"]
+        }
+        for what, value in right.items():
+            rates = found.setdefault(what, {}).setdefault(run.arm, {})
+            rates[f"{run.lr:g}"] = f"{value:.1%}"
+    for what, rows in found.items():
+        yield from _compared(what, rows)
     edges = {f"{lr:g}" for lr in (min(study.lrs), max(study.lrs))}
     at_edge = [f"`{arm}`" for arm, runs in results.items() if f"{runs[0]['lr']:g}" in edges]
     if at_edge and len(study.lrs) > 1:

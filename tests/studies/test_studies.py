@@ -185,13 +185,25 @@ def test_a_killed_study_goes_on(data, tmp_path):
     assert results[0]["points"][-1]["scores"] == results[1]["points"][-1]["scores"]
 
 
-def test_a_rate_at_the_edge_of_those_tried_is_named(monkeypatch, tmp_path):
+def test_each_test_at_each_rate_and_rates_at_the_edge(monkeypatch, tmp_path):
     study = read_study(str(write_study(tmp_path, lrs=[1e-3, 2e-3, 4e-3])), {})
-    monkeypatch.setattr(report, "read_result", lambda *_: {})
+
+    def read_result(_, run, out):
+        found = {"way": [0] * round(1000 * run.lr) + [study.right_within]}
+        score = {"own": "4", "image_of": found, "ranks": {"4": found}}
+        return {"points": [{"scores": dict.fromkeys(study.tests, score)}]}
+
+    monkeypatch.setattr(report, "read_result", read_result)
     monkeypatch.setattr(report, "validated", lambda *_: 0.5)
     results = {"square": [{"lr": 2e-3}], "falling": [{"lr": 4e-3}]}
-    *_, last = report._rates(study, results, tmp_path)
-    assert last.startswith("The lowest or highest was best for `falling`: ")
+    lines = [*report._rates(study, results, tmp_path)]
+    for what in ("names, way", "captions, way"):
+        start = lines.index(f"| {what} | 0.001 | 0.002 | 0.004 |")
+        assert lines[start + 2 : start + 4] == [
+            "| square | 50.0% | 66.7% | 80.0% |",
+            "| falling | 50.0% | 66.7% | 80.0% |",
+        ]
+    assert lines[-1].startswith("The lowest or highest was best for `falling`: ")
 
 
 @pytest.mark.parametrize(
