@@ -119,6 +119,12 @@ sys.exit(bool({"torch", "numpy", "PIL", "yaml", "jsonargparse"} & sys.modules.ke
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["navit_clip.model", "navit_clip.evaluation.__main__"])
+def test_using_a_model_needs_nothing_of_sharded_training(module):
+    code = f"import sys, {module}; sys.exit('torch.distributed.tensor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
