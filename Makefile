@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@
 
@@ -49,7 +49,7 @@ test: $(INSTALLED)
 OLDEST := .venv.oldest
 
 $(OLDEST)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -m venv --upgrade-deps $(OLDEST)
 	$(OLDEST)/bin/python -m pip install "torch==2.11.0" "torchvision==0.26.0" "numpy<2.4" -e ".[dev]"
 	touch $@
 
@@ -78,7 +78,7 @@ $(VENV)/.bench: $(INSTALLED)
 	touch $@
 
 $(PEER)/.installed:
-	$(PYTHON) -m venv $(PEER)
+	$(PYTHON) -m venv --upgrade-deps $(PEER)
 	$(PEER)/bin/python -m pip install "open_clip_torch[training]"
 	touch $@
 
