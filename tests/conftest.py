@@ -47,7 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Commands that tests start can be interrupted, though a shell's background jobs cannot."""
+    """What a process of tests has of the machine, and what it passes on to those it starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # beside others that want the cores
+        torch.set_num_threads(1)
+    # Commands that tests start can be interrupted, though a shell's background jobs cannot.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

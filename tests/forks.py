@@ -10,7 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).parents[1]
 
 
-def forked(fn: Callable[..., None], *args: Any) -> mp.Process:
+def forked(
+    fn: Callable[..., None], *args: Any, environment: Mapping[str, str] = os.environ
+) -> mp.Process:
     """A process, not yet started, that calls a function of an importable file."""
     context = mp.get_context("forkserver")
     # The second is what the first optimiser of a process imports.
     context.set_forkserver_preload(["navit_clip.training.trainer", "torch._dynamo"])
     # No daemon: a daemon may not have children, and data loader workers are.
-    return context.Process(target=_begin, args=(fn, dict(os.environ), args))
+    return context.Process(target=_begin, args=(fn, dict(environment), args))
 
 
 def _begin(fn: Callable[..., None], environment: dict[str, str], args: tuple[Any, ...]) -> None:
@@ -43,12 +45,15 @@ class ForkedCommand:
     Args:
         command: The interpreter, ``-m`` and a module or a script's path, and its flags.
         output: Gets what it prints.
+        environment: Its variables.
     """
 
-    def __init__(self, command: Sequence[str], output: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], output: Path, environment: Mapping[str, str]
+    ) -> None:
         self.args = list(command)
         output.touch()
-        self._process = forked(_run_python, self.args[1:], str(output))
+        self._process = forked(_run_python, self.args[1:], str(output), environment=environment)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

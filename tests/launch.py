@@ -57,15 +57,16 @@ class Launch:
         self.output = output
         self._seen: set[int] = set()
         self.process: subprocess.Popen[bytes] | ForkedCommand
+        # Gloo would otherwise look for the host's name, which need not be in any table.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         if forked:
-            self.process = ForkedCommand(command, output)
+            self.process = ForkedCommand(command, output, environment)
             return
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                # Gloo would otherwise look for the host's name, which need not be in any table.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -49,8 +49,8 @@ time.sleep(60)
 
 
 def said(command: list[str], output: Path) -> tuple[int, str]:
-    """Exit status and output of a command."""
-    with launch(command, output) as running:
+    """Exit status and output of a command; what torchrun starts is no fork."""
+    with launch(command, output, forked=True) as running:
         return running.wait(), running.tail()
 
 

@@ -23,7 +23,7 @@ from navit_clip.evaluation.summary import summarise
 from navit_clip.evaluation.zeroshot import load_classnames, load_templates
 from navit_clip.tools.make_shards.__main__ import main
 
-ROUNDS = 3200  # of each kind of file
+ROUNDS = 1600  # of each kind of file
 
 TABLE = b'path,caption\n0.png,"one, two"\n1.png,three\n0.png,four\n'
 LABELS = b"file,label\n0.png,3.0\n1.png,cat\n2.png,10\n"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from eval_cases import ALONE, OWN, SETTINGS, SMALL, open_dataset, run, write_all
+from launch import launch
 from shard_factory import encode, photo
 
 from navit_clip.evaluation import datasets
@@ -226,21 +223,16 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_evaluation_goes_on_from_what_was_written(model_dir, data, tmp_path, monkeypatch):
     cache, output = tmp_path / "cache", tmp_path / "r.json"
     flags = ["zeroshot", "--model", model_dir, "--data", data / "classes", "--templates", "plain",
              "--workers", 0, "--device", "cpu", "--output", output, "--cache", cache]  # fmt: skip
-    words = [str(word) for word in flags]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], cwd=Path(__file__).parents[2])
-    try:
-        deadline = time.monotonic() + 60
-        while not list(cache.rglob("*.safetensors")) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    (tmp_path / "slow.py").write_text(_SLOW)
+    command = [sys.executable, str(tmp_path / "slow.py"), *map(str, flags)]
+    with launch(command, tmp_path / "out", forked=True) as running:
+        running.until(lambda: list(cache.rglob("*.safetensors")), "a block of images")
+        running.kill_all()
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert 1 <= len(kept) < 4
     assert not output.exists()

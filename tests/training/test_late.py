@@ -202,17 +202,14 @@ def trained(data, run_dir, monkeypatch, capsys, *, late, ends, bad=(), **options
 
 
 CASES = {
-    "every step finite": {"ends": [7], "log__every_steps": 2},
     "micro-batches": {"ends": [4], "accumulate": 2},
     "a checkpoint and a resume between": {"ends": [3, 6], "checkpoint__every_steps": 2},
-    "skips": {"ends": [7], "bad": (2, 3, 6), "on_nonfinite": "skip"},
     "skips at a checkpoint and after the resume": {
         "ends": [3, 6],
         "bad": (3, 4),
         "on_nonfinite": "skip",
         "checkpoint__every_steps": 3,
     },
-    "stops": {"ends": [7], "bad": (4,), "checkpoint__every_steps": 2},
     "stops at a checkpoint": {"ends": [7], "bad": (4,), "checkpoint__every_steps": 4},
     "stops at the last step": {"ends": [4], "bad": (4,)},
     "stops after three in a row": {
@@ -222,16 +219,24 @@ CASES = {
         "max_skipped_in_row": 3,
     },
 }
+SLOW_CASES = {
+    "every step finite": {"ends": [7], "log__every_steps": 2},
+    "skips": {"ends": [7], "bad": (2, 3, 6), "on_nonfinite": "skip"},
+    "stops": {"ends": [7], "bad": (4,), "checkpoint__every_steps": 2},
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
+)
 def test_a_run_that_reads_late_is_the_same_run(case, data, tmp_path, monkeypatch, capsys):
+    options = (CASES | SLOW_CASES)[case]
     found, expected = (
-        trained(data, tmp_path / name, monkeypatch, capsys, late=name == "late", **CASES[case])
+        trained(data, tmp_path / name, monkeypatch, capsys, late=name == "late", **options)
         for name in ("late", "at_once")
     )
     assert found[:5] == expected[:5]
-    assert bool(found[4]) == ("bad" in CASES[case])
+    assert bool(found[4]) == ("bad" in options)
     assert found[5].keys() == expected[5].keys()
     assert all(torch.equal(weight, expected[5][name]) for name, weight in found[5].items())
 

@@ -1,7 +1,6 @@
 """What a run directory owns, what a command may change in it, and who may write to it."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 import yaml
 from distributed import run_ranks
+from forks import forked
 from launch import launch
 from tiny_run import run, tiny_flags, write_tiny_data
 
@@ -174,20 +174,20 @@ def test_other_shards_of_the_same_names_are_refused(data, copy, monkeypatch, cap
     assert resume(monkeypatch, data, copy, 6, data__train=moved) == 0
 
 
-def hold(run_dir, message):
+def hold(run_dir):
     with RunLock(run_dir, ALONE):
-        message.put("held")
+        (run_dir.parent / "held").touch()
         time.sleep(300)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds tmp_path/run."""
-    context = multiprocessing.get_context("spawn")
-    message = context.Queue()
-    process = context.Process(target=hold, args=(tmp_path / "run", message))
+    process = forked(hold, tmp_path / "run")
     process.start()
-    message.get(timeout=60)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "held").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     yield process
     process.kill()
     process.join()
@@ -277,7 +277,7 @@ def test_the_directory_is_held_while_a_run_trains_and_free_after(
 ):
     flags = tiny_flags(data, tmp_path / "run", 3000, checkpoint__every_steps=2)
     command = [sys.executable, "-m", "train", *flags]
-    with launch(command, tmp_path / "out") as first:
+    with launch(command, tmp_path / "out", forked=True) as first:
         first.until((tmp_path / "run/metrics.jsonl").exists, "a step")
         assert run(monkeypatch, flags) == 2
         assert f"process {first.process.pid} on" in capsys.readouterr().err

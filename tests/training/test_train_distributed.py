@@ -3,8 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from launch import run_to_end, torchrun
 from tiny_run import tiny_flags, write_tiny_data
 
 from navit_clip import distributed
@@ -230,27 +229,6 @@ def test_ranks_allow_themselves_the_files_that_gloo_opens(limits, ranks, wanted,
         _allow_open_files(ranks)
 
 
-def torchrun(flags, processes=2):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "train",
-            *flags,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def read_losses(run_dir):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
@@ -268,9 +246,10 @@ def test_torchrun_trains_and_continues_what_other_processes_began(data, tmp_path
     for run_dir, steps in ((whole, 8), (parts, 4)):
         flags = tiny_flags(data, run_dir, steps, **schedule)
         run_ranks(train_whole, 2, flags, initialise=False)
-    result = torchrun(tiny_flags(data, parts, 8, **schedule))
-    assert result.returncode == 0, result.stderr
-    assert "continuing from step 4" in result.stdout
+    output = tmp_path / "out"
+    command = torchrun(tiny_flags(data, parts, 8, **schedule), "--standalone", "--nproc-per-node=2")
+    run_to_end(command, output, forked=True)  # the ranks are none
+    assert "continuing from step 4" in output.read_text()
     assert read_losses(parts) == read_losses(whole)
     assert (parts / "model/model.safetensors").is_file()
     newest = max((parts / "checkpoints").glob("step-*"))
