@@ -200,8 +200,7 @@ def test_each_test_at_each_rate_and_rates_at_the_edge(monkeypatch, tmp_path):
     for what in ("names, way", "captions, way"):
         start = lines.index(f"| {what} | 0.001 | 0.002 | 0.004 |")
         assert lines[start + 2 : start + 4] == [
-            "| square | 50.0% | 66.7% | 80.0% |",
-            "| falling | 50.0% | 66.7% | 80.0% |",
+            f"| {arm} | 50.0% | 66.7% | 80.0% |" for arm in study.arms
         ]
     assert lines[-1].startswith("The lowest or highest was best for `falling`: ")
 
