@@ -30,7 +30,7 @@ from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import train
 from studies.budget import Length, length_of
 from studies.scores import load_for_scores, score
-from studies.study import VALIDATION, Run, Study, merged, trials
+from studies.study import Run, Study, merged, trials
 
 RESULT, RECIPE = "result.json", "train.yaml"
 _SAVES = 4  # checkpoints for each that is evaluated
@@ -88,7 +88,7 @@ def read_result(study: Study, run: Run, out: Path) -> dict[str, Any] | None:
     hint = "; delete it, and run the study again"
     with reading(path, ValueError, KeyError, TypeError, hint=hint):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        lacking = study.tests.keys() - result["points"][-1]["scores"].keys()
+        lacking = study.all_tests.keys() - result["points"][-1]["scores"].keys()
     if lacking:
         raise UserError(f"{path} lacks the tests {', '.join(lacking)}: name another --out")
     return result
@@ -104,17 +104,22 @@ def best_lr(study: Study, arm: str, out: Path) -> float:
 
 
 def validated(study: Study, run: Run, out: Path) -> float:
-    """Fraction of right answers in the validation, mean of both ways.
+    """Fraction of right answers in the validation, mean of both ways and of several validations.
 
     Raises:
         UserError: If the run is not done.
     """
     if (result := read_result(study, run, out)) is None:
         raise UserError(f"{run.name} is not done: run the study first")
-    found = result["points"][-1]["scores"][VALIDATION]
-    ways = found["ranks"][found["own"]].values()
+    scores = [result["points"][-1]["scores"][name] for name in study.validations]
     right = study.right_within
-    return statistics.fmean(sum(rank < right for rank in way) / len(way) for way in ways)
+    return statistics.fmean(
+        statistics.fmean(
+            sum(rank < right for rank in way) / len(way)
+            for way in found["ranks"][found["own"]].values()
+        )
+        for found in scores
+    )
 
 
 def _complete(study: Study, run: Run, out: Path, ranks: Ranks, workers: int) -> bool:
@@ -140,15 +145,15 @@ def _train_and_score(study: Study, run: Run, out: Path, ranks: Ranks, workers: i
         return
     config, resolved = parse_config(["--config", str(path)])
     train(config, resolved, ranks)
-    plans, found = study.evaluators().plans(), []
+    plans, validations, found = study.evaluators().plans(), study.validations, []
     for number, step in enumerate(points, start=1):
         last = number == len(points)
         model, own = load_for_scores(folder, step, ranks.device)
         # Rates are chosen by the end, and other settings than its own are of interest there.
         scores = {
-            name: score(plan, model, own, ranks, workers, only_own=not last or name == VALIDATION)
+            name: score(plan, model, own, ranks, workers, only_own=not last or name in validations)
             for name, plan in plans.items()
-            if last or name != VALIDATION
+            if last or name not in validations
         }
         found.append({**_spent(folder, step), "scores": scores})
         _say(f"{run.name}: evaluated step {step}")

@@ -17,7 +17,7 @@ from navit_clip.errors import UserError
 from navit_clip.files import reading
 from navit_clip.training.evaluation import EvalConfig
 
-VALIDATION = "validation"  # its name among the evaluators
+_VALIDATION = "validation"  # its name among the evaluators
 
 _HERE = Path(__file__).parent
 
@@ -42,7 +42,7 @@ class Study:
         lrs: Learning rates; each arm takes the one with the best validation.
         seeds: Of the runs; rates are compared with the first.
         validation: What the rate is chosen by, an evaluator as in the trainer's
-            ``eval.evaluators``.
+            ``eval.evaluators``, or several by name, which count alike.
         tests: What is compared, evaluators by name.
         prepare: Commands after ``python -m`` by a file that each makes, run once.
         points: Evaluations of each run, evenly over its steps.
@@ -71,18 +71,27 @@ class Study:
                 raise ValueError(f"{name} must not be empty")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline must be one of {', '.join(self.arms)}")
-        if VALIDATION in self.tests:
-            raise ValueError(f"a test must not be called {VALIDATION}")
+        if not self.validation:
+            raise ValueError("validation must not be empty")
+        if taken := self.validations.keys() & self.tests.keys():
+            raise ValueError(f"a test must not be called {', '.join(sorted(taken))}")
         self.evaluators()
 
     def evaluators(self) -> EvalConfig:
-        """The tests, and the validation as ``validation``; checks them."""
+        """The tests and validations; checks them."""
         return EvalConfig(self.all_tests)
 
     @property
+    def validations(self) -> dict[str, dict[str, Any]]:
+        """``validation``, or ``validation-NAME`` of several."""
+        if "kind" in self.validation:
+            return {_VALIDATION: self.validation}
+        return {f"{_VALIDATION}-{name}": one for name, one in self.validation.items()}
+
+    @property
     def all_tests(self) -> dict[str, dict[str, Any]]:
-        """The validation and the tests, by name."""
-        return {VALIDATION: self.validation, **self.tests}
+        """The validations and the tests, by name."""
+        return {**self.validations, **self.tests}
 
     def recipe_of(self, arm: str, images: int = 1) -> dict[str, Any]:
         """The training configuration of an arm."""

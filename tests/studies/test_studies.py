@@ -185,6 +185,28 @@ def test_a_killed_study_goes_on(data, tmp_path):
     assert results[0]["points"][-1]["scores"] == results[1]["points"][-1]["scores"]
 
 
+def test_several_validations_choose_the_rate_together(monkeypatch, tmp_path):
+    captions = STUDY["tests"]["captions"]
+    both = {"names": NAMES, "captions": captions}
+    study = read_study(str(write_study(tmp_path, lrs=[1e-3, 2e-3, 4e-3], validation=both)), {})
+    assert set(study.evaluators().plans()) == {
+        "validation-names", "validation-captions", "names", "captions",
+    }  # fmt: skip
+    # Right of four, by rate: names are best at the third, both together at the second.
+    right = {1e-3: (1, 4), 2e-3: (3, 3), 4e-3: (4, 0)}
+
+    def read_result(_, run, out):
+        scores = {
+            f"validation-{name}": {"own": "4", "ranks": {"4": {"way": [0] * n + [1] * (4 - n)}}}
+            for name, n in zip(both, right[run.lr], strict=True)
+        }
+        return {"points": [{"scores": scores}]}
+
+    monkeypatch.setattr(runs, "read_result", read_result)
+    assert runs.validated(study, Run("square", 1e-3, 0), tmp_path) == 5 / 8
+    assert runs.best_lr(study, "square", tmp_path) == 2e-3
+
+
 def test_each_test_at_each_rate_and_rates_at_the_edge(monkeypatch, tmp_path):
     study = read_study(str(write_study(tmp_path, lrs=[1e-3, 2e-3, 4e-3])), {})
 
@@ -242,7 +264,7 @@ def test_a_part_depends_on_the_sample_alone(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in HERE.glob("*.yaml")))
 def test_studies_are_valid(name, tmp_path):
     study = read_study(name, {"out": "o", "data": "d"})
-    assert set(study.evaluators().plans()) == {"validation", *study.tests}
+    assert set(study.evaluators().plans()) == {*study.validations, *study.tests}
     for arm in study.arms:
         recipe = {**study.recipe_of(arm, 1000), "run_dir": "r", "steps": 1000}
         assert "$" not in repr(recipe)
@@ -312,6 +334,8 @@ def test_what_another_study_has_done_is_not_done_again(data, tmp_path, monkeypat
         ({"tests": {"names": {"kind": "what"}}}, "names.kind"),
         ({"arm": {}}, "arm"),
         ({"tests": {"validation": {"kind": "zeroshot"}}}, "must not be called validation"),
+        ({"validation": {}}, "validation must not be empty"),
+        ({"validation": {"names": {"kind": "what"}}}, "validation-names.kind"),
     ],
 )
 def test_mistakes_are_one_line(changes, named, tmp_path, capsys):
