@@ -89,8 +89,9 @@ def _arms(study: Study, results: _Results, curves: _Curves) -> Iterator[str]:
         "both arms have, and how much they vary with the seed is estimated over all arms. "
         f"Compute is relative to that with which `{base}` reached its best, with "
         f"intervals of {DRAWS:,} draws of seeds and images; a dash says that an arm did not get "
-        f"there. Less than at the first of {study.points} points is not seen; points before the "
-        "end have a learning rate that has not fallen yet, which overstates it, if anything.\n"
+        f"there. Less compute than at the first of {study.points} points cannot be shown; points "
+        "before the end have a learning rate that has not fallen yet, which overstates it, if "
+        "anything.\n"
     )
     heads = ["arm", "lr", "seeds", "images seen", "training FLOPs", "minutes"]
     rows = [
@@ -143,21 +144,24 @@ def _breakdowns(study: Study, results: _Results, curves: _Curves) -> Iterator[st
 def _rates(study: Study, results: _Results, out: Path) -> Iterator[str]:
     yield (
         f"## Learning rates\n\nSeed {study.seeds[0]} alone. Each arm has the rate that was best in "
-        "the validation; at another one it may do better or worse on a test.\n"
+        "the validation, the lowest of equal ones; at another one it may do better or worse on a "
+        "test.\n"
     )
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    shown: dict[str, dict[str, dict[str, str]]] = {}
     for run in trials(study):
         if (result := read_result(study, run, out)) is None:
             continue
+        validations = study.validations if len(study.validations) > 1 else {}
         right = {"validation": validated(study, run, out)} | {
-            f"{test}, {way}": hits(last(result, test), way, study.right_within).mean()
-            for test in study.tests
-            for way in last(result, test)["image_of"]
+            f"{test}, {way}": hits(found, way, study.right_within).mean()
+            for test in (*validations, *study.tests)
+            for found in [last(result, test)]
+            for way in found["image_of"]
         }
         for what, value in right.items():
-            rates = found.setdefault(what, {}).setdefault(run.arm, {})
+            rates = shown.setdefault(what, {}).setdefault(run.arm, {})
             rates[f"{run.lr:g}"] = f"{value:.1%}"
-    for what, rows in found.items():
+    for what, rows in shown.items():
         yield from _compared(what, rows)
     edges = {f"{lr:g}" for lr in (min(study.lrs), max(study.lrs))}
     at_edge = [f"`{arm}`" for arm, runs in results.items() if f"{runs[0]['lr']:g}" in edges]

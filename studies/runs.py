@@ -95,12 +95,14 @@ def read_result(study: Study, run: Run, out: Path) -> dict[str, Any] | None:
 
 
 def best_lr(study: Study, arm: str, out: Path) -> float:
-    """The learning rate of an arm with the most queries of the validation answered right.
+    """The learning rate of an arm with the best validation, the lowest of equal ones.
 
     Raises:
         UserError: If one of its trials has not been run.
     """
-    return max(study.lrs, key=lambda lr: validated(study, Run(arm, lr, study.seeds[0]), out))
+    return max(
+        sorted(study.lrs), key=lambda lr: validated(study, Run(arm, lr, study.seeds[0]), out)
+    )
 
 
 def validated(study: Study, run: Run, out: Path) -> float:

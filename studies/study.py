@@ -71,8 +71,11 @@ class Study:
                 raise ValueError(f"{name} must not be empty")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline must be one of {', '.join(self.arms)}")
-        if not self.validation:
-            raise ValueError("validation must not be empty")
+        several = self.validation.values()
+        if "kind" not in self.validation and not (
+            several and all(isinstance(one, Mapping) for one in several)
+        ):
+            raise ValueError("validation.kind is missing, or evaluators by name")
         if taken := self.validations.keys() & self.tests.keys():
             raise ValueError(f"a test must not be called {', '.join(sorted(taken))}")
         self.evaluators()

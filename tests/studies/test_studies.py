@@ -192,19 +192,27 @@ def test_several_validations_choose_the_rate_together(monkeypatch, tmp_path):
     assert set(study.evaluators().plans()) == {
         "validation-names", "validation-captions", "names", "captions",
     }  # fmt: skip
-    # Right of four, by rate: names are best at the third, both together at the second.
-    right = {1e-3: (1, 4), 2e-3: (3, 3), 4e-3: (4, 0)}
+    # Right by rate, of four names and of two captions each way: names alone are best at the third.
+    right = {1e-3: (1, 2, 1), 2e-3: (3, 2, 1), 4e-3: (4, 0, 0)}
 
     def read_result(_, run, out):
-        scores = {
-            f"validation-{name}": {"own": "4", "ranks": {"4": {"way": [0] * n + [1] * (4 - n)}}}
-            for name, n in zip(both, right[run.lr], strict=True)
+        names, to_text, to_image = right[run.lr]
+        ways = {
+            "names": {"top-1": [0] * names + [1] * (4 - names)},
+            "captions": {
+                "I→T": [0] * to_text + [1] * (2 - to_text),
+                "T→I": [0] * to_image + [1] * (2 - to_image),
+            },
         }
+        scores = {f"validation-{name}": {"own": "4", "ranks": {"4": ways[name]}} for name in both}
         return {"points": [{"scores": scores}]}
 
     monkeypatch.setattr(runs, "read_result", read_result)
-    assert runs.validated(study, Run("square", 1e-3, 0), tmp_path) == 5 / 8
+    found = [runs.validated(study, Run("square", lr, 0), tmp_path) for lr in study.lrs]
+    assert found == [(1 / 4 + 3 / 4) / 2, (3 / 4 + 3 / 4) / 2, 1 / 2]
     assert runs.best_lr(study, "square", tmp_path) == 2e-3
+    right[2e-3] = right[4e-3]
+    assert runs.best_lr(study, "square", tmp_path) == 1e-3, "the lowest of equal ones"
 
 
 def test_each_test_at_each_rate_and_rates_at_the_edge(monkeypatch, tmp_path):
@@ -219,11 +227,13 @@ def test_each_test_at_each_rate_and_rates_at_the_edge(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "validated", lambda *_: 0.5)
     results = {"square": [{"lr": 2e-3}], "falling": [{"lr": 4e-3}]}
     lines = [*report._rates(study, results, tmp_path)]
-    for what in ("names, way", "captions, way"):
+    for what, row in {
+        "validation": "50.0% | 50.0% | 50.0%",
+        "names, way": "50.0% | 66.7% | 80.0%",
+        "captions, way": "50.0% | 66.7% | 80.0%",
+    }.items():
         start = lines.index(f"| {what} | 0.001 | 0.002 | 0.004 |")
-        assert lines[start + 2 : start + 4] == [
-            f"| {arm} | 50.0% | 66.7% | 80.0% |" for arm in study.arms
-        ]
+        assert lines[start + 2 : start + 4] == [f"| {arm} | {row} |" for arm in study.arms]
     assert lines[-1].startswith("The lowest or highest was best for `falling`: ")
 
 
@@ -334,7 +344,8 @@ def test_what_another_study_has_done_is_not_done_again(data, tmp_path, monkeypat
         ({"tests": {"names": {"kind": "what"}}}, "names.kind"),
         ({"arm": {}}, "arm"),
         ({"tests": {"validation": {"kind": "zeroshot"}}}, "must not be called validation"),
-        ({"validation": {}}, "validation must not be empty"),
+        ({"validation": {}}, "validation.kind is missing"),
+        ({"validation": {"data": "x", "templates": "plain"}}, "validation.kind is missing"),
         ({"validation": {"names": {"kind": "what"}}}, "validation-names.kind"),
     ],
 )
