@@ -48,15 +48,16 @@ time.sleep(60)
 """
 
 
-def said(command: list[str], output: Path) -> tuple[int, str]:
-    """Exit status and output of a command; what torchrun starts is no fork."""
-    with launch(command, output, forked=True) as running:
+def said(command: list[str], output: Path, *, forked: bool = True) -> tuple[int, str]:
+    """Exit status and output of torchrun; forked or not, it starts its ranks as usual."""
+    with launch(command, output, forked=forked) as running:
         return running.wait(), running.tail()
 
 
 @pytest.mark.parametrize("module", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_flags_that_do_not_exist_are_named_once(tmp_path, module):
-    status, output = said([*HERE, "-m", module, "--no-such-flag"], tmp_path / "out")
+    command = [*HERE, "-m", module, "--no-such-flag"]
+    status, output = said(command, tmp_path / "out", forked=False)
     assert status == 1
     assert output.count("error: ") == output.count(f"python -m {module}: error: ") == 1
     assert "exitcode" not in output  # torchrun's report of a rank that failed

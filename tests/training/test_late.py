@@ -202,7 +202,7 @@ def trained(data, run_dir, monkeypatch, capsys, *, late, ends, bad=(), **options
 
 
 CASES = {
-    "micro-batches": {"ends": [4], "accumulate": 2},
+    "micro-batches": {"ends": [5], "accumulate": 2, "log__every_steps": 2},
     "a checkpoint and a resume between": {"ends": [3, 6], "checkpoint__every_steps": 2},
     "skips at a checkpoint and after the resume": {
         "ends": [3, 6],

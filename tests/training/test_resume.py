@@ -185,12 +185,16 @@ def holder(tmp_path):
     """Another process that holds tmp_path/run."""
     process = forked(hold, tmp_path / "run")
     process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "held").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    yield process
-    process.kill()
-    process.join()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "held").exists():
+            assert process.exitcode is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def take(run_dir):
@@ -277,7 +281,7 @@ def test_the_directory_is_held_while_a_run_trains_and_free_after(
 ):
     flags = tiny_flags(data, tmp_path / "run", 3000, checkpoint__every_steps=2)
     command = [sys.executable, "-m", "train", *flags]
-    with launch(command, tmp_path / "out", forked=True) as first:
+    with launch(command, tmp_path / "out") as first:
         first.until((tmp_path / "run/metrics.jsonl").exists, "a step")
         assert run(monkeypatch, flags) == 2
         assert f"process {first.process.pid} on" in capsys.readouterr().err

@@ -116,8 +116,7 @@ with failing_at_once(Ranks(0, int(sys.argv[1]), torch.device("cpu")), "prog"):
 )
 def test_a_rank_that_fails_waits_for_no_thread(ranks, thread_s, error, line, status, tmp_path):
     script = FAILING.format(error=error)
-    # Python itself, at its end, waits for threads.
-    forked = error == "UserError"
+    forked = error == "UserError"  # the others end as Python does
     found, printed = said(script, tmp_path, ranks, thread_s, forked=forked)
     assert found == status
     assert line in printed

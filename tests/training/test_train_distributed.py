@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +29,6 @@ from navit_clip.tokenizers.load import build_tokenizer
 from navit_clip.training.config import parse_config
 from navit_clip.training.trainer import build_stepper, train
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
@@ -248,7 +246,7 @@ def test_torchrun_trains_and_continues_what_other_processes_began(data, tmp_path
         run_ranks(train_whole, 2, flags, initialise=False)
     output = tmp_path / "out"
     command = torchrun(tiny_flags(data, parts, 8, **schedule), "--standalone", "--nproc-per-node=2")
-    run_to_end(command, output, forked=True)  # the ranks are none
+    run_to_end(command, output, forked=True)  # torchrun is, and starts its ranks as usual
     assert "continuing from step 4" in output.read_text()
     assert read_losses(parts) == read_losses(whole)
     assert (parts / "model/model.safetensors").is_file()
