@@ -14,6 +14,7 @@ from navit_clip import before_torch  # noqa: F401  first: tests share their core
 
 import torch  # isort: skip
 from hypothesis import settings
+from interpreter import end_interpreter
 from loader_cases import Pipeline, pair_pipeline
 from shard_factory import CAPTIONS, write_shard
 
@@ -53,6 +54,11 @@ def pytest_configure() -> None:
     # Commands that tests start can be interrupted, though a shell's background jobs cannot.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Leaves no process behind."""
+    end_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

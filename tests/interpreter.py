@@ -6,7 +6,6 @@ imports it by way of `torch.compile`. So kernels are interpreted in a process of
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,9 +20,14 @@ def _interpret() -> None:
 
 @cache
 def _interpreter() -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(1, get_context("spawn"), _interpret)
-    atexit.register(pool.shutdown)
-    return pool
+    return ProcessPoolExecutor(1, get_context("spawn"), _interpret)
+
+
+def end_interpreter() -> None:
+    """Ends that process, if there is one: it would outlive one of xdist, which has no `atexit`."""
+    if _interpreter.cache_info().currsize:
+        _interpreter().shutdown()
+        _interpreter.cache_clear()
 
 
 def run_kernels(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
